@@ -1,0 +1,51 @@
+# make gmm | test | lint | bench | clean. The first one called builds .venv.
+# PYTHON=/path/to/python picks the interpreter; otherwise the first that really runs and is 3.11 to 3.13
+# (a version manager's shim can exist on PATH and still refuse to run, so each is tried).
+PYTHON ?=
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.stamp-dev
+
+.PHONY: gmm test lint bench clean
+.DEFAULT_GOAL := test
+
+$(STAMP): requirements.txt requirements-dev.txt requirements-bench.txt pyproject.toml
+	@set -e; \
+	check='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; \
+	if [ -x $(PY) ] && $(PY) -c "$$check" 2>/dev/null && [ -z "$(PYTHON)" ]; then \
+	  echo "using $(VENV)"; \
+	else \
+	  found=; \
+	  for candidate in $(if $(PYTHON),"$(PYTHON)",python3.13 python3.12 python3.11 python3); do \
+	    if "$$candidate" -c "$$check" >/dev/null 2>&1; then found="$$candidate"; break; fi; \
+	  done; \
+	  if [ -z "$$found" ]; then \
+	    echo "error: no Python 3.11, 3.12 or 3.13 that runs; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+	  fi; \
+	  echo "building $(VENV) with $$found"; \
+	  "$$found" -m venv --clear $(VENV); \
+	fi
+	$(PY) -m pip install -q -r requirements-dev.txt
+	$(PY) -m pip install -q -e . --no-deps
+	@touch $@
+
+gmm: $(STAMP)
+	$(PY) -m kd_jax.train --config configs/gmm.py --workdir runs/gmm
+
+test: $(STAMP)
+	$(PY) -m pytest -q -m "not slow" tests
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(STAMP)
+	$(PY) -m pip install -q -r requirements-bench.txt
+	@set -e; found=; for script in benchmarks/*.py; do \
+	  [ -f "$$script" ] || continue; found=1; echo "$(PY) $$script"; $(PY) "$$script"; \
+	done; [ -n "$$found" ] || { echo "error: no script in benchmarks/" >&2; exit 1; }
+
+# Leaves runs/ alone: results are not build products.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Distillation in a mixture of Gaussians: mixtures, EM, and the experiment."""

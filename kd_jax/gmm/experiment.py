@@ -1,0 +1,322 @@
+"""The mixture experiment (Cha & Cho, section 3): p* -> data -> teacher -> sharpen -> students -> scores.
+
+One seed is a pure function, `chain`; a sweep is that function under `vmap` over seeds, with the students under `vmap`
+over beta, in one jitted program per `Setting`. beta, seed and separation are traced, so that a sweep compiles once for
+each set of shapes. Within a seed all betas share their random numbers: the differences along the frontier are then less
+noisy than the points, and no number depends on which other betas were asked for.
+"""
+
+import itertools
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from tqdm import tqdm
+
+from kd_jax import mesh
+from kd_jax.checkpoint import Checkpoints
+from kd_jax.gmm import em
+from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
+from kd_jax.metrics import Mean
+from kd_jax.run import append_rows, write_rows
+
+# What a random key is for: fold_in(key(seed), purpose).
+DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL, ENTROPY = range(8)
+AXES = ("dim", "num_data", "teacher_components", "student_components", "separation")
+
+
+class Setting(NamedTuple):
+    """What fixes the shapes of a program; every field is a compile-time constant."""
+
+    dim: int
+    num_data: int
+    teacher_components: int
+    student_components: int
+    num_distill: int
+    num_precision: int
+    num_recall: int
+    max_iter: int
+    num_starts: int
+    covariance_type: str
+
+
+class Scores(NamedTuple):
+    """Scores of one student, nats. The fields ending in `_se` are standard errors over the draws.
+
+    precision = E_{x~student} log p*(x) and recall = E_{x~p*} log student(x), on fresh draws. The two `_notebook`
+    columns are the published notebook's: precision under the sharpened teacher, recall on the training data.
+    kl_student_data = KL(student || p*) and kl_data_student = KL(p* || student).
+    """
+
+    precision: jax.Array
+    precision_se: jax.Array
+    recall: jax.Array
+    recall_se: jax.Array
+    precision_notebook: jax.Array
+    recall_notebook: jax.Array
+    weight_entropy: jax.Array
+    teacher_entropy: jax.Array
+    student_entropy: jax.Array
+    student_entropy_se: jax.Array
+    kl_student_data: jax.Array
+    kl_student_data_se: jax.Array
+    kl_data_student: jax.Array
+    kl_data_student_se: jax.Array
+
+
+class Chain(NamedTuple):
+    """All that one seed makes; `distilled`, `sharpened` and their scores have a leading axis over beta."""
+
+    data: jax.Array
+    teacher: Mixture
+    direct: Mixture
+    sharpened: Mixture
+    distilled: Mixture
+    direct_scores: Scores
+    distilled_scores: Scores
+
+
+def ring(dim: int, separation: float | jax.Array = 1.0, variance: float = 0.025) -> Mixture:
+    """p*: 8 Gaussians of equal weight at separation * {-1, 0, 1}^2 without the origin, covariance variance * I.
+
+    In more than two dimensions the ring lies in the plane of the first two axes and every further coordinate is
+    N(0, variance): the density is known exactly, and the distances between modes are those of two dimensions.
+    """
+    if dim < 2:
+        raise ValueError(f"the ring needs at least 2 dimensions, not {dim}")
+    modes = np.zeros((8, dim), np.float32)
+    modes[:, :2] = [m for m in itertools.product((-1, 0, 1), repeat=2) if m != (0, 0)]
+    means = jnp.asarray(modes) * separation
+    return Mixture(jnp.full(8, -np.log(8), means.dtype), means, jnp.full((8, dim), variance, means.dtype))
+
+
+def chain(setting: Setting, seed: jax.Array, betas: jax.Array, separation: jax.Array, tol: jax.Array) -> Chain:
+    """One seed of the experiment: `betas` [B] -> the students and their scores."""
+    root = jax.random.key(seed)
+    key = partial(jax.random.fold_in, root)
+    fit = partial(em.fit, max_iter=setting.max_iter, num_starts=setting.num_starts, tol=tol)
+    fit = partial(fit, covariance_type=setting.covariance_type)
+    p_star = ring(setting.dim, separation)
+    data = sample(key(DATA), p_star, setting.num_data)
+    teacher = fit(key(TEACHER), data, setting.teacher_components).mixture
+    direct = fit(key(DIRECT), data, setting.student_components).mixture
+    sharpened = jax.vmap(sharpen, (None, 0))(teacher, betas)
+
+    def student(sharp: Mixture) -> Mixture:
+        return fit(key(STUDENT), sample(key(DISTILL), sharp, setting.num_distill), setting.student_components).mixture
+
+    distilled = jax.vmap(student)(sharpened)
+    fresh = sample(key(RECALL), p_star, setting.num_recall)
+    score = partial(_score, setting, key, p_star, data, fresh)
+    # As in the notebook, the direct student's notebook column is under the last, most selective, teacher.
+    last = jax.tree.map(lambda leaf: leaf[-1], sharpened)
+    direct_scores = score(direct, last)._replace(
+        weight_entropy=weight_entropy(teacher), teacher_entropy=_entropy(key, setting, teacher)
+    )
+    return Chain(data, teacher, direct, sharpened, distilled, direct_scores, jax.vmap(score)(distilled, sharpened))
+
+
+def _entropy(key, setting: Setting, mixture: Mixture) -> jax.Array:
+    return -log_prob(mixture, sample(key(ENTROPY), mixture, setting.num_precision)).mean()
+
+
+def _score(setting: Setting, key, p_star: Mixture, data, fresh, student: Mixture, teacher: Mixture) -> Scores:
+    draws = sample(key(PRECISION), student, setting.num_precision)
+    draws_star, draws_student = log_prob(p_star, draws), log_prob(student, draws)
+    fresh_star, fresh_student = log_prob(p_star, fresh), log_prob(student, fresh)
+    precision, recall, entropy = Mean.of(draws_star), Mean.of(fresh_student), Mean.of(-draws_student)
+    # The divergences as means of differences on one set of draws: less noisy than the difference of two means.
+    kl_student, kl_data = Mean.of(draws_student - draws_star), Mean.of(fresh_star - fresh_student)
+    return Scores(
+        precision=precision.mean,
+        precision_se=precision.standard_error,
+        recall=recall.mean,
+        recall_se=recall.standard_error,
+        precision_notebook=log_prob(teacher, draws).mean(),
+        recall_notebook=log_prob(student, data).mean(),
+        weight_entropy=weight_entropy(teacher),
+        teacher_entropy=_entropy(key, setting, teacher),
+        student_entropy=entropy.mean,
+        student_entropy_se=entropy.standard_error,
+        kl_student_data=kl_student.mean,
+        kl_student_data_se=kl_student.standard_error,
+        kl_data_student=kl_data.mean,
+        kl_data_student_se=kl_data.standard_error,
+    )
+
+
+def _scores(setting: Setting, seeds, betas, separation, tol) -> tuple[Scores, Scores]:
+    """Scores of the direct [S] and the distilled [S, B] students of many seeds [S]."""
+    chains = jax.vmap(partial(chain, setting), (0, None, None, None))(seeds, betas, separation, tol)
+    return chains.direct_scores, chains.distilled_scores
+
+
+_sweep = jax.jit(_scores, static_argnums=0)
+_one_chain = jax.jit(chain, static_argnums=0)
+
+
+def sweep(setting: Setting, seeds, betas, separation=1.0, tol=1e-3, devices=None) -> tuple[Scores, Scores]:
+    """Scores of the direct [S] and distilled [S, B] students, on all `devices` (default: every one there is).
+
+    Seeds are spread over the devices; where they do not divide evenly the last ones are computed twice and dropped.
+    """
+    seeds = np.asarray(seeds, np.uint32)
+    seed_mesh = mesh.one_axis("seeds", devices)
+    padded = np.concatenate([seeds, np.full(-len(seeds) % seed_mesh.size, seeds[-1], np.uint32)])
+    spread = NamedSharding(seed_mesh, PartitionSpec("seeds"))
+    whole = NamedSharding(seed_mesh, PartitionSpec())
+    numbers = [jax.device_put(np.asarray(v, np.float32), whole) for v in (betas, separation, tol)]
+    scores = _sweep(setting, jax.device_put(padded, spread), *numbers)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(seeds)], scores)
+
+
+def validate(config) -> None:
+    """Raises ValueError, naming the key, for a value that cannot work."""
+    positive = ("seeds", "num_betas", "num_data", "dim", "teacher_components", "student_components", "num_distill")
+    for name in (*positive, "num_precision", "num_recall", "max_iter", "num_starts"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name}={config[name]} must be at least 1")
+    if not 0 < config.beta_min <= config.beta_max:
+        raise ValueError(f"need 0 < config.beta_min={config.beta_min} <= config.beta_max={config.beta_max}")
+    if config.memory_gib <= 0:
+        raise ValueError(f"config.memory_gib={config.memory_gib} must be above 0")
+    for setting, separation in settings(config):
+        if setting.dim < 2:
+            raise ValueError(f"config.dim={setting.dim}: the ring needs at least 2 dimensions")
+        if setting.covariance_type not in em.COVARIANCE_TYPES:
+            raise ValueError(f"config.covariance_type={setting.covariance_type!r} is not in {em.COVARIANCE_TYPES}")
+        if max(setting.teacher_components, setting.student_components) > setting.num_data:
+            raise ValueError(f"more components than config.num_data={setting.num_data} points: {setting}")
+        if setting.student_components > setting.num_distill:
+            raise ValueError(f"more student components than config.num_distill={setting.num_distill}")
+        if separation <= 0:
+            raise ValueError(f"config.separation={separation} must be above 0")
+
+
+def settings(config) -> list[tuple[Setting, float]]:
+    """The base setting, then each value in `config.vary` put into it alone; no setting twice."""
+    found = []
+    changes = [{}] + [{axis: value} for axis in AXES for value in config.vary[axis]]
+    for change in changes:
+        chosen = {name: change.get(name, config[name]) for name in (*Setting._fields, "separation")}
+        separation = float(chosen.pop("separation"))
+        if (Setting(**chosen), separation) not in found:
+            found.append((Setting(**chosen), separation))
+    return found
+
+
+def betas_of(config) -> np.ndarray:
+    """Log-spaced from beta_min to beta_max, both included."""
+    return np.geomspace(config.beta_min, config.beta_max, config.num_betas).astype(np.float32)
+
+
+def chunk_size(setting: Setting, num_betas: int, memory_gib: float, num_devices: int) -> int:
+    """Seeds that fit the memory at once, by the live float32 arrays of a seed (measured: benchmarks/gmm_sweep.py)."""
+    points = max(setting.num_distill, setting.num_precision, setting.num_recall)
+    components = max(setting.student_components, 1)
+    width = 3 * setting.dim + 6 * components + (0 if setting.dim <= 4 else 2 * setting.dim * components)
+    a_seed = 4 * num_betas * points * width * 2
+    return max(num_devices, int(memory_gib * 2**30 / a_seed) // num_devices * num_devices)
+
+
+class Chunk(NamedTuple):
+    """A part of a sweep that is computed, and saved, at once."""
+
+    setting: Setting
+    separation: float
+    first: int  # first seed
+    size: int  # seeds in the program
+    keep: int  # seeds that count
+
+
+def chunk_plan(config) -> list[Chunk]:
+    """The sweep in chunks of seeds that fit `config.memory_gib`; depends on the config and the device count alone."""
+    plan = []
+    for setting, separation in settings(config):
+        fitting = chunk_size(setting, config.num_betas, config.memory_gib, jax.device_count())
+        size = min(config.seeds, fitting)
+        for first in range(0, config.seeds, size):
+            plan.append(Chunk(setting, separation, config.seed + first, size, min(size, config.seeds - first)))
+    return plan
+
+
+def _rows(chunk: Chunk, betas, scores: tuple[Scores, Scores]) -> list[dict]:
+    """One row per student."""
+    shape = {name: getattr(chunk.setting, name) for name in AXES[:4]} | {"separation": chunk.separation}
+    direct, distilled = scores
+    rows = []
+    for s in range(chunk.keep):
+        arms = [("direct", betas[-1], direct, (s,))]
+        arms += [("distilled", beta, distilled, (s, b)) for b, beta in enumerate(betas)]
+        for arm, beta, arm_scores, index in arms:
+            values = {name: float(getattr(arm_scores, name)[index]) for name in Scores._fields}
+            rows.append(shape | {"arm": arm, "beta": float(beta), "seed": chunk.first + s} | values)
+    return rows
+
+
+def run(config, folder: Path) -> dict:
+    """Run the sweep of `config` into the run folder, carrying on after the chunks that were saved whole.
+
+    Returns where the time went, in seconds, for the manifest.
+    """
+    began = time.perf_counter()
+    betas, plan = betas_of(config), chunk_plan(config)
+    rows_path = folder / "metrics.jsonl"
+    with Checkpoints(folder / "checkpoints" / "chunks") as saved:
+        done = saved.steps()
+        # Written anew from the checkpoints: a kill may have left half a row, or rows that no checkpoint has.
+        write_rows(rows_path, [row for c in done for row in _rows(plan[c], betas, _restore(saved, c, plan[c], betas))])
+        if done:
+            print(f"resuming: {len(done)} of {len(plan)} chunks are done")
+        for c, chunk in enumerate(tqdm(plan, unit="chunk", disable=None)):
+            if c in done:
+                continue
+            # A chunk past the last seed is computed in full, so that there is one program, and cut afterwards.
+            seeds = chunk.first + np.arange(chunk.size)
+            scores = sweep(chunk.setting, seeds, betas, chunk.separation, config.tol)
+            scores = jax.tree.map(lambda leaf, keep=chunk.keep: leaf[:keep], scores)
+            saved.save(c, _as_tree(scores))
+            append_rows(rows_path, _rows(chunk, betas, scores))
+    swept = time.perf_counter()
+    if config.dim == 2:
+        _write_panels(folder / "checkpoints" / "panels.npz", panels(config))
+    return {"sweep_seconds": swept - began, "panels_seconds": time.perf_counter() - swept}
+
+
+def panels(config, grid_size: int = 160) -> dict[str, np.ndarray]:
+    """The first seed's chain at the largest beta, for the contour panels: log densities on a grid, and samples."""
+    setting, separation = settings(config)[0]
+    one = _one_chain(setting, jnp.uint32(config.seed), jnp.asarray(betas_of(config)), separation, config.tol)
+    last = jax.tree.map(lambda leaf: leaf[-1], (one.sharpened, one.distilled))
+    mixtures = {"p_star": ring(2, separation), "teacher": one.teacher, "direct": one.direct, "distilled": last[1]}
+    axis = jnp.linspace(-2.0, 2.0, grid_size) * max(separation, 0.75)
+    grid = jnp.stack(jnp.meshgrid(axis, axis), -1)
+    arrays = {"grid_x": axis, "grid_y": axis, "data": one.data, "beta": betas_of(config)[-1]}
+    arrays |= {f"log_{name}": log_prob(mixture, grid) for name, mixture in mixtures.items()}
+    mixtures["teacher"] = last[0]  # the samples shown are the sharpened teacher's
+    key = jax.random.key(config.seed)
+    arrays |= {f"samples_{name}": sample(key, mixture, 500) for name, mixture in mixtures.items()}
+    return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def _write_panels(path: Path, arrays: dict) -> None:
+    partial_file = path.with_suffix(".tmp.npz")
+    np.savez(partial_file, **arrays)
+    partial_file.replace(path)
+
+
+def _as_tree(scores: tuple[Scores, Scores]) -> dict:
+    return {"direct": scores[0]._asdict(), "distilled": scores[1]._asdict()}
+
+
+def _restore(saved: Checkpoints, c: int, chunk: Chunk, betas) -> tuple[Scores, Scores]:
+    direct = {name: np.zeros(chunk.keep, np.float32) for name in Scores._fields}
+    distilled = {name: np.zeros((chunk.keep, len(betas)), np.float32) for name in Scores._fields}
+    tree = saved.load(c, {"direct": direct, "distilled": distilled})
+    return Scores(**tree["direct"]), Scores(**tree["distilled"])

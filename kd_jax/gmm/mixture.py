@@ -1,0 +1,167 @@
+"""Mixtures of Gaussians as pytrees: density, sampling, sharpening.
+
+Everything here is a pure function of one mixture; put `jax.vmap` around it for many. Shapes below
+use K components, D dimensions and N points. Inside, points lie along the last axis ([D, N] and
+[K, N]): that is the axis the CPU's vector units and the GPU's lanes run along.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+from jax.scipy.special import logsumexp
+
+# Up to this dimension, sums over dimensions are written out and fuse into one loop over the points;
+# above it they are matrix products.
+SMALL_DIM = 4
+
+
+class Mixture(NamedTuple):
+    """A mixture of Gaussians.
+
+    Attributes:
+        log_weights: [K] log of the weights. -inf is a weight of zero. They need not sum to one: every
+            function here normalises them.
+        means: [K, D].
+        covariances: [K, D] for diagonal covariance (the variances), [K, D, D] for full.
+    """
+
+    log_weights: jax.Array
+    means: jax.Array
+    covariances: jax.Array
+
+
+def log_prob(mixture: Mixture, x: jax.Array) -> jax.Array:
+    """Log density at `x` [..., D] -> [...], in nats. May be positive: it is a density.
+
+    Raises ValueError where the last axis of `x` is not the mixture's dimension.
+    """
+    dim = _dim(mixture)
+    x = jnp.asarray(x)
+    if x.ndim == 0 or x.shape[-1] != dim:
+        raise ValueError(f"x has shape {x.shape}; this mixture needs [..., {dim}]")
+    points = x.reshape(-1, dim).T
+    factor = precision_factor(mixture.covariances)
+    return logsumexp(log_joint(mixture, factor, points), axis=0).reshape(x.shape[:-1])
+
+
+def sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
+    """`n` independent draws [n, D]. Each draw picks its own component, so the order is random.
+
+    Under `vmap` over mixtures alone all of them share one set of random numbers, which makes
+    differences between them less noisy; map over keys too for independent draws.
+    """
+    dim = _dim(mixture)
+    key_component, key_noise = jax.random.split(key)
+    dtype = mixture.means.dtype
+    uniform = jax.random.uniform(key_component, (n,), dtype)
+    noise = jax.random.normal(key_noise, (dim, n), dtype)
+    cumulative = jnp.cumsum(jax.nn.softmax(mixture.log_weights))
+    # Divided by its own last value: u < 1 then never reaches a trailing component of weight zero.
+    upper = cumulative / cumulative[-1]
+    component = (uniform[None, :] >= upper[:-1, None]).sum(0)
+    return (_take(mixture.means, component) + _colour(mixture, component, noise)).T
+
+
+def sharpen(mixture: Mixture, beta: float | jax.Array) -> Mixture:
+    """The mixture with weights proportional to w_k ** beta (paper, section 3), beta >= 0.
+
+    beta = 0 gives equal weights to the components that have any, beta = 1 changes nothing, and a
+    large beta leaves the heaviest component(s). A weight of zero stays zero for every beta.
+    """
+    log_weights = mixture.log_weights
+    absent = jnp.isneginf(log_weights)
+    # The largest is subtracted before the power: beta = 1e6 then neither over- nor underflows to NaN.
+    shifted = jnp.where(absent, 0.0, log_weights - log_weights.max())
+    powered = jnp.where(absent, -jnp.inf, jnp.asarray(beta, log_weights.dtype) * shifted)
+    return mixture._replace(log_weights=jax.nn.log_softmax(powered))
+
+
+def weight_entropy(mixture: Mixture) -> jax.Array:
+    """Entropy of the component weights in nats: 0 for one component, ln K for K equal ones."""
+    log_weights = jax.nn.log_softmax(mixture.log_weights)
+    weights = jnp.exp(log_weights)
+    return -jnp.where(weights > 0, weights * log_weights, 0.0).sum()
+
+
+def precision_factor(covariances: jax.Array) -> jax.Array:
+    """F with F.T @ F = inverse covariance: 1/sd [K, D], or the inverse Cholesky factor [K, D, D]."""
+    if covariances.ndim == 2:
+        return jax.lax.rsqrt(covariances)
+    if covariances.shape[-1] <= SMALL_DIM:
+        return _inverse_cholesky_small(covariances)
+    eye = jnp.broadcast_to(jnp.eye(covariances.shape[-1], dtype=covariances.dtype), covariances.shape)
+    return solve_triangular(jnp.linalg.cholesky(covariances), eye, lower=True)
+
+
+def half_log_det(factor: jax.Array) -> jax.Array:
+    """Half the log determinant of the inverse covariance, [K], from `precision_factor`."""
+    diagonal = factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=-2, axis2=-1)
+    return jnp.log(diagonal).sum(-1)
+
+
+def log_joint(mixture: Mixture, factor: jax.Array, points: jax.Array) -> jax.Array:
+    """log(w_k N(x_n | k)) as [K, N], for `points` [D, N] and `factor` from `precision_factor`."""
+    dim = points.shape[0]
+    distance = _squared_distance(mixture.means, factor, points)
+    constant = jax.nn.log_softmax(mixture.log_weights) + half_log_det(factor) - 0.5 * dim * math.log(2 * math.pi)
+    return constant[:, None] - 0.5 * distance
+
+
+def _squared_distance(means: jax.Array, factor: jax.Array, points: jax.Array) -> jax.Array:
+    """Mahalanobis distance squared, [K, N]. From differences, never from |x|^2 - 2 x.m + |m|^2."""
+    dim = points.shape[0]
+    if factor.ndim == 2:
+        return sum(((points[d] - means[:, d, None]) * factor[:, d, None]) ** 2 for d in range(dim))
+    if dim <= SMALL_DIM:
+        difference = [points[d] - means[:, d, None] for d in range(dim)]
+        rows = (sum(factor[:, i, j, None] * difference[j] for j in range(i + 1)) for i in range(dim))
+        return sum(row**2 for row in rows)
+    white = jnp.einsum("kij,kjn->kin", factor, points - means[:, :, None])
+    return (white**2).sum(1)
+
+
+def _inverse_cholesky_small(covariances: jax.Array) -> jax.Array:
+    """Inverse Cholesky factor [K, D, D], written out: a LAPACK call per tiny matrix costs more."""
+    dim = covariances.shape[-1]
+    low = [[None] * dim for _ in range(dim)]
+    for i in range(dim):
+        for j in range(i + 1):
+            rest = covariances[:, i, j] - sum(low[i][m] * low[j][m] for m in range(j))
+            low[i][j] = jnp.sqrt(rest) if i == j else rest / low[j][j]
+    inverse = [[jnp.zeros_like(low[0][0])] * dim for _ in range(dim)]
+    for i in range(dim):
+        inverse[i][i] = 1 / low[i][i]
+        for j in range(i):
+            inverse[i][j] = -sum(low[i][m] * inverse[m][j] for m in range(j, i)) * inverse[i][i]
+    return jnp.stack([jnp.stack(row, -1) for row in inverse], -2)
+
+
+def _colour(mixture: Mixture, component: jax.Array, noise: jax.Array) -> jax.Array:
+    """Standard normal `noise` [D, N] given the covariance of each point's component."""
+    if mixture.covariances.ndim == 2:
+        return _take(jnp.sqrt(mixture.covariances), component) * noise
+    factors = jnp.linalg.cholesky(mixture.covariances)
+    return jnp.stack([(_take(factors[:, i], component) * noise).sum(0) for i in range(noise.shape[0])])
+
+
+def _take(rows: jax.Array, component: jax.Array) -> jax.Array:
+    """rows[component] as [D, N], by selection: gathers do not vectorise on a CPU, and K is small."""
+    taken = jnp.broadcast_to(rows[0][:, None], (rows.shape[1], component.shape[0]))
+    for k in range(1, rows.shape[0]):
+        taken = jnp.where(component == k, rows[k][:, None], taken)
+    return taken
+
+
+def _dim(mixture: Mixture) -> int:
+    """D, after checking that the three shapes fit together."""
+    log_weights, means, covariances = mixture
+    k, dim = means.shape
+    if log_weights.shape != (k,) or covariances.shape not in {(k, dim), (k, dim, dim)}:
+        raise ValueError(
+            f"log_weights {log_weights.shape}, means {means.shape} and covariances {covariances.shape} do not"
+            " fit: [K], [K, D] and [K, D] (diagonal) or [K, D, D] (full) are needed"
+        )
+    return dim

@@ -1,0 +1,249 @@
+"""Run folders: what a run was, whether it may carry on, and its rows of numbers."""
+
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jaxlib
+import ml_collections
+import numpy as np
+
+import kd_jax
+from kd_jax.config import flatten, to_dict
+
+# All that a run writes into its folder, and so all that --overwrite removes.
+NAMES = ("config.json", "manifest.json", "metrics.jsonl", "checkpoints", "report.html", "figures")
+
+# JSON has no such numbers; Python's own NaN token is not JSON, and other readers refuse the line.
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class RunError(Exception):
+    """Something the user can put right; the message says what."""
+
+
+class Run(NamedTuple):
+    """An open run folder."""
+
+    folder: Path
+    resumed: bool
+    finished: bool
+
+
+def open_run(
+    workdir: str | os.PathLike, config: ml_collections.ConfigDict, *, argv: Sequence[str], overwrite: bool = False
+) -> Run:
+    """Makes the run folder, or opens it again where it holds a run of this same config.
+
+    A folder with another config, or with files but no run, is refused (RunError). `overwrite` starts the run
+    again: it removes what a run writes (NAMES) and leaves every other file alone.
+    """
+    folder = Path(workdir)
+    # through JSON and back, so that it compares equal with what is read from the file
+    wanted = json.loads(_dump(to_dict(config)))
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; --workdir has to be a folder")
+    try:
+        exists = (folder / "config.json").exists()
+        if not exists and folder.is_dir():
+            # a .tmp of ours is what a kill during the very first write leaves
+            foreign = sorted(set(os.listdir(folder)) - {f"{name}.tmp" for name in NAMES})
+            if foreign:
+                raise RunError(
+                    f"{folder} is not empty and holds no run (no config.json, but {foreign[0]}); "
+                    "choose another --workdir"
+                )
+        if exists and not overwrite:
+            _compare(folder, _read_json(folder / "config.json"), wanted)
+            return _reopen(folder, config, argv)
+        folder.mkdir(parents=True, exist_ok=True)
+        if exists:
+            # config.json stays until it is replaced: without it, a kill here would leave a folder that is refused
+            for name in NAMES[1:]:
+                _remove(folder / name)
+        write_json(folder / "config.json", wanted)
+        write_json(folder / "manifest.json", _manifest(config, argv))
+    except OSError as error:
+        raise RunError(f"cannot write the run folder {folder}: {error}") from error
+    return Run(folder, resumed=False, finished=False)
+
+
+def finish(run: Run, **extra: Any) -> None:
+    """Marks the run finished in its manifest, with `extra` (timings and the like) beside it."""
+    path = run.folder / "manifest.json"
+    write_json(path, {**_read_json(path), **extra, "status": "finished", "finished": _now()})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON file whole or not at all."""
+    _replace(path, _dump(value, indent=2) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a JSON lines file whole or not at all."""
+    _replace(path, _lines(rows))
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds rows at the end of a JSON lines file."""
+    text = _lines(rows)  # all of it first: a row that cannot be written adds nothing
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, none where there is no file; RunError names a line that is broken."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RunError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise RunError(f"{path}, line {number}: not a row (a JSON object)")
+        rows.append(_decode(row))
+    return rows
+
+
+def _reopen(folder: Path, config: ml_collections.ConfigDict, argv: Sequence[str]) -> Run:
+    path = folder / "manifest.json"
+    if path.exists():
+        manifest = _read_json(path)
+        if manifest.get("status") == "finished":
+            return Run(folder, resumed=True, finished=True)
+        manifest.setdefault("resumed", []).append(_now())
+    else:
+        manifest = _manifest(config, argv)  # killed between the two first files
+    write_json(path, manifest)
+    return Run(folder, resumed=True, finished=False)
+
+
+def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    old, new = flatten(old), flatten(new)
+    changes = []
+    for key in sorted(old.keys() | new.keys()):
+        was, now = (_dump(side[key]) if key in side else "(not set)" for side in (old, new))
+        if was != now:
+            changes.append(f"  {key}: {was} -> {now}")
+    if changes:
+        raise RunError(
+            f"{folder} holds a run with another config:\n"
+            + "\n".join(changes)
+            + "\nchoose another --workdir, or start this one again with --overwrite"
+        )
+
+
+def _manifest(config: ml_collections.ConfigDict, argv: Sequence[str]) -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "status": "running",
+        "started": _now(),
+        "command": _command(argv),
+        "seed": config.get("seed"),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "numpy": np.__version__,
+            "kd_jax": kd_jax.__version__,
+        },
+        "device": {"kind": devices[0].device_kind, "platform": devices[0].platform, "count": len(devices)},
+        "git_commit": _git_commit(),
+    }
+
+
+def _command(argv: Sequence[str]) -> str:
+    program, *rest = argv or ["kd_jax/train.py"]
+    # `python -m kd_jax.train` shows up in sys.argv as the path of the file, which does not run from elsewhere
+    start = ["python", "-m", f"kd_jax.{Path(program).stem}"]
+    return shlex.join([*start, *rest])
+
+
+def _git_commit() -> str | None:
+    package = Path(kd_jax.__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        # an installed copy can lie inside some other project's repository: only a tracked one counts
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("rev-parse", "HEAD")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON ({error}); --overwrite starts the run again") from error
+    if not isinstance(value, dict):
+        raise RunError(f"{path} is not a JSON object; --overwrite starts the run again")
+    return value
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def _lines(rows: Iterable[dict[str, Any]]) -> str:
+    return "".join(_dump(row) + "\n" for row in rows)
+
+
+def _dump(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_encode(value), indent=indent, allow_nan=False)
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _encode(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(member) for member in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
+        return _encode(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _decode(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_decode(member) for member in value]
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
