@@ -91,7 +91,9 @@ def fit(
     points = (x - centre).T
     points = jnp.where(weights > 0, points, 0.0)
     run = partial(_iterate, points, weights, max_iter=max_iter, tol=tol, floor=covariance_floor)
-    if start is not None:
+    if start is None and num_components == 1:
+        result = _fit_one(points, weights, covariance_type, covariance_floor, max_iter)
+    elif start is not None:
         result = run(start._replace(means=start.means - centre))
     else:
         begin = partial(_start, points, weights, num_components, covariance_type, init, covariance_floor)
@@ -142,6 +144,18 @@ def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
     failed = ~jnp.isfinite(state.last)
     mixture = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), state.mixture)
     return Fit(mixture, trace, state.converged & ~failed)
+
+
+def _fit_one(points, weights, covariance_type, floor, max_iter) -> Fit:
+    """One component: the moments of the data, which are centred, are the maximum already."""
+    origin = jnp.zeros((1, points.shape[0]), points.dtype)
+    _, means, scatter = _moments(points, weights[None], origin, covariance_type == "full")
+    mixture = Mixture(jnp.zeros(1, points.dtype), means, _regularise(scatter, floor))
+    joint = log_joint(mixture, precision_factor(mixture.covariances), points)[0]
+    log_likelihood = (weights * joint).sum() / weights.sum()
+    failed = ~jnp.isfinite(log_likelihood)
+    mixture = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), mixture)
+    return Fit(mixture, jnp.full(max_iter, log_likelihood), ~failed)
 
 
 def _em_step(points, weights, mixture: Mixture, floor):
@@ -275,9 +289,6 @@ def _draw(key, mass, count):
 
 def _lloyd(points, weights, centres, max_iter: int = 300):
     """Lloyd's iterations until no point changes its cluster; an empty cluster stays where it is."""
-    if centres.shape[0] == 1:
-        return jnp.zeros_like(centres)  # the data are centred
-
     def going(carry):
         step, _, moved = carry
         return (step < max_iter) & moved

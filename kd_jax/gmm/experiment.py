@@ -27,7 +27,7 @@ from kd_jax.metrics import Mean
 from kd_jax.run import append_rows, write_rows
 
 # What a random key is for: fold_in(key(seed), purpose).
-DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL, ENTROPY = range(8)
+DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL = range(7)
 AXES = ("dim", "num_data", "teacher_components", "student_components", "separation")
 
 
@@ -108,25 +108,22 @@ def chain(setting: Setting, seed: jax.Array, betas: jax.Array, separation: jax.A
     direct = fit(key(DIRECT), data, setting.student_components).mixture
     sharpened = jax.vmap(sharpen, (None, 0))(teacher, betas)
 
-    def student(sharp: Mixture) -> Mixture:
-        return fit(key(STUDENT), sample(key(DISTILL), sharp, setting.num_distill), setting.student_components).mixture
-
-    distilled = jax.vmap(student)(sharpened)
+    corpora = jax.vmap(sample, (None, 0, None))(key(DISTILL), sharpened, setting.num_distill)
+    distilled = jax.vmap(lambda x: fit(key(STUDENT), x, setting.student_components).mixture)(corpora)
     fresh = sample(key(RECALL), p_star, setting.num_recall)
     score = partial(_score, setting, key, p_star, data, fresh)
     # As in the notebook, the direct student's notebook column is under the last, most selective, teacher.
     last = jax.tree.map(lambda leaf: leaf[-1], sharpened)
-    direct_scores = score(direct, last)._replace(
-        weight_entropy=weight_entropy(teacher), teacher_entropy=_entropy(key, setting, teacher)
+    own = sample(key(DISTILL), teacher, setting.num_distill)
+    direct_scores = score(direct, last, own)._replace(
+        weight_entropy=weight_entropy(teacher), teacher_entropy=-log_prob(teacher, own).mean()
     )
-    return Chain(data, teacher, direct, sharpened, distilled, direct_scores, jax.vmap(score)(distilled, sharpened))
+    distilled_scores = jax.vmap(score)(distilled, sharpened, corpora)
+    return Chain(data, teacher, direct, sharpened, distilled, direct_scores, distilled_scores)
 
 
-def _entropy(key, setting: Setting, mixture: Mixture) -> jax.Array:
-    return -log_prob(mixture, sample(key(ENTROPY), mixture, setting.num_precision)).mean()
-
-
-def _score(setting: Setting, key, p_star: Mixture, data, fresh, student: Mixture, teacher: Mixture) -> Scores:
+def _score(setting: Setting, key, p_star: Mixture, data, fresh, student: Mixture, teacher: Mixture, corpus) -> Scores:
+    """`corpus` are draws of `teacher`, of which its entropy is estimated."""
     draws = sample(key(PRECISION), student, setting.num_precision)
     draws_star, draws_student = log_prob(p_star, draws), log_prob(student, draws)
     fresh_star, fresh_student = log_prob(p_star, fresh), log_prob(student, fresh)
@@ -141,7 +138,7 @@ def _score(setting: Setting, key, p_star: Mixture, data, fresh, student: Mixture
         precision_notebook=log_prob(teacher, draws).mean(),
         recall_notebook=log_prob(student, data).mean(),
         weight_entropy=weight_entropy(teacher),
-        teacher_entropy=_entropy(key, setting, teacher),
+        teacher_entropy=-log_prob(teacher, corpus).mean(),
         student_entropy=entropy.mean,
         student_entropy_se=entropy.standard_error,
         kl_student_data=kl_student.mean,

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
-from jax.scipy.special import logsumexp
 
 # Up to this dimension, sums over dimensions are written out and fuse into one loop over the points;
 # above it they are matrix products.
@@ -43,8 +42,8 @@ def log_prob(mixture: Mixture, x: jax.Array) -> jax.Array:
     if x.ndim == 0 or x.shape[-1] != dim:
         raise ValueError(f"x has shape {x.shape}; this mixture needs [..., {dim}]")
     points = x.reshape(-1, dim).T
-    factor = precision_factor(mixture.covariances)
-    return logsumexp(log_joint(mixture, factor, points), axis=0).reshape(x.shape[:-1])
+    joint = log_joint(mixture, precision_factor(mixture.covariances), points)
+    return _log_sum(joint).reshape(x.shape[:-1])
 
 
 def sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
@@ -108,6 +107,24 @@ def log_joint(mixture: Mixture, factor: jax.Array, points: jax.Array) -> jax.Arr
     distance = _squared_distance(mixture.means, factor, points)
     constant = jax.nn.log_softmax(mixture.log_weights) + half_log_det(factor) - 0.5 * dim * math.log(2 * math.pi)
     return constant[:, None] - 0.5 * distance
+
+
+def _log_sum(joint: jax.Array) -> jax.Array:
+    """logsumexp over the components of [K, N], as one reduction: one pass, one exponential each, nothing stored."""
+    if joint.shape[0] == 1:
+        return joint[0]
+
+    def combine(a, b):
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        # -inf twice: no density on either side, and -inf - -inf must not become NaN.
+        nothing = jnp.isneginf(top_a) & jnp.isneginf(top_b)
+        ratio = jnp.where(nothing, 0.0, jnp.exp(-jnp.abs(top_a - top_b)))
+        total = jnp.where(top_a >= top_b, sum_a + ratio * sum_b, ratio * sum_a + sum_b)
+        return jnp.maximum(top_a, top_b), total
+
+    start = (jnp.array(-jnp.inf, joint.dtype), jnp.array(0.0, joint.dtype))
+    top, total = jax.lax.reduce((joint, jnp.ones_like(joint)), start, combine, (0,))
+    return top + jnp.log(total)
 
 
 def _squared_distance(means: jax.Array, factor: jax.Array, points: jax.Array) -> jax.Array:

@@ -1,0 +1,70 @@
+"""The default sweep beside the published notebook's way (scikit-learn, one fit at a time), in one run.
+
+    python -m benchmarks.gmm_sweep                  time, and agreement of the means over all seeds
+    python -m benchmarks.gmm_sweep --students 100000   peak memory of a large sweep, in chunks
+
+Both sides fit the same numbers of students on as many points and score them on as many draws. Ours shares random numbers
+among the betas of a seed (fewer random numbers to make); the peer draws anew for each.
+"""
+
+import argparse
+import resource
+import time
+
+import numpy as np
+
+from benchmarks import notebook_chain
+from configs.gmm import get_config
+from kd_jax.gmm import experiment
+
+COLUMNS = ("precision", "recall", "precision_notebook", "recall_notebook")
+
+
+def compare(seeds: int) -> None:
+    config = get_config()
+    (setting, separation), betas = experiment.settings(config)[0], np.geomspace(1, 100, 16)
+    began = time.perf_counter()
+    ours = experiment.sweep(setting, np.arange(seeds), betas, separation, config.tol)
+    first = time.perf_counter() - began
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        ours = experiment.sweep(setting, np.arange(seeds), betas, separation, config.tol)
+        times.append(time.perf_counter() - began)
+    began = time.perf_counter()
+    peer = [notebook_chain.run_seed(seed, betas) for seed in range(seeds)]
+    peer_time = time.perf_counter() - began
+    distilled = np.stack([p[1] for p in peer])
+    print(f"{'column':20} {'beta':>6} {'kd_jax':>18} {'scikit-learn':>18}  difference / joint standard error")
+    worst = 0.0
+    for c, column in enumerate(COLUMNS):
+        for b in (0, 8, 15):
+            mine, theirs = getattr(ours[1], column)[:, b], distilled[:, b, c]
+            errors = [v.std(ddof=1) / np.sqrt(seeds) for v in (mine, theirs)]
+            z = (mine.mean() - theirs.mean()) / np.hypot(*errors)
+            worst = max(worst, abs(z))
+            pairs = [f"{v.mean():8.3f} +- {e:6.3f}" for v, e in zip((mine, theirs), errors, strict=True)]
+            print(f"{column:20} {betas[b]:6.1f} {pairs[0]:>18} {pairs[1]:>18}  {z:+.2f}")
+    assert worst < 4, "the two sides do not compute the same thing"
+    print(f"{seeds} seeds x {len(betas)} betas: scikit-learn {peer_time:.2f} s, kd_jax {min(times):.3f} s after a first")
+    print(f"call of {first:.2f} s (compile included): {peer_time / min(times):.0f}x; compile counted {peer_time / first:.1f}x")
+
+
+def large(students: int) -> None:
+    config = get_config()
+    (setting, separation), betas = experiment.settings(config)[0], experiment.betas_of(config)
+    seeds = -(-students // len(betas))
+    size = experiment.chunk_size(setting, len(betas), config.memory_gib, 1)
+    began = time.perf_counter()
+    for first in range(0, seeds, size):
+        experiment.sweep(setting, np.arange(first, first + size), betas, separation, config.tol)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{seeds * len(betas)} students, {size} seeds a chunk: {time.perf_counter() - began:.1f} s, peak {peak:.2f} GiB")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=64)
+    parser.add_argument("--students", type=int, default=0)
+    args = parser.parse_args()
+    large(args.students) if args.students else compare(args.seeds)
