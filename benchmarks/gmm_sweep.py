@@ -46,8 +46,12 @@ def compare(seeds: int) -> None:
             pairs = [f"{v.mean():8.3f} +- {e:6.3f}" for v, e in zip((mine, theirs), errors, strict=True)]
             print(f"{column:20} {betas[b]:6.1f} {pairs[0]:>18} {pairs[1]:>18}  {z:+.2f}")
     assert worst < 4, "the two sides do not compute the same thing"
-    print(f"{seeds} seeds x {len(betas)} betas: scikit-learn {peer_time:.2f} s, kd_jax {min(times):.3f} s after a first")
-    print(f"call of {first:.2f} s (compile included): {peer_time / min(times):.0f}x; compile counted {peer_time / first:.1f}x")
+    print(
+        f"{seeds} seeds x {len(betas)} betas: scikit-learn {peer_time:.2f} s, kd_jax {min(times):.3f} s after a first"
+    )
+    print(
+        f"call of {first:.2f} s (compile included): {peer_time / min(times):.0f}x; compile counted {peer_time / first:.1f}x"
+    )
 
 
 def large(students: int) -> None:
@@ -59,7 +63,9 @@ def large(students: int) -> None:
     for first in range(0, seeds, size):
         experiment.sweep(setting, np.arange(first, first + size), betas, separation, config.tol)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{seeds * len(betas)} students, {size} seeds a chunk: {time.perf_counter() - began:.1f} s, peak {peak:.2f} GiB")
+    print(
+        f"{seeds * len(betas)} students, {size} seeds a chunk: {time.perf_counter() - began:.1f} s, peak {peak:.2f} GiB"
+    )
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def _lead(rows: list[dict]) -> str:
 
 def _footer(folder: Path, manifest: dict, config: dict) -> list[tuple[str, str]]:
     """The reproduction entries: command, versions, device and seed as the manifest (or else the config) has them."""
+
     def text(value) -> str:
         if isinstance(value, dict):
             return ", ".join(f"{k} {text(v)}" for k, v in value.items())

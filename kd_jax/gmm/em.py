@@ -210,9 +210,7 @@ def _moments_small(points, responsibilities, shift, full: bool):
     mass = sums[0]
     divisor = jnp.where(mass > 0, mass, 1.0)
     moved = [s / divisor for s in sums[1 : 1 + dim]]
-    second = {
-        (i, j): s / divisor - moved[i] * moved[j] for (i, j), s in zip(pairs, sums[1 + dim :], strict=True)
-    }
+    second = {(i, j): s / divisor - moved[i] * moved[j] for (i, j), s in zip(pairs, sums[1 + dim :], strict=True)}
     means = shift + jnp.stack(moved, -1)
     if not full:
         # Rounding may leave a hair below zero.
@@ -289,6 +287,7 @@ def _draw(key, mass, count):
 
 def _lloyd(points, weights, centres, max_iter: int = 300):
     """Lloyd's iterations until no point changes its cluster; an empty cluster stays where it is."""
+
     def going(carry):
         step, _, moved = carry
         return (step < max_iter) & moved

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-
 from tqdm import tqdm
 
 from kd_jax import mesh
@@ -181,7 +180,9 @@ def validate(config) -> None:
             raise ValueError(f"config.{name}={config[name]} must be at least 1")
     if not 0 < config.beta_min <= config.beta_max:
         raise ValueError(f"need 0 < config.beta_min={config.beta_min} <= config.beta_max={config.beta_max}")
-    if config.memory_gib <= 0:
+    if not 0 <= config.tol < np.inf:
+        raise ValueError(f"config.tol={config.tol} must be 0 or above")
+    if not config.memory_gib > 0:
         raise ValueError(f"config.memory_gib={config.memory_gib} must be above 0")
     for setting, separation in settings(config):
         if setting.dim < 2:

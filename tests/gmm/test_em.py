@@ -37,9 +37,7 @@ def test_equals_scikit_learn(dim, covariance_type):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         peer.fit(x.astype(np.float64))
-    got = em.fit(
-        KEY, x, 3, covariance_type=covariance_type, start=start_at(x[:3], full), max_iter=40, tol=0.0
-    )
+    got = em.fit(KEY, x, 3, covariance_type=covariance_type, start=start_at(x[:3], full), max_iter=40, tol=0.0)
     np.testing.assert_allclose(got.log_likelihood[-1], peer.lower_bound_, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(np.exp(got.mixture.log_weights), peer.weights_, rtol=1e-3)
     np.testing.assert_allclose(got.mixture.means, peer.means_, rtol=1e-3, atol=1e-3)
