@@ -209,7 +209,7 @@ def _footer(folder: Path, manifest: dict, config: dict) -> list[tuple[str, str]]
         found = next((s[k] for s in (manifest, config) for k in keys if s.get(k) is not None), None)
         if found is not None:
             out.append((label, text(found)))
-    return [*out, ("report", f"python -m kd_jax.report {folder.name}")]
+    return [*out, ("report", f"python -m kd_jax.report {folder}")]
 
 
 def _json(path: Path) -> dict:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chex
@@ -160,3 +161,19 @@ def test_a_run_resumes_exactly_and_a_finished_one_is_left_alone(tmp_path):
     assert (killed / "manifest.json").read_text() == before
     other = train(killed, "--config.seeds=5", check=False)
     assert other.returncode != 0 and "seeds" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing(tmp_path):
+    flags = ("--config.memory_gib=1e-9", "--config.seeds=30")
+    train(tmp_path / "whole", *flags)
+    command = [sys.executable, "-m", "kd_jax.train", "--config", "configs/gmm.py:smoke", "--workdir"]
+    rows = tmp_path / "killed" / "metrics.jsonl"
+    for enough in (4 * 3, 4 * 11):
+        with subprocess.Popen([*command, str(tmp_path / "killed"), *flags], cwd=ROOT) as process:
+            while process.poll() is None and (not rows.exists() or len(rows.read_text().splitlines()) < enough):
+                time.sleep(0.01)
+            process.kill()
+        assert process.returncode == -9
+    train(tmp_path / "killed", *flags)
+    assert rows.read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
