@@ -4,8 +4,9 @@
 
 Each axis is varied alone about the setting of configs/gmm.py; each setting is a full sweep over beta and seeds.
 
-Cost: 11 settings, 12672 students, 90 s on two cores. Result: the trade-off needs a student poorer than its teacher. With
-4 student components, as many as the teacher has, precision no longer moves with beta (-0.03 +- 0.05 nats per decade).
+Cost: 11 settings, 12672 students, 90 s on two cores. Result: the trade-off needs a student poorer than its teacher.
+With 4 student components, as many as the teacher has, precision no longer moves with beta (-0.03 +- 0.05 nats per
+decade).
 """
 
 from ml_collections import ConfigDict

@@ -296,10 +296,11 @@ def panels(config, grid_size: int = 160) -> dict[str, np.ndarray]:
     axis = jnp.linspace(-2.0, 2.0, grid_size) * max(separation, 0.75)
     grid = jnp.stack(jnp.meshgrid(axis, axis), -1)
     arrays = {"grid_x": axis, "grid_y": axis, "data": one.data, "beta": betas_of(config)[-1]}
-    arrays |= {f"log_{name}": log_prob(mixture, grid) for name, mixture in mixtures.items()}
+    arrays |= {f"log_{name}": jax.jit(log_prob)(mixture, grid) for name, mixture in mixtures.items()}
     mixtures["teacher"] = last[0]  # the samples shown are the sharpened teacher's
     key = jax.random.key(config.seed)
-    arrays |= {f"samples_{name}": sample(key, mixture, 500) for name, mixture in mixtures.items()}
+    draw = jax.jit(sample, static_argnums=2)
+    arrays |= {f"samples_{name}": draw(key, mixture, 500) for name, mixture in mixtures.items()}
     return {name: np.asarray(value) for name, value in arrays.items()}
 
 
