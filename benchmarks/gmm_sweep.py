@@ -55,7 +55,7 @@ def large(students: int) -> None:
     config = get_config()
     (setting, separation), betas = experiment.settings(config)[0], experiment.betas_of(config)
     seeds = -(-students // len(betas))
-    size = experiment.chunk_size(setting, len(betas), config.memory_gib, 1)
+    size = experiment.chunk_size(setting, len(betas), config.memory_gib)
     began = time.perf_counter()
     for first in range(0, seeds, size):
         experiment.sweep(setting, np.arange(first, first + size), betas, separation, config.tol)

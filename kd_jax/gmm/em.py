@@ -62,7 +62,7 @@ def fit(
 
     `covariance_floor` is added to every variance, as scikit-learn's `reg_covar`; where that addition would lower the
     likelihood, the component keeps the covariance it had, so the trace never falls beyond rounding. Rounding grows with
-    the condition number of a full covariance: up to some 1e-3 nats in float32 at 1e6; switch x64 on there.
+    the condition number of a full covariance: up to 3e-3 nats seen in float32 at 1e6; switch x64 on there.
     A fit stops when its mean log-likelihood changes by less than `tol`. Under `vmap` each fit stops by itself: it
     is frozen while others go on, and a NaN in one data set reaches no other.
 

@@ -214,13 +214,15 @@ def betas_of(config) -> np.ndarray:
     return np.geomspace(config.beta_min, config.beta_max, config.num_betas).astype(np.float32)
 
 
-def chunk_size(setting: Setting, num_betas: int, memory_gib: float, num_devices: int) -> int:
-    """Seeds that fit the memory at once, by the live float32 arrays of a seed (measured: benchmarks/gmm_sweep.py)."""
+def chunk_size(setting: Setting, num_betas: int, memory_gib: float) -> int:
+    """Seeds that fit the memory at once, by the live float32 arrays of a seed (measured: benchmarks/gmm_sweep.py).
+
+    Not by the number of devices: a run may be resumed on another.
+    """
     points = max(setting.num_distill, setting.num_precision, setting.num_recall)
-    components = max(setting.student_components, 1)
+    components = setting.student_components
     width = 3 * setting.dim + 6 * components + (0 if setting.dim <= 4 else 2 * setting.dim * components)
-    a_seed = 4 * num_betas * points * width * 2
-    return max(num_devices, int(memory_gib * 2**30 / a_seed) // num_devices * num_devices)
+    return max(1, int(memory_gib * 2**30 / (8 * num_betas * points * width)))
 
 
 class Chunk(NamedTuple):
@@ -234,11 +236,10 @@ class Chunk(NamedTuple):
 
 
 def chunk_plan(config) -> list[Chunk]:
-    """The sweep in chunks of seeds that fit `config.memory_gib`; depends on the config and the device count alone."""
+    """The sweep in chunks of seeds that fit `config.memory_gib`; depends on the config alone."""
     plan = []
     for setting, separation in settings(config):
-        fitting = chunk_size(setting, config.num_betas, config.memory_gib, jax.device_count())
-        size = min(config.seeds, fitting)
+        size = min(config.seeds, chunk_size(setting, config.num_betas, config.memory_gib))
         for first in range(0, config.seeds, size):
             plan.append(Chunk(setting, separation, config.seed + first, size, min(size, config.seeds - first)))
     return plan
