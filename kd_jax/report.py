@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 from jinja2 import Environment
 
-from kd_jax import figures
+from kd_jax import figures, run
 
 METRICS = (
     "precision", "precision_notebook", "recall", "recall_notebook", "kl_student_data", "kl_data_student",
@@ -67,12 +66,12 @@ over seeds.</p>
 <h2>Chosen values of beta</h2>
 {{ grid(head, table) }}
 <p class="note">Mean ± standard error over seeds, in nats. An entry such as “inf (1 of 5 seeds)” says how many seeds
-gave a non-finite value.</p>
+gave a non-finite value. The direct student's notebook precision is under the most selective teacher.</p>
 <p>{{ notebook }}</p>
 <h2>Curves</h2>
 {{ figure("curves", "Precision and recall against beta and against the sharpened teacher's entropy; the dashed line "
  ~ "and band are the direct student's mean and standard error.") }}
-{% if "panels" in images %}<h2>Densities, seed 0</h2>
+{% if "panels" in images %}<h2>Densities, first seed</h2>
 {{ figure("panels", "Contours lie 0.5, 2 and 4.5 nats below each density's mode.") }}{% endif %}
 {% if settings %}<h2>Settings</h2>
 {{ figure("settings", "One panel per varied axis, one line per value; stars are the direct students.") }}
@@ -192,40 +191,27 @@ def _lead(rows: list[dict]) -> str:
     )
 
 
-def _footer(folder: Path, manifest: dict, config: dict) -> list[tuple[str, str]]:
-    """The reproduction entries: command, versions, device and seed as the manifest (or else the config) has them."""
+def _footer(folder: Path) -> list[tuple[str, str]]:
+    """The reproduction entries, as the manifest has them."""
 
     def text(value) -> str:
-        if isinstance(value, dict):
-            return ", ".join(f"{k} {text(v)}" for k, v in value.items())
-        return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
-    wanted = (
-        ("command", ("command", "argv")), ("versions", ("versions", "packages")), ("python", ("python",)),
-        ("device", ("device", "devices", "backend")), ("seed", ("seed", "seeds")), ("commit", ("commit", "git")),
-    )  # fmt: skip
-    out = []
-    for label, keys in wanted:
-        found = next((s[k] for s in (manifest, config) for k in keys if s.get(k) is not None), None)
-        if found is not None:
-            out.append((label, text(found)))
-    return [*out, ("report", f"python -m kd_jax.report {folder}")]
-
-
-def _json(path: Path) -> dict:
-    """The JSON object in a file, or an empty one if there is no file."""
-    value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = [(key, manifest[key]) for key in ("command", "versions", "device", "seed", "git_commit") if key in manifest]
+    entries = [(key.replace("_", " "), text(value)) for key, value in found if value is not None]
+    return [*entries, ("report", f"python -m kd_jax.report {folder}")]
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """The rows of a run's metrics.jsonl; raises FileNotFoundError or ValueError with a message fit to print."""
+    """The rows of a run's metrics.jsonl; raises FileNotFoundError, ValueError or RunError, fit to print."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no such run folder: {folder}")
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no metrics.jsonl in {folder}")
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = run.read_rows(path)
     if not rows:
         raise ValueError(f"metrics.jsonl in {folder} is empty")
     return rows
@@ -270,12 +256,10 @@ def write(folder: str | Path) -> Path:
         images=images,
         settings=by_setting,
         settings_head=[*figures.SETTING_NAMES.values(), "seeds", "precision slope", "recall slope"],
-        footer=_footer(folder, _json(folder / "manifest.json"), _json(folder / "config.json")),
+        footer=_footer(folder),
     )  # fmt: skip
     path = folder / "report.html"
-    partial = folder / f".report.html.{os.getpid()}"
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, path)
+    run.write_text(path, html)
     return path
 
 
@@ -286,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     for folder in parser.parse_args(argv).folders:
         try:
             print(write(folder))
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError, run.RunError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return 0

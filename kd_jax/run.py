@@ -83,14 +83,25 @@ def finish(run: Run, **extra: Any) -> None:
     write_json(path, {**_read_json(path), **extra, "status": "finished", "finished": _now()})
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path = Path(path)
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes one JSON file whole or not at all."""
-    _replace(path, _dump(value, indent=2) + "\n")
+    write_text(path, _dump(value, indent=2) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes a JSON lines file whole or not at all."""
-    _replace(path, _lines(rows))
+    write_text(path, _lines(rows))
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -207,16 +218,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:

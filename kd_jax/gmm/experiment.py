@@ -174,27 +174,34 @@ def sweep(setting: Setting, seeds, betas, separation=1.0, tol=1e-3, devices=None
 
 def validate(config) -> None:
     """Raises ValueError, naming the key, for a value that cannot work."""
-    positive = ("seeds", "num_betas", "num_data", "dim", "teacher_components", "student_components", "num_distill")
-    for name in (*positive, "num_precision", "num_recall", "max_iter", "num_starts"):
+    for name in ("seeds", "num_betas"):
         if config[name] < 1:
             raise ValueError(f"config.{name}={config[name]} must be at least 1")
-    if not 0 < config.beta_min <= config.beta_max:
-        raise ValueError(f"need 0 < config.beta_min={config.beta_min} <= config.beta_max={config.beta_max}")
+    if not 0 <= config.seed <= 2**32 - config.seeds:
+        raise ValueError(f"config.seed={config.seed} must be from 0, and config.seed + config.seeds at most 2**32")
+    if not 0 < config.beta_min <= config.beta_max < np.inf:
+        raise ValueError(f"need 0 < config.beta_min={config.beta_min} <= config.beta_max={config.beta_max}, finite")
     if not 0 <= config.tol < np.inf:
-        raise ValueError(f"config.tol={config.tol} must be 0 or above")
-    if not config.memory_gib > 0:
-        raise ValueError(f"config.memory_gib={config.memory_gib} must be above 0")
+        raise ValueError(f"config.tol={config.tol} must be finite and 0 or above")
+    if not 0 < config.memory_gib < np.inf:
+        raise ValueError(f"config.memory_gib={config.memory_gib} must be finite and above 0")
+    if config.covariance_type not in em.COVARIANCE_TYPES:
+        raise ValueError(f"config.covariance_type={config.covariance_type!r} is not in {em.COVARIANCE_TYPES}")
     for setting, separation in settings(config):
-        if setting.dim < 2:
-            raise ValueError(f"config.dim={setting.dim}: the ring needs at least 2 dimensions")
-        if setting.covariance_type not in em.COVARIANCE_TYPES:
-            raise ValueError(f"config.covariance_type={setting.covariance_type!r} is not in {em.COVARIANCE_TYPES}")
-        if max(setting.teacher_components, setting.student_components) > setting.num_data:
-            raise ValueError(f"more components than config.num_data={setting.num_data} points: {setting}")
-        if setting.student_components > setting.num_distill:
-            raise ValueError(f"more student components than config.num_distill={setting.num_distill}")
-        if separation <= 0:
-            raise ValueError(f"config.separation={separation} must be above 0")
+        _validate_setting(setting, separation)
+
+
+def _validate_setting(setting: Setting, separation: float) -> None:
+    for name, value in setting._asdict().items():
+        least = 2 if name == "dim" else 1  # the ring needs a plane
+        if name != "covariance_type" and not (isinstance(value, int) and value >= least):
+            raise ValueError(f"config.{name} (or config.vary.{name}): {value!r} must be an integer from {least}")
+    if max(setting.teacher_components, setting.student_components) > setting.num_data:
+        raise ValueError(f"more components than config.num_data={setting.num_data} points: {setting}")
+    if setting.student_components > setting.num_distill:
+        raise ValueError(f"more student components than config.num_distill={setting.num_distill}")
+    if not 0 < separation < np.inf:
+        raise ValueError(f"config.separation (or config.vary.separation): {separation} must be finite and above 0")
 
 
 def settings(config) -> list[tuple[Setting, float]]:

@@ -119,7 +119,10 @@ def test_wide_settings_vary_one_axis_at_a_time():
 @pytest.mark.parametrize(
     "change, word",
     [({"seeds": 0}, "seeds"), ({"beta_min": 0.0}, "beta_min"), ({"dim": 1}, "dim"), ({"covariance_type": "x"}, "x"),
-     ({"student_components": 300}, "num_data"), ({"memory_gib": 0.0}, "memory_gib"), ({"tol": float("nan")}, "tol")],
+     ({"student_components": 300}, "num_data"), ({"memory_gib": 0.0}, "memory_gib"), ({"tol": float("nan")}, "tol"),
+     ({"seed": -1}, "seed"), ({"seed": 2**32 - 1}, "seed"), ({"beta_max": float("inf")}, "beta_max"),
+     ({"separation": float("nan")}, "separation"), ({"vary": {"teacher_components": (0,)}}, "teacher_components"),
+     ({"vary": {"num_data": (99.5,)}}, "num_data"), ({"memory_gib": float("inf")}, "memory_gib")],
 )  # fmt: skip
 def test_values_that_cannot_work_are_named(change, word):
     config = gmm.get_config()
