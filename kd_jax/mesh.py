@@ -1,11 +1,83 @@
-"""Device meshes."""
+"""Device meshes, and which mesh axis each named axis of an array is split over."""
+
+from __future__ import annotations
+
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of an array -> mesh axes. Axes that are not here are not split.
+RULES = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+}
 
 
 def one_axis(name: str, devices=None) -> Mesh:
     """All `devices` (default: every device there is) along one axis called `name`."""
     devices = jax.devices() if devices is None else devices
     return Mesh(np.asarray(devices), (name,))
+
+
+def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of axes data x fsdp x tensor over `devices` (default: all); one of the sizes may be -1, for the rest.
+
+    Raises ValueError where the sizes do not make up the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {asked}: sizes are from 1, and at most one is -1 (the rest)")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if int(np.prod(list(sizes.values()))) != len(devices):
+        raise ValueError(f"mesh {asked} does not fit {len(devices)} devices")
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+
+
+def spec(axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+    """The partition of an array with these logical axes; mesh axes of size 1 are left out."""
+    parts = []
+    for axis in axes:
+        names = tuple(name for name in RULES.get(axis, ()) if mesh.shape.get(name, 1) > 1)
+        parts.append(names[0] if len(names) == 1 else names or None)
+    used = [name for part in parts if part for name in (part if isinstance(part, tuple) else (part,))]
+    if len(used) != len(set(used)):
+        raise ValueError(f"axes {axes} would use a mesh axis twice: {used}")
+    return PartitionSpec(*parts)
+
+
+def sharding(axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
+    """`spec` on its mesh."""
+    return NamedSharding(mesh, spec(axes, mesh))
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """Shardings for a tree of arrays, from a tree of tuples of logical axes and a tree of shapes (or arrays).
+
+    Raises ValueError, naming the array, where a size is not a multiple of the devices it is to be split over.
+    """
+
+    def one(path, leaf, names):
+        partition = spec(names, mesh)
+        for size, part, name in zip(leaf.shape, partition, names, strict=True):
+            parts = (part,) if isinstance(part, str) else part or ()
+            devices = int(np.prod([mesh.shape[p] for p in parts]))
+            if size % devices:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)}: axis {name!r} of size {size} cannot be split over "
+                    f"{' x '.join(parts)} = {devices} devices"
+                )
+        return NamedSharding(mesh, partition)
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)

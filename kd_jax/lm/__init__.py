@@ -1,0 +1,1 @@
+"""Language models: SmolLM2 and other Llama-architecture checkpoints."""

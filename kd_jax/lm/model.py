@@ -1,0 +1,412 @@
+"""The Llama architecture: its weights, declared once, and the pure functions that run it.
+
+Linen declares the weights because it does so without a mesh at hand: `init` under `eval_shape` gives shapes, dtypes and
+logical axes, from which shardings follow before anything is allocated. (NNX places an annotated variable when it is
+made, so it wants the mesh first.) Nothing outside this file knows: a model's weights are a dict of arrays.
+
+Linear weights are stored [out, in], as in the checkpoints: the products contract the last axis of both sides, which is
+also the quicker layout for small batches on CPUs. Those of all layers lie stacked, [layer, out, in], and are scanned.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The shape of a Llama model; names are those of the checkpoints' config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float = 1e-5
+    max_position_embeddings: int = 8192
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name != "tie_word_embeddings" and not value > 0:
+                raise ValueError(f"{field.name}={value} must be above 0")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract(self)))
+
+
+def _smollm2(layers: int, width: int, heads: int, kv_heads: int, mlp: int) -> Architecture:
+    return Architecture(
+        vocab_size=49152, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=64, rope_theta=100000.0,
+    )  # fmt: skip
+
+
+PRESETS = {
+    "smollm2-135m": _smollm2(30, 576, 9, 3, 1536),
+    "smollm2-360m": _smollm2(32, 960, 15, 5, 2560),
+    # the largest has another rotary base
+    "smollm2-1.7b": dataclasses.replace(_smollm2(24, 2048, 32, 32, 8192), rope_theta=130000.0),
+    # for tests: every axis has another size
+    "tiny": Architecture(
+        vocab_size=320, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, rope_theta=10000.0, max_position_embeddings=512,
+    ),
+}  # fmt: skip
+
+
+class Model(NamedTuple):
+    """A model that can be scored, sampled and exported.
+
+    Attributes:
+        architecture: its shape.
+        params: its weights; the tree is that of `abstract(architecture)`.
+        eos_ids: ids that end a sequence; none for a model that never stops.
+        bos_id: id that starts one, or None.
+        pad_id: id that fills up a row, or None; never used to find out what is padding.
+        tokenizer: a kd_jax.lm.tokenizer.Tokenizer, or None.
+    """
+
+    architecture: Architecture
+    params: dict[str, Any]
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    tokenizer: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many ids are real; a checkpoint's vocabulary may be padded beyond its tokenizer's."""
+        return self.architecture.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+
+
+class _Weights(nn.Module):
+    """Declares each weight once: name, shape, logical axes, initialiser."""
+
+    architecture: Architecture
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        a = self.architecture
+        queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+        # 0.041666 for a width of 576, as published for SmolLM2: 1 / sqrt(width)
+        normal, ones = nn.initializers.normal(a.hidden_size**-0.5), nn.initializers.ones
+        layers = {
+            "attention_norm": (("embed",), (a.hidden_size,), ones),
+            "q": (("heads", "embed"), (queries, a.hidden_size), normal),
+            "k": (("heads", "embed"), (keys, a.hidden_size), normal),
+            "v": (("heads", "embed"), (keys, a.hidden_size), normal),
+            "o": (("embed", "heads"), (a.hidden_size, queries), normal),
+            "mlp_norm": (("embed",), (a.hidden_size,), ones),
+            "gate": (("mlp", "embed"), (a.intermediate_size, a.hidden_size), normal),
+            "up": (("mlp", "embed"), (a.intermediate_size, a.hidden_size), normal),
+            "down": (("embed", "mlp"), (a.hidden_size, a.intermediate_size), normal),
+        }
+        weights = {
+            "embedding": self._declare("embedding", ("vocab", "embed"), (a.vocab_size, a.hidden_size), normal),
+            "layers": {
+                name: self._declare(f"layers.{name}", ("layer", *axes), (a.num_hidden_layers, *shape), init)
+                for name, (axes, shape, init) in layers.items()
+            },
+            "norm": self._declare("norm", ("embed",), (a.hidden_size,), ones),
+        }
+        if not a.tie_word_embeddings:
+            weights["head"] = self._declare("head", ("vocab", "embed"), (a.vocab_size, a.hidden_size), normal)
+        return weights
+
+    def _declare(self, name, axes, shape, init):
+        return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32, unbox=False)
+
+
+def _boxed(architecture: Architecture, key: jax.Array) -> dict[str, Any]:
+    return _Weights(architecture).init_with_output(key)[0]
+
+
+def init(key: jax.Array, architecture: Architecture, dtype=jnp.float32) -> dict[str, Any]:
+    """Random weights: normal with standard deviation hidden_size**-0.5, norm gains 1. Jit it with out_shardings."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), nn.unbox(_boxed(architecture, key)))
+
+
+def abstract(architecture: Architecture, dtype=jnp.float32) -> dict[str, Any]:
+    """Shapes and dtypes of the weights; nothing is allocated."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), architecture, dtype))
+
+
+def logical_axes(architecture: Architecture) -> dict[str, Any]:
+    """A tuple of logical axis names for each weight, in the tree of `abstract`."""
+    boxed = jax.eval_shape(lambda: _boxed(architecture, jax.random.key(0)))
+    return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How a model is run, apart from its weights; hashable, so that it can be static under jit.
+
+    Attributes:
+        dtype: of activations and products. Norms, rotary phases, softmax and logits are float32 whatever it is.
+        attention: "blocked" (query blocks that skip what the causal mask hides), "xla" or "cudnn" (both
+            jax.nn.dot_product_attention), or "auto": cudnn on a GPU with a 16-bit dtype, else blocked.
+        query_block: queries per block of "blocked".
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    dtype: str = "float32"
+    attention: str = "auto"
+    query_block: int = 128
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"compute dtype {self.dtype!r} is not float32, bfloat16 or float16")
+        if self.attention not in ("auto", "blocked", "xla", "cudnn"):
+            raise ValueError(f"attention {self.attention!r} is not auto, blocked, xla or cudnn")
+        if self.query_block < 1:
+            raise ValueError(f"query_block={self.query_block} must be at least 1")
+        if self.attention == "cudnn":
+            if jax.default_backend() != "gpu":
+                raise ValueError(f"attention 'cudnn' needs a GPU; this is {jax.default_backend()} (use 'auto')")
+            if self.dtype == "float32":
+                raise ValueError("attention 'cudnn' needs dtype bfloat16 or float16 (use 'auto' for float32)")
+
+
+DEFAULT = Compute()
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions a batch of sequences has been through.
+
+    Keys lie [layer, row, kv head, head_dim, position] and values [layer, row, kv head, position, head_dim]: then one
+    new query's products with both run along the last axis, at the speed of memory.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[-1]
+
+
+CACHE_AXES = Cache(("layer", "batch", None, None, None), ("layer", "batch", None, None, None))
+
+
+def empty_cache(architecture: Architecture, rows: int, length: int, dtype=jnp.float32) -> Cache:
+    """A cache of zeros with room for `length` positions in each of `rows` rows."""
+    a = architecture
+    shape = (a.num_hidden_layers, rows, a.num_key_value_heads)
+    return Cache(jnp.zeros((*shape, a.head_dim, length), dtype), jnp.zeros((*shape, length, a.head_dim), dtype))
+
+
+def forward(
+    params: dict[str, Any], architecture: Architecture, tokens: jax.Array, *, positions: jax.Array | None = None,
+    segments: jax.Array | None = None, compute: Compute = DEFAULT,
+) -> jax.Array:  # fmt: skip
+    """Hidden states [row, position, hidden_size] after the last norm; multiply by the head for logits.
+
+    Args:
+        tokens: ids [row, position].
+        positions: [row, position], by default 0, 1, 2, ... in each row.
+        segments: [row, position]; a position attends only to earlier ones of its own segment. Several sequences packed
+            in a row have a segment each; left padding has one of its own. By default a row is one segment, which is
+            right for right padding too: nothing attends to what comes after it.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    phases = _phases(positions, architecture)
+    x = params["embedding"][tokens].astype(compute.dtype)
+
+    def layer(x, w):
+        q, k, v = _project(w, x, phases, architecture, compute)
+        x = x + _linear(_attend(q, k, v, segments, compute), w["o"], compute)
+        return _mlp(w, x, architecture, compute), None
+
+    x, _ = jax.lax.scan(jax.checkpoint(layer) if compute.remat else layer, x, params["layers"])
+    return _norm(x, params["norm"], architecture, compute)
+
+
+def extend(
+    params: dict[str, Any], architecture: Architecture, cache: Cache, tokens: jax.Array, positions: jax.Array, *,
+    limit: jax.Array | int | None = None, compute: Compute = DEFAULT,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
+    """Runs new tokens of each row against the cache, and writes them into it.
+
+    A step of decoding is the case of one token a row, prefill that of many; a long prompt can come in pieces.
+
+    Args:
+        cache: of the rows; positions that were never written are not looked at, as long as each row's positions come
+            in order.
+        tokens, positions: [row, new]. A position outside the cache (padding: give it the cache's length) is not
+            written and its hidden state means nothing.
+        limit: no position is at or beyond it; keys from there on are not read. Default: the cache's length.
+    Returns: hidden states [row, new, hidden_size] and the cache, in place if it is donated.
+    """
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    phases = _phases(positions, architecture)
+    x = params["embedding"][tokens].astype(compute.dtype)
+
+    def layer(index, carry):
+        x, cache = carry
+        w = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), params["layers"])
+        q, k, v = _project(w, x, phases, architecture, compute)
+        # the cache is a loop carry, so that these two are written in place
+        keys = cache.keys.at[index, rows, :, :, positions].set(k.astype(cache.keys.dtype), mode="drop")
+        values = cache.values.at[index, rows, :, positions].set(v.astype(cache.values.dtype), mode="drop")
+        k, v = (jax.lax.dynamic_index_in_dim(side, index, keepdims=False) for side in (keys, values))
+        x = x + _linear(_attend_cache(q, k, v, positions, limit), w["o"], compute)
+        return _mlp(w, x, architecture, compute), Cache(keys, values)
+
+    x, cache = jax.lax.fori_loop(0, architecture.num_hidden_layers, layer, (x, cache))
+    return _norm(x, params["norm"], architecture, compute), cache
+
+
+def head(params: dict[str, Any]) -> jax.Array:
+    """The output projection [vocab, hidden_size]: the embedding where they are tied."""
+    return params.get("head", params["embedding"])
+
+
+def logits(params: dict[str, Any], hidden: jax.Array) -> jax.Array:
+    """float32 logits [..., vocab] of hidden states [..., hidden_size]."""
+    return linear(hidden, head(params).astype(hidden.dtype), out_dtype=jnp.float32)
+
+
+def linear(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
+    """x [..., in] times a weight [out, in] -> [..., out]. float32 is real float32 on GPUs and TPUs too."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, dims, precision=precision, preferred_element_type=out_dtype or x.dtype)
+
+
+def _linear(x, weight, compute):
+    return linear(x, weight.astype(compute.dtype))
+
+
+def _norm(x, gain, architecture, compute):
+    x = x.astype(jnp.float32)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + architecture.rms_norm_eps)
+    return (x * gain.astype(jnp.float32)).astype(compute.dtype)
+
+
+def _phases(positions, architecture):
+    """cos and sin [row, position, 1, head_dim / 2] of the rotary embedding, in float32."""
+    half = architecture.head_dim // 2
+    inverse = architecture.rope_theta ** (-np.arange(half, dtype=np.float64) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x, phases):
+    cos, sin = phases
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _project(w, x, phases, architecture, compute):
+    """Rotated queries [row, position, head, head_dim], rotated keys and values (with their fewer heads)."""
+    a = architecture
+    h = _norm(x, w["attention_norm"], a, compute)
+    q = _linear(h, w["q"], compute).reshape(*x.shape[:2], a.num_attention_heads, a.head_dim)
+    k = _linear(h, w["k"], compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
+    v = _linear(h, w["v"], compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
+    return _rotate(q, phases), _rotate(k, phases), v
+
+
+def _mlp(w, x, architecture, compute):
+    h = _norm(x, w["mlp_norm"], architecture, compute)
+    gate, up = _linear(h, w["gate"], compute), _linear(h, w["up"], compute)
+    return x + _linear(jax.nn.silu(gate) * up, w["down"], compute)
+
+
+def _attend(q, k, v, segments, compute):
+    """Causal attention among the positions of a row -> [row, position, heads * head_dim]."""
+    kind = compute.attention
+    if kind == "auto":
+        kind = "cudnn" if jax.default_backend() == "gpu" and compute.dtype != "float32" else "blocked"
+    if kind == "blocked":
+        out = _attend_blocked(q, k, v, segments, compute.query_block)
+    else:
+        mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=kind)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def _attend_blocked(q, k, v, segments, block):
+    rows, length, heads, width = q.shape
+    groups = k.shape[2]
+    # [row, kv head, query head of it, position, head_dim]
+    q = (q * width**-0.5).reshape(rows, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
+
+    def one(start, stop):
+        # nothing beyond `stop` is visible to these queries, so it is never computed
+        mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+        if segments is not None:
+            mask = mask & (segments[:, start:stop, None] == segments[:, None, :stop])[:, None, None]
+        scores = _einsum("rghqd,rgkd->rghqk", q[:, :, :, start:stop], k[:, :, :stop])
+        weights, total = _softmax(scores, mask)
+        out = _einsum("rghqk,rgdk->rghqd", weights.astype(v.dtype), v[..., :stop]) / total
+        return out.astype(q.dtype)
+
+    out = jnp.concatenate([one(i, min(i + block, length)) for i in range(0, length, block)], axis=3)
+    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
+
+
+def _softmax(scores, mask):
+    """Unnormalised weights and their sums. A row that sees nothing gets equal weights, not NaN."""
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights, weights.sum(axis=-1, keepdims=True)
+
+
+def _einsum(formula, a, b):
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _attend_cache(q, k, v, positions, limit):
+    """Attention of new queries to a layer's cache, k [row, kv head, head_dim, key], v [row, kv head, key, head_dim]."""
+    rows, new, heads, width = q.shape
+    groups, length = k.shape[1], k.shape[-1]
+    q = (q * width**-0.5).reshape(rows, new, groups, heads // groups, width)
+
+    def within(window):
+        def attend(q, k, v):
+            k, v = k[..., :window].astype(q.dtype), v[:, :, :window].astype(q.dtype)
+            mask = (jnp.arange(window) <= positions[..., None])[:, None, None]  # [row, 1, 1, new, key]
+            if new == 1:
+                # a product and a sum, which XLA fuses with the reading of the cache; a dot would copy it first
+                scores = (q[:, 0, ..., None].astype(jnp.float32) * k[:, :, None]).sum(axis=3)[:, :, :, None]
+                weights, total = _softmax(scores, mask)
+                weights = (weights / total)[:, :, :, 0, :, None]
+                return (weights * v[:, :, None]).sum(axis=3)[:, None].astype(q.dtype)
+            weights, total = _softmax(_einsum("rqghd,rgdk->rghqk", q, k), mask)
+            out = _einsum("rghqk,rgkd->rghqd", weights.astype(v.dtype), v) / total
+            return out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
+
+        return attend
+
+    # Static windows, chosen by the longest row: the rest of the cache is not read.
+    windows = sorted({max(1, length * i // 4) for i in (1, 2, 3, 4)})
+    if limit is None or len(windows) == 1:
+        out = within(length)(q, k, v)
+    else:
+        chosen = jnp.searchsorted(jnp.asarray(windows), jnp.minimum(limit, length))
+        out = jax.lax.switch(chosen, [within(window) for window in windows], q, k, v)
+    return out.reshape(rows, new, heads * width)

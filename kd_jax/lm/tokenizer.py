@@ -1,0 +1,353 @@
+"""Text to token ids and back: the tokenizer of a Hugging Face folder, or the one inside a GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from kd_jax import run as run_lib
+
+_SPECIAL = ("bos", "eos", "eot", "pad")
+_GGUF_KEYS = {
+    "bos": "tokenizer.ggml.bos_token_id",
+    "eos": "tokenizer.ggml.eos_token_id",
+    "eot": "tokenizer.ggml.eot_token_id",
+    "pad": "tokenizer.ggml.padding_token_id",
+}
+
+# The pattern that Llama 3 was published with.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# How text is cut before BPE, by the name that tokenizer.ggml.pre gives it; each is what the model's tokenizer.json has.
+_PRE_TOKENIZERS = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": lambda: pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+# transformers lets these override what tokenizer.json and tokenizer_config.json say.
+_OVERRIDES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer and the ids with a meaning; an id that is not known is None, and 0 is an id like any other.
+
+    Nothing is added to a text unless asked for: a post-processor in tokenizer.json that puts in BOS or EOS is not run.
+
+    Attributes:
+        backend: the tokenizers.Tokenizer that does the work.
+        bos_id: starts a sequence.
+        eos_id: ends a sequence.
+        eot_id: ends a turn of a chat, where a GGUF file names one.
+        pad_id: fills up a row.
+        chat_template: the chat template as it was found, or None.
+        model_max_length: tokens the model was trained for, or None.
+    """
+
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
+    bos_id: int | None = None
+    eos_id: int | None = None
+    eot_id: int | None = None
+    pad_id: int | None = None
+    chat_template: Any = dataclasses.field(default=None, repr=False)
+    model_max_length: int | None = None
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike) -> Tokenizer:
+        """Reads tokenizer.json and, where they are there, tokenizer_config.json and special_tokens_map.json.
+
+        Raises FileNotFoundError where there is no tokenizer.json; ValueError for a file that cannot be read, or a
+        special token that tokenizer.json does not have.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"there is no tokenizer.json in {folder}; save the tokenizer there with transformers "
+                "(AutoTokenizer.from_pretrained(...).save_pretrained(folder)), which converts older formats"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"{path} is not a tokenizer ({error})") from error
+        # both are settings of whoever saved the file, and would cut or fill up ids unasked
+        backend.no_truncation()
+        backend.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        # where both files name a token, tokenizer_config.json is the newer format; its null means none
+        names = {**_read_json(folder / "special_tokens_map.json"), **config}
+        template = folder / "chat_template.jinja"
+        limit = config.get("model_max_length")
+        return cls(
+            backend,
+            **{f"{name}_id": _named_id(backend, names, f"{name}_token", folder) for name in _SPECIAL},
+            chat_template=template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template"),
+            # transformers writes 1e30 for "no limit known"
+            model_max_length=limit if isinstance(limit, int) and limit < 10**20 else None,
+        )
+
+    @classmethod
+    def from_gguf(cls, source: str | os.PathLike | gguf.GGUFReader) -> Tokenizer:
+        """Builds the tokenizer from a GGUF file (its path, or a reader of it); only byte-level BPE is supported.
+
+        Ids that the file marks unused fill up the model's vocabulary and are no tokens. Raises FileNotFoundError, or
+        ValueError that names the metadata key which is missing, wrong or not supported.
+        """
+        reader = source if isinstance(source, gguf.GGUFReader) else gguf.GGUFReader(source)
+        backend = _byte_level_bpe(reader)
+        ids = {f"{name}_id": _gguf_id(reader, key, backend) for name, key in _GGUF_KEYS.items()}
+        architecture = _metadata(reader, "general.architecture", str, required=False)
+        return cls(
+            backend,
+            **ids,
+            chat_template=_metadata(reader, "tokenizer.chat_template", str, required=False),
+            model_max_length=_metadata(reader, f"{architecture}.context_length", int, required=False),
+        )
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """How many ids there are: the highest plus 1, added tokens included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what makes two tokenizers the same: (token, id) table, merges, pre-tokenizer, normalizer."""
+        return hashlib.sha256(json.dumps(self._parts, sort_keys=True).encode()).hexdigest()
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, Any]:
+        description = json.loads(self.backend.to_str())
+        return {
+            "tokens": sorted(self.backend.get_vocab(with_added_tokens=True).items()),
+            "merges": description["model"].get("merges", []),
+            "pre_tokenizer": description["pre_tokenizer"],
+            "normalizer": description["normalizer"],
+        }
+
+    @functools.cached_property
+    def _lost_bytes(self) -> frozenset[int]:
+        """Bytes of a byte-level vocabulary that have no token; BPE leaves them out without a word."""
+        model = self.backend.model
+        byte_level = isinstance(self.backend.decoder, decoders.ByteLevel) and isinstance(model, models.BPE)
+        if not byte_level or model.unk_token is not None:
+            return frozenset()
+        return frozenset(b for b, char in enumerate(_byte_characters()) if self.backend.token_to_id(char) is None)
+
+    def encode(self, text: str, *, bos: bool = False) -> list[int]:
+        """The ids of a text; special tokens written in it become their ids.
+
+        `bos` puts BOS in front, unless the text starts with it already. Raises ValueError where the text has a byte
+        that no token stands for, or where BOS is wanted and there is none.
+        """
+        self._check_bytes(text)
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return self.with_bos(ids) if bos else ids
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = False) -> list[list[int]]:
+        """`encode` of each text."""
+        for text in texts:
+            self._check_bytes(text)
+        rows = [row.ids for row in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [self.with_bos(row) for row in rows] if bos else rows
+
+    def with_bos(self, ids: Iterable[int]) -> list[int]:
+        """The ids with BOS in front; those that start with it stay as they are. ValueError where there is no BOS."""
+        if self.bos_id is None:
+            raise ValueError("BOS is wanted, but this tokenizer has no BOS token; leave it off")
+        ids = [int(i) for i in ids]
+        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of some ids; bytes that are not UTF-8 become U+FFFD. ValueError for an id out of range."""
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} is not one of this tokenizer's (0 to {self.vocab_size - 1})")
+        return self.backend.decode(ids, skip_special_tokens=skip_special)
+
+    def round_trips(self, ids: Iterable[int]) -> bool:
+        """Whether the text of these ids encodes to them again; sampled ids need not."""
+        ids = [int(i) for i in ids]
+        # not `encode`: a lone byte decodes to U+FFFD, which the vocabulary may lack, and then the answer is just no
+        return self.backend.encode(self.decode(ids), add_special_tokens=False).ids == ids
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes tokenizer.json and tokenizer_config.json, each whole or not at all; replaces a tokenizer there.
+
+        transformers.AutoTokenizer gives the same ids from them.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tokens = {f"{name}_token": getattr(self, f"{name}_id") for name in _SPECIAL}
+        config = {
+            # the generic class takes tokenizer.json as it is; model classes (GPT-2's, Llama's) put in their own
+            # pre-tokenizer, and the digits would no longer be split
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **{key: None if i is None else self.backend.id_to_token(i) for key, i in tokens.items()},
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        if self.model_max_length is not None:
+            config["model_max_length"] = self.model_max_length
+        run_lib.write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        run_lib.write_json(folder / "tokenizer_config.json", config)
+        for name in _OVERRIDES:
+            (folder / name).unlink(missing_ok=True)
+
+    def _check_bytes(self, text: str) -> None:
+        lost = self._lost_bytes.intersection(text.encode())
+        if lost:
+            raise ValueError(
+                f"the vocabulary has no token for byte 0x{min(lost):02x}, which is in the text {text[:40]!r}; "
+                "it would be left out of the ids: remove it from the text"
+            )
+
+
+def check_same(a: Tokenizer, b: Tokenizer, names: tuple[str, str] = ("teacher", "student")) -> None:
+    """Raises ValueError, saying what differs first, unless an id means the same in both and text is cut the same."""
+    if a.fingerprint == b.fingerprint:
+        return
+    of_a, of_b = names
+    must = "; both must have the same tokenizer"
+    if a.vocab_size != b.vocab_size:
+        raise ValueError(f"{of_a} has {a.vocab_size} token ids, {of_b} has {b.vocab_size}{must}")
+    for i in range(a.vocab_size):
+        left, right = a.backend.id_to_token(i), b.backend.id_to_token(i)
+        if left != right:
+            raise ValueError(f"id {i} is {left!r} for {of_a} and {right!r} for {of_b}{must}")
+    merges_a, merges_b = a._parts["merges"], b._parts["merges"]
+    if merges_a != merges_b:
+        at = next((i for i, pair in enumerate(zip(merges_a, merges_b, strict=False)) if pair[0] != pair[1]), None)
+        where = f"counts {len(merges_a)} and {len(merges_b)}" if at is None else f"{merges_a[at]} and {merges_b[at]}"
+        raise ValueError(f"the merges of {of_a} and {of_b} differ: {where}{must}")
+    for part in ("pre_tokenizer", "normalizer"):
+        left, right = a._parts[part], b._parts[part]
+        if left != right:
+            raise ValueError(f"the {part} of {of_a} is {json.dumps(left)}, that of {of_b} {json.dumps(right)}{must}")
+
+
+def _byte_level_bpe(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
+    model = _metadata(reader, "tokenizer.ggml.model", str)
+    if model != "gpt2":
+        raise ValueError(f"tokenizer.ggml.model is {model!r}; only 'gpt2' is read, so use a folder with tokenizer.json")
+    pre = _metadata(reader, "tokenizer.ggml.pre", str)
+    if pre not in _PRE_TOKENIZERS:
+        known = ", ".join(_PRE_TOKENIZERS)
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; only {known} are read, so use a folder with tokenizer.json")
+    tokens = _metadata(reader, "tokenizer.ggml.tokens", list)
+    types = _metadata(reader, "tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
+    vocab = _vocabulary(tokens, types)
+    merges = _merges(_metadata(reader, "tokenizer.ggml.merges", list), vocab)
+    # Llama 3 takes a word that is a token as it stands, without merging it up
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend.decoder = decoders.ByteLevel()
+    # one call each: the library gives every token of a call the same flag
+    for kind, add in (
+        (gguf.TokenType.CONTROL, backend.add_special_tokens),
+        (gguf.TokenType.USER_DEFINED, backend.add_tokens),
+    ):
+        add([AddedToken(token, normalized=False) for token, of in zip(tokens, types, strict=True) if of == kind])
+    return backend
+
+
+def _vocabulary(tokens: list[str], types: list[int]) -> dict[str, int]:
+    vocab: dict[str, int] = {}
+    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
+        if kind == gguf.TokenType.UNUSED:
+            continue
+        if token in vocab:
+            raise ValueError(f"tokenizer.ggml.tokens has {token!r} twice, as {vocab[token]} and {i}")
+        vocab[token] = i
+    if not vocab:
+        raise ValueError("tokenizer.ggml.tokens is empty")
+    return vocab
+
+
+def _merges(lines: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Splits "a b" lines. The byte-level alphabet has no space, so the one in a line separates."""
+    merges = []
+    for number, line in enumerate(lines):
+        parts = line.split(" ")
+        if len(parts) != 2 or not all(parts):
+            raise ValueError(f"tokenizer.ggml.merges[{number}] is {line!r}, which is not two tokens and one space")
+        left, right = parts
+        for token in (left, right, left + right):
+            # the library does not report this, it panics
+            if token not in vocab:
+                raise ValueError(f"tokenizer.ggml.merges[{number}] is {line!r}, but there is no token {token!r}")
+        merges.append((left, right))
+    return merges
+
+
+def _metadata(reader: gguf.GGUFReader, key: str, kind: type, *, required: bool = True) -> Any:
+    field = reader.fields.get(key)
+    if field is None:
+        if required:
+            raise ValueError(f"the GGUF file has no {key}; use a folder with tokenizer.json")
+        return None
+    value = field.contents()
+    if not isinstance(value, kind):
+        raise ValueError(f"{key} in the GGUF file is not a {kind.__name__} but {str(value)[:40]}")
+    return value
+
+
+def _gguf_id(reader: gguf.GGUFReader, key: str, backend: tokenizers.Tokenizer) -> int | None:
+    i = _metadata(reader, key, int, required=False)
+    if i is not None and (i < 0 or backend.id_to_token(i) is None):
+        raise ValueError(f"{key} is {i}, which is not the id of a token")
+    return i
+
+
+def _named_id(backend: tokenizers.Tokenizer, names: dict[str, Any], key: str, folder: Path) -> int | None:
+    token = names.get(key)
+    if isinstance(token, dict):
+        token = token.get("content")
+    if token is None:
+        return None
+    i = backend.token_to_id(token)
+    if i is None:
+        raise ValueError(f"{folder}: {key} is {token!r}, which tokenizer.json does not have; add it there or drop it")
+    return i
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
+def _byte_characters() -> list[str]:
+    """The character that stands for each byte in a byte-level vocabulary: itself where it shows in Latin-1."""
+    others = iter(range(256, 512))
+    return [chr(b) if 33 <= b <= 126 or 161 <= b <= 172 or b >= 174 else chr(next(others)) for b in range(256)]

