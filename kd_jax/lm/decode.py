@@ -132,11 +132,15 @@ def stream(
         return
     settings = _settings(model, prompts, num_samples, max_length, sample_temperature, top_k, top_p, seed)
     shared = len(prompts) == 1
-    state = _start(model, prompts, first, batch_size, max_length, compute, mesh)
+    params = model_lib.unstack(model.params)
+    state = _start(model, params, prompts, first, batch_size, max_length, compute, mesh)
     num_steps = 8
     while True:
         began = time.perf_counter()
-        state = _run(state, model.params, settings, model.architecture, compute, shared, num_steps)
+        state = _run(state, params, settings, model.architecture, compute, shared, num_steps)
+        longest = int(jnp.where(state.active, state.slots.length, 0).max())
+        if longest > state.cache.length:
+            state = _lengthen(state, _room(longest, max_length))
         state, part = _collect(state, prompts, max_length)
         if len(part.index):
             yield part
@@ -144,6 +148,17 @@ def stream(
             return
         taken = time.perf_counter() - began
         num_steps = int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096))
+
+
+def _room(length: int, max_length: int) -> int:
+    """How many positions the cache gets, so that `length` fit.
+
+    Attention reads the whole cache, so it starts short and grows, by an eighth of the largest at a time: each size is a
+    program of its own.
+    """
+    most = -(-max_length // 64) * 64
+    step = max(32, -(-most // 8 // 32) * 32)
+    return min(most, -(-length // step) * step)
 
 
 def _check(model, prompt, num_samples, max_length, temperature, top_k, top_p, first, batch_size, seed):
@@ -190,13 +205,13 @@ def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p
     )  # fmt: skip
 
 
-def _start(model, prompts, first, batch_size, max_length, compute, mesh) -> _State:
+def _start(model, params, prompts, first, batch_size, max_length, compute, mesh) -> _State:
     """Idle slots and an empty pool; with one prompt, its keys and values already lie in every slot."""
     devices = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in mesh_lib.RULES["batch"]]))
     slots = -(-batch_size // devices) * devices
     shared = len(prompts) == 1
-    # room for the prompt and what follows, rounded up so that other lengths find the same program compiled
-    length = -(-max_length // 64) * 64
+    # rows are rounded up so that other lengths find the same program compiled
+    width, length = -(-max_length // 64) * 64, _room(len(prompts[0]) if shared else 1, max_length)
 
     def make(params, prompt) -> _State:
         cache = model_lib.empty_cache(model.architecture, slots, length, jnp.dtype(compute.dtype))
@@ -206,12 +221,12 @@ def _start(model, prompts, first, batch_size, max_length, compute, mesh) -> _Sta
             _, one = model_lib.extend(params, model.architecture, one, prompt[None], positions, compute=compute)
             cache = jax.tree.map(lambda whole, row: jnp.broadcast_to(row, whole.shape), cache, one)
         return _State(
-            cache=cache, slots=_rows(slots, length), active=jnp.zeros(slots, bool), done=_rows(8 * slots, length),
+            cache=cache, slots=_rows(slots, width), active=jnp.zeros(slots, bool), done=_rows(8 * slots, width),
             num_done=jnp.int32(0), next_index=jnp.int32(first), steps=jnp.int32(0), active_steps=jnp.int32(0),
         )  # fmt: skip
 
-    shardings = None if mesh is None else _shardings(mesh, jax.eval_shape(make, model.params, jnp.asarray(prompts[0])))
-    return jax.jit(make, out_shardings=shardings)(model.params, jnp.asarray(prompts[0], jnp.int32))
+    shardings = None if mesh is None else _shardings(mesh, jax.eval_shape(make, params, jnp.asarray(prompts[0])))
+    return jax.jit(make, out_shardings=shardings)(params, jnp.asarray(prompts[0], jnp.int32))
 
 
 def _rows(rows: int, length: int) -> _Rows:
@@ -223,13 +238,11 @@ def _shardings(mesh: Mesh, state: _State) -> _State:
     """Slots are split over the devices, what is done lies on all."""
     replicated = mesh_lib.sharding((), mesh)
     everywhere = jax.tree.map(lambda _: replicated, state)
-    by_slot = jax.tree.map(lambda leaf: mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), mesh), state.slots)
-    cache = jax.tree.map(lambda axes: mesh_lib.sharding(axes, mesh), model_lib.CACHE_AXES, is_leaf=_is_axes)
-    return everywhere._replace(cache=cache, slots=by_slot, active=mesh_lib.sharding(("batch",), mesh))
 
+    def split(tree):
+        return jax.tree.map(lambda leaf: mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), mesh), tree)
 
-def _is_axes(node) -> bool:
-    return type(node) is tuple
+    return everywhere._replace(cache=split(state.cache), slots=split(state.slots), active=split(state.active))
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
@@ -237,13 +250,14 @@ def _run(
     state: _State, params, settings: _Settings, architecture: Architecture, compute: Compute, shared: bool,
     num_steps: jax.Array,
 ) -> _State:  # fmt: skip
-    """Up to num_steps steps; fewer where all samples are done or the pool has no room for what one step can finish."""
+    """Up to num_steps steps; fewer where all is done, or a step could find no room in the pool or the cache."""
     slots, pool = state.active.shape[0], state.done.index.shape[0]
     last = state.steps + num_steps
 
     def goes_on(state: _State):
         left = state.active.any() | (state.next_index < settings.num_samples)
-        return left & (state.steps < last) & (state.num_done + slots <= pool)
+        longest = jnp.where(state.active, state.slots.length, 0).max()
+        return left & (state.steps < last) & (state.num_done + slots <= pool) & (longest <= state.cache.length)
 
     def step(state: _State) -> _State:
         state = _refill(state, settings, shared)
@@ -251,6 +265,11 @@ def _run(
         return _retire(state, settings)
 
     return jax.lax.while_loop(goes_on, step, state)
+
+
+@functools.partial(jax.jit, static_argnums=1)  # other shapes: there is nothing to donate
+def _lengthen(state: _State, length: int) -> _State:
+    return state._replace(cache=model_lib.lengthen(state.cache, length))
 
 
 def _refill(state: _State, settings: _Settings, shared: bool) -> _State:
@@ -286,7 +305,7 @@ def _advance(state: _State, params, settings: _Settings, architecture: Architect
     positions = slots.length - 1  # of the newest token, the input of this step
     hidden, cache = model_lib.extend(
         params, architecture, state.cache, slots.tokens[rows, positions][:, None], positions[:, None],
-        limit=jnp.where(state.active, slots.length, 0).max(), compute=compute,
+        compute=compute,
     )  # fmt: skip
     logits = model_lib.logits(params, hidden[:, 0])
     logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)

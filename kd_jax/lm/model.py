@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from kd_jax.lm import attention
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -162,9 +164,7 @@ class Compute:
 
     Attributes:
         dtype: of activations and products. Norms, rotary phases, softmax and logits are float32 whatever it is.
-        attention: "blocked" (query blocks that skip what the causal mask hides), "xla" or "cudnn" (both
-            jax.nn.dot_product_attention), or "auto": cudnn on a GPU with a 16-bit dtype, else blocked.
-        query_block: queries per block of "blocked".
+        attention, query_block: see kd_jax.lm.attention.causal.
         remat: recompute each layer in the backward pass instead of keeping its activations.
     """
 
@@ -176,43 +176,56 @@ class Compute:
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"compute dtype {self.dtype!r} is not float32, bfloat16 or float16")
-        if self.attention not in ("auto", "blocked", "xla", "cudnn"):
-            raise ValueError(f"attention {self.attention!r} is not auto, blocked, xla or cudnn")
         if self.query_block < 1:
             raise ValueError(f"query_block={self.query_block} must be at least 1")
-        if self.attention == "cudnn":
-            if jax.default_backend() != "gpu":
-                raise ValueError(f"attention 'cudnn' needs a GPU; this is {jax.default_backend()} (use 'auto')")
-            if self.dtype == "float32":
-                raise ValueError("attention 'cudnn' needs dtype bfloat16 or float16 (use 'auto' for float32)")
+        attention.check(self.attention, self.dtype)
 
 
 DEFAULT = Compute()
 
 
 class Cache(NamedTuple):
-    """Keys and values of the positions a batch of sequences has been through.
+    """Keys and values of the positions a batch of sequences has been through; an array for each layer.
 
-    Keys lie [layer, row, kv head, head_dim, position] and values [layer, row, kv head, position, head_dim]: then one
-    new query's products with both run along the last axis, at the speed of memory.
+    Keys lie [row, kv head, head_dim, position] and values [row, kv head, position, head_dim]: then one new query's
+    products with both run along the last axis, at the speed of memory. Layers are not stacked, since taking one out of
+    a stack would copy it.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
 
     @property
     def length(self) -> int:
-        return self.keys.shape[-1]
-
-
-CACHE_AXES = Cache(("layer", "batch", None, None, None), ("layer", "batch", None, None, None))
+        return self.keys[0].shape[-1]
 
 
 def empty_cache(architecture: Architecture, rows: int, length: int, dtype=jnp.float32) -> Cache:
     """A cache of zeros with room for `length` positions in each of `rows` rows."""
-    a = architecture
-    shape = (a.num_hidden_layers, rows, a.num_key_value_heads)
-    return Cache(jnp.zeros((*shape, a.head_dim, length), dtype), jnp.zeros((*shape, length, a.head_dim), dtype))
+    heads, width = architecture.num_key_value_heads, architecture.head_dim
+    layers = range(architecture.num_hidden_layers)
+    return Cache(
+        tuple(jnp.zeros((rows, heads, width, length), dtype) for _ in layers),
+        tuple(jnp.zeros((rows, heads, length, width), dtype) for _ in layers),
+    )
+
+
+def lengthen(cache: Cache, length: int) -> Cache:
+    """The cache with room for `length` positions; what it has stays."""
+    more = length - cache.length
+    return Cache(
+        tuple(jnp.pad(keys, ((0, 0), (0, 0), (0, 0), (0, more))) for keys in cache.keys),
+        tuple(jnp.pad(values, ((0, 0), (0, 0), (0, more), (0, 0))) for values in cache.values),
+    )
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """The same weights with a tuple of layers in place of the stacked ones: what `extend` is quickest with.
+
+    It is a copy. Taking a layer out of the stack at each step of decoding would copy it each time.
+    """
+    names, stacks = zip(*params["layers"].items(), strict=True)
+    return {**params, "layers": tuple(dict(zip(names, layer, strict=True)) for layer in zip(*stacks, strict=True))}
 
 
 def forward(
@@ -233,9 +246,12 @@ def forward(
     phases = _phases(positions, architecture)
     x = params["embedding"][tokens].astype(compute.dtype)
 
+    def attend(q, k, v):
+        return attention.causal(q, k, v, segments, compute.attention, compute.query_block)
+
     def layer(x, w):
         q, k, v = _project(w, x, phases, architecture, compute)
-        x = x + _linear(_attend(q, k, v, segments, compute), w["o"], compute)
+        x = x + _linear(attend(q, k, v), w["o"], compute)
         return _mlp(w, x, architecture, compute), None
 
     x, _ = jax.lax.scan(jax.checkpoint(layer) if compute.remat else layer, x, params["layers"])
@@ -244,37 +260,32 @@ def forward(
 
 def extend(
     params: dict[str, Any], architecture: Architecture, cache: Cache, tokens: jax.Array, positions: jax.Array, *,
-    limit: jax.Array | int | None = None, compute: Compute = DEFAULT,
+    compute: Compute = DEFAULT,
 ) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Runs new tokens of each row against the cache, and writes them into it.
 
     A step of decoding is the case of one token a row, prefill that of many; a long prompt can come in pieces.
 
     Args:
+        params: as they are, or from `unstack`.
         cache: of the rows; positions that were never written are not looked at, as long as each row's positions come
             in order.
         tokens, positions: [row, new]. A position outside the cache (padding: give it the cache's length) is not
             written and its hidden state means nothing.
-        limit: no position is at or beyond it; keys from there on are not read. Default: the cache's length.
     Returns: hidden states [row, new, hidden_size] and the cache, in place if it is donated.
     """
+    layers = params["layers"] if isinstance(params["layers"], tuple) else unstack(params)["layers"]
     rows = jnp.arange(tokens.shape[0])[:, None]
     phases = _phases(positions, architecture)
     x = params["embedding"][tokens].astype(compute.dtype)
-
-    def layer(index, carry):
-        x, cache = carry
-        w = jax.tree.map(lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), params["layers"])
+    keys, values = list(cache.keys), list(cache.values)
+    for i, w in enumerate(layers):
         q, k, v = _project(w, x, phases, architecture, compute)
-        # the cache is a loop carry, so that these two are written in place
-        keys = cache.keys.at[index, rows, :, :, positions].set(k.astype(cache.keys.dtype), mode="drop")
-        values = cache.values.at[index, rows, :, positions].set(v.astype(cache.values.dtype), mode="drop")
-        k, v = (jax.lax.dynamic_index_in_dim(side, index, keepdims=False) for side in (keys, values))
-        x = x + _linear(_attend_cache(q, k, v, positions, limit), w["o"], compute)
-        return _mlp(w, x, architecture, compute), Cache(keys, values)
-
-    x, cache = jax.lax.fori_loop(0, architecture.num_hidden_layers, layer, (x, cache))
-    return _norm(x, params["norm"], architecture, compute), cache
+        keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype), mode="drop")
+        values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype), mode="drop")
+        x = x + _linear(attention.cached(q, keys[i], values[i], positions), w["o"], compute)
+        x = _mlp(w, x, architecture, compute)
+    return _norm(x, params["norm"], architecture, compute), Cache(tuple(keys), tuple(values))
 
 
 def head(params: dict[str, Any]) -> jax.Array:
@@ -332,81 +343,3 @@ def _mlp(w, x, architecture, compute):
     h = _norm(x, w["mlp_norm"], architecture, compute)
     gate, up = _linear(h, w["gate"], compute), _linear(h, w["up"], compute)
     return x + _linear(jax.nn.silu(gate) * up, w["down"], compute)
-
-
-def _attend(q, k, v, segments, compute):
-    """Causal attention among the positions of a row -> [row, position, heads * head_dim]."""
-    kind = compute.attention
-    if kind == "auto":
-        kind = "cudnn" if jax.default_backend() == "gpu" and compute.dtype != "float32" else "blocked"
-    if kind == "blocked":
-        out = _attend_blocked(q, k, v, segments, compute.query_block)
-    else:
-        mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=kind)
-    return out.reshape(*out.shape[:2], -1)
-
-
-def _attend_blocked(q, k, v, segments, block):
-    rows, length, heads, width = q.shape
-    groups = k.shape[2]
-    # [row, kv head, query head of it, position, head_dim]
-    q = (q * width**-0.5).reshape(rows, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
-
-    def one(start, stop):
-        # nothing beyond `stop` is visible to these queries, so it is never computed
-        mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
-        if segments is not None:
-            mask = mask & (segments[:, start:stop, None] == segments[:, None, :stop])[:, None, None]
-        scores = _einsum("rghqd,rgkd->rghqk", q[:, :, :, start:stop], k[:, :, :stop])
-        weights, total = _softmax(scores, mask)
-        out = _einsum("rghqk,rgdk->rghqd", weights.astype(v.dtype), v[..., :stop]) / total
-        return out.astype(q.dtype)
-
-    out = jnp.concatenate([one(i, min(i + block, length)) for i in range(0, length, block)], axis=3)
-    return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
-
-
-def _softmax(scores, mask):
-    """Unnormalised weights and their sums. A row that sees nothing gets equal weights, not NaN."""
-    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights, weights.sum(axis=-1, keepdims=True)
-
-
-def _einsum(formula, a, b):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _attend_cache(q, k, v, positions, limit):
-    """Attention of new queries to a layer's cache, k [row, kv head, head_dim, key], v [row, kv head, key, head_dim]."""
-    rows, new, heads, width = q.shape
-    groups, length = k.shape[1], k.shape[-1]
-    q = (q * width**-0.5).reshape(rows, new, groups, heads // groups, width)
-
-    def within(window):
-        def attend(q, k, v):
-            k, v = k[..., :window].astype(q.dtype), v[:, :, :window].astype(q.dtype)
-            mask = (jnp.arange(window) <= positions[..., None])[:, None, None]  # [row, 1, 1, new, key]
-            if new == 1:
-                # a product and a sum, which XLA fuses with the reading of the cache; a dot would copy it first
-                scores = (q[:, 0, ..., None].astype(jnp.float32) * k[:, :, None]).sum(axis=3)[:, :, :, None]
-                weights, total = _softmax(scores, mask)
-                weights = (weights / total)[:, :, :, 0, :, None]
-                return (weights * v[:, :, None]).sum(axis=3)[:, None].astype(q.dtype)
-            weights, total = _softmax(_einsum("rqghd,rgdk->rghqk", q, k), mask)
-            out = _einsum("rghqk,rgkd->rghqd", weights.astype(v.dtype), v) / total
-            return out.transpose(0, 3, 1, 2, 4).astype(q.dtype)
-
-        return attend
-
-    # Static windows, chosen by the longest row: the rest of the cache is not read.
-    windows = sorted({max(1, length * i // 4) for i in (1, 2, 3, 4)})
-    if limit is None or len(windows) == 1:
-        out = within(length)(q, k, v)
-    else:
-        chosen = jnp.searchsorted(jnp.asarray(windows), jnp.minimum(limit, length))
-        out = jax.lax.switch(chosen, [within(window) for window in windows], q, k, v)
-    return out.reshape(rows, new, heads * width)
