@@ -1,0 +1,180 @@
+"""The teacher's forward pass, compiled in three forms that give one result: on one device, over a mesh, and pmapped.
+
+Each maker puts the program together and returns a function of (tokens, lengths[, positions]). Nothing here is
+differentiated: outputs carry no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax import fused
+from kd_jax import mesh as mesh_lib
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
+
+WANTS = ("hidden", "logits", "top_k")
+
+
+class TopK(NamedTuple):
+    """The k most probable next tokens at each position, and what is left.
+
+    Attributes:
+        log_probs: float32 [row, position, k], descending, under the whole vocabulary.
+        ids: int32 [row, position, k].
+        tail: float32 [row, position], log of the probability of all other tokens together; -inf where there are none.
+    """
+
+    log_probs: jax.Array
+    ids: jax.Array
+    tail: jax.Array
+
+
+def forward(
+    params: dict[str, Any], architecture: Architecture, tokens: jax.Array, lengths: jax.Array,
+    positions: jax.Array | None = None, *, want: str = "hidden", k: int | None = None, num_tokens: int | None = None,
+    compute: Compute = DEFAULT,
+) -> jax.Array | TopK:  # fmt: skip
+    """The pure function behind all forms.
+
+    Args:
+        tokens, lengths: ids [row, position], and how many of each row count; outputs beyond that are 0 (top_k: as if no
+            token were probable).
+        positions: for "logits": [row, wanted], at which the logits are taken; beyond the length they are 0.
+        want: "hidden" (after the last norm, [row, position, width]), "logits" (float32 [row, wanted, num_tokens]; full
+            rows of logits are large, so only at `positions`) or "top_k".
+        num_tokens: how many ids are real; logits of others are left out before any softmax.
+    """
+    num_tokens = num_tokens or architecture.vocab_size
+    hidden = model_lib.forward(params, architecture, tokens, compute=compute)
+    inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    head = model_lib.head(params)[:num_tokens]
+    if want == "hidden":
+        out = jnp.where(inside[..., None], hidden, 0)
+    elif want == "logits":
+        chosen = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+        out = jnp.where((positions < lengths[:, None])[..., None], fused.project(chosen, head), 0)
+    else:
+        log_probs, ids, tail = fused.linear_map(lambda logits: _top_k(logits, k), hidden, head)
+        out = TopK(jnp.where(inside[..., None], log_probs, -jnp.inf), ids, jnp.where(inside, tail, -jnp.inf))
+    return jax.lax.stop_gradient(out)
+
+
+def _top_k(logits, k):
+    total = jax.nn.logsumexp(logits, axis=-1)
+    values, ids = jax.lax.top_k(logits, k)
+    # the others summed by themselves: one minus the sum of the top would lose a small tail to rounding
+    rest = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False)
+    return values - total[..., None], ids.astype(jnp.int32), jax.nn.logsumexp(rest, axis=-1) - total
+
+
+def jitted(model: Model, *, want: str = "hidden", k: int | None = None, compute: Compute = DEFAULT) -> Callable:
+    """The forward pass on the device that the parameters lie on."""
+    run = jax.jit(_bound(model, want, k, compute))
+    return _checked(model, want, lambda *arrays: run(model.params, *map(jnp.asarray, arrays)))
+
+
+def over_mesh(
+    model: Model, mesh: Mesh, *, want: str = "hidden", k: int | None = None, compute: Compute = DEFAULT
+) -> Callable:
+    """The forward pass over a mesh of data x fsdp x tensor; parameters are laid out on it if they are not yet.
+
+    Rows are filled up to a multiple of the devices they are split over, and cut again.
+    """
+    architecture = model.architecture
+    params = jax.device_put(
+        model.params, mesh_lib.shardings(model_lib.logical_axes(architecture), model_lib.abstract(architecture), mesh)
+    )
+    rows = mesh_lib.sharding(("batch", None), mesh)
+    run = jax.jit(_bound(model, want, k, compute))
+    multiple = int(np.prod([mesh.shape[axis] for axis in mesh_lib.RULES["batch"]]))
+
+    def call(*arrays):
+        count, arrays = _fill(arrays, multiple)
+        placed = [
+            jax.device_put(array, rows if array.ndim == 2 else mesh_lib.sharding(("batch",), mesh)) for array in arrays
+        ]
+        return jax.tree.map(lambda leaf: leaf[:count], run(params, *placed))
+
+    return _checked(model, want, call)
+
+
+def pmapped(
+    model: Model, devices: Sequence[jax.Device] | None = None, *, want: str = "hidden", k: int | None = None,
+    compute: Compute = DEFAULT,
+) -> Callable:  # fmt: skip
+    """The forward pass by jax.pmap: rows are shared out among the devices of this host, parameters copied to each."""
+    devices = list(devices or jax.local_devices())
+    everywhere = mesh_lib.sharding((), mesh_lib.one_axis("device", devices))
+    params = jax.device_put(model.params, everywhere)
+    run = jax.pmap(
+        _bound(model, want, k, compute), in_axes=(None, *[0] * (3 if want == "logits" else 2)), devices=devices
+    )
+
+    def call(*arrays):
+        count, arrays = _fill(arrays, len(devices))
+        out = run(params, *(array.reshape(len(devices), -1, *array.shape[1:]) for array in arrays))
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], out)
+
+    return _checked(model, want, call)
+
+
+def _bound(model, want, k, compute):
+    """`forward` as a function of params, tokens, lengths[, positions]; ValueError for what cannot be wanted."""
+    if want not in WANTS:
+        raise ValueError(f"want={want!r} is not one of {', '.join(WANTS)}")
+    if (k is not None) != (want == "top_k") or (k is not None and not 1 <= k <= model.num_tokens):
+        raise ValueError(f"k={k} with want={want!r}: top_k needs a k from 1 to {model.num_tokens}, the others none")
+    architecture, num_tokens = model.architecture, model.num_tokens
+
+    def run(params, tokens, lengths, positions=None):
+        return forward(
+            params, architecture, tokens, lengths, positions, want=want, k=k, num_tokens=num_tokens, compute=compute
+        )
+
+    return run
+
+
+def _checked(model, want, call):
+    """`call` on host arrays that have been looked at first."""
+
+    def run(tokens, lengths, positions=None):
+        tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+        if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
+            raise ValueError(f"need tokens [row, position] and lengths [row], not {tokens.shape} and {lengths.shape}")
+        if (positions is not None) != (want == "logits"):
+            raise ValueError("positions go with want='logits', and only with it")
+        if len(lengths) and not (0 <= lengths.min() and lengths.max() <= tokens.shape[1]):
+            raise ValueError(
+                f"lengths run from {lengths.min()} to {lengths.max()}, rows have {tokens.shape[1]} positions"
+            )
+        tokens = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
+        if tokens.size and not (0 <= tokens.min() and tokens.max() < model.num_tokens):
+            raise ValueError(
+                f"ids run from {tokens.min()} to {tokens.max()}; the model's are 0 to {model.num_tokens - 1}"
+            )
+        if positions is None:
+            return call(tokens, lengths)
+        positions = np.asarray(positions, np.int32)
+        if (
+            positions.ndim != 2
+            or positions.shape[0] != tokens.shape[0]
+            or (positions.size and not (0 <= positions.min() and positions.max() < tokens.shape[1]))
+        ):
+            raise ValueError(f"positions have to be [row, wanted], from 0 to {tokens.shape[1] - 1}")
+        return call(tokens, lengths, positions)
+
+    return run
+
+
+def _fill(arrays, multiple):
+    """Arrays with rows of zeros added up to a multiple, and how many rows they had."""
+    count = arrays[0].shape[0]
+    more = -count % multiple
+    return count, [np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
