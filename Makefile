@@ -1,4 +1,4 @@
-# make gmm | test | lint | bench | clean. The first one called builds .venv.
+# make gmm | test | parity | lint | bench | clean. The first one called builds .venv.
 # PYTHON=/path/to/python picks the interpreter; otherwise the first that really runs and is 3.11 to 3.13
 # (a version manager's shim can exist on PATH and still refuse to run, so each is tried).
 PYTHON ?=
@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-dev
 
-.PHONY: gmm test lint bench clean
+.PHONY: gmm test parity lint bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): requirements.txt requirements-dev.txt requirements-bench.txt pyproject.toml
@@ -33,7 +33,11 @@ gmm: $(STAMP)
 	$(PY) -m kd_jax.train --config configs/gmm.py --workdir runs/gmm
 
 test: $(STAMP)
-	$(PY) -m pytest -q -m "not slow" tests
+	$(PY) -m pytest -q -m "not slow and not parity" tests
+
+parity: $(STAMP)
+	$(PY) -m pip install -q -r requirements-bench.txt
+	$(PY) -m pytest -q -m parity tests
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -44,6 +48,7 @@ bench: $(STAMP)
 	$(PY) -m benchmarks.em
 	$(PY) -m benchmarks.gmm_sweep
 	$(PY) -m benchmarks.gmm_sweep --students 100000
+	$(PY) -m benchmarks.lm
 
 # Leaves runs/ alone: results are not build products.
 clean:

@@ -1,6 +1,10 @@
-import importlib.util
 import json
+import os
 import shlex
+import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -347,12 +351,14 @@ def test_read_of_an_unfinished_corpus_says_so(sampler, source, tmp_path, capsys)
     assert "4 of 4 samples there so far (10 wanted)" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(importlib.util.find_spec("kd_jax.lm.decode") is None, reason="there is no sampler yet")
-def test_a_corpus_from_a_tiny_model(tmp_path, capsys):
+def export_tiny(folder):
     architecture = model_lib.PRESETS["tiny"]
     params = model_lib.init(jax.random.key(0), architecture)
-    model = model_lib.Model(architecture, params, (EOS,), BOS, tokenizer=tokenizer())
-    weights.export(model, tmp_path / "model")
+    weights.export(model_lib.Model(architecture, params, (EOS,), BOS, tokenizer=tokenizer()), folder)
+
+
+def test_a_corpus_from_a_tiny_model(tmp_path, capsys):
+    export_tiny(tmp_path / "model")
     words = ["--sample_temperature", "0.7", "--batch_size", "4", "--max_length", "12", "--prompt", "The cat"]
     words = ["--model", tmp_path / "model", "--num_samples", 10, "--shard_size", 4, "--out", tmp_path / "c", *words]
     assert run(*words) == 0
@@ -367,3 +373,40 @@ def test_a_corpus_from_a_tiny_model(tmp_path, capsys):
     names = {i: word for word, i in WORDS.items()}
     for line, ids in zip((tmp_path / "t.jsonl").read_text().splitlines(), rows.tokens, strict=True):
         assert json.loads(line)["text"] == " ".join(names[i] for i in ids.tolist())
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_and_another_run_compiles_nothing(tmp_path):
+    export_tiny(tmp_path / "model")
+    environment = {**os.environ, "KD_JAX_CACHE": str(tmp_path / "cache")}
+
+    def command(out, *words):
+        words = ["--model", tmp_path / "model", "--out", tmp_path / out, "--max_length", 60, *words]
+        return [sys.executable, "-m", "kd_jax.sample", "--batch_size", "8", "--shard_size", "50", *map(str, words)]
+
+    def finish(out, *words):
+        done = subprocess.run(command(out, *words), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    wanted = ("--num_samples", 3000)
+    process = subprocess.Popen(command("killed", *wanted), env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/data/shard-00001.parquet").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not corpus.open(tmp_path / "killed").finished
+
+    assert "going on after" in finish("killed", *wanted)
+    finish("whole", *wanted)
+    one, other = (corpus.open(tmp_path / name).rows() for name in ("killed", "whole"))
+    assert len(one.tokens) == 3000
+    assert all(np.array_equal(a, b) for a, b in zip(one.tokens, other.tokens, strict=True))
+    assert np.array_equal(one.finished, other.finished)
+    # where a sample ran differs, and with it how floats were rounded
+    np.testing.assert_allclose(one.log_prob, other.log_prob, atol=1e-3)
+
+    printed = finish("other", "--num_samples", 70, "--sample_temperature", 0.7, "--seed", 5)
+    assert "programs: 0 compiled" in printed

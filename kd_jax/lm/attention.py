@@ -6,6 +6,8 @@ consecutive query heads. Softmax is float32 whatever the dtype.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -73,6 +75,7 @@ def _blocked(q, k, v, segments, block):
     q = (q * width**-0.5).reshape(rows, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
 
+    @functools.partial(jax.checkpoint, static_argnums=(0, 1))  # the scores are by far the largest thing to keep
     def one(start, stop):
         # nothing beyond `stop` is visible to these queries, so it is never computed
         mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
