@@ -99,13 +99,14 @@ def generate(
     Returns: tokens int32 [num_samples, max_length], lengths int32 [num_samples], log_probs float32
     [num_samples, max_length] under the model itself.
     """
+    parts = stream(
+        model, prompt, num_samples, max_length=max_length, sample_temperature=sample_temperature, top_k=top_k,
+        top_p=top_p, seed=seed, batch_size=batch_size, compute=compute, mesh=mesh,
+    )  # fmt: skip
     tokens = np.zeros((num_samples, max_length), np.int32)
     lengths = np.zeros(num_samples, np.int32)
     log_probs = np.zeros((num_samples, max_length), np.float32)
-    for part in stream(
-        model, prompt, num_samples, max_length=max_length, sample_temperature=sample_temperature, top_k=top_k,
-        top_p=top_p, seed=seed, batch_size=batch_size, compute=compute, mesh=mesh,
-    ):  # fmt: skip
+    for part in parts:
         tokens[part.index], lengths[part.index], log_probs[part.index] = part.tokens, part.lengths, part.log_probs
     return tokens, lengths, log_probs
 
@@ -128,9 +129,13 @@ def stream(
     Raises: ValueError for a value that cannot work, before anything is run.
     """
     prompts = _check(model, prompt, num_samples, max_length, sample_temperature, top_k, top_p, first, batch_size, seed)
+    settings = _settings(model, prompts, num_samples, max_length, sample_temperature, top_k, top_p, seed)
+    return _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh)
+
+
+def _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh) -> Iterator[Samples]:
     if first == num_samples:
         return
-    settings = _settings(model, prompts, num_samples, max_length, sample_temperature, top_k, top_p, seed)
     shared = len(prompts) == 1
     params = model_lib.unstack(model.params)
     state = _start(model, params, prompts, first, batch_size, max_length, compute, mesh)
@@ -209,29 +214,34 @@ def _start(model, params, prompts, first, batch_size, max_length, compute, mesh)
     """Idle slots and an empty pool; with one prompt, its keys and values already lie in every slot."""
     devices = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in mesh_lib.RULES["batch"]]))
     slots = -(-batch_size // devices) * devices
-    shared = len(prompts) == 1
+    # a prompt for all is run through once; of several, each slot runs its own, and starts with nothing
+    prompt = np.asarray(prompts[0] if len(prompts) == 1 else prompts[0][:1], np.int32)
     # rows are rounded up so that other lengths find the same program compiled
-    width, length = -(-max_length // 64) * 64, _room(len(prompts[0]) if shared else 1, max_length)
+    width, length = -(-max_length // 64) * 64, _room(len(prompt), max_length)
+    cache = _prefill(params, prompt, model.architecture, slots, length, compute)
+    state = _State(
+        cache=cache, slots=_rows(slots, width), active=np.zeros(slots, bool), done=_rows(8 * slots, width),
+        num_done=np.int32(0), next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
+    )  # fmt: skip
+    return jax.device_put(state, None if mesh is None else _shardings(mesh, state))
 
-    def make(params, prompt) -> _State:
-        cache = model_lib.empty_cache(model.architecture, slots, length, jnp.dtype(compute.dtype))
-        if shared and len(prompts[0]) > 1:
-            one = model_lib.empty_cache(model.architecture, 1, length, jnp.dtype(compute.dtype))
-            positions = jnp.arange(prompt.shape[0])[None]
-            _, one = model_lib.extend(params, model.architecture, one, prompt[None], positions, compute=compute)
-            cache = jax.tree.map(lambda whole, row: jnp.broadcast_to(row, whole.shape), cache, one)
-        return _State(
-            cache=cache, slots=_rows(slots, width), active=jnp.zeros(slots, bool), done=_rows(8 * slots, width),
-            num_done=jnp.int32(0), next_index=jnp.int32(first), steps=jnp.int32(0), active_steps=jnp.int32(0),
-        )  # fmt: skip
 
-    shardings = None if mesh is None else _shardings(mesh, jax.eval_shape(make, params, jnp.asarray(prompts[0])))
-    return jax.jit(make, out_shardings=shardings)(params, jnp.asarray(prompts[0], jnp.int32))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _prefill(params, prompt, architecture: Architecture, slots: int, length: int, compute: Compute) -> Cache:
+    """A cache of `slots` rows that all hold this prompt (but for its last token, which is written again)."""
+    cache = model_lib.empty_cache(architecture, 1, length, jnp.dtype(compute.dtype))
+    if len(prompt) > 1:
+        positions = jnp.arange(len(prompt))[None]
+        _, cache = model_lib.extend(params, architecture, cache, prompt[None], positions, compute=compute)
+    return jax.tree.map(lambda row: jnp.broadcast_to(row, (slots, *row.shape[1:])), cache)
 
 
 def _rows(rows: int, length: int) -> _Rows:
-    flat, wide = jnp.zeros(rows, jnp.int32), jnp.zeros((rows, length), jnp.float32)
-    return _Rows(flat, wide.astype(jnp.int32), wide, wide, flat, flat.astype(bool))
+    def zeros(dtype, *shape):
+        return np.zeros((rows, *shape), dtype)  # each its own: donated buffers must not be shared
+
+    wide = zeros(np.int32, length), zeros(np.float32, length), zeros(np.float32, length)
+    return _Rows(zeros(np.int32), *wide, zeros(np.int32), zeros(bool))
 
 
 def _shardings(mesh: Mesh, state: _State) -> _State:

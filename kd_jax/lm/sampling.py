@@ -35,6 +35,7 @@ def sample(
 
     Temperature, top_k and top_p are traced: other values do not recompile. Truncation is left out where both are None.
     """
+    logits = logits.astype(jnp.float32)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), logits.shape[:-1])
     greedy = temperature == 0
     below = logits - logits.max(axis=-1, keepdims=True)
@@ -88,7 +89,10 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
     last = jnp.minimum(kept - 1, values.shape[-1] - 1).astype(jnp.int32)[..., None]
     leading = (logits >= jnp.take_along_axis(values, last, axis=-1)) & (logits > -jnp.inf)
     # Nearly always the few leading tokens decide. Where they do not, or equals straddle the edge, all are searched.
-    decided = (leading.sum(axis=-1) == kept).all() & ((top_k <= values.shape[-1]) | (top_k >= vocab))
+    decided = ((leading.sum(axis=-1) == kept) & (kept <= values.shape[-1])).all()
+    decided = decided & ((top_k <= values.shape[-1]) | (top_k >= vocab))
+    everything = (top_k >= vocab) & (top_p >= 1)
+    leading, decided = leading | everything, decided | everything
     mask = jax.lax.cond(decided, lambda: leading, lambda: _search(logits, top_k, top_p))
     return jnp.where(mask, logits, -jnp.inf)
 
@@ -97,7 +101,7 @@ def draw(uniforms: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inverse of the cumulative distribution, in two levels: a block of 128 ids, then an id of it.
 
     Two cheap uniforms a row in place of one Gumbel variate for each id; the second one also resolves tails that lie
-    below the 2**-24 of the first.
+    below the step of the first, 2**-23.
 
     Args:
         uniforms: [..., 2], in [0, 1); 0 picks the first id that has any weight.
