@@ -225,6 +225,14 @@ def test_gradient_of_merged_micro_batches():
         np.testing.assert_allclose(got, reference, rtol=1e-4, atol=1e-6)
 
 
+def test_float32_products_are_float32_on_every_device():
+    # a GPU or TPU would take fewer bits unless asked; a CPU shows no difference, so the program is read
+    hidden, head, labels = inputs((3, 11))
+    program = value_and_gradients.lower(hidden, head, labels, np.ones((3, 11), bool)).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) == 3 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 @pytest.mark.parametrize("shape", [(4096,), (8, 512)])
 def test_logits_of_all_tokens_never_exist(shape):
     vocab, width, tokens = 8192, 16, 4096

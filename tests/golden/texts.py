@@ -200,12 +200,12 @@ TEXTS = {**PROSE, **CODE, **SCRIPTS, **OTHER}
 
 # Each is carried on for 64 tokens by taking the most probable one.
 PROMPTS = (
-    "The",
-    "Once upon a time, in a village at the foot of a mountain, there lived",
     "def fibonacci(n):\n",
     "<|im_start|>user\nName three rivers in Europe.<|im_end|>\n<|im_start|>assistant\n",
-    "SELECT name, COUNT(*) FROM",
     "1, 2, 4, 8, 16,",
-    "Der Zug nach Hamburg",
-    "The three most important things to know about bees are:\n1.",
+    "The opposite of hot is",
+    "Water boils at",
+    "Le chat est",
+    "#include <stdio.h>\n\nint main(",
+    "月",
 )

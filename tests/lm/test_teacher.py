@@ -178,12 +178,16 @@ from tests.lm import test_teacher as here
 
 assert jax.device_count() == 8
 one, model = np.load(sys.argv[1]), here.tiny()
-meshes = [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "tensor": 2}]
+whole = (here.VOCAB, here.TINY.hidden_size)
+# sizes of a mesh, and the part of the embedding that a device then holds
+meshes = [((8, 1, 1), whole), ((2, 2, 2), (160, 24)), ((4, 1, 2), (160, 48))]
 for want in teacher.WANTS:
     options = {"want": want, **here.OPTIONS[want]}
-    forms = {"pmapped": teacher.pmapped(model, **options)}
-    for sizes in meshes:
-        forms[str(sizes)] = teacher.over_mesh(model, mesh_lib.make(**sizes), **options)
+    # five rows: fewer than the devices, or two for each
+    forms = {"pmapped": teacher.pmapped(model, jax.devices()[: 3 if want == "logits" else 8], **options)}
+    for sizes, part in meshes:
+        forms[str(sizes)] = teacher.over_mesh(model, mesh_lib.make(*sizes), **options)
+        assert part in {x.sharding.shard_shape(whole) for x in jax.live_arrays() if x.shape == whole}
     for form, run in forms.items():
         for i, leaf in enumerate(jax.tree.leaves(run(*here.ARRAYS[want]))):
             expected = one[f"{want} {i}"]
@@ -204,7 +208,7 @@ def test_eight_devices_give_the_same(tmp_path):
         [sys.executable, "-c", DEVICES, tmp_path / "one.npz"], env=os.environ | flags, capture_output=True, text=True,
         timeout=300, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
-    forms = "pmapped {'data': 8} {'data': 2, 'fsdp': 2, 'tensor': 2} {'data': 4, 'tensor': 2}"
+    forms = "pmapped (8, 1, 1) (2, 2, 2) (4, 1, 2)"
     assert done.stdout.splitlines() == [f"same {want} {forms}" for want in teacher.WANTS], done.stderr
 
 
