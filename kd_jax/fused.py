@@ -81,11 +81,17 @@ def linear_cross_entropy(
         head: [vocab, width].
         labels: int [..., position]; what the mask leaves out may be anything, but its hidden states must be finite.
         mask: bool [..., position].
+    Returns: the Mean; its `mean` and the gradient are NaN where a label that counts is not an id of the head.
+    Raises: ValueError for shapes that do not go together, or no tokens at all.
     """
+    if not hidden.shape[:-1] == labels.shape == mask.shape or 0 in labels.shape:
+        raise ValueError(f"shapes do not go together: {hidden.shape}, labels {labels.shape}, mask {mask.shape}")
     mask = mask.astype(bool)
     labels = jnp.where(mask, labels, 0)
     mean = _cross_entropy(hidden, head, labels, mask, chunk or chunk_tokens())
-    return mean
+    wrong = (labels < 0) | (labels >= head.shape[0])
+    # a product, so that the gradient is NaN as well
+    return mean._replace(mean=mean.mean * jnp.where(wrong.any(), jnp.nan, 1.0))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -81,3 +81,8 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, partition)
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def batch_devices(mesh: Mesh | None) -> int:
+    """Over how many devices rows are split; their number has to be a multiple of it."""
+    return 1 if mesh is None else int(np.prod([mesh.shape.get(axis, 1) for axis in RULES["batch"]]))

@@ -259,3 +259,22 @@ def test_logits_of_all_tokens_never_exist(shape):
         assert temporary(dense_mean) >= logits  # the measure sees them where they are
     for function in (mean, jax.value_and_grad(mean, (0, 1)), entropy):
         assert temporary(function) < logits / 8
+
+
+@pytest.mark.parametrize("label", [-1, -100, 30, 31])
+def test_a_label_that_is_no_id_makes_loss_and_gradient_nan(label):
+    hidden, head = jnp.ones((4, 6)), jnp.ones((30, 6))
+    labels = jnp.array([1, 2, label, 3])
+
+    def loss(hidden, head, mask):
+        return fused.linear_cross_entropy(hidden, head, labels, mask).mean
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head, jnp.ones(4, bool))
+    assert np.isnan(value) and all(np.isnan(g).all() for g in gradients)
+    assert np.isfinite(loss(hidden, head, labels != label))
+
+
+def test_shapes_that_do_not_go_together_are_named():
+    for hidden, labels, mask in [((2, 3, 6), (2, 3), (3,)), ((2, 3, 6), (3,), (3,)), ((0, 3, 6), (0, 3), (0, 3))]:
+        with pytest.raises(ValueError, match="shapes do not go together"):
+            fused.linear_cross_entropy(jnp.ones(hidden), jnp.ones((30, 6)), jnp.ones(labels, int), jnp.ones(mask, bool))

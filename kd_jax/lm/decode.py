@@ -212,7 +212,7 @@ def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p
 
 def _start(model, params, prompts, first, batch_size, max_length, compute, mesh) -> _State:
     """Idle slots and an empty pool; with one prompt, its keys and values already lie in every slot."""
-    devices = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in mesh_lib.RULES["batch"]]))
+    devices = mesh_lib.batch_devices(mesh)
     slots = -(-batch_size // devices) * devices
     # a prompt for all is run through once; of several, each slot runs its own, and starts with nothing
     prompt = np.asarray(prompts[0] if len(prompts) == 1 else prompts[0][:1], np.int32)

@@ -44,7 +44,7 @@ def log_prob(
     mask = np.arange(width) < lengths[:, None] - 1
     mask[:, : max(0, len(prefix) - 1)] = False
     out = [np.zeros((rows, width), np.float32) for _ in range(1 + entropy)]
-    for chosen, shape in batches(lengths, batch_tokens, _row_multiple(mesh)):
+    for chosen, shape in batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
         batch = np.zeros(shape, np.int32)
         longest = min(shape[1], tokens.shape[1])
         batch[: len(chosen), :longest] = tokens[chosen, :longest]
@@ -77,10 +77,6 @@ def _bucket(length: int) -> int:
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
-
-
-def _row_multiple(mesh: Mesh | None) -> int:
-    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in mesh_lib.RULES["batch"]]))
 
 
 def _check(model, tokens, lengths, prefix):

@@ -87,16 +87,15 @@ def over_mesh(
 
     Rows are filled up to a multiple of the devices they are split over, and cut again.
     """
+    run = jax.jit(_bound(model, want, k, compute))
     architecture = model.architecture
     params = jax.device_put(
         model.params, mesh_lib.shardings(model_lib.logical_axes(architecture), model_lib.abstract(architecture), mesh)
     )
     rows = mesh_lib.sharding(("batch", None), mesh)
-    run = jax.jit(_bound(model, want, k, compute))
-    multiple = int(np.prod([mesh.shape[axis] for axis in mesh_lib.RULES["batch"]]))
 
     def call(*arrays):
-        count, arrays = _fill(arrays, multiple)
+        count, arrays = _fill(arrays, mesh_lib.batch_devices(mesh))
         placed = [
             jax.device_put(array, rows if array.ndim == 2 else mesh_lib.sharding(("batch",), mesh)) for array in arrays
         ]
@@ -111,11 +110,11 @@ def pmapped(
 ) -> Callable:  # fmt: skip
     """The forward pass by jax.pmap: rows are shared out among the devices of this host, parameters copied to each."""
     devices = list(devices or jax.local_devices())
-    everywhere = mesh_lib.sharding((), mesh_lib.one_axis("device", devices))
-    params = jax.device_put(model.params, everywhere)
     run = jax.pmap(
         _bound(model, want, k, compute), in_axes=(None, *[0] * (3 if want == "logits" else 2)), devices=devices
     )
+
+    params = jax.device_put(model.params, mesh_lib.sharding((), mesh_lib.one_axis("device", devices)))
 
     def call(*arrays):
         count, arrays = _fill(arrays, len(devices))
@@ -129,7 +128,9 @@ def _bound(model, want, k, compute):
     """`forward` as a function of params, tokens, lengths[, positions]; ValueError for what cannot be wanted."""
     if want not in WANTS:
         raise ValueError(f"want={want!r} is not one of {', '.join(WANTS)}")
-    if (k is not None) != (want == "top_k") or (k is not None and not 1 <= k <= model.num_tokens):
+    if (k is not None) != (want == "top_k") or (
+        k is not None and not (isinstance(k, int) and 1 <= k <= model.num_tokens)
+    ):
         raise ValueError(f"k={k} with want={want!r}: top_k needs a k from 1 to {model.num_tokens}, the others none")
     architecture, num_tokens = model.architecture, model.num_tokens
 
@@ -145,30 +146,30 @@ def _checked(model, want, call):
     """`call` on host arrays that have been looked at first."""
 
     def run(tokens, lengths, positions=None):
-        tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
-        if tokens.ndim != 2 or lengths.shape != tokens.shape[:1]:
-            raise ValueError(f"need tokens [row, position] and lengths [row], not {tokens.shape} and {lengths.shape}")
         if (positions is not None) != (want == "logits"):
             raise ValueError("positions go with want='logits', and only with it")
-        if len(lengths) and not (0 <= lengths.min() and lengths.max() <= tokens.shape[1]):
-            raise ValueError(
-                f"lengths run from {lengths.min()} to {lengths.max()}, rows have {tokens.shape[1]} positions"
-            )
-        tokens = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, 0)
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < model.num_tokens):
+        arrays = [np.asarray(array) for array in (tokens, lengths, positions) if array is not None]
+        tokens, lengths = arrays[:2]
+        for name, array, rank in zip(("tokens", "lengths", "positions"), arrays, (2, 1, 2), strict=False):
+            if array.ndim != rank or array.shape[0] != tokens.shape[0] or not array.size:
+                raise ValueError(
+                    f"need tokens [row, position], lengths [row], positions [row, wanted]; {name}: {array.shape}"
+                )
+            if not np.issubdtype(array.dtype, np.integer):
+                raise ValueError(f"{name} have to be integers, not {array.dtype}")
+        width = tokens.shape[1]
+        if not (0 <= lengths.min() and lengths.max() <= width):
+            raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, rows have {width} positions")
+        tokens = np.where(np.arange(width) < lengths[:, None], tokens, 0)
+        if not (0 <= tokens.min() and tokens.max() < model.num_tokens):
             raise ValueError(
                 f"ids run from {tokens.min()} to {tokens.max()}; the model's are 0 to {model.num_tokens - 1}"
             )
-        if positions is None:
-            return call(tokens, lengths)
-        positions = np.asarray(positions, np.int32)
-        if (
-            positions.ndim != 2
-            or positions.shape[0] != tokens.shape[0]
-            or (positions.size and not (0 <= positions.min() and positions.max() < tokens.shape[1]))
-        ):
-            raise ValueError(f"positions have to be [row, wanted], from 0 to {tokens.shape[1] - 1}")
-        return call(tokens, lengths, positions)
+        if positions is not None and not (0 <= arrays[2].min() and arrays[2].max() < width):
+            raise ValueError(
+                f"positions run from {arrays[2].min()} to {arrays[2].max()}; they must be 0 to {width - 1}"
+            )
+        return call(*(array.astype(np.int32) for array in (tokens, *arrays[1:])))
 
     return run
 

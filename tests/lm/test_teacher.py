@@ -231,9 +231,13 @@ def test_what_cannot_be_wanted_is_named(options, fault):
 @pytest.mark.parametrize(
     "want, arrays, fault",
     [
-        ("hidden", (TOKENS[0], LENGTHS), r"tokens \[row, position\] and lengths \[row\], not \(9,\) and \(5,\)"),
-        ("hidden", (TOKENS, LENGTHS[:4]), r"not \(5, 9\) and \(4,\)"),
-        ("hidden", (TOKENS, LENGTHS[:, None]), r"not \(5, 9\) and \(5, 1\)"),
+        ("hidden", (TOKENS[0], LENGTHS), r"tokens \[row, position\], .*; tokens: \(9,\)"),
+        ("hidden", (TOKENS, LENGTHS[:4]), r"lengths: \(4,\)"),
+        ("hidden", (TOKENS, LENGTHS[:, None]), r"lengths: \(5, 1\)"),
+        ("hidden", (TOKENS[:0], LENGTHS[:0]), r"tokens: \(0, 9\)"),
+        ("hidden", (TOKENS[:, :0], LENGTHS * 0), r"tokens: \(5, 0\)"),
+        ("hidden", (TOKENS * 1.0, LENGTHS), "tokens have to be integers, not float"),
+        ("hidden", (TOKENS.astype(np.int64) + 2**32, LENGTHS), "the model's are 0 to 300"),
         ("hidden", (TOKENS, LENGTHS + 1), "lengths run from 1 to 10, rows have 9 positions"),
         ("hidden", (TOKENS, LENGTHS - 1), "lengths run from -1 to 8"),
         ("hidden", (np.where(TOKENS == TOKENS[0, 0], REAL, TOKENS), LENGTHS), "ids .* 301; the model's are 0 to 300"),
@@ -241,10 +245,10 @@ def test_what_cannot_be_wanted_is_named(options, fault):
         ("hidden", (TOKENS, LENGTHS, POSITIONS), "positions .* want='logits'"),
         ("top_k", (TOKENS, LENGTHS, POSITIONS), "positions .* want='logits'"),
         ("logits", (TOKENS, LENGTHS), "positions .* want='logits'"),
-        ("logits", (TOKENS, LENGTHS, POSITIONS[:4]), r"positions have to be \[row, wanted\], from 0 to 8"),
-        ("logits", (TOKENS, LENGTHS, POSITIONS[:, 0]), r"positions have to be \[row, wanted\], from 0 to 8"),
-        ("logits", (TOKENS, LENGTHS, POSITIONS + 1), r"positions have to be \[row, wanted\], from 0 to 8"),
-        ("logits", (TOKENS, LENGTHS, POSITIONS - 1), r"positions have to be \[row, wanted\], from 0 to 8"),
+        ("logits", (TOKENS, LENGTHS, POSITIONS[:4]), r"positions \[row, wanted\]; positions: "),
+        ("logits", (TOKENS, LENGTHS, POSITIONS[:, 0]), r"positions \[row, wanted\]; positions: "),
+        ("logits", (TOKENS, LENGTHS, POSITIONS + 1), "positions run from .* must be 0 to 8"),
+        ("logits", (TOKENS, LENGTHS, POSITIONS - 1), "positions run from .* must be 0 to 8"),
     ],
 )
 def test_faults_in_arrays_are_named(want, arrays, fault):
