@@ -112,7 +112,7 @@ def test_real_greedy_continuations(real, golden):
     assert np.isin(golden["greedy"], real.eos_ids).any()  # so that going on after an EOS is tested
     length = max(map(len, prompts)) + count
     tokens, lengths, _ = decode.generate(
-        real._replace(eos_ids=()), prompts, len(prompts), max_length=length, sample_temperature=0, batch_size=8
+        real._replace(eos_ids=()), prompts, len(prompts), max_length=length, sample_temperature=0, batch_size=16
     )
     assert (lengths == length).all()
     for row, prompt, reference in zip(tokens, prompts, golden["greedy"], strict=True):
@@ -122,9 +122,9 @@ def test_real_greedy_continuations(real, golden):
 
 def test_real_samples_have_the_scorers_log_probs(real, golden):
     prompts = prompts_of(golden)
-    # at most 48 new tokens for the longest prompt; the programs are those of the greedy continuations
-    longest = max(map(len, prompts)) + 48
-    tokens, lengths, log_probs = decode.generate(real, prompts, 16, max_length=longest, seed=3, batch_size=8)
+    # 50 new tokens for the longest prompt; the programs are those of the greedy continuations, as both round up to 128
+    longest = max(map(len, prompts)) + 50
+    tokens, lengths, log_probs = decode.generate(real, prompts, 16, max_length=longest, seed=3, batch_size=16)
     assert lengths.min() < longest and len({row.tobytes() for row in tokens}) == 16
     scored, mask = score.log_prob(real, tokens, lengths, batch_tokens=512)
     generated = mask & (np.arange(1, longest) >= np.resize(list(map(len, prompts)), 16)[:, None])
