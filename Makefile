@@ -33,7 +33,7 @@ gmm: $(STAMP)
 	$(PY) -m kd_jax.train --config configs/gmm.py --workdir runs/gmm
 
 test: $(STAMP)
-	$(PY) -m pytest -q -m "not slow and not parity" tests
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not parity" tests
 
 parity: $(STAMP)
 	$(PY) -m pip install -q -r requirements-bench.txt
