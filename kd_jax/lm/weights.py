@@ -232,7 +232,8 @@ def _place(stored: hf_files.Stored, shapes: Any, shardings: Any) -> Any:
                 parts[key] = _read(stored, path[-1].key, leaf.dtype, bounds, stacked=len(path) > 1)
             return parts[key]
 
-        return jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype)
+        # one at a time: copies are made in the background, and until one is done its part is held as well
+        return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(place, shapes, shardings)
 

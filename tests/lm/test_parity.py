@@ -23,6 +23,15 @@ NAMES = (
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Torch's threads wait for each other by spinning: with JAX's beside them, or a busy machine, minutes go by."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def real():
     return weights.load(SOURCE)
@@ -105,27 +114,31 @@ def test_real_logits_of_both_gguf_readers(real, theirs, rows):
 
 
 def test_real_greedy_continuations(real, theirs):
-    prompts = [real.tokenizer.encode(text) for text in texts.PROMPTS[:3]]
+    prompts = [real.tokenizer.encode(text) for text in texts.PROMPTS[:2]]
     length = max(map(len, prompts)) + make.NEW_TOKENS
     tokens, _, _ = decode.generate(
-        real._replace(eos_ids=()), prompts, 3, max_length=length, sample_temperature=0, batch_size=3
+        real._replace(eos_ids=()), prompts, 2, max_length=length, sample_temperature=0, batch_size=2
     )
     for row, prompt in zip(tokens, prompts, strict=True):
         reference, _ = make.continue_greedily(theirs, prompt)
         np.testing.assert_array_equal(row[len(prompt) : len(prompt) + make.NEW_TOKENS], reference)
 
 
-def test_real_export(real, rows, tmp_path):
+def test_real_export(real, theirs, rows, tmp_path):
     weights.export(real, tmp_path / "exported")
-    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+    exported, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "exported", dtype=torch.float32, output_loading_info=True
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     shutil.rmtree(tmp_path / "exported")  # half a GB, which pytest would keep
     assert not any(report.values()), report
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(exported.state_dict()[name], tensor), name
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     for name, text in texts.TEXTS.items():
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == real.tokenizer.encode(text), name
-    for name in ("json", "chinese", "first and last ids"):
+    # Not of the ids that no text has: hidden states grow to 1200 there, where rounding alone takes each program in
+    # float32 more than 3e-4 away from float64.
+    for name in ("json", "chinese", "numbers"):
         ours = our_logits(real, rows[name])
-        np.testing.assert_allclose(ours, their_logits(theirs, rows[name]), rtol=0, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(ours, their_logits(exported, rows[name]), rtol=0, atol=2e-4, err_msg=name)
