@@ -7,6 +7,7 @@ leads them (rows, split over devices perhaps) stays whole.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from kd_jax.metrics import Mean
 
 def chunk_tokens() -> int:
     """How many tokens' logits are held at a time: few on a CPU, where they should stay in its caches."""
-    return 128 if jax.default_backend() == "cpu" else 4096
+    return 256 if jax.default_backend() == "cpu" else 4096
 
 
 def linear_map(
@@ -36,14 +37,7 @@ def linear_map(
     """
     size, pieces = _cut((hidden, *arrays), hidden.shape[:-1], chunk)
     out = jax.lax.map(lambda piece: function(project(piece[0], head), *piece[1:]), pieces)
-    axis = hidden.ndim - 2
-
-    def join(parts):
-        parts = jnp.moveaxis(parts, 0, axis)
-        parts = parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(parts, 0, size, axis=axis)
-
-    return jax.tree.map(join, out)
+    return jax.tree.map(lambda parts: _join(parts, size, hidden.ndim - 2), out)
 
 
 def linear_log_prob(
@@ -65,7 +59,7 @@ def linear_log_prob(
 
 def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """float32 logits [..., vocab] of hidden [..., width] and head [vocab, width]."""
-    return _dot(hidden, head.astype(hidden.dtype), (hidden.ndim - 1, 1))
+    return dot(hidden, head.astype(hidden.dtype), (hidden.ndim - 1, 1))
 
 
 def linear_cross_entropy(
@@ -122,19 +116,13 @@ def _cross_entropy_forward(hidden, head, labels, mask, chunk):
         one_hot = jnp.arange(head.shape[0]) == label[..., None]
         gradient = (weights / total - one_hot) * jnp.where(keep, scale, 0)[..., None]
         gradient = gradient.astype(hidden.dtype)
-        h_gradient = _dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
+        h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
         rows = (gradient.reshape(-1, head.shape[0]), h.reshape(-1, width))
-        return head_gradient + _dot(*rows, (0, 0)), (value, h_gradient)
+        return head_gradient + dot(*rows, (0, 0)), (value, h_gradient)
 
     head_gradient, (values, h_gradient) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), pieces)
-    axis = labels.ndim - 1
-
-    def join(parts):
-        parts = jnp.moveaxis(parts, 0, axis)
-        parts = parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
-        return jax.lax.slice_in_dim(parts, 0, size, axis=axis)
-
-    return _total(join(values), mask), (join(h_gradient), head_gradient.astype(head.dtype))
+    values, h_gradient = (_join(parts, size, labels.ndim - 1) for parts in (values, h_gradient))
+    return _total(values, mask), (h_gradient, head_gradient.astype(head.dtype))
 
 
 def _cross_entropy_backward(chunk, gradients, cotangent):
@@ -152,10 +140,7 @@ _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 def _cut(arrays, shape, chunk):
     """Arrays [*shape, ...] as [chunk, *rows, positions of it, ...], filled up with zeros; and how many positions."""
     *rows, size = shape
-    count = 1
-    for n in rows:
-        count *= n
-    length = max(1, min(size, (chunk or chunk_tokens()) // max(1, count)))
+    length = max(1, min(size, (chunk or chunk_tokens()) // max(1, math.prod(rows))))
     axis = len(rows)
 
     def cut(array):
@@ -167,7 +152,19 @@ def _cut(arrays, shape, chunk):
     return size, jax.tree.map(cut, tuple(arrays))
 
 
-def _dot(a, b, axes):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+def _join(parts, size, axis):
+    """The reverse of `_cut` for one array [chunk, *rows, positions of it, ...]."""
+    parts = jnp.moveaxis(parts, 0, axis)
+    parts = parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(parts, 0, size, axis=axis)
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], out_dtype=jnp.float32) -> jax.Array:
+    """Contracts one axis of each; products of float32 are real float32 on GPUs and TPUs too."""
     dims = (((axes[0],), (axes[1],)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=out_dtype)
+
+
+def precision(dtype) -> jax.lax.Precision | None:
+    """What a product needs so that float32 is not rounded to fewer bits first."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

@@ -11,6 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kd_jax import fused
+
 KINDS = ("auto", "blocked", "xla", "cudnn")
 
 
@@ -60,10 +62,10 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     if new == 1:
         # a product and a sum: XLA's batched dot of so few queries is slower
         scores = (q[:, 0, ..., None].astype(jnp.float32) * k[:, :, None]).sum(axis=3)
-        weights, total = _softmax(scores, mask[:, :, :, 0])
+        weights, total, _ = _softmax(_hide(scores, mask[:, :, :, 0]))
         out = ((weights / total)[..., None] * v[:, :, None]).sum(axis=3)
         return out.astype(q.dtype).reshape(rows, new, heads * width)
-    weights, total = _softmax(_einsum("rqghd,rgdk->rghqk", q, k), mask)
+    weights, total, _ = _softmax(_hide(_einsum("rqghd,rgdk->rghqk", q, k), mask))
     out = _einsum("rghqk,rgkd->rghqd", weights.astype(v.dtype), v) / total
     return out.transpose(0, 3, 1, 2, 4).astype(q.dtype).reshape(rows, new, heads * width)
 
@@ -73,32 +75,89 @@ def _blocked(q, k, v, segments, block):
     groups = k.shape[2]
     # [row, kv head, query head of it, position, head_dim]
     q = (q * width**-0.5).reshape(rows, length, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
-    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 3, 1)
-
-    @functools.partial(jax.checkpoint, static_argnums=(0, 1))  # the scores are by far the largest thing to keep
-    def one(start, stop):
-        # nothing beyond `stop` is visible to these queries, so it is never computed
-        mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
-        if segments is not None:
-            mask = mask & (segments[:, start:stop, None] == segments[:, None, :stop])[:, None, None]
-        scores = _einsum("rghqd,rgkd->rghqk", q[:, :, :, start:stop], k[:, :, :stop])
-        weights, total = _softmax(scores, mask)
-        out = _einsum("rghqk,rgdk->rghqd", weights.astype(v.dtype), v[..., :stop]) / total
-        return out.astype(q.dtype)
-
-    out = jnp.concatenate([one(i, min(i + block, length)) for i in range(0, length, block)], axis=3)
+    out = _flash(q, k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1), segments, block)
     return out.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, width)
 
 
-def _softmax(scores, mask):
-    """Unnormalised weights and their sums. A row that sees nothing gets some weights, not NaN."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _flash(q, k, v, segments, block):
+    """Attention of scaled queries [row, kv head, query head of it, position, width] to k, v [row, kv head, width, key].
+
+    Block by block of queries; nothing beyond a block is visible to it, so that is never computed. The backward pass
+    makes the scores again (they are by far the largest thing to keep) and normalises them with what the forward pass
+    found. Its products are written so that none contracts two axes at once, which XLA's CPU code transposes for.
+    """
+    return _flash_forward(q, k, v, segments, block)[0]
+
+
+def _flash_forward(q, k, v, segments, block):
+    outs, norms = [], []
+    for start, stop in _blocks(q, block):
+        weights, total, top = _softmax(_scores(q, k, segments, start, stop))
+        out = _einsum("rgqk,rgdk->rgqd", weights.astype(v.dtype), v[..., :stop]) / total
+        outs.append(_unmerge(out.astype(q.dtype), q))
+        norms.append(_unmerge(jnp.log(total) + top, q))
+    out = jnp.concatenate(outs, axis=3)
+    return out, (q, k, v, segments, out, jnp.concatenate(norms, axis=3))
+
+
+def _flash_backward(block, kept, out_gradient):
+    q, k, v, segments, out, norm = kept
+    # what the softmax's gradient subtracts from each row
+    inner = (out.astype(jnp.float32) * out_gradient).sum(axis=-1, keepdims=True)
+    q_gradients, k_gradient, v_gradient = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for start, stop in _blocks(q, block):
+        weights = jnp.exp(_scores(q, k, segments, start, stop) - _merge(norm, start, stop))
+        queries, gradient = _merge(q, start, stop), _merge(out_gradient, start, stop)
+        change = _einsum("rgqd,rgdk->rgqk", gradient, v[..., :stop]) - _merge(inner, start, stop)
+        change = (weights * change).astype(q.dtype)
+        q_gradient = _einsum("rgqk,rgdk->rgqd", change, k[..., :stop])
+        q_gradients.append(_unmerge(q_gradient.astype(q.dtype), q))
+        k_gradient = k_gradient.at[..., :stop].add(_einsum("rgqk,rgqd->rgdk", change, queries))
+        v_gradient = v_gradient.at[..., :stop].add(_einsum("rgqk,rgqd->rgdk", weights.astype(q.dtype), gradient))
+    q_gradient = jnp.concatenate(q_gradients, axis=3)
+    return q_gradient, k_gradient.astype(k.dtype), v_gradient.astype(v.dtype), None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _blocks(q, block):
+    length = q.shape[3]
+    return [(start, min(start + block, length)) for start in range(0, length, block)]
+
+
+def _merge(x, start, stop):
+    """[row, kv head, query head, position, width] -> [row, kv head, query heads and positions of the block, width]"""
+    x = x[:, :, :, start:stop]
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _unmerge(x, q):
+    return x.reshape(*q.shape[:3], -1, x.shape[-1])
+
+
+def _scores(q, k, segments, start, stop):
+    """[row, kv head, query heads and positions of the block, key] of the keys before `stop`."""
+    mask = jnp.arange(start, stop)[:, None] >= jnp.arange(stop)
+    if segments is not None:
+        mask = mask & (segments[:, start:stop, None] == segments[:, None, :stop])[:, None, None]
+    scores = _einsum("rgqd,rgdk->rgqk", _merge(q, start, stop), k[..., :stop])
+    return _hide(_unmerge(scores, q), mask).reshape(scores.shape)
+
+
+def _hide(scores, mask):
     # Added, not selected: XLA's CPU code is quicker with it. The number is out of the reach of scores, yet far from
     # the end of float32.
-    scores = scores + jnp.where(mask, 0.0, -1e30)
-    weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    return weights, weights.sum(axis=-1, keepdims=True)
+    return scores + jnp.where(mask, 0.0, -1e30)
+
+
+def _softmax(scores):
+    """Unnormalised weights, their sums and the scores' maxima. A row that sees nothing gets some weights, not NaN."""
+    top = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    return weights, weights.sum(axis=-1, keepdims=True), top
 
 
 def _einsum(formula, a, b):
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(formula, a, b, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(formula, a, b, precision=fused.precision(a.dtype), preferred_element_type=jnp.float32)

@@ -223,7 +223,9 @@ def _start(model, params, prompts, first, batch_size, max_length, compute, mesh)
         cache=cache, slots=_rows(slots, width), active=np.zeros(slots, bool), done=_rows(8 * slots, width),
         num_done=np.int32(0), next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
     )  # fmt: skip
-    return jax.device_put(state, None if mesh is None else _shardings(mesh, state))
+    # Committed to where the parameters are, as what `_run` returns is: otherwise the second call compiles again.
+    where = next(iter(cache.keys[0].devices())) if mesh is None else _shardings(mesh, state)
+    return jax.device_put(state, where)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
@@ -301,7 +303,7 @@ def _refill(state: _State, settings: _Settings, shared: bool) -> _State:
         log_probs=jnp.where(begins[:, None], 0, slots.log_probs),
         sample_log_probs=jnp.where(begins[:, None], 0, slots.sample_log_probs),
         length=jnp.where(begins, length, slots.length),
-        finished=slots.finished & ~begins,
+        finished=slots.finished,  # of each step: `_advance` sets it
     )
     return state._replace(
         slots=slots, active=state.active | begins, next_index=state.next_index + begins.sum(dtype=jnp.int32)

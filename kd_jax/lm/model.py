@@ -11,6 +11,7 @@ also the quicker layout for small batches on CPUs. Those of all layers lie stack
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from kd_jax import fused
 from kd_jax.lm import attention
 
 
@@ -295,18 +297,14 @@ def head(params: dict[str, Any]) -> jax.Array:
 
 def logits(params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     """float32 logits [..., vocab] of hidden states [..., hidden_size]."""
-    return linear(hidden, head(params).astype(hidden.dtype), out_dtype=jnp.float32)
-
-
-def linear(x: jax.Array, weight: jax.Array, out_dtype=None) -> jax.Array:
-    """x [..., in] times a weight [out, in] -> [..., out]. float32 is real float32 on GPUs and TPUs too."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, dims, precision=precision, preferred_element_type=out_dtype or x.dtype)
+    return fused.project(hidden, head(params))
 
 
 def _linear(x, weight, compute):
-    return linear(x, weight.astype(compute.dtype))
+    """x [..., in] times a weight [out, in] -> [..., out]"""
+    # One leading axis: the weight's gradient would contract several, for which XLA's CPU code transposes both sides.
+    out = fused.dot(x.reshape(-1, x.shape[-1]), weight.astype(compute.dtype), (1, 1), out_dtype=compute.dtype)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _norm(x, gain, architecture, compute):
@@ -329,6 +327,11 @@ def _rotate(x, phases):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
+# Checkpointed: what lies between the products (norms, SwiGLU) is cheaper to make again in the backward pass than to keep.
+# The products themselves are not made again, as nothing there needs what comes out of these functions.
+
+
+@functools.partial(jax.checkpoint, static_argnums=(3, 4))
 def _project(w, x, phases, architecture, compute):
     """Rotated queries [row, position, head, head_dim], rotated keys and values (with their fewer heads)."""
     a = architecture
@@ -340,6 +343,16 @@ def _project(w, x, phases, architecture, compute):
 
 
 def _mlp(w, x, architecture, compute):
+    gate, up = _gate_up(w, x, architecture, compute)
+    return x + _down(w, gate, up, compute)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(2, 3))
+def _gate_up(w, x, architecture, compute):
     h = _norm(x, w["mlp_norm"], architecture, compute)
-    gate, up = _linear(h, w["gate"], compute), _linear(h, w["up"], compute)
-    return x + _linear(jax.nn.silu(gate) * up, w["down"], compute)
+    return _linear(h, w["gate"], compute), _linear(h, w["up"], compute)
+
+
+@functools.partial(jax.checkpoint, static_argnums=3)
+def _down(w, gate, up, compute):
+    return _linear(jax.nn.silu(gate) * up, w["down"], compute)
