@@ -1,5 +1,7 @@
 """Run folders: what a run was, whether it may carry on, and its rows of numbers."""
 
+import collections
+import contextlib
 import datetime
 import json
 import math
@@ -7,8 +9,10 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +26,8 @@ from kd_jax.config import flatten, to_dict
 
 # All that a run writes into its folder, and so all that --overwrite removes.
 NAMES = ("config.json", "manifest.json", "metrics.jsonl", "checkpoints", "report.html", "figures")
+
+_AGAIN = "; --overwrite starts the run again"
 
 # JSON has no such numbers; Python's own NaN token is not JSON, and other readers refuse the line.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -63,7 +69,7 @@ def open_run(
                     "choose another --workdir"
                 )
         if exists and not overwrite:
-            _compare(folder, _read_json(folder / "config.json"), wanted)
+            _compare(folder, read_json(folder / "config.json", hint=_AGAIN), wanted)
             return _reopen(folder, config, argv)
         folder.mkdir(parents=True, exist_ok=True)
         if exists:
@@ -77,10 +83,58 @@ def open_run(
     return Run(folder, resumed=False, finished=False)
 
 
+class Stop:
+    """Whether somebody has asked for the end, by Ctrl-C or SIGTERM: long work looks at `asked` where it can save.
+
+    As a context manager it takes over both signals; a second one interrupts at once.
+    """
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Stop":
+        self._before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _ask(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+class Clock:
+    """Seconds by what they were spent on: `with clock("data"): ...`. What is inside another counts there alone."""
+
+    def __init__(self):
+        self.seconds: collections.Counter[str] = collections.Counter()
+        self._names: list[str] = []
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._charge()
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._charge()
+            self._names.pop()
+
+    def _charge(self) -> None:
+        now = time.perf_counter()
+        if self._names:
+            self.seconds[self._names[-1]] += now - self._since
+        self._since = now
+
+
 def finish(run: Run, **extra: Any) -> None:
     """Marks the run finished in its manifest, with `extra` (timings and the like) beside it."""
     path = run.folder / "manifest.json"
-    write_json(path, {**_read_json(path), **extra, "status": "finished", "finished": _now()})
+    write_json(path, {**read_json(path, hint=_AGAIN), **extra, "status": "finished", "finished": _now()})
 
 
 def write_text(path: Path, text: str) -> None:
@@ -97,6 +151,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes one JSON file whole or not at all."""
     write_text(path, _dump(value, indent=2) + "\n")
+
+
+def read_json(path: Path, error: type[Exception] = RunError, *, hint: str = "") -> dict[str, Any]:
+    """The object in a JSON file. OSError where it cannot be read; `error`, naming it, with `hint`, where it holds none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as reason:
+        raise error(f"{path} is not JSON ({reason}){hint}") from reason
+    if not isinstance(value, dict):
+        raise error(f"{path} is not a JSON object{hint}")
+    return value
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -133,7 +198,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def _reopen(folder: Path, config: ml_collections.ConfigDict, argv: Sequence[str]) -> Run:
     path = folder / "manifest.json"
     if path.exists():
-        manifest = _read_json(path)
+        manifest = read_json(path, hint=_AGAIN)
         if manifest.get("status") == "finished":
             return Run(folder, resumed=True, finished=True)
         manifest.setdefault("resumed", []).append(_now())
@@ -201,16 +266,6 @@ def _git_commit() -> str | None:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON ({error}); --overwrite starts the run again") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} is not a JSON object; --overwrite starts the run again")
-    return value
 
 
 def _remove(path: Path) -> None:

@@ -287,7 +287,7 @@ def run(config, folder: Path) -> dict:
             seeds = chunk.first + np.arange(chunk.size)
             scores = sweep(chunk.setting, seeds, betas, chunk.separation, config.tol)
             scores = jax.tree.map(lambda leaf, keep=chunk.keep: leaf[:keep], scores)
-            saved.save(c, _as_tree(scores))
+            saved.save(c, _as_trees(scores))
             append_rows(rows_path, _rows(chunk, betas, scores))
     swept = time.perf_counter()
     if config.dim == 2:
@@ -318,7 +318,7 @@ def _write_panels(path: Path, arrays: dict) -> None:
     partial_file.replace(path)
 
 
-def _as_tree(scores: tuple[Scores, Scores]) -> dict:
+def _as_trees(scores: tuple[Scores, Scores]) -> dict:
     return {"direct": scores[0]._asdict(), "distilled": scores[1]._asdict()}
 
 
