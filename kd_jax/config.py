@@ -9,7 +9,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-USAGE = "usage: {prog} --config FILE.py --workdir FOLDER [--overwrite] [--flagfile FILE] [--config.KEY=VALUE ...]"
+USAGE = (
+    "usage: {prog} --config FILE.py --workdir FOLDER [--overwrite] [--stages A,B] [--dry_run] [--flagfile FILE] "
+    "[--config.KEY=VALUE ...]"
+)
 
 
 class Args(NamedTuple):
@@ -18,6 +21,8 @@ class Args(NamedTuple):
     config: ml_collections.ConfigDict
     workdir: str
     overwrite: bool
+    stages: tuple[str, ...] = ()
+    dry_run: bool = False
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -47,7 +52,7 @@ def parse(argv: Sequence[str]) -> Args:
     _check_tuples(before, flatten(values.config.to_dict()))
     if not values.workdir:
         _fail("--workdir is missing (for example --workdir runs/gmm)")
-    return Args(values.config, values.workdir, values.overwrite)
+    return Args(values.config, values.workdir, values.overwrite, tuple(values.stages), values.dry_run)
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -75,6 +80,8 @@ def _values(argv: list[str], overrides: bool) -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", None, "The run folder.", flag_values=values)
     flags.DEFINE_bool("overwrite", False, "Start the run in this folder again.", flag_values=values)
+    flags.DEFINE_list("stages", [], "Of an experiment in stages, run these alone.", flag_values=values)
+    flags.DEFINE_bool("dry_run", False, "Show what there is to do and what it costs.", flag_values=values)
     values.set_gnu_getopt(True)
     try:
         rest = values(argv, known_only=not overrides)
@@ -97,7 +104,7 @@ def _values(argv: list[str], overrides: bool) -> flags.FlagValues:
 
 
 def _check_names(argv: list[str], fields: dict[str, Any]) -> None:
-    known = ["config", "workdir", "overwrite", "nooverwrite", *(f"config.{key}" for key in fields)]
+    known = ["config", "workdir", "overwrite", "nooverwrite", "stages", "dry_run", "nodry_run", *(f"config.{key}" for key in fields)]
     known += [f"noconfig.{key}" for key, value in fields.items() if isinstance(value, bool)]
     for arg in argv[1:]:
         if arg == "--":

@@ -25,7 +25,10 @@ import kd_jax
 from kd_jax.config import flatten, to_dict
 
 # All that a run writes into its folder, and so all that --overwrite removes.
-NAMES = ("config.json", "manifest.json", "metrics.jsonl", "checkpoints", "report.html", "figures")
+NAMES = (
+    "config.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "stages", "evaluation",
+    "report.html", "figures",
+)  # fmt: skip
 
 _AGAIN = "; --overwrite starts the run again"
 
@@ -46,12 +49,14 @@ class Run(NamedTuple):
 
 
 def open_run(
-    workdir: str | os.PathLike, config: ml_collections.ConfigDict, *, argv: Sequence[str], overwrite: bool = False
-) -> Run:
+    workdir: str | os.PathLike, config: ml_collections.ConfigDict, *, argv: Sequence[str], overwrite: bool = False,
+    staged: bool = False,
+) -> Run:  # fmt: skip
     """Makes the run folder, or opens it again where it holds a run of this same config.
 
     A folder with another config, or with files but no run, is refused (RunError). `overwrite` starts the run
-    again: it removes what a run writes (NAMES) and leaves every other file alone.
+    again: it removes what a run writes (NAMES) and leaves every other file alone. A `staged` run takes another config
+    of the same experiment, as its stages know what depends on what; the differences are printed.
     """
     folder = Path(workdir)
     # through JSON and back, so that it compares equal with what is read from the file
@@ -69,7 +74,17 @@ def open_run(
                     "choose another --workdir"
                 )
         if exists and not overwrite:
-            _compare(folder, read_json(folder / "config.json", hint=_AGAIN), wanted)
+            changes = _changes(read_json(folder / "config.json", hint=_AGAIN), wanted)
+            if changes and not (staged and not any(change.startswith("  experiment:") for change in changes)):
+                raise RunError(
+                    f"{folder} holds a run with another config:\n"
+                    + "\n".join(changes)
+                    + "\nchoose another --workdir, or start this one again with --overwrite"
+                )
+            if changes:
+                print(f"{folder}: the config has changed; what depends on it is made anew\n" + "\n".join(changes))
+                write_json(folder / "config.json", wanted)
+                (folder / "manifest.json").unlink(missing_ok=True)
             return _reopen(folder, config, argv)
         folder.mkdir(parents=True, exist_ok=True)
         if exists:
@@ -154,7 +169,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, error: type[Exception] = RunError, *, hint: str = "") -> dict[str, Any]:
-    """The object in a JSON file. OSError where it cannot be read; `error`, naming it, with `hint`, where it holds none."""
+    """The object in a JSON file. Raises `error`, which names the file and ends in `hint`, where it holds no object."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as reason:
@@ -208,19 +223,15 @@ def _reopen(folder: Path, config: ml_collections.ConfigDict, argv: Sequence[str]
     return Run(folder, resumed=True, finished=False)
 
 
-def _compare(folder: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each field that differs."""
     old, new = flatten(old), flatten(new)
     changes = []
     for key in sorted(old.keys() | new.keys()):
         was, now = (_dump(side[key]) if key in side else "(not set)" for side in (old, new))
         if was != now:
             changes.append(f"  {key}: {was} -> {now}")
-    if changes:
-        raise RunError(
-            f"{folder} holds a run with another config:\n"
-            + "\n".join(changes)
-            + "\nchoose another --workdir, or start this one again with --overwrite"
-        )
+    return changes
 
 
 def _manifest(config: ml_collections.ConfigDict, argv: Sequence[str]) -> dict[str, Any]:

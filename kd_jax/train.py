@@ -4,12 +4,15 @@ import importlib
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from kd_jax import config as config_lib
 
 # Modules by name, so that one experiment's run does not import the others. Each has validate(config), which raises
-# ValueError on bad values, and run(config, folder), which returns what to add to the manifest.
-EXPERIMENTS = {"gmm": "kd_jax.gmm.experiment"}
+# ValueError on bad values, and run(config, folder), which returns what to add to the manifest. Those in STAGED run in
+# stages: run also takes `only` (names) and `dry_run`, and returns None where the run is not at its end yet.
+EXPERIMENTS = {"gmm": "kd_jax.gmm.experiment", "lm": "kd_jax.lm.experiment"}
+STAGED = ("lm",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return _run(args, argv)
-    except (ValueError, run_lib.RunError) as error:
+    except (ValueError, OSError, FloatingPointError, run_lib.RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -39,8 +42,14 @@ def _run(args: config_lib.Args, argv: list[str]) -> int:
         raise ValueError(f"config.experiment is {name!r}; it has to be one of: {', '.join(sorted(EXPERIMENTS))}")
     experiment = importlib.import_module(EXPERIMENTS[name])
     experiment.validate(config)
+    staged = name in STAGED
+    if not staged and (args.stages or args.dry_run):
+        raise ValueError(f"--stages and --dry_run are for experiments in stages ({', '.join(STAGED)}), not for {name}")
+    if args.dry_run:
+        experiment.run(config, Path(args.workdir), dry_run=True)
+        return 0
 
-    run = run_lib.open_run(args.workdir, config, argv=argv, overwrite=args.overwrite)
+    run = run_lib.open_run(args.workdir, config, argv=argv, overwrite=args.overwrite, staged=staged)
     if run.finished:
         page = run.folder / "report.html"
         print(f"{run.folder}: finished, nothing left to do (report: {page}; --overwrite starts again)")
@@ -49,7 +58,13 @@ def _run(args: config_lib.Args, argv: list[str]) -> int:
         print(f"{run.folder}: carrying on")
 
     ready = time.perf_counter()
-    extra = experiment.run(config, run.folder) or {}
+    if staged:
+        extra = experiment.run(config, run.folder, only=args.stages)
+        if extra is None:
+            print(f"{run.folder}: stages {', '.join(args.stages)} are finished")
+            return 0
+    else:
+        extra = experiment.run(config, run.folder) or {}
     ran = time.perf_counter()
     page = report.write(run.folder)
     done = time.perf_counter()

@@ -1,0 +1,390 @@
+"""The language-model experiment (Cha & Cho, section 4): p* -> corpus -> teacher -> its corpora -> students -> scores.
+
+Every corpus that is trained on has config.num_validation rows more, which no one trains on and which choose the
+checkpoint. Recall is on a corpus of p* of its own. Seeds are those of the students; there is one teacher.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kd_jax import cache, stages
+from kd_jax import mesh as mesh_lib
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import cost, estimates, evaluation, resumable, training, weights
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
+from kd_jax.lm.tokenizer import Tokenizer
+from kd_jax.run import RunError, Stop, read_json, read_rows, write_rows
+from kd_jax.stages import Stage
+
+# What a random key is for: seeds of corpora and models are config.seed + these, far apart.
+TRAIN, VALIDATION, TEACHER, SAMPLES, STUDENT, EVALUATION = (1_000_000 * i for i in range(1, 7))
+# Shares of the measured ceiling that the parts of a run reach, for the times of --dry_run.
+SHARES = {"training": 0.4, "sampling": 0.2, "scoring": 0.4}
+
+
+def validate(config) -> None:
+    """Raises ValueError, naming the key, for a value that cannot work."""
+    for name in ("seeds", "num_train", "num_validation", "num_recall", "num_samples"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name}={config[name]} must be at least 1")
+    if not 0 <= config.seed < 2**20:
+        raise ValueError(f"config.seed={config.seed} must be from 0 and below {2**20}")
+    if not config.taus or len(set(config.taus)) < len(config.taus):
+        raise ValueError(f"config.taus={tuple(config.taus)} must be at least one value, and none twice")
+    for tau in config.taus:
+        if not 0 < tau < math.inf:
+            raise ValueError(f"config.taus: {tau} must be above 0 and finite")
+    if config.sampling.max_length < 2:
+        raise ValueError(f"config.sampling.max_length={config.sampling.max_length} must be at least 2")
+    _check_p_star(config.p_star)
+    if training_settings(config).batch_size > config.num_train:
+        raise ValueError(f"config.train.batch_size={config.train.batch_size} is above config.num_train={config.num_train}")
+    for role in ("teacher", "student"):
+        architecture(config[role], PRESETS["tiny"], f"config.{role}")
+    Compute(**config.compute)
+    mesh(config)
+
+
+def _check_p_star(p_star) -> None:
+    if p_star.architecture and p_star.architecture not in PRESETS:
+        raise ValueError(f"config.p_star.architecture={p_star.architecture!r} is not one of {', '.join(PRESETS)}")
+    if not p_star.source and not p_star.architecture:
+        raise ValueError("config.p_star needs a source, or an architecture to draw random weights for")
+
+
+def training_settings(config) -> training.Settings:
+    return training.Settings(num_validation=config.num_validation, **{**config.train, "trackers": tuple(config.train.trackers)})
+
+
+def mesh(config) -> jax.sharding.Mesh | None:
+    sizes = dict(config.mesh)
+    return None if sizes == {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1 else mesh_lib.make(**sizes)
+
+
+def architecture(settings, p_star: Architecture, label: str) -> Architecture:
+    """The shape that a config's `teacher` or `student` says, with the vocabulary of p* and, unless it is a preset, its
+    rotary embedding; a preset has its own."""
+    if settings.preset:
+        if settings.preset not in PRESETS:
+            raise ValueError(f"{label}.preset={settings.preset!r} is not one of {', '.join(PRESETS)}")
+        found = PRESETS[settings.preset]
+    else:
+        try:
+            found = Architecture(
+                vocab_size=p_star.vocab_size, hidden_size=settings.width, intermediate_size=settings.mlp,
+                num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+                num_key_value_heads=settings.kv_heads, head_dim=max(2, settings.width // max(1, settings.heads)),
+                rope_theta=p_star.rope_theta, max_position_embeddings=p_star.max_position_embeddings,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        if settings.width % settings.heads:
+            raise ValueError(f"{label}.width={settings.width} is not a multiple of {label}.heads={settings.heads}")
+    return dataclasses.replace(found, vocab_size=p_star.vocab_size)
+
+
+def run(config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = False) -> dict[str, Any] | None:
+    """Runs the chain into the run folder, or what is left of it; returns what to add to the manifest.
+
+    With `only`, the stages of these groups; without "evaluation" among them there is no report yet, and None is
+    returned. With `dry_run` the stages are shown, nothing is written, and None is returned.
+    """
+    chain = plan(config)
+    if dry_run:
+        show(config, folder, chain)
+        return None
+    cache.enable_compilation_cache()
+    groups = {stage.group for stage in chain}
+    unknown = set(only) - groups - {"evaluation"}
+    if unknown:
+        raise ValueError(f"--stages: {unknown.pop()!r} is not one of {', '.join([*groups, 'evaluation'])}")
+    if not only or set(only) & groups:
+        stages.run(folder, chain, [name for name in only if name != "evaluation"])
+    if only and "evaluation" not in only:
+        return None
+    return evaluate(config, folder, chain)
+
+
+# The chain
+
+
+def plan(config) -> list[Stage]:
+    """The stages before the evaluation, inputs first."""
+    chain = [
+        _p_star_corpus(config, "p_star/train", config.num_train + config.num_validation, TRAIN),
+        _p_star_corpus(config, "p_star/validation", config.num_recall, VALIDATION),
+        _training(config, "teacher", "p_star/train", config.teacher, TEACHER, arm="teacher"),
+    ]
+    chain += [_student(config, "direct", seed, "p_star/train", None) for seed in range(config.seeds)]
+    for tau in config.taus:
+        chain.append(_teacher_corpus(config, tau))
+        chain += [_student(config, f"tau-{tau:g}", seed, f"samples/tau-{tau:g}", tau) for seed in range(config.seeds)]
+    return chain
+
+
+def _p_star_corpus(config, name: str, num_samples: int, purpose: int) -> Stage:
+    settings = _sampling(config, num_samples, 1.0, purpose) | {"p_star": dict(config.p_star), "identity": _identity(config)}
+
+    def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
+        model = _p_star(config)
+        weights.save_about(model, folder)
+        return _sample(config, model, folder, settings, name)
+
+    shape = PRESETS.get(config.p_star.architecture)
+    return Stage(name, settings, (), work, _sampling_cost(config, shape, num_samples))
+
+
+def _teacher_corpus(config, tau: float) -> Stage:
+    # the same random numbers for every tau: differences between them are less noisy
+    settings = _sampling(config, config.num_train + config.num_validation, tau, SAMPLES)
+    name = f"samples/tau-{tau:g}"
+
+    def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        model = weights.load(inputs["teacher"], mesh=mesh(config))
+        return _sample(config, model, folder, settings, name)
+
+    return Stage(name, settings, ("teacher",), work, _sampling_cost(config, _shape(config, "teacher"), settings["num_samples"]))
+
+
+def _student(config, arm: str, seed: int, corpus: str, tau: float | None) -> Stage:
+    # one seed, one start and one order of the data, whatever the corpus
+    kind = "direct" if tau is None else "distilled"
+    return _training(config, f"{arm}/seed-{seed}", corpus, config.student, STUDENT + seed, arm=kind, tau=tau, seed=seed)
+
+
+def _training(config, name: str, corpus: str, shape, purpose: int, **tags) -> Stage:
+    settings = {
+        "model": dict(shape), "train": {**config.train, "trackers": []}, "num_validation": config.num_validation,
+        "seed": config.seed + purpose, "compute": dict(config.compute),
+    }  # fmt: skip
+    tags = {"arm": None, "tau": None, "seed": None} | tags
+
+    def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        like = _about(inputs["p_star/train"])
+        model = like._replace(architecture=architecture(shape, like.architecture, "config"))
+        with Stop() as stop:
+            return training.train(
+                training_settings(config), model, corpus_lib.open(inputs[corpus] / "corpus"), config.seed + purpose,
+                folder, name=name, compute=Compute(**config.compute), mesh=mesh(config), stop=stop, tags=tags,
+            )  # fmt: skip
+
+    role = "teacher" if name == "teacher" else "student"
+    return Stage(name, settings, tuple(dict.fromkeys(["p_star/train", corpus])), work, _training_cost(config, _shape(config, role)))
+
+
+def _sampling(config, num_samples: int, tau: float, purpose: int) -> dict[str, Any]:
+    s = config.sampling
+    return {
+        "prompt": s.prompt, "prompt_ids": list(s.prompt_ids), "max_length": s.max_length, "shard_size": s.shard_size,
+        "num_samples": num_samples, "sample_temperature": tau, "seed": config.seed + purpose, "dtype": s.dtype,
+    }  # fmt: skip
+
+
+def _sample(config, model: Model, folder: Path, settings: dict[str, Any], label: str) -> dict[str, Any]:
+    """The corpus of a stage; some numbers of it."""
+    tokenizer = model.tokenizer
+    ids = settings["prompt_ids"] or tokenizer.encode(settings["prompt"])
+    about = {name: settings[name] for name in ("max_length", "shard_size", "num_samples", "sample_temperature", "seed")}
+    about |= {
+        "source": label, "model_fingerprint": weights.fingerprint(model.params),
+        "tokenizer_fingerprint": None if tokenizer is None else tokenizer.fingerprint, "dtype": settings["dtype"],
+        "prompt": settings["prompt"] or None, "prompt_ids": ids, "eos_ids": sorted(model.eos_ids), "top_k": None,
+        "top_p": None,
+    }  # fmt: skip
+    held = resumable.sample(
+        model, folder / "corpus", about, command=f"stage {label}", label=label, batch_size=config.sampling.batch_size,
+        compute=Compute(dtype=settings["dtype"]), mesh=mesh(config),
+    )  # fmt: skip
+    rows = held.rows()
+    tokens = (rows.length - rows.prompt_length).astype(float)
+    entropy = estimates.per_token(-rows.sample_log_prob, tokens)
+    return {**held.manifest["counts"], "entropy": entropy[0], "entropy_se": entropy[1]}
+
+
+# p*
+
+
+def _p_star(config) -> Model:
+    """p* with its weights; a random one where the config has no source."""
+    return _load_p_star(config.p_star.source, config.p_star.architecture, config.seed, config.sampling.dtype, mesh(config))
+
+
+@functools.lru_cache(maxsize=1)
+def _load_p_star(source: str, preset: str, seed: int, dtype: str, over) -> Model:
+    if source:
+        return weights.load(source, dtype=dtype, mesh=over)
+    params = jax.jit(model_lib.init, static_argnums=(1, 2))(jax.random.key(seed), PRESETS[preset], jnp.dtype(dtype))
+    # such a model says any id as soon as any other; one of them ends a sequence
+    return Model(PRESETS[preset], params, eos_ids=(0,))
+
+
+@functools.lru_cache(maxsize=1)
+def _source_identity(source: str) -> str:
+    return weights.identity(source)
+
+
+def _identity(config) -> str:
+    return _source_identity(config.p_star.source) if config.p_star.source else f"random, seed {config.seed}"
+
+
+def _about(folder: Path) -> Model:
+    """The model that `weights.save_about` has described in a folder, without weights."""
+    said = read_json(folder / "model.json")
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    return Model(Architecture(**said["architecture"]), None, tuple(said["eos_ids"]), said["bos_id"], said["pad_id"], tokenizer)
+
+
+# Evaluation
+
+
+def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
+    """Scores every model, and gathers the rows of the whole run in its metrics.jsonl and samples.jsonl."""
+    began = time.perf_counter()
+    where = stages.folders(folder, chain)
+    missing = [stage.name for stage in chain if not stages.finished(where[stage.name])]
+    if missing:
+        raise RunError(f"the evaluation needs {missing[0]}, which is not finished; run it first")
+    p_star, entries = _p_star(config), {}
+    for tau in config.taus:
+        held = corpus_lib.open(where[f"samples/tau-{tau:g}"] / "corpus")
+        entries[f"teacher/tau-{tau:g}"] = evaluation.Entry(where["teacher"], "teacher", tau, None, held)
+    for stage in chain:
+        if stage.group == "direct" or stage.group.startswith("tau-"):
+            tau = None if stage.group == "direct" else float(stage.group.removeprefix("tau-"))
+            kind, seed = "direct" if tau is None else "distilled", int(stage.name.rsplit("-", 1)[1])
+            entries[stage.name] = evaluation.Entry(where[stage.name], kind, tau, seed)
+    settings = evaluation.Settings(
+        num_samples=config.num_samples, seed=config.seed + EVALUATION, dtype=config.sampling.dtype,
+        batch_size=config.sampling.batch_size, mesh=mesh(config),
+    )  # fmt: skip
+    validation = corpus_lib.open(where["p_star/validation"] / "corpus")
+    rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation")
+    for row in rows:
+        corpus = "p_star/train" if row["arm"] == "direct" else f"samples/tau-{row['tau']:g}"
+        found = stages.about(where[corpus])["result"]
+        row |= {"teacher_entropy": found["entropy"], "teacher_entropy_se": found["entropy_se"]}
+    seconds = time.perf_counter() - began
+    write_rows(folder / "metrics.jsonl", [*rows, *_training_rows(chain, where), *_stage_rows(chain, where)])
+    write_rows(folder / "samples.jsonl", _sample_rows(config, p_star, rows, where, folder))
+    done = [{**stages.about(where[stage.name]), "folder": str(where[stage.name].relative_to(folder))} for stage in chain]
+    done = [{key: stage[key] for key in ("name", "folder", "seconds", "starts")} for stage in done]
+    done.append({"name": "evaluation", "folder": "evaluation", "seconds": round(seconds, 3), "starts": 1})
+    return {"stages": done, "overhead": _overhead(chain, where)}
+
+
+def _training_rows(chain, where) -> list[dict[str, Any]]:
+    found = [read_rows(where[stage.name] / "metrics.jsonl") for stage in chain if _is_training(stage)]
+    return [row for rows in found for row in rows]
+
+
+def _is_training(stage: Stage) -> bool:
+    return stage.group not in ("p_star", "samples")
+
+
+def _stage_rows(chain, where) -> list[dict[str, Any]]:
+    rows = []
+    for stage in chain:
+        said = stages.about(where[stage.name])
+        rows.append({"kind": "stage", "name": stage.name, "seconds": said["seconds"], "starts": said["starts"]})
+        if not _is_training(stage):
+            rows[-1] |= {name: said["result"][name] for name in ("tokens", "entropy", "entropy_se")}
+    return rows
+
+
+def _overhead(chain, where) -> dict[str, float]:
+    """Seconds of all trainings by what they were spent on, and the share of data, logging and checkpoints in them."""
+    seconds: dict[str, float] = {}
+    for stage in filter(_is_training, chain):
+        for name, value in stages.about(where[stage.name])["result"]["seconds"].items():
+            seconds[name] = seconds.get(name, 0.0) + value
+    share = sum(seconds.get(name, 0.0) for name in ("data", "logging", "checkpoints")) / seconds["total"]
+    return {**{name: round(value, 3) for name, value in seconds.items()}, "share": round(share, 4)}
+
+
+def _sample_rows(config, p_star: Model, rows, where, folder: Path, count: int = 8) -> list[dict[str, Any]]:
+    """The first samples of each model, and of p*, as text (or ids, where there is no tokenizer)."""
+    corpora = [("p*", None, None, None, where["p_star/validation"] / "corpus")]
+    for row in rows:
+        if row["arm"] == "teacher":
+            path = where[f"samples/tau-{row['tau']:g}"] / "corpus"
+        else:
+            path = folder / "evaluation" / row["name"] / "samples"
+        corpora.append((row["name"], row["arm"], row["tau"], row["seed"], path))
+    found = []
+    for name, arm, tau, seed, path in corpora:
+        held = corpus_lib.open(path).rows(0, min(count, config.num_samples, config.num_recall))
+        for i, ids in enumerate(held.tokens):
+            text = " ".join(map(str, ids)) if p_star.tokenizer is None else p_star.tokenizer.decode(ids)
+            found.append({
+                "name": name, "arm": arm or "p_star", "tau": tau, "seed": seed, "index": int(held.index[i]), "text": text,
+                "finished": bool(held.finished[i]), "length": int(held.length[i]),
+            })  # fmt: skip
+    return found
+
+
+# What it will cost
+
+
+def _shape(config, role: str) -> Architecture | None:
+    """The shape of teacher or student, as far as the config alone says it."""
+    p_star = PRESETS.get(config.p_star.architecture)
+    return None if p_star is None else architecture(config[role], p_star, f"config.{role}")
+
+
+def _sampling_cost(config, shape: Architecture | None, num_samples: int) -> dict[str, Any]:
+    tokens = num_samples * config.sampling.max_length
+    # ids as int32, a few numbers a row; Parquet packs them somewhat
+    return _cost("sampling", shape, tokens, 1, config, 4 * tokens + 40 * num_samples)
+
+
+def _training_cost(config, shape: Architecture | None) -> dict[str, Any]:
+    tokens = config.num_train * config.sampling.max_length * config.train.epochs
+    held = 4 + 12 * (config.train.keep + 1) * config.train.keep_checkpoints
+    return _cost("training", shape, tokens, 3, config, 0 if shape is None else held * shape.num_parameters)
+
+
+def _cost(kind: str, shape: Architecture | None, tokens: int, passes: int, config, disk: float) -> dict[str, Any]:
+    if shape is None:
+        return {"kind": kind, "tokens": tokens}
+    flops = passes * cost.forward_flops(shape, config.sampling.max_length) * tokens
+    return {"kind": kind, "parameters": shape.num_parameters, "tokens": tokens, "flops": flops, "disk": disk}
+
+
+def show(config, folder: Path, chain: list[Stage]) -> None:
+    """Prints the stages: what is done, and what the others cost at most (no sequence ends before max_length)."""
+    where = stages.folders(folder, chain)
+    rate = cost.ceiling(config.compute.dtype)
+    print(f"{'stage':24} {'parameters':>12} {'tokens':>14} {'FLOPs':>9} {'disk MB':>9} {'minutes':>8}  state")
+    total = 0.0
+    for stage in [*chain, _evaluation_cost(config)]:
+        c = stage.cost
+        seconds = c["flops"] / (rate * SHARES[c["kind"]]) if "flops" in c else math.nan
+        done = stage.name in where and stages.finished(where[stage.name])
+        total += 0 if done else seconds
+        print(
+            f"{stage.name:24} {c.get('parameters', math.nan):12,} {c['tokens']:14,} {c.get('flops', math.nan):9.2e} "
+            f"{c.get('disk', math.nan) / 1e6:9.0f} {seconds / 60:8.1f}  {'finished' if done else 'to do'}"
+        )
+    print(
+        f"at most {total / 60:.0f} minutes are left on {jax.device_count()} x {jax.devices()[0].device_kind}, which does "
+        f"{rate / 1e9:.0f} GFLOP/s in large products; of that sampling is taken to reach {SHARES['sampling']:.0%}, "
+        f"training {SHARES['training']:.0%}, scoring {SHARES['scoring']:.0%}"
+    )
+
+
+def _evaluation_cost(config) -> Stage:
+    """Samples of every student scored under p*, which is by far the most of it."""
+    students = config.seeds * (1 + len(config.taus)) + len(config.taus)
+    tokens = students * config.num_samples * config.sampling.max_length
+    shape = PRESETS.get(config.p_star.architecture)
+    return Stage("evaluation", {}, (), lambda *_: {}, _cost("scoring", shape, tokens, 1, config, 8 * tokens))
