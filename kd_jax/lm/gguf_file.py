@@ -56,7 +56,24 @@ def open_file(path: Path) -> Stored:
         return dequantize(tensor.data[rows], tensor.tensor_type)[:, *index[1:]]
 
     ids = _special_ids(reader, path, architecture.vocab_size)
-    return Stored(Model(architecture, {}, *ids, _tokenizer(reader, path)), shapes, tensor_name, read)
+    try:
+        tokens = _tokenizer(reader)
+    except ValueError as error:
+        warnings.warn(f"{path}: the weights are loaded without the tokenizer: {error}", stacklevel=2)
+        tokens = None
+    return Stored(Model(architecture, {}, *ids, tokens), shapes, tensor_name, read)
+
+
+def tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer inside a GGUF file, of which only the metadata is read; None where there is none.
+
+    Raises ValueError, naming the file, where that is damaged or the tokenizer is not supported.
+    """
+    reader = _open(path)
+    try:
+        return _tokenizer(reader)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def stored_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
@@ -162,14 +179,8 @@ def _special_ids(reader: GGUFReader, path: Path, vocab_size: int) -> tuple[tuple
     return tuple(eos), ids["bos"], ids["padding"]
 
 
-def _tokenizer(reader: GGUFReader, path: Path) -> Tokenizer | None:
-    if _value(reader, "tokenizer.ggml.model") is None:
-        return None
-    try:
-        return Tokenizer.from_gguf(reader)
-    except ValueError as error:
-        warnings.warn(f"{path}: the weights are loaded without the tokenizer: {error}", stacklevel=2)
-        return None
+def _tokenizer(reader: GGUFReader) -> Tokenizer | None:
+    return None if _value(reader, "tokenizer.ggml.model") is None else Tokenizer.from_gguf(reader)
 
 
 def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:

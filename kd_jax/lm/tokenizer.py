@@ -17,6 +17,9 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from kd_jax import run as run_lib
 
+# What a folder's tokenizer is read from.
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 _SPECIAL = ("bos", "eos", "eot", "pad")
 _GGUF_KEYS = {
     "bos": "tokenizer.ggml.bos_token_id",
@@ -336,15 +339,7 @@ def _named_id(backend: tokenizers.Tokenizer, names: dict[str, Any], key: str, fo
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return value
+    return run_lib.read_json(path, ValueError) if path.is_file() else {}
 
 
 def _byte_characters() -> list[str]:

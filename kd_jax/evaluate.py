@@ -1,0 +1,328 @@
+"""Precision, recall and more of any models against p*: one row of numbers each, with standard errors.
+
+python -m kd_jax.evaluate --p_star SOURCE --model [NAME=]SOURCE ... --out FOLDER
+python -m kd_jax.evaluate --p_star SOURCE --model [NAME=]SOURCE ... --corpus FOLDER --out FOLDER
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_LEAST = {"num_samples": 1, "num_recall": 1, "seed": 0, "batch_size": 1, "max_length": 2, "sample_temperature": 0}
+# p*'s samples have another seed than anyone's training data is likely to: what a model has seen says nothing of recall.
+_DATA_SEED = 2**31
+_COLUMNS = {
+    "precision": "precision", "recall": "recall", "entropy": "entropy", "kl_model_data": "KL(model||p*)",
+    "kl_data_model": "KL(p*||model)",
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, of which the first word is the program's name, and returns the exit code."""
+    argv = list(sys.argv if argv is None else argv)
+    try:
+        args = _parse(argv[1:])
+    except ValueError as error:
+        return _fail(error)
+    # after the command line is known to be good: JAX takes a moment to import, and a typing error need not wait for it
+    from kd_jax.run import RunError
+
+    try:
+        return _evaluate(args, argv)
+    except (ValueError, OSError, RunError) as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m kd_jax.evaluate",
+        description="Evaluates models against p*: precision (their samples under p*), recall (samples of p* under "
+        "them), entropy, KL both ways, lengths and variety. The same command goes on with a run that was stopped, and "
+        "does again only what has changed.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--p_star", metavar="SOURCE", help="p*: anything that kd_jax.lm.weights.load takes")
+    add(
+        "--model", action="extend", nargs="+", default=[], metavar="[NAME=]SOURCE",
+        help="a model, under a name or that of its file; names of the form ARM/seed-N are seeds of one arm",
+    )  # fmt: skip
+    add("--corpus", metavar="FOLDER", help="validation corpus: samples of p* or other data (p* is sampled for one)")
+    add("--out", default="runs/evaluation", metavar="FOLDER", help="where all results go (%(default)s)")
+    add("--num_samples", type=int, default=1000, metavar="N", help="samples of each model (%(default)s)")
+    add("--num_recall", type=int, metavar="N", help="validation rows (all of --corpus, else as many as --num_samples)")
+    add("--seed", type=int, default=0, help="of the samples (%(default)s)")
+    add("--sample_temperature", type=float, default=1.0, metavar="TAU", help="of the models' samples (%(default)s)")
+    add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
+    add("--prompt_ids", type=_ids, metavar="1,504", help="the prompt as token ids")
+    add("--max_length", type=int, metavar="L", help="longest sample, the prompt included (512)")
+    add("--batch_size", type=int, default=64, metavar="B", help="samples made at a time (%(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and products (%(default)s)")
+    add("--mesh", type=_mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    return parser
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of ids such as 1,504") from error
+
+
+def _mesh_sizes(text: str) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        sizes = {name.strip(): int(size) for name, size in pairs}
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form data=2,tensor=4") from error
+    if len(sizes) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} names an axis twice")
+    return sizes
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments; `model` is a dict from names to sources. Raises ValueError for whatever shows without a model."""
+    args = _parser().parse_args(words)
+    for name in ("p_star", "model"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing")
+    for name, least in _LEAST.items():
+        value = getattr(args, name)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"--{name} {value}: must be at least {least} and finite")
+    if args.seed >= _DATA_SEED:
+        raise ValueError(f"--seed {args.seed}: must be below 2**31")
+    if args.corpus is not None:
+        for name in ("prompt", "prompt_ids", "max_length"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} does not go with --corpus, which says what it is")
+    if args.prompt is not None and args.prompt_ids is not None:
+        raise ValueError("--prompt and --prompt_ids are two ways to say the same; give one of them")
+    args.model = _named(args.model)
+    return args
+
+
+def _named(models: Sequence[str]) -> dict[str, str]:
+    named = {}
+    for word in models:
+        # "==" is of a package's version, and a path that is there is a path whatever it looks like
+        match = None if Path(word).expanduser().exists() else re.fullmatch(r"([^=:]+)=(?!=)(.+)", word)
+        name, source = match.groups() if match else (Path(word).expanduser().absolute().name, word)
+        if match is None and word.startswith("pypi:"):
+            name = word.removeprefix("pypi:").partition("==")[0]
+        if name in named:
+            raise ValueError(f"--model {word}: there are two models called {name}; name them, as in NAME={source}")
+        named[name] = source
+    return named
+
+
+def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
+    from kd_jax import cache
+    from kd_jax.lm import corpus, evaluation, weights
+    from kd_jax.run import write_json, write_rows
+
+    start, out = time.perf_counter(), Path(args.out)
+    _check_folder(out)
+    validation = None if args.corpus is None else corpus.open(args.corpus)
+    mesh = _mesh(args.mesh)
+    cache.enable_compilation_cache()
+    settings = evaluation.Settings(
+        num_samples=args.num_samples, num_recall=args.num_recall, seed=args.seed, dtype=args.dtype, mesh=mesh,
+        sample_temperature=args.sample_temperature, batch_size=args.batch_size,
+    )  # fmt: skip
+    entries = {name: evaluation.Entry(source, *_arm(name)) for name, source in args.model.items()}
+    p_star = weights.load(args.p_star, dtype=args.dtype, mesh=mesh)
+    manifest = _manifest(args, argv)
+    if validation is None:
+        drawn = _validation_settings(args, p_star, settings)
+        # before p* is sampled, which may take hours
+        evaluation.check(p_star, entries, drawn["max_length"], settings)
+        _begin(out, manifest)
+        validation = _sample_validation(out / "p_star", p_star, drawn, settings)
+    plan = evaluation.plan(p_star, entries, validation, settings, out / "models")
+    _begin(out, manifest)
+    rows = evaluation.carry_out(plan)
+    write_rows(out / "metrics.jsonl", rows)
+    seconds = round(time.perf_counter() - start, 3)
+    write_json(out / "manifest.json", {**manifest, "status": "finished", "finished": _now(), "seconds": seconds})
+    _print_table(rows)
+    print(f"\nrows: {out / 'metrics.jsonl'} ({seconds:.1f} s)")
+    return 0
+
+
+def _begin(out: Path, manifest: dict[str, Any]) -> None:
+    from kd_jax.run import write_json
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "manifest.json", manifest)
+
+
+def _arm(name: str) -> tuple[str, float | None, int | None]:
+    """Arm, tau and training seed as the name has them: direct/seed-0, tau-0.8/seed-3, teacher."""
+    arm, _, seed = name.partition("/seed-")
+    seed = int(seed) if re.fullmatch("[0-9]+", seed) else None
+    tau = re.fullmatch(r"tau-([0-9]+(?:\.[0-9]+)?)", arm)
+    if tau:
+        return "distilled", float(tau[1]), seed
+    return arm if arm in ("direct", "teacher") else "model", None, seed
+
+
+def _check_folder(out: Path) -> None:
+    """Raises RunError for a folder that holds other things: a run's, say, whose metrics.jsonl would be replaced."""
+    from kd_jax.run import RunError
+
+    if out.exists() and not out.is_dir():
+        raise RunError(f"--out {out} is a file; it has to be a folder")
+    # a .tmp of ours is what a kill during the very first write leaves
+    there = sorted(path.name for path in out.iterdir() if path.name != "manifest.json.tmp") if out.exists() else []
+    if not there:
+        return
+    try:
+        ours = json.loads((out / "manifest.json").read_text(encoding="utf-8")).get("kind") == "evaluation"
+    except (FileNotFoundError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise RunError(f"--out {out} holds something else than an evaluation ({there[0]}); choose another folder")
+
+
+def _validation_settings(args: argparse.Namespace, p_star: Any, settings: Any) -> dict[str, Any]:
+    """The settings of the corpus of p*'s own samples. Raises ValueError for a prompt or a length it cannot have."""
+    from kd_jax.lm import evaluation, weights
+
+    ids = args.prompt_ids
+    if ids is None and p_star.tokenizer is None:
+        raise ValueError(f"{args.p_star} has no tokenizer for --prompt; give the prompt as --prompt_ids")
+    if ids is None:
+        ids = p_star.tokenizer.encode("The" if args.prompt is None else args.prompt)
+    if not ids:
+        raise ValueError("the prompt is empty, and a model needs an id to start from: give --prompt or --prompt_ids")
+    outside = [i for i in ids if not 0 <= i < p_star.num_tokens]
+    if outside:
+        raise ValueError(f"--prompt_ids: {outside[0]} is not an id of {args.p_star}, which has {p_star.num_tokens}")
+    max_length = args.max_length or 512
+    if max_length <= len(ids):
+        raise ValueError(
+            f"--max_length {max_length} counts the prompt, which has {len(ids)} ids; nothing could be added"
+        )
+    path = Path(args.p_star).expanduser()
+    source = str(path.absolute()) if path.exists() else args.p_star
+    found = evaluation.Found(p_star, weights.fingerprint(p_star.params))
+    count = args.num_samples if args.num_recall is None else args.num_recall
+    whole = settings._replace(sample_temperature=1.0)
+    return evaluation.sampling_settings(found, source, ids, max_length, count, _DATA_SEED + args.seed, whole)
+
+
+def _sample_validation(folder: Path, p_star: Any, drawn: dict[str, Any], settings: Any) -> Any:
+    from kd_jax.lm import resumable
+
+    return resumable.sample(
+        p_star, folder, drawn, command="validation samples of p*", label="p*: samples", batch_size=settings.batch_size,
+        **settings.run,
+    )  # fmt: skip
+
+
+def _mesh(sizes: dict[str, int] | None) -> Any:
+    from kd_jax import mesh as mesh_lib
+
+    if sizes is None:
+        return None
+    unknown = [name for name in sizes if name not in mesh_lib.AXES]
+    if unknown:
+        raise ValueError(f"--mesh: {unknown[0]!r} is not an axis; there are {', '.join(mesh_lib.AXES)}")
+    try:
+        return mesh_lib.make(**sizes)
+    except ValueError as error:
+        raise ValueError(f"--mesh: {error}") from error
+
+
+def _manifest(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
+    import jax
+    import numpy
+
+    import kd_jax
+
+    device = jax.devices()[0]
+    versions = {module.__name__: module.__version__ for module in (jax, numpy, kd_jax)}
+    return {
+        "kind": "evaluation",
+        "status": "running",
+        "started": _now(),
+        "command": shlex.join(["python", "-m", "kd_jax.evaluate", *argv[1:]]),
+        "settings": vars(args),
+        "versions": {"python": platform.python_version(), **versions},
+        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    print("nats per token (sum over all tokens / number of tokens), with the standard error over sequences")
+    _print_grid([[row["name"], *(_value(row[key], row[f"{key}_se"]) for key in _COLUMNS)] for row in rows])
+    for row in rows:
+        if row["precision_num_infinite"]:
+            print(f"{row['name']}: {row['precision_num_infinite']} of its samples have probability 0 under p*")
+        if row["recall_num_infinite"]:
+            print(f"{row['name']}: {row['recall_num_infinite']} validation rows have probability 0 under it")
+    if any(row["recall"] is None for row in rows):
+        print("- : recall is of the model itself, not of samples at another temperature than 1")
+    seeds = {}
+    for row in rows:
+        if row["seed"] is not None:
+            seeds.setdefault(row["name"].rpartition("/seed-")[0], []).append(row)
+    groups = {arm: group for arm, group in seeds.items() if len(group) > 1}
+    if groups:
+        print("\nmean over seeds, with its standard error")
+        _print_grid(
+            [[f"{arm} ({len(group)})", *(_over_seeds(group, key) for key in _COLUMNS)] for arm, group in groups.items()]
+        )
+
+
+def _over_seeds(group: list[dict[str, Any]], key: str) -> str:
+    values = [row[key] for row in group]
+    if None in values:
+        return _value(None, None)
+    mean = sum(values) / len(values)
+    if not math.isfinite(mean):
+        return _value(mean, math.nan)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return _value(mean, math.sqrt(variance / len(values)))
+
+
+def _value(mean: float | None, standard_error: float | None) -> str:
+    return "-" if mean is None else f"{mean:.4f} ± {standard_error:.4f}"
+
+
+def _print_grid(lines: list[list[str]]) -> None:
+    lines = [["model", *_COLUMNS.values()], *lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for first, *cells in lines:
+        print("  ".join([first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

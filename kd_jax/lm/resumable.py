@@ -1,0 +1,164 @@
+"""Sampling and scoring that can be killed at any moment, and then end with the numbers they would have had.
+
+Samples are made a shard at a time and rows are scored in batches that depend on their lengths alone. What ran beside a
+sample or a row, which enters its numbers through the rounding of floats, is therefore the same after a restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from kd_jax import mesh as mesh_lib
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import decode, score
+from kd_jax.lm.corpus import Corpus, Rows
+from kd_jax.lm.model import DEFAULT, Compute, Model
+from kd_jax.run import RunError
+
+# What has been scored is saved about this often.
+_SAVE_SECONDS = 10.0
+
+
+def sample(
+    model: Model, folder: str | os.PathLike, settings: dict[str, Any], *, command: str, label: str,
+    batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> Corpus:  # fmt: skip
+    """The corpus of these settings (kd_jax.lm.corpus.SETTINGS), sampled as far as it is not there yet.
+
+    A corpus of other settings in that folder is removed first. Fewer samples are gone on from, and another `source` is
+    another name of the same weights. Raises RunError for a folder of other things. `label` is that of the progress bar.
+    """
+    folder = Path(folder)
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():  # from a run that was killed
+        shutil.rmtree(old)
+    if (folder / "manifest.json").exists():
+        there = corpus_lib.open(folder).manifest["settings"]
+        names = set(settings) - {"source", "num_samples"}
+        if all(there[name] == settings[name] for name in names) and there["num_samples"] <= settings["num_samples"]:
+            settings = {**settings, "source": there["source"]}
+        else:
+            # first out of the way: half removed, it would be neither a corpus nor an empty folder
+            os.replace(folder, old)
+            shutil.rmtree(old)
+    held = corpus_lib.create_or_resume(folder, settings, command=command)
+    if held.finished:
+        return held
+
+    def stream() -> Iterator[decode.Samples]:
+        for first in range(held.num_rows, settings["num_samples"], settings["shard_size"]):
+            yield from decode.stream(
+                model, settings["prompt_ids"], min(first + settings["shard_size"], settings["num_samples"]),
+                first=first, max_length=settings["max_length"], sample_temperature=settings["sample_temperature"],
+                top_k=settings["top_k"], top_p=settings["top_p"], seed=settings["seed"], batch_size=batch_size,
+                compute=compute, mesh=mesh,
+            )  # fmt: skip
+
+    with _sampling_bar(label, held.num_rows, settings["num_samples"]) as progress:
+        return corpus_lib.write(held, stream(), progress)
+
+
+def log_probs(
+    path: str | os.PathLike, key: dict[str, Any], model: Model, rows: Rows, *, label: str,
+    batch_tokens: int = 4096, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> np.ndarray:  # fmt: skip
+    """log model(row) in nats, summed over what was generated (the EOS included), float64 [n]; kept in `path`, an .npz.
+
+    Those in the file already are not worked out again, if they are of the same `key`: whatever says which model and
+    which rows these are. Raises RunError where a row's log-probability is NaN, or the file is damaged.
+    """
+    path = Path(path)
+    sums = _read(path, key, len(rows.index))
+    tokens, lengths = corpus_lib.padded(rows)
+    generated = lengths - rows.prompt_length
+    saved = time.monotonic()
+    with _bar(label, int(generated[~np.isnan(sums)].sum()), int(generated.sum()), "token") as bar:
+        for chosen, _ in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
+            missing = chosen[np.isnan(sums[chosen])]
+            if not len(missing):
+                continue
+            scored, _ = score.log_prob(
+                model, tokens[chosen], lengths[chosen], batch_tokens=batch_tokens, compute=compute, mesh=mesh
+            )
+            sums[chosen] = _sums(scored, rows.prompt_length[chosen], lengths[chosen])
+            if np.isnan(sums[chosen]).any():
+                row = rows.index[chosen[np.isnan(sums[chosen]).argmax()]]
+                raise RunError(f"{label}: the model gives NaN for row {row}; are all of its weights finite?")
+            bar.update(int(generated[missing].sum()))
+            if time.monotonic() - saved >= _SAVE_SECONDS:
+                _write(path, key, sums)
+                saved = time.monotonic()
+    _write(path, key, sums)
+    return sums
+
+
+def _sums(log_probs: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Of each row's tokens after its prompt; entry j of log_probs is of token j + 1. Exactly rounded, in float64."""
+    spans = zip(log_probs, prompt_lengths, lengths, strict=True)
+    return np.array([math.fsum(row[max(start, 1) - 1 : end - 1].tolist()) for row, start, end in spans])
+
+
+def _read(path: Path, key: dict[str, Any], count: int) -> np.ndarray:
+    """The sums that are in the file, NaN for others."""
+    if path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                same, sums = str(arrays["key"]) == _dump(key), arrays["log_prob"]
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
+            raise RunError(f"{path} is damaged ({error}); delete it, and it is made again") from error
+        if same:
+            return sums
+    return np.full(count, np.nan)
+
+
+def _write(path: Path, key: dict[str, Any], sums: np.ndarray) -> None:
+    """Writes the file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    with tmp.open("wb") as file:
+        np.savez(file, key=np.array(_dump(key)), log_prob=sums)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def _dump(key: dict[str, Any]) -> str:
+    return json.dumps(key, sort_keys=True, allow_nan=False)
+
+
+def _bar(label: str, first: int, total: int, unit: str) -> tqdm:
+    """A progress bar on stderr, with the rate and the time that is left."""
+    # into a log file, a line's worth now and then
+    often = 0.1 if sys.stderr.isatty() else 30
+    scale = unit == "token"
+    return tqdm(
+        desc=label, initial=first, total=total, unit=unit, unit_scale=scale, mininterval=often, dynamic_ncols=True
+    )
+
+
+@contextlib.contextmanager
+def _sampling_bar(label: str, first: int, total: int) -> Iterator[Callable[[int, int], None]]:
+    start, made = time.perf_counter(), 0
+    with _bar(label, first, total, "sample") as bar:
+
+        def progress(samples: int, tokens: int) -> None:
+            nonlocal made
+            made += tokens
+            bar.set_postfix_str(f"{made / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+            bar.update(samples)
+
+        yield progress
