@@ -1,7 +1,7 @@
 """The paper's language-model experiment at the size of a laptop: p* is the real SmolLM2-135M-Instruct.
 
-    python -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
-    python -m kd_jax.train --config configs/lm_laptop.py:smoke --workdir runs/smoke    (tiny random p*, minutes)
+python -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
+python -m kd_jax.train --config configs/lm_laptop.py:smoke --workdir runs/smoke    (tiny random p*, minutes)
 """
 
 from ml_collections import ConfigDict

@@ -29,7 +29,9 @@ class Checkpoints:
         policies = [checkpoint_managers.LatestN(keep)]
         self._best = best
         if best is not None:
-            policies.append(checkpoint_managers.BestN(get_metric_fn=self._goodness, n=1, keep_checkpoints_without_metrics=False))
+            policies.append(
+                checkpoint_managers.BestN(get_metric_fn=self._goodness, n=1, keep_checkpoints_without_metrics=False)
+            )
         options = ocp.CheckpointManagerOptions(
             create=True, enable_async_checkpointing=background, cleanup_tmp_directories=True,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),

@@ -104,7 +104,16 @@ def _values(argv: list[str], overrides: bool) -> flags.FlagValues:
 
 
 def _check_names(argv: list[str], fields: dict[str, Any]) -> None:
-    known = ["config", "workdir", "overwrite", "nooverwrite", "stages", "dry_run", "nodry_run", *(f"config.{key}" for key in fields)]
+    known = [
+        "config",
+        "workdir",
+        "overwrite",
+        "nooverwrite",
+        "stages",
+        "dry_run",
+        "nodry_run",
+        *(f"config.{key}" for key in fields),
+    ]
     known += [f"noconfig.{key}" for key, value in fields.items() if isinstance(value, bool)]
     for arg in argv[1:]:
         if arg == "--":

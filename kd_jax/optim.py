@@ -61,6 +61,6 @@ def validate(settings: Any) -> None:
             raise ValueError(f"config.train.{name}={getattr(settings, name)} must be 0 or above and finite")
     if not (settings.warmup >= 0 and settings.decay >= 0 and settings.warmup + settings.decay <= 1):
         raise ValueError(
-            f"config.train.warmup={settings.warmup} and config.train.decay={settings.decay} are shares of the updates and "
-            "must not be more than 1 together"
+            f"config.train.warmup={settings.warmup} and config.train.decay={settings.decay} are shares of the updates "
+            "and must not be more than 1 together"
         )

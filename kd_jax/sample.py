@@ -300,56 +300,10 @@ def _print_summary(held: Any, programs: collections.Counter) -> None:
 
 
 def _read(args: argparse.Namespace) -> int:
-    from kd_jax.lm import corpus
-    from kd_jax.run import write_rows
+    from kd_jax.lm import show
 
-    held = corpus.open(args.read)
-    if args.first >= held.num_rows:
-        raise ValueError(f"--first {args.first}: {args.read} has {held.num_rows} samples")
-    stop = min(args.first + args.num_samples, held.num_rows)
-    tokenizer = _tokenizer(args, held.manifest["settings"])
-    rows = held.rows(args.first, stop)
-    # a corpus sampled without a tokenizer is shown as its ids
-    texts, changed = (
-        ([None] * len(rows.index), 0) if tokenizer is None else corpus.text(held, tokenizer, args.first, stop)
-    )
-    names = ("index", "length", "finished", "log_prob", "text", "tokens")
-    columns = zip(rows.index, rows.length, rows.finished, rows.log_prob, texts, rows.tokens, strict=True)
-    lines = [dict(zip(names, row, strict=True)) for row in columns]
-    if args.text_out is not None:
-        write_rows(Path(args.text_out), lines)
-    else:
-        for line in lines:
-            end = "finished" if line["finished"] else "cut"
-            print(f"[{line['index']}] length {line['length']}, {end}, log_prob {line['log_prob']:.4f}")
-            print(line["tokens"].tolist() if line["text"] is None else line["text"], end="\n\n")
-    where = "" if args.text_out is None else f" in {args.text_out}"
-    so_far = "" if held.finished else f" there so far ({held.manifest['settings']['num_samples']} wanted)"
-    print(
-        f"{len(lines)} of {held.num_rows} samples{so_far}{where}; {changed} with text that does not encode to their ids"
-    )
+    show.samples(args.read, model=args.model, first=args.first, num_samples=args.num_samples, text_out=args.text_out)
     return 0
-
-
-def _tokenizer(args: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    """The tokenizer of --model, or of the source the corpus was sampled from, which had one or else this is None.
-
-    Raises ValueError where it is not the one the corpus was sampled with.
-    """
-    if args.model is None and settings["tokenizer_fingerprint"] is None:
-        return None
-    from kd_jax.lm import weights
-
-    source = args.model or settings["source"]
-    try:
-        tokenizer = weights.tokenizer(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer from {source} ({error}); name a source that has it with --model") from error
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer; name a source that has it with --model")
-    if settings["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):
-        raise ValueError(f"the tokenizer of {source} is not the one {args.read} was sampled with; give --model")
-    return tokenizer
 
 
 if __name__ == "__main__":

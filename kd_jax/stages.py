@@ -78,7 +78,9 @@ def run(workdir: Path, stages: Sequence[Stage], only: Sequence[str] = ()) -> Non
         missing = [name for name in stage.inputs if name not in to_run and not finished(where[name])]
         if missing:
             group = missing[0].split("/")[0]
-            raise RunError(f"stage {stage.name} needs {missing[0]}, which is not finished; run it too (--stages {group})")
+            raise RunError(
+                f"stage {stage.name} needs {missing[0]}, which is not finished; run it too (--stages {group})"
+            )
     for number, stage in enumerate(chosen, start=1):
         print(f"stage {number} of {len(chosen)}: {stage.name}", flush=True)
         _run(stage, where)

@@ -60,7 +60,9 @@ class Layout:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.row_length and self.row_length < self.max_length:
-            raise ValueError(f"row_length={self.row_length} is below max_length={self.max_length}: no row could hold it")
+            raise ValueError(
+                f"row_length={self.row_length} is below max_length={self.max_length}: no row could hold it"
+            )
 
 
 class Sequences:
@@ -130,7 +132,9 @@ class Updates:
         if update == len(self):
             return iter(())
         source = grain.MapDataset.source(self)[int(update) :]
-        return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch)))
+        return iter(
+            source.to_iter_dataset(grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch))
+        )
 
 
 def arrange(tokens: list[np.ndarray], prompt_lengths: np.ndarray, layout: Layout) -> Batch:

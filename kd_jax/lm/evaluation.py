@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax.lm import estimates, resumable, weights
+from kd_jax.lm import agreement, estimates, resumable, weights
 from kd_jax.lm.corpus import Corpus, Rows
 from kd_jax.lm.model import Compute, Model
 from kd_jax.run import RunError, read_rows, write_rows
@@ -164,12 +164,12 @@ def check(p_star: Model, models: dict[str, Entry], max_length: int, settings: Se
             )
     if settings.num_samples < 1:
         raise ValueError(f"num_samples={settings.num_samples} must be at least 1")
-    _check_model("p*", p_star, p_star, max_length)
+    agreement.check_model("p*", p_star, p_star, max_length)
     found = {}
     for name, entry in models.items():
         if _is_needed(entry):
             model = _load(entry, settings)
-            _check_model(name, model, p_star, max_length)
+            agreement.check_model(name, model, p_star, max_length)
             found[name] = Found(model._replace(params={}), weights.fingerprint(model.params))
         else:
             found[name] = Found(p_star._replace(params={}), entry.samples.manifest["settings"]["model_fingerprint"])
@@ -180,10 +180,10 @@ def sampling_settings(
     found: Found, source: str, prompt_ids: list[int], max_length: int, num_samples: int, seed: int, settings: Settings
 ) -> dict[str, Any]:
     """The settings of a corpus of samples of the model (see kd_jax.lm.corpus)."""
-    model = found.model
     return {
-        "source": source, "model_fingerprint": found.fingerprint, "tokenizer_fingerprint": _tokenizer(model),
-        "dtype": settings.dtype, "prompt": None, "prompt_ids": prompt_ids, "eos_ids": sorted(model.eos_ids),
+        "source": source, "model_fingerprint": found.fingerprint,
+        "tokenizer_fingerprint": agreement.tokenizer_fingerprint(found.model), "dtype": settings.dtype, "prompt": None,
+        "prompt_ids": prompt_ids, "eos_ids": sorted(found.model.eos_ids),
         "sample_temperature": settings.sample_temperature, "top_k": None, "top_p": None, "seed": seed % 2**32,
         "max_length": max_length, "num_samples": num_samples,
         "shard_size": max(_SHARD_ROWS, _SHARD_BATCHES * settings.batch_size),
@@ -197,11 +197,11 @@ def _data(p_star: Model, validation: Corpus, settings: Settings) -> _Data:
     about, label = validation.manifest["settings"], f"the validation corpus {validation.folder}"
     fingerprint = weights.fingerprint(p_star.params)
     count = validation.num_rows if settings.num_recall is None else settings.num_recall
-    _check_corpus(label, validation, p_star, count)
+    agreement.check_corpus(label, validation, p_star, count)
     from_p_star = about["model_fingerprint"] is not None
     if from_p_star and about["model_fingerprint"] != fingerprint:
         raise ValueError(f"{label} has samples of another model than p* (or p* was loaded as another dtype here)")
-    if from_p_star and not _is_whole(about):
+    if from_p_star and not agreement.is_whole_distribution(about):
         drawn = ", ".join(f"{name} {about[name]}" for name in ("sample_temperature", "top_k", "top_p"))
         raise ValueError(f"{label} was sampled with {drawn}: those are not samples of p* itself")
     rows = validation.rows(0, count)
@@ -209,36 +209,6 @@ def _data(p_star: Model, validation: Corpus, settings: Settings) -> _Data:
         raise ValueError(f"{label} has rows without a prompt, whose first token no model can score")
     log_prob = np.array(rows.log_prob, np.float64) if from_p_star else np.full(count, np.nan)
     return _Data(rows, about, _fingerprint(validation, count), fingerprint, from_p_star, log_prob)
-
-
-def _check_corpus(label: str, held: Corpus, p_star: Model, num_rows: int) -> None:
-    """Raises ValueError unless the corpus has so many rows, of the same tokens as p*'s."""
-    about = held.manifest["settings"]
-    if not held.finished:
-        raise ValueError(f"{label} is not finished: it has {held.num_rows} of {about['num_samples']} rows")
-    if not 1 <= num_rows <= held.num_rows:
-        raise ValueError(f"{label} has {held.num_rows} rows, and {num_rows} of them were asked for")
-    if not about["prompt_ids"]:
-        raise ValueError(f"{label} has no prompt, and a model needs an id to start from")
-    tokenizers = about["tokenizer_fingerprint"], _tokenizer(p_star)
-    if None not in tokenizers and len(set(tokenizers)) > 1:
-        raise ValueError(f"{label} was made with another tokenizer than p*'s")
-    if set(about["eos_ids"]) != set(p_star.eos_ids):
-        raise ValueError(f"{label} has rows that end with ids {about['eos_ids']}; p*'s are {sorted(p_star.eos_ids)}")
-
-
-def _check_model(name: str, model: Model, p_star: Model, max_length: int) -> None:
-    """Raises ValueError unless both give probabilities to the same sequences."""
-    if model.num_tokens != p_star.num_tokens:
-        raise ValueError(f"{name} has {model.num_tokens} ids and p* {p_star.num_tokens}: another vocabulary")
-    tokenizers = _tokenizer(model), _tokenizer(p_star)
-    if None not in tokenizers and len(set(tokenizers)) > 1:
-        raise ValueError(f"{name} has another tokenizer than p*: the same id is not the same token")
-    if set(model.eos_ids) != set(p_star.eos_ids):
-        raise ValueError(f"{name} ends a sequence with ids {sorted(model.eos_ids)}, p* with {sorted(p_star.eos_ids)}")
-    limit = model.architecture.max_position_embeddings
-    if max_length > limit:
-        raise ValueError(f"{name} has {limit} positions, and sequences are up to {max_length} ids long")
 
 
 def _task(name: str, entry: Entry, found: Found, p_star: Model, data: _Data, settings: Settings, folder: Path) -> _Task:
@@ -251,7 +221,7 @@ def _task(name: str, entry: Entry, found: Found, p_star: Model, data: _Data, set
         samples = {key: value for key, value in drawn.items() if key not in ("source", "shard_size")}
     else:
         drawn = _check_samples(name, entry.samples, p_star, data, found.fingerprint, count)
-        samples = ""
+        samples = _fingerprint(entry.samples, count)
     key = {
         "format": FORMAT, "model": found.fingerprint, "p_star": data.p_star, "validation": data.fingerprint,
         "samples": samples, "num_samples": count, "dtype": settings.dtype,
@@ -264,7 +234,7 @@ def _check_samples(
 ) -> dict[str, Any]:
     """The settings of samples that are there; ValueError unless they are the model's and like the validation rows."""
     about, label = held.manifest["settings"], f"{name}: the corpus {held.folder}"
-    _check_corpus(label, held, p_star, num_samples)
+    agreement.check_corpus(label, held, p_star, num_samples)
     if about["model_fingerprint"] != fingerprint:
         raise ValueError(f"{label} has samples of another model (or the model was loaded as another dtype here)")
     for key in ("prompt_ids", "max_length"):
@@ -273,14 +243,9 @@ def _check_samples(
     return about
 
 
-def _is_whole(about: dict[str, Any]) -> bool:
-    """Whether samples of these settings are of the model's own distribution."""
-    return about["sample_temperature"] == 1 and about["top_k"] is None and about["top_p"] in (None, 1)
-
-
 def _is_needed(entry: Entry) -> bool:
     """Whether the model itself is needed, or its samples are enough."""
-    return entry.samples is None or _is_whole(entry.samples.manifest["settings"])
+    return entry.samples is None or agreement.is_whole_distribution(entry.samples.manifest["settings"])
 
 
 def _load(entry: Entry, settings: Settings) -> Model:
@@ -294,10 +259,6 @@ def _source(entry: Entry, name: str) -> str:
         return name
     path = Path(entry.source).expanduser()
     return str(path.absolute()) if path.exists() else str(entry.source)
-
-
-def _tokenizer(model: Model) -> str | None:
-    return None if model.tokenizer is None else model.tokenizer.fingerprint
 
 
 def _fingerprint(held: Corpus, count: int) -> str:
@@ -330,7 +291,7 @@ def _evaluate(p_star: Model, task: _Task, data: _Data, settings: Settings) -> di
                 model, task.home / "samples", task.drawn, command=f"evaluation of {name}", label=f"{name}: samples",
                 batch_size=settings.batch_size, **settings.run,
             )  # fmt: skip
-        if _is_whole(task.drawn):
+        if agreement.is_whole_distribution(task.drawn):
             path, label = task.home / "recall.npz", f"{name}: recall"
             recall = _score(path, model, task.key["model"], data, settings, label)
         del model

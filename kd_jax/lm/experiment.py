@@ -48,7 +48,9 @@ def validate(config) -> None:
         raise ValueError(f"config.sampling.max_length={config.sampling.max_length} must be at least 2")
     _check_p_star(config.p_star)
     if training_settings(config).batch_size > config.num_train:
-        raise ValueError(f"config.train.batch_size={config.train.batch_size} is above config.num_train={config.num_train}")
+        raise ValueError(
+            f"config.train.batch_size={config.train.batch_size} is above config.num_train={config.num_train}"
+        )
     for role in ("teacher", "student"):
         architecture(config[role], PRESETS["tiny"], f"config.{role}")
     Compute(**config.compute)
@@ -63,7 +65,9 @@ def _check_p_star(p_star) -> None:
 
 
 def training_settings(config) -> training.Settings:
-    return training.Settings(num_validation=config.num_validation, **{**config.train, "trackers": tuple(config.train.trackers)})
+    return training.Settings(
+        num_validation=config.num_validation, **{**config.train, "trackers": tuple(config.train.trackers)}
+    )
 
 
 def mesh(config) -> jax.sharding.Mesh | None:
@@ -99,10 +103,10 @@ def run(config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = Fal
     With `only`, the stages of these groups; without "evaluation" among them there is no report yet, and None is
     returned. With `dry_run` the stages are shown, nothing is written, and None is returned.
     """
-    chain = plan(config)
     if dry_run:
-        show(config, folder, chain)
+        show(config, folder)
         return None
+    chain = plan(config, _identity(config))
     cache.enable_compilation_cache()
     groups = {stage.group for stage in chain}
     unknown = set(only) - groups - {"evaluation"}
@@ -118,11 +122,11 @@ def run(config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = Fal
 # The chain
 
 
-def plan(config) -> list[Stage]:
-    """The stages before the evaluation, inputs first."""
+def plan(config, identity: str) -> list[Stage]:
+    """The stages before the evaluation, inputs first. `identity` is that of p*'s weights."""
     chain = [
-        _p_star_corpus(config, "p_star/train", config.num_train + config.num_validation, TRAIN),
-        _p_star_corpus(config, "p_star/validation", config.num_recall, VALIDATION),
+        _p_star_corpus(config, identity, "p_star/train", config.num_train + config.num_validation, TRAIN),
+        _p_star_corpus(config, identity, "p_star/validation", config.num_recall, VALIDATION),
         _training(config, "teacher", "p_star/train", config.teacher, TEACHER, arm="teacher"),
     ]
     chain += [_student(config, "direct", seed, "p_star/train", None) for seed in range(config.seeds)]
@@ -132,8 +136,8 @@ def plan(config) -> list[Stage]:
     return chain
 
 
-def _p_star_corpus(config, name: str, num_samples: int, purpose: int) -> Stage:
-    settings = _sampling(config, num_samples, 1.0, purpose) | {"p_star": dict(config.p_star), "identity": _identity(config)}
+def _p_star_corpus(config, identity: str, name: str, num_samples: int, purpose: int) -> Stage:
+    settings = _sampling(config, num_samples, 1.0, purpose) | {"p_star": dict(config.p_star), "identity": identity}
 
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
         model = _p_star(config)
@@ -153,7 +157,9 @@ def _teacher_corpus(config, tau: float) -> Stage:
         model = weights.load(inputs["teacher"], mesh=mesh(config))
         return _sample(config, model, folder, settings, name)
 
-    return Stage(name, settings, ("teacher",), work, _sampling_cost(config, _shape(config, "teacher"), settings["num_samples"]))
+    return Stage(
+        name, settings, ("teacher",), work, _sampling_cost(config, _shape(config, "teacher"), settings["num_samples"])
+    )
 
 
 def _student(config, arm: str, seed: int, corpus: str, tau: float | None) -> Stage:
@@ -179,7 +185,13 @@ def _training(config, name: str, corpus: str, shape, purpose: int, **tags) -> St
             )  # fmt: skip
 
     role = "teacher" if name == "teacher" else "student"
-    return Stage(name, settings, tuple(dict.fromkeys(["p_star/train", corpus])), work, _training_cost(config, _shape(config, role)))
+    return Stage(
+        name,
+        settings,
+        tuple(dict.fromkeys(["p_star/train", corpus])),
+        work,
+        _training_cost(config, _shape(config, role)),
+    )
 
 
 def _sampling(config, num_samples: int, tau: float, purpose: int) -> dict[str, Any]:
@@ -216,7 +228,9 @@ def _sample(config, model: Model, folder: Path, settings: dict[str, Any], label:
 
 def _p_star(config) -> Model:
     """p* with its weights; a random one where the config has no source."""
-    return _load_p_star(config.p_star.source, config.p_star.architecture, config.seed, config.sampling.dtype, mesh(config))
+    return _load_p_star(
+        config.p_star.source, config.p_star.architecture, config.seed, config.sampling.dtype, mesh(config)
+    )
 
 
 @functools.lru_cache(maxsize=1)
@@ -241,7 +255,9 @@ def _about(folder: Path) -> Model:
     """The model that `weights.save_about` has described in a folder, without weights."""
     said = read_json(folder / "model.json")
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-    return Model(Architecture(**said["architecture"]), None, tuple(said["eos_ids"]), said["bos_id"], said["pad_id"], tokenizer)
+    return Model(
+        Architecture(**said["architecture"]), None, tuple(said["eos_ids"]), said["bos_id"], said["pad_id"], tokenizer
+    )
 
 
 # Evaluation
@@ -274,9 +290,11 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         found = stages.about(where[corpus])["result"]
         row |= {"teacher_entropy": found["entropy"], "teacher_entropy_se": found["entropy_se"]}
     seconds = time.perf_counter() - began
-    write_rows(folder / "metrics.jsonl", [*rows, *_training_rows(chain, where), *_stage_rows(chain, where)])
+    write_rows(folder / "metrics.jsonl", [*rows, *_training_rows(chain, where), *_stage_rows(chain, where, seconds)])
     write_rows(folder / "samples.jsonl", _sample_rows(config, p_star, rows, where, folder))
-    done = [{**stages.about(where[stage.name]), "folder": str(where[stage.name].relative_to(folder))} for stage in chain]
+    done = [
+        {**stages.about(where[stage.name]), "folder": str(where[stage.name].relative_to(folder))} for stage in chain
+    ]
     done = [{key: stage[key] for key in ("name", "folder", "seconds", "starts")} for stage in done]
     done.append({"name": "evaluation", "folder": "evaluation", "seconds": round(seconds, 3), "starts": 1})
     return {"stages": done, "overhead": _overhead(chain, where)}
@@ -291,14 +309,23 @@ def _is_training(stage: Stage) -> bool:
     return stage.group not in ("p_star", "samples")
 
 
-def _stage_rows(chain, where) -> list[dict[str, Any]]:
+def _stage_rows(chain, where, evaluation_seconds: float) -> list[dict[str, Any]]:
+    """What each stage took; of a training also the share of what is no training: data, logging, checkpoints."""
     rows = []
     for stage in chain:
         said = stages.about(where[stage.name])
-        rows.append({"kind": "stage", "name": stage.name, "seconds": said["seconds"], "starts": said["starts"]})
-        if not _is_training(stage):
-            rows[-1] |= {name: said["result"][name] for name in ("tokens", "entropy", "entropy_se")}
-    return rows
+        row = {"kind": "stage", "name": stage.name, "seconds": said["seconds"], "starts": said["starts"]}
+        result = said["result"]
+        if _is_training(stage):
+            row |= {"tokens": result["tokens"], "share_of_data_logging_checkpoints": _share(result["seconds"])}
+        else:
+            row |= {name: result[name] for name in ("tokens", "entropy", "entropy_se")}
+        rows.append(row)
+    return [*rows, {"kind": "stage", "name": "evaluation", "seconds": round(evaluation_seconds, 3)}]
+
+
+def _share(seconds: dict[str, float]) -> float:
+    return round(sum(seconds.get(name, 0.0) for name in ("data", "logging", "checkpoints")) / seconds["total"], 4)
 
 
 def _overhead(chain, where) -> dict[str, float]:
@@ -307,8 +334,7 @@ def _overhead(chain, where) -> dict[str, float]:
     for stage in filter(_is_training, chain):
         for name, value in stages.about(where[stage.name])["result"]["seconds"].items():
             seconds[name] = seconds.get(name, 0.0) + value
-    share = sum(seconds.get(name, 0.0) for name in ("data", "logging", "checkpoints")) / seconds["total"]
-    return {**{name: round(value, 3) for name, value in seconds.items()}, "share": round(share, 4)}
+    return {**{name: round(value, 3) for name, value in seconds.items()}, "share": _share(seconds)}
 
 
 def _sample_rows(config, p_star: Model, rows, where, folder: Path, count: int = 8) -> list[dict[str, Any]]:
@@ -326,8 +352,8 @@ def _sample_rows(config, p_star: Model, rows, where, folder: Path, count: int = 
         for i, ids in enumerate(held.tokens):
             text = " ".join(map(str, ids)) if p_star.tokenizer is None else p_star.tokenizer.decode(ids)
             found.append({
-                "name": name, "arm": arm or "p_star", "tau": tau, "seed": seed, "index": int(held.index[i]), "text": text,
-                "finished": bool(held.finished[i]), "length": int(held.length[i]),
+                "name": name, "arm": arm or "p_star", "tau": tau, "seed": seed, "index": int(held.index[i]),
+                "text": text, "finished": bool(held.finished[i]), "length": int(held.length[i]),
             })  # fmt: skip
     return found
 
@@ -360,8 +386,14 @@ def _cost(kind: str, shape: Architecture | None, tokens: int, passes: int, confi
     return {"kind": kind, "parameters": shape.num_parameters, "tokens": tokens, "flops": flops, "disk": disk}
 
 
-def show(config, folder: Path, chain: list[Stage]) -> None:
+def show(config, folder: Path) -> None:
     """Prints the stages: what is done, and what the others cost at most (no sequence ends before max_length)."""
+    try:
+        identity = _identity(config)
+    except (RunError, OSError) as error:
+        print(f"p* is not here yet, so everything is shown as to do ({error})")
+        identity = config.p_star.source
+    chain = plan(config, identity)
     where = stages.folders(folder, chain)
     rate = cost.ceiling(config.compute.dtype)
     print(f"{'stage':24} {'parameters':>12} {'tokens':>14} {'FLOPs':>9} {'disk MB':>9} {'minutes':>8}  state")
@@ -376,8 +408,8 @@ def show(config, folder: Path, chain: list[Stage]) -> None:
             f"{c.get('disk', math.nan) / 1e6:9.0f} {seconds / 60:8.1f}  {'finished' if done else 'to do'}"
         )
     print(
-        f"at most {total / 60:.0f} minutes are left on {jax.device_count()} x {jax.devices()[0].device_kind}, which does "
-        f"{rate / 1e9:.0f} GFLOP/s in large products; of that sampling is taken to reach {SHARES['sampling']:.0%}, "
+        f"at most {total / 60:.0f} minutes are left on {jax.device_count()} x {jax.devices()[0].device_kind}, which "
+        f"does {rate / 1e9:.0f} GFLOP/s in large products; of that sampling is taken to reach {SHARES['sampling']:.0%}, "
         f"training {SHARES['training']:.0%}, scoring {SHARES['scoring']:.0%}"
     )
 

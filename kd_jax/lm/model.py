@@ -327,7 +327,8 @@ def _rotate(x, phases):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-# Checkpointed: what lies between the products (norms, SwiGLU) is cheaper to make again in the backward pass than to keep.
+# Checkpointed: what lies between the products (norms, SwiGLU) is cheaper to make again in the backward pass than to
+# keep.
 # The products themselves are not made again, as nothing there needs what comes out of these functions.
 
 

@@ -7,47 +7,22 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gguf
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import decoders, models
 
 from kd_jax import run as run_lib
+from kd_jax.lm import gguf_tokenizer
 
 # What a folder's tokenizer is read from.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 _SPECIAL = ("bos", "eos", "eot", "pad")
-_GGUF_KEYS = {
-    "bos": "tokenizer.ggml.bos_token_id",
-    "eos": "tokenizer.ggml.eos_token_id",
-    "eot": "tokenizer.ggml.eot_token_id",
-    "pad": "tokenizer.ggml.padding_token_id",
-}
-
-# The pattern that Llama 3 was published with.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-# How text is cut before BPE, by the name that tokenizer.ggml.pre gives it; each is what the model's tokenizer.json has.
-_PRE_TOKENIZERS = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "llama-bpe": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
-}
-
 # transformers lets these override what tokenizer.json and tokenizer_config.json say.
 _OVERRIDES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
 
@@ -118,15 +93,7 @@ class Tokenizer:
         ValueError that names the metadata key which is missing, wrong or not supported.
         """
         reader = source if isinstance(source, gguf.GGUFReader) else gguf.GGUFReader(source)
-        backend = _byte_level_bpe(reader)
-        ids = {f"{name}_id": _gguf_id(reader, key, backend) for name, key in _GGUF_KEYS.items()}
-        architecture = _metadata(reader, "general.architecture", str, required=False)
-        return cls(
-            backend,
-            **ids,
-            chat_template=_metadata(reader, "tokenizer.chat_template", str, required=False),
-            model_max_length=_metadata(reader, f"{architecture}.context_length", int, required=False),
-        )
+        return cls(**gguf_tokenizer.read(reader))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -149,13 +116,14 @@ class Tokenizer:
         }
 
     @functools.cached_property
-    def _lost_bytes(self) -> frozenset[int]:
-        """Bytes of a byte-level vocabulary that have no token; BPE leaves them out without a word."""
+    def _lost_bytes(self) -> re.Pattern[bytes]:
+        """Finds bytes that a byte-level vocabulary has no token for; BPE leaves them out without a word."""
         model = self.backend.model
         byte_level = isinstance(self.backend.decoder, decoders.ByteLevel) and isinstance(model, models.BPE)
         if not byte_level or model.unk_token is not None:
-            return frozenset()
-        return frozenset(b for b, char in enumerate(_byte_characters()) if self.backend.token_to_id(char) is None)
+            return re.compile(b"(?!)")
+        lost = bytes(b for b, char in enumerate(_byte_characters()) if self.backend.token_to_id(char) is None)
+        return re.compile(b"[" + re.escape(lost) + b"]" if lost else b"(?!)")
 
     def encode(self, text: str, *, bos: bool = False) -> list[int]:
         """The ids of a text; special tokens written in it become their ids.
@@ -219,11 +187,16 @@ class Tokenizer:
         for name in _OVERRIDES:
             (folder / name).unlink(missing_ok=True)
 
+    def lost_byte(self, text: str) -> int | None:
+        """The first byte of a text that no token stands for, so that `encode` refuses it; None where there is none."""
+        found = self._lost_bytes.search(text.encode())
+        return None if found is None else found[0][0]
+
     def _check_bytes(self, text: str) -> None:
-        lost = self._lost_bytes.intersection(text.encode())
-        if lost:
+        lost = self.lost_byte(text)
+        if lost is not None:
             raise ValueError(
-                f"the vocabulary has no token for byte 0x{min(lost):02x}, which is in the text {text[:40]!r}; "
+                f"the vocabulary has no token for byte 0x{lost:02x}, which is in the text {text[:40]!r}; "
                 "it would be left out of the ids: remove it from the text"
             )
 
@@ -249,81 +222,6 @@ def check_same(a: Tokenizer, b: Tokenizer, names: tuple[str, str] = ("teacher", 
         left, right = a._parts[part], b._parts[part]
         if left != right:
             raise ValueError(f"the {part} of {of_a} is {json.dumps(left)}, that of {of_b} {json.dumps(right)}{must}")
-
-
-def _byte_level_bpe(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
-    model = _metadata(reader, "tokenizer.ggml.model", str)
-    if model != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model is {model!r}; only 'gpt2' is read, so use a folder with tokenizer.json")
-    pre = _metadata(reader, "tokenizer.ggml.pre", str)
-    if pre not in _PRE_TOKENIZERS:
-        known = ", ".join(_PRE_TOKENIZERS)
-        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; only {known} are read, so use a folder with tokenizer.json")
-    tokens = _metadata(reader, "tokenizer.ggml.tokens", list)
-    types = _metadata(reader, "tokenizer.ggml.token_type", list)
-    if len(types) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
-    vocab = _vocabulary(tokens, types)
-    merges = _merges(_metadata(reader, "tokenizer.ggml.merges", list), vocab)
-    # Llama 3 takes a word that is a token as it stands, without merging it up
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
-    backend.decoder = decoders.ByteLevel()
-    # one call each: the library gives every token of a call the same flag
-    for kind, add in (
-        (gguf.TokenType.CONTROL, backend.add_special_tokens),
-        (gguf.TokenType.USER_DEFINED, backend.add_tokens),
-    ):
-        add([AddedToken(token, normalized=False) for token, of in zip(tokens, types, strict=True) if of == kind])
-    return backend
-
-
-def _vocabulary(tokens: list[str], types: list[int]) -> dict[str, int]:
-    vocab: dict[str, int] = {}
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind == gguf.TokenType.UNUSED:
-            continue
-        if token in vocab:
-            raise ValueError(f"tokenizer.ggml.tokens has {token!r} twice, as {vocab[token]} and {i}")
-        vocab[token] = i
-    if not vocab:
-        raise ValueError("tokenizer.ggml.tokens is empty")
-    return vocab
-
-
-def _merges(lines: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Splits "a b" lines. The byte-level alphabet has no space, so the one in a line separates."""
-    merges = []
-    for number, line in enumerate(lines):
-        parts = line.split(" ")
-        if len(parts) != 2 or not all(parts):
-            raise ValueError(f"tokenizer.ggml.merges[{number}] is {line!r}, which is not two tokens and one space")
-        left, right = parts
-        for token in (left, right, left + right):
-            # the library does not report this, it panics
-            if token not in vocab:
-                raise ValueError(f"tokenizer.ggml.merges[{number}] is {line!r}, but there is no token {token!r}")
-        merges.append((left, right))
-    return merges
-
-
-def _metadata(reader: gguf.GGUFReader, key: str, kind: type, *, required: bool = True) -> Any:
-    field = reader.fields.get(key)
-    if field is None:
-        if required:
-            raise ValueError(f"the GGUF file has no {key}; use a folder with tokenizer.json")
-        return None
-    value = field.contents()
-    if not isinstance(value, kind):
-        raise ValueError(f"{key} in the GGUF file is not a {kind.__name__} but {str(value)[:40]}")
-    return value
-
-
-def _gguf_id(reader: gguf.GGUFReader, key: str, backend: tokenizers.Tokenizer) -> int | None:
-    i = _metadata(reader, key, int, required=False)
-    if i is not None and (i < 0 or backend.id_to_token(i) is None):
-        raise ValueError(f"{key} is {i}, which is not the id of a token")
-    return i
 
 
 def _named_id(backend: tokenizers.Tokenizer, names: dict[str, Any], key: str, folder: Path) -> int | None:

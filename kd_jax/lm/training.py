@@ -216,7 +216,8 @@ class _Run:
             path = self.folder / f"batch-{done}.npz"
             np.savez(path, rows=self.data.rows(done - 1), **self.data[done - 1]._asdict())
             raise FloatingPointError(
-                f"update {done} has loss {metrics.loss} and gradient norm {metrics.gradient_norm}; its batch is in {path}"
+                f"update {done} has loss {metrics.loss} and gradient norm {metrics.gradient_norm}; "
+                f"its batch is in {path}"
             )
         with self.clock("logging"):
             log.update(done, tokens, metrics)
@@ -252,7 +253,8 @@ class _Run:
         rows = [row | {"chosen": row["step"] == chosen} if row["kind"] == "validation" else row for row in rows]
         write_rows(self.folder / "metrics.jsonl", rows)
         return {
-            "rule": RULE, "chosen": chosen, "updates": len(self.data), "validation_loss": losses[chosen],
+            "rule": RULE, "chosen": chosen, "updates": len(self.data), "tokens": saved.values(saved.steps()[-1])["tokens"],
+            "validation_loss": losses[chosen],
             "perplexity": math.exp(losses[chosen]), "fingerprint": weights.fingerprint(params),
         }  # fmt: skip
 

@@ -148,6 +148,11 @@ def test_samples_at_another_temperature_stand_for_that_distribution(tmp_path):
     assert (row["num_samples"], row["tau"], row["sample_temperature"]) == (count, 0.5, 0.5)
     assert not (tmp_path / "out/teacher/samples").exists()
 
+    # other samples of the same model are something else to evaluate
+    entry = entry._replace(samples=drawn(teacher, tmp_path / "again", count, max_length=3, seed=3, temperature=0.5))
+    (other,) = evaluation.evaluate(p_star, {"teacher": entry}, validation, settings(count), tmp_path / "out")
+    assert other["entropy"] != row["entropy"] and other["precision"] != row["precision"]
+
 
 def test_a_longer_model_against_numpy(tmp_path):
     architecture = dataclasses.replace(model_lib.PRESETS["tiny"], vocab_size=23)

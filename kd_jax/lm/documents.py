@@ -1,0 +1,210 @@
+"""Documents, of text or of token ids, out of whatever the `datasets` library reads."""
+
+from __future__ import annotations
+
+import collections
+import glob
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+from huggingface_hub import errors as hub_errors
+from tqdm import tqdm
+
+from kd_jax.lm import shards
+from kd_jax.lm.tokenizer import Tokenizer
+from kd_jax.run import RunError
+
+SOURCES = (
+    "a Parquet, JSON lines (.jsonl, .json, also .gz) or .txt file, a glob of such files, a folder of them, or the id of "
+    "a data set on the Hugging Face hub, org/name or org/name@revision"
+)
+# What reads a file, by how its name ends.
+_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+_HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
+_BATCH = 1000
+
+
+class Documents(NamedTuple):
+    """One column of a data set.
+
+    Attributes:
+        source: the name of the data, for messages.
+        column: the name of the column.
+        of_text: whether it holds texts, else lists of ids.
+        data: a datasets.Dataset, or an IterableDataset, which can only be read from its beginning.
+        tokenizer: what makes the texts ids, or whose the ids are.
+    """
+
+    source: str
+    column: str
+    of_text: bool
+    data: Any
+    tokenizer: Tokenizer
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source is one on the hub, not here. Raises FileNotFoundError where it can be neither."""
+    if Path(source).expanduser().exists() or _files(source):
+        return False
+    if not _HUB_ID.fullmatch(source) or _reader(source):
+        raise FileNotFoundError(f"{source} does not exist; data can be: {SOURCES}")
+    return True
+
+
+def commit(source: str) -> str:
+    """The commit that a hub id stands for now; RunError where it cannot be known."""
+    repository, revision = _HUB_ID.fullmatch(source).groups()
+    try:
+        return huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
+    except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
+        raise RunError(
+            f"cannot look up the data set {source} on the Hugging Face hub: {error}. With streaming=False, a copy in "
+            "the cache will do"
+        ) from error
+
+
+def load(source: str, *, split: str, subset: str | None, streaming: bool, revision: str | None = None) -> Any:
+    """The datasets.Dataset of a source, an IterableDataset where it is streamed.
+
+    Raises RunError, with what the library says, for data that is not there or not what it should be; ValueError for a
+    split or a subset of files, which have none.
+    """
+    files = _files(source)
+    try:
+        if not is_hub_id(source) and not files:
+            where = {"path": str(Path(source).expanduser()), "name": subset, "split": split}
+        elif files:
+            if split != "train" or subset is not None:
+                raise ValueError(
+                    f"split={split!r} and subset={subset!r}: {source} is of files, which have no such parts"
+                )
+            where = {"path": _reader_of(files), "data_files": [glob.escape(file) for file in files], "split": "train"}
+        else:
+            repository, asked = _HUB_ID.fullmatch(source).groups()
+            where = {"path": repository, "name": subset, "split": split, "revision": revision or asked}
+        return datasets.load_dataset(**where, streaming=streaming)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        # where the library failed to read a file, the reason is what made it fail
+        reason = error.__cause__ or error
+        raise RunError(f"cannot read {source} as data: {type(reason).__name__}: {reason}") from error
+
+
+def select(data: Any, source: str, column: str | None, of_text: bool, tokenizer: Tokenizer) -> Documents:
+    """A column of the data, `text` by default. Raises ValueError, naming the columns there are, where it has none."""
+    names = data.column_names
+    if names is None:  # of a stream that does not say, and nothing where it is empty
+        names = next((table.column_names for table in data.with_format("arrow").iter(1)), [])
+    column = column or "text"
+    if column not in names:
+        raise ValueError(
+            f"{source} has no column {column!r}; there are {', '.join(map(repr, names)) or 'none'}: name one with "
+            "text_column, or ids_column for lists of ids"
+        )
+    return Documents(source, column, of_text, data.select_columns([column]).with_format("arrow"), tokenizer)
+
+
+def survey(documents: Documents) -> tuple[np.ndarray, str, dict[str, int]]:
+    """Reads all documents once: (indices of those that can be used, a fingerprint, how many cannot, by why).
+
+    The fingerprint is a SHA-256 (hex) of the documents in order, however they lie in files.
+    """
+    digest, skipped, usable, index = hashlib.sha256(), collections.Counter(), [], 0
+    digest.update(b"text" if documents.of_text else b"ids")
+    with tqdm(total=len(documents.data), unit="document", desc="reading", mininterval=1, dynamic_ncols=True) as bar:
+        for table in documents.data.iter(_BATCH):
+            rows = _rows(documents, table)
+            for row in rows:
+                content = b"" if row is None else row.encode() if documents.of_text else row.astype("<i8").tobytes()
+                digest.update(len(content).to_bytes(8, "little") + content)
+                problem = _problem(documents, row, index)
+                if problem is None:
+                    usable.append(index)
+                else:
+                    skipped[problem] += 1
+                index += 1
+            bar.update(len(rows))
+    return np.array(usable, np.int64), digest.hexdigest(), dict(skipped)
+
+
+def take(documents: Documents, indices: Sequence[int]) -> list[str] | list[np.ndarray]:
+    """The documents with these indices, texts or ids int64."""
+    return _rows(documents, documents.data[list(indices)])
+
+
+def stream(documents: Documents, skipped: collections.Counter) -> Iterator[str | np.ndarray]:
+    """The documents that can be used, as they come; `skipped` is told how many cannot, by why."""
+    index = 0
+    for table in documents.data.iter(_BATCH):
+        for row in _rows(documents, table):
+            problem = _problem(documents, row, index)
+            if problem is None:
+                yield row
+            else:
+                skipped[problem] += 1
+            index += 1
+
+
+def _problem(documents: Documents, row: str | np.ndarray | None, index: int) -> str | None:
+    """Why a document is left out; ValueError for one that shows the whole to be something else."""
+    if documents.of_text:
+        if row is None or not row.strip():
+            return "empty"
+        return None if documents.tokenizer.lost_byte(row) is None else "not_encodable"
+    if not len(row):
+        return "empty"
+    for i in (int(row.min()), int(row.max())):
+        if not 0 <= i < documents.tokenizer.vocab_size:
+            raise ValueError(
+                f"{documents.source}: document {index} has the id {i}; the tokenizer's are from 0 to "
+                f"{documents.tokenizer.vocab_size - 1}"
+            )
+    return None
+
+
+def _rows(documents: Documents, table: pa.Table) -> list[str | None] | list[np.ndarray]:
+    """The documents in a table. ValueError, naming the column, where it holds something else."""
+    column = table[documents.column]
+    name, kind = f"{documents.source}: column {documents.column!r}", column.type
+    if pa.types.is_null(kind):  # nothing in it yet says what it would hold
+        return [None if documents.of_text else np.zeros(0, np.int64)] * len(column)
+    if documents.of_text:
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise ValueError(f"{name} holds {kind}, not text; a column of lists of ids is named with ids_column")
+        return column.to_pylist()
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
+        raise ValueError(f"{name} holds {kind}, not lists of ids; a column of text is named with text_column")
+    rows = []
+    for chunk in column.cast(pa.large_list(pa.int64())).chunks:
+        if chunk.flatten().null_count:
+            raise ValueError(f"{name} has a list with a null in it")
+        rows += shards.split(chunk)
+    return rows
+
+
+def _files(source: str) -> list[str]:
+    """The file of a source, or those of a glob, in order of their names."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [str(path)]
+    return (
+        [] if path.exists() else sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+    )
+
+
+def _reader(file: str) -> str | None:
+    return _READERS.get(Path(file.removesuffix(".gz")).suffix)
+
+
+def _reader_of(files: list[str]) -> str:
+    readers = {_reader(file) for file in files}
+    if len(readers) > 1 or None in readers:
+        raise ValueError(f"{files[0]}{' and others' * (len(files) > 1)}: data can be {SOURCES}, all of one kind")
+    return readers.pop()

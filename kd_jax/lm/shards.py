@@ -1,0 +1,88 @@
+"""The files of a corpus: rows in Parquet, each file written whole and held to its checksum when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kd_jax.run import RunError
+
+SCHEMA = pa.schema(
+    {
+        "index": pa.int64(),
+        "tokens": pa.list_(pa.int32()),  # exactly `length` ids: the prompt, what follows it, the EOS where it came
+        "length": pa.int32(),
+        "prompt_length": pa.int32(),
+        "finished": pa.bool_(),  # ended with an EOS id; otherwise cut at max_length (or data without EOS)
+        # both NULL in rows made from data
+        "log_prob": pa.float64(),  # nats, the model's own (tau = 1), summed over what was generated
+        "sample_log_prob": pa.float64(),  # the same under the distribution the sample was drawn from
+    }
+)
+
+
+def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str, Any]:
+    """Writes one shard and returns its entry for the manifest."""
+    first = rows[0]["index"]
+    columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
+    offsets = np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int32)
+    columns["tokens"] = pa.ListArray.from_arrays(offsets, np.concatenate(columns["tokens"]))
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
+    data, file = buffer.getvalue(), f"data/shard-{first // shard_size:05d}.parquet"
+    _write_bytes(folder / file, data)
+    return {
+        "file": file,
+        "first": first,
+        "rows": len(rows),
+        "tokens": int(offsets[-1]),
+        "finished": sum(columns["finished"]),
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) -> pa.Table:
+    """A shard, or some columns of it. RunError, naming the file, unless it is to the byte what was written."""
+    path = check_file(folder, shard)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != shard["sha256"]:
+        raise RunError(f"{path} is damaged: its sha256 is not the one in the manifest")
+    table = pq.ParquetFile(pa.BufferReader(data)).read(columns)
+    if table.num_rows != shard["rows"]:
+        raise RunError(f"{path} has {table.num_rows} rows, where the manifest says {shard['rows']}")
+    return table
+
+
+def check_file(folder: Path, shard: dict[str, Any]) -> Path:
+    path = folder / shard["file"]
+    if not path.is_file():
+        raise RunError(f"{path} is missing; the manifest lists it with {shard['rows']} rows")
+    if path.stat().st_size != shard["bytes"]:
+        raise RunError(f"{path} is damaged: {path.stat().st_size} bytes, where the manifest says {shard['bytes']}")
+    return path
+
+
+def split(lists: pa.ListArray) -> list[np.ndarray]:
+    """The members of a list array, as views of its values."""
+    offsets = lists.offsets.to_numpy()
+    return np.split(lists.values.to_numpy(), offsets)[1:-1]
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(exist_ok=True)
+    # without ".parquet" in the name: `datasets` takes any file that has it for data
+    tmp = path.with_suffix(".tmp")
+    with tmp.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
