@@ -13,6 +13,9 @@ def get_config() -> ConfigDict:
     # A model: anything that kd_jax.lm.weights.load takes. `architecture` is a preset: of a source, it is what --dry_run
     # reckons with; without a source, random weights of that shape are p*.
     config.p_star = ConfigDict({"source": "", "architecture": ""})
+    # Or data: `source` (kd_jax.lm.ingest.from_dataset) is then what p*'s corpora are made of, and the model above is the
+    # one that scores samples for precision, and has the tokenizer.
+    config.data = ConfigDict({"source": "", "split": "train", "text_column": "", "ids_column": ""})
     config.num_train = 1024  # sequences that a model is trained on
     config.num_validation = 128  # further ones, by which its checkpoint is chosen
     config.num_recall = 512  # of p*, on which recall is measured

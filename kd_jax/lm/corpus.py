@@ -28,8 +28,8 @@ from kd_jax.lm.shards import SCHEMA
 from kd_jax.run import RunError, write_json
 
 __all__ = [
-    "Arrival", "DATA_SETTINGS", "SCHEMA", "SETTINGS", "Corpus", "Rows", "check", "create_or_resume", "fingerprint", "open",
-    "padded", "text", "write", "write_rows",
+    "Arrival", "DATA_SETTINGS", "SCHEMA", "SETTINGS", "Corpus", "Rows", "check", "create_or_resume", "fingerprint",
+    "open", "padded", "text", "write", "write_rows",
 ]  # fmt: skip
 
 # Settings that name what others identify: content read from elsewhere is the same.

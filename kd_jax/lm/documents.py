@@ -6,7 +6,7 @@ import collections
 import glob
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from kd_jax.lm.tokenizer import Tokenizer
 from kd_jax.run import RunError
 
 SOURCES = (
-    "a Parquet, JSON lines (.jsonl, .json, also .gz) or .txt file, a glob of such files, a folder of them, or the id of "
-    "a data set on the Hugging Face hub, org/name or org/name@revision"
+    "a Parquet, JSON lines (.jsonl, .json, also .gz) or .txt file, a glob of such files, a folder of them, or a data "
+    "set on the Hugging Face hub, org/name or org/name@revision"
 )
 # What reads a file, by how its name ends.
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
@@ -77,18 +77,16 @@ def load(source: str, *, split: str, subset: str | None, streaming: bool, revisi
     split or a subset of files, which have none.
     """
     files = _files(source)
+    if files and (split != "train" or subset is not None):
+        raise ValueError(f"split={split!r}, subset={subset!r}: {source} is of files, which have no such parts")
+    if files:
+        where = {"path": _reader_of(files), "data_files": [glob.escape(file) for file in files], "split": split}
+    elif is_hub_id(source):
+        repository, asked = _HUB_ID.fullmatch(source).groups()
+        where = {"path": repository, "name": subset, "split": split, "revision": revision or asked}
+    else:
+        where = {"path": str(Path(source).expanduser()), "name": subset, "split": split}
     try:
-        if not is_hub_id(source) and not files:
-            where = {"path": str(Path(source).expanduser()), "name": subset, "split": split}
-        elif files:
-            if split != "train" or subset is not None:
-                raise ValueError(
-                    f"split={split!r} and subset={subset!r}: {source} is of files, which have no such parts"
-                )
-            where = {"path": _reader_of(files), "data_files": [glob.escape(file) for file in files], "split": "train"}
-        else:
-            repository, asked = _HUB_ID.fullmatch(source).groups()
-            where = {"path": repository, "name": subset, "split": split, "revision": revision or asked}
         return datasets.load_dataset(**where, streaming=streaming)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         # where the library failed to read a file, the reason is what made it fail
@@ -111,11 +109,11 @@ def select(data: Any, source: str, column: str | None, of_text: bool, tokenizer:
 
 
 def survey(documents: Documents) -> tuple[np.ndarray, str, dict[str, int]]:
-    """Reads all documents once: (indices of those that can be used, a fingerprint, how many cannot, by why).
+    """Reads all documents once: (bool [n], which can be used; a fingerprint; how many cannot, by why).
 
     The fingerprint is a SHA-256 (hex) of the documents in order, however they lie in files.
     """
-    digest, skipped, usable, index = hashlib.sha256(), collections.Counter(), [], 0
+    digest, skipped, usable = hashlib.sha256(), collections.Counter(), []
     digest.update(b"text" if documents.of_text else b"ids")
     with tqdm(total=len(documents.data), unit="document", desc="reading", mininterval=1, dynamic_ncols=True) as bar:
         for table in documents.data.iter(_BATCH):
@@ -123,19 +121,17 @@ def survey(documents: Documents) -> tuple[np.ndarray, str, dict[str, int]]:
             for row in rows:
                 content = b"" if row is None else row.encode() if documents.of_text else row.astype("<i8").tobytes()
                 digest.update(len(content).to_bytes(8, "little") + content)
-                problem = _problem(documents, row, index)
-                if problem is None:
-                    usable.append(index)
-                else:
+                problem = _problem(documents, row, len(usable))
+                usable.append(problem is None)
+                if problem is not None:
                     skipped[problem] += 1
-                index += 1
             bar.update(len(rows))
-    return np.array(usable, np.int64), digest.hexdigest(), dict(skipped)
+    return np.array(usable, bool), digest.hexdigest(), dict(skipped)
 
 
-def take(documents: Documents, indices: Sequence[int]) -> list[str] | list[np.ndarray]:
+def take(documents: Documents, indices: np.ndarray) -> list[str] | list[np.ndarray]:
     """The documents with these indices, texts or ids int64."""
-    return _rows(documents, documents.data[list(indices)])
+    return _rows(documents, documents.data[indices.tolist()])
 
 
 def stream(documents: Documents, skipped: collections.Counter) -> Iterator[str | np.ndarray]:
@@ -194,9 +190,8 @@ def _files(source: str) -> list[str]:
     path = Path(source).expanduser()
     if path.is_file():
         return [str(path)]
-    return (
-        [] if path.exists() else sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-    )
+    found = [] if path.exists() else glob.glob(str(path), recursive=True)
+    return sorted(file for file in found if Path(file).is_file())
 
 
 def _reader(file: str) -> str | None:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from kd_jax import cache, stages
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import cost, estimates, evaluation, resumable, training, weights
+from kd_jax.lm import cost, estimates, evaluation, ingest, resumable, training, weights
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
 from kd_jax.lm.tokenizer import Tokenizer
@@ -46,7 +46,7 @@ def validate(config) -> None:
             raise ValueError(f"config.taus: {tau} must be above 0 and finite")
     if config.sampling.max_length < 2:
         raise ValueError(f"config.sampling.max_length={config.sampling.max_length} must be at least 2")
-    _check_p_star(config.p_star)
+    _check_p_star(config, config.p_star)
     if training_settings(config).batch_size > config.num_train:
         raise ValueError(
             f"config.train.batch_size={config.train.batch_size} is above config.num_train={config.num_train}"
@@ -57,9 +57,14 @@ def validate(config) -> None:
     mesh(config)
 
 
-def _check_p_star(p_star) -> None:
+def _check_p_star(config, p_star) -> None:
     if p_star.architecture and p_star.architecture not in PRESETS:
         raise ValueError(f"config.p_star.architecture={p_star.architecture!r} is not one of {', '.join(PRESETS)}")
+    if config.data.source and not (p_star.source and config.sampling.prompt_ids):
+        raise ValueError(
+            "config.data.source needs config.p_star.source (the model that scores samples and has the tokenizer) and "
+            "config.sampling.prompt_ids (what each row, and each sample, begins with: BOS, say)"
+        )
     if not p_star.source and not p_star.architecture:
         raise ValueError("config.p_star needs a source, or an architecture to draw random weights for")
 
@@ -83,17 +88,17 @@ def architecture(settings, p_star: Architecture, label: str) -> Architecture:
             raise ValueError(f"{label}.preset={settings.preset!r} is not one of {', '.join(PRESETS)}")
         found = PRESETS[settings.preset]
     else:
+        if settings.heads < 1 or settings.width % settings.heads:
+            raise ValueError(f"{label}.width={settings.width} is not a multiple of {label}.heads={settings.heads}")
         try:
             found = Architecture(
                 vocab_size=p_star.vocab_size, hidden_size=settings.width, intermediate_size=settings.mlp,
                 num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
-                num_key_value_heads=settings.kv_heads, head_dim=max(2, settings.width // max(1, settings.heads)),
+                num_key_value_heads=settings.kv_heads, head_dim=settings.width // settings.heads,
                 rope_theta=p_star.rope_theta, max_position_embeddings=p_star.max_position_embeddings,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"{label}: {error}") from error
-        if settings.width % settings.heads:
-            raise ValueError(f"{label}.width={settings.width} is not a multiple of {label}.heads={settings.heads}")
     return dataclasses.replace(found, vocab_size=p_star.vocab_size)
 
 
@@ -138,10 +143,18 @@ def plan(config, identity: str) -> list[Stage]:
 
 def _p_star_corpus(config, identity: str, name: str, num_samples: int, purpose: int) -> Stage:
     settings = _sampling(config, num_samples, 1.0, purpose) | {"p_star": dict(config.p_star), "identity": identity}
+    if config.data.source:
+        path = Path(config.data.source).expanduser()
+        settings |= {"data": dict(config.data), "data_identity": weights.identity(path) if path.is_file() else None}
 
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
         model = _p_star(config)
         weights.save_about(model, folder)
+        if config.data.source:
+            # the two corpora of p* share no document: one begins where the other ends
+            return _ingest(
+                config, folder, 0 if purpose == TRAIN else config.num_train + config.num_validation, num_samples
+            )
         return _sample(config, model, folder, settings, name)
 
     shape = PRESETS.get(config.p_star.architecture)
@@ -221,6 +234,18 @@ def _sample(config, model: Model, folder: Path, settings: dict[str, Any], label:
     tokens = (rows.length - rows.prompt_length).astype(float)
     entropy = estimates.per_token(-rows.sample_log_prob, tokens)
     return {**held.manifest["counts"], "entropy": entropy[0], "entropy_se": entropy[1]}
+
+
+def _ingest(config, folder: Path, first: int, num_samples: int) -> dict[str, Any]:
+    """Rows of the data set as the corpus of a stage. What their entropy is, nobody knows."""
+    data = config.data
+    held = ingest.from_dataset(
+        data.source, folder / "corpus", config.p_star.source, split=data.split, first=first, num_samples=num_samples,
+        text_column=data.text_column or None, ids_column=data.ids_column or None, seed=config.seed,
+        max_length=config.sampling.max_length, prompt_ids=config.sampling.prompt_ids,
+        shard_size=config.sampling.shard_size,
+    )  # fmt: skip
+    return {**held.manifest["counts"], "entropy": None, "entropy_se": None}
 
 
 # p*
@@ -409,7 +434,8 @@ def show(config, folder: Path) -> None:
         )
     print(
         f"at most {total / 60:.0f} minutes are left on {jax.device_count()} x {jax.devices()[0].device_kind}, which "
-        f"does {rate / 1e9:.0f} GFLOP/s in large products; of that sampling is taken to reach {SHARES['sampling']:.0%}, "
+        f"does {rate / 1e9:.0f} GFLOP/s in large products; of that sampling is "
+        f"taken to reach {SHARES['sampling']:.0%}, "
         f"training {SHARES['training']:.0%}, scoring {SHARES['scoring']:.0%}"
     )
 

@@ -52,11 +52,11 @@ def from_dataset(
         num_samples: how many rows; all there are from `first` on by default, which a stream cannot tell.
         first: place of the first.
         eos: whether documents end with EOS. Without it no row is finished.
-        prompt_ids: what each row is to begin with, such as BOS; rows that do already stay as they are. The prompt is not
-            scored or trained on, nor is the first id of a row where there is none (prompt_length is at least 1).
+        prompt_ids: what each row is to begin with, such as BOS; rows that do already stay as they are. The prompt is
+            not scored or trained on, nor is the first id of a row without one (prompt_length is at least 1).
         shard_size: rows in a file.
         seed: of the order.
-        streaming: reads the data as it comes, without a copy on disk; a hub id with num_samples, by default.
+        streaming: reads a hub id's data as they come, without a copy on disk; by default where num_samples is given.
         command: what was typed, for the manifest; by default this process's.
 
     Raises ValueError for arguments that do not go together, columns that are not there (naming those that are), ids
@@ -71,7 +71,7 @@ def from_dataset(
         "tokenizer_source": tokenizer_source, "prompt_ids": [int(i) for i in prompt_ids], "max_length": max_length,
         "shard_size": shard_size, "seed": seed,
     } | ({} if num_samples is None else {"num_samples": num_samples})  # fmt: skip
-    _check(settings, eos)
+    _check(settings, on_hub)
     corpus.check(folder, settings, kind="data")
     tokenizer = weights.tokenizer(tokenizer_source)
     settings |= _tokenizer_settings(tokenizer, settings, eos)
@@ -99,9 +99,11 @@ def _absolute(source: str | os.PathLike) -> str:
     return str(path.absolute()) if path.exists() else str(source)
 
 
-def _check(settings: dict[str, Any], eos: bool) -> None:
+def _check(settings: dict[str, Any], on_hub: bool) -> None:
     if settings["text_column"] is not None and settings["ids_column"] is not None:
         raise ValueError("text_column and ids_column are two ways to say what a document is; give one of them")
+    if settings["streaming"] and not on_hub:
+        raise ValueError(f"streaming=True is for data on the Hugging Face hub, and {settings['source']} is here")
     if settings["streaming"] and "num_samples" not in settings:
         raise ValueError("num_samples is missing: how many documents a stream has is not known before it ends")
     least = {"num_samples": 1, "max_length": 1, "shard_size": 1, "first": 0, "seed": 0}
@@ -130,8 +132,8 @@ def _choose(found: Documents, settings: dict[str, Any]) -> tuple[np.ndarray, dic
     usable, fingerprint, skipped = documents.survey(found)
     # raw bits, since NumPy may change what it makes of them from one version to the next
     order = np.argsort(np.random.Philox(settings["seed"]).random_raw(len(found.data)), kind="stable")
-    ranked = order[np.isin(order, usable)]
-    first, there = settings["first"], len(usable)
+    ranked = order[usable[order]]
+    first, there = settings["first"], len(ranked)
     wanted = settings.get("num_samples", there - first)
     if wanted < 1 or first + wanted > there:
         raise ValueError(_too_few(found.source, there, skipped, settings))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kd_jax.lm import corpus, weights
 from kd_jax.lm.tokenizer import Tokenizer
 from kd_jax.run import RunError, write_rows
@@ -26,7 +28,9 @@ def samples(folder: str, *, model: str | None, first: int, num_samples: int, tex
     # a corpus sampled without a tokenizer is shown as its ids
     texts, changed = ([None] * len(rows.index), 0) if tokenizer is None else corpus.text(held, tokenizer, first, stop)
     names = ("index", "length", "finished", "log_prob", "text", "tokens")
-    columns = zip(rows.index, rows.length, rows.finished, rows.log_prob, texts, rows.tokens, strict=True)
+    # rows made from data have none
+    log_probs = [None if np.isnan(value) else value for value in rows.log_prob]
+    columns = zip(rows.index, rows.length, rows.finished, log_probs, texts, rows.tokens, strict=True)
     lines = [dict(zip(names, row, strict=True)) for row in columns]
     if text_out is not None:
         write_rows(Path(text_out), lines)
@@ -42,18 +46,19 @@ def samples(folder: str, *, model: str | None, first: int, num_samples: int, tex
 
 def _print(line: dict[str, Any]) -> None:
     end = "finished" if line["finished"] else "cut"
-    print(f"[{line['index']}] length {line['length']}, {end}, log_prob {line['log_prob']:.4f}")
+    log_prob = "" if line["log_prob"] is None else f", log_prob {line['log_prob']:.4f}"
+    print(f"[{line['index']}] length {line['length']}, {end}{log_prob}")
     print(line["tokens"].tolist() if line["text"] is None else line["text"], end="\n\n")
 
 
 def _tokenizer(folder: str, model: str | None, settings: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer of `model`, or of the source the corpus was sampled from, which had one or else this is None.
+    """The tokenizer of `model`, or of the source the corpus is from, which had one or else this is None.
 
-    Raises ValueError where it is not the one the corpus was sampled with.
+    Raises ValueError where it is not the one the corpus was made with.
     """
     if model is None and settings["tokenizer_fingerprint"] is None:
         return None
-    source = model or settings["source"]
+    source = model or settings.get("tokenizer_source", settings["source"])
     try:
         tokenizer = weights.tokenizer(source)
     except (OSError, ValueError, RunError) as error:
@@ -61,5 +66,5 @@ def _tokenizer(folder: str, model: str | None, settings: dict[str, Any]) -> Toke
     if tokenizer is None:
         raise ValueError(f"{source} has no tokenizer; name a source that has it with --model")
     if settings["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):
-        raise ValueError(f"the tokenizer of {source} is not the one {folder} was sampled with; give --model")
+        raise ValueError(f"the tokenizer of {source} is not the one {folder} was made with; give --model")
     return tokenizer

@@ -32,7 +32,7 @@ from kd_jax.lm import batches, cost, step, weights
 from kd_jax.lm.batches import Layout, Sequences, Updates
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.model import Compute, Model
-from kd_jax.run import Clock, RunError, Stop, append_rows, read_rows, write_json, write_rows
+from kd_jax.run import Clock, RunError, Stop, append_rows, read_json, read_rows, write_json, write_rows
 
 RULE = "the least validation loss (nats a token, padding not counted)"
 # Updates whose numbers have not been fetched yet; the device is kept busy, and a bad loss is seen this much later.
@@ -111,6 +111,13 @@ def train(
     Raises: ValueError or RunError for a corpus or a folder that cannot be used; FloatingPointError for a loss that is
     not finite, with the batch saved.
     """
+    done = folder / "training.json"
+    if done.exists():
+        result = read_json(done)
+        if result["seed"] != seed:
+            raise RunError(f"{done} is of another training (seed {result['seed']}, not {seed}); choose another folder")
+        _tidy(settings, folder)
+        return result
     folder.mkdir(parents=True, exist_ok=True)
     clock, began = Clock(), time.perf_counter()
     with clock("data"):
@@ -122,13 +129,19 @@ def train(
             weights.save_about(model, folder / "checkpoints")
         state = run.loop(saved, stop or Stop())
         result = run.choose(saved, state)
-    if not settings.keep_checkpoints and jax.process_index() == 0:
-        shutil.rmtree(folder / "checkpoints")
-        shutil.rmtree(folder / "arrow", ignore_errors=True)
     seconds = {key: round(value, 3) for key, value in clock.seconds.items()}
     result |= {"seconds": {**seconds, "total": round(time.perf_counter() - began, 3)}, "seed": seed}
-    write_json(folder / "training.json", result)
+    write_json(done, result)
+    _tidy(settings, folder)
     return result
+
+
+def _tidy(settings: Settings, folder: Path) -> None:
+    """Removes what nobody needs once the model is there."""
+    unwanted = ["arrow"] if settings.keep_checkpoints else ["arrow", "checkpoints"]
+    for name in unwanted if jax.process_index() == 0 else ():
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
 
 
 def _data(settings, corpus, seed, folder, mesh) -> tuple[Updates, list[batches.Batch]]:
@@ -253,8 +266,8 @@ class _Run:
         rows = [row | {"chosen": row["step"] == chosen} if row["kind"] == "validation" else row for row in rows]
         write_rows(self.folder / "metrics.jsonl", rows)
         return {
-            "rule": RULE, "chosen": chosen, "updates": len(self.data), "tokens": saved.values(saved.steps()[-1])["tokens"],
-            "validation_loss": losses[chosen],
+            "rule": RULE, "chosen": chosen, "updates": len(self.data),
+            "tokens": saved.values(saved.steps()[-1])["tokens"], "validation_loss": losses[chosen],
             "perplexity": math.exp(losses[chosen]), "fingerprint": weights.fingerprint(params),
         }  # fmt: skip
 

@@ -1,0 +1,125 @@
+"""The chain from config to report: what it refuses and plans, and that a kill anywhere changes no number."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from configs import lm_laptop, lm_paper, lm_paper_quick
+from kd_jax import stages
+from kd_jax.lm import experiment
+from kd_jax.run import read_rows
+
+# Of rows: what a run measures of itself.
+TIMED = ("tokens_per_second", "share_of_ceiling", "seconds", "starts", "share_of_data_logging_checkpoints")
+
+
+def folders(config):
+    return stages.folders("w", experiment.plan(config, "p*"))
+
+
+def changed(**changes):
+    config = lm_laptop.get_config("smoke")
+    config.update_from_flattened_dict(changes)
+    before, after = folders(lm_laptop.get_config("smoke")), folders(config)
+    return {name for name in after if after[name] != before.get(name)}
+
+
+def test_a_changed_setting_redoes_what_depends_on_it():
+    students = {f"{arm}/seed-{seed}" for arm in ("direct", "tau-0.5", "tau-1") for seed in (0, 1)}
+    distilled = {name for name in students if name.startswith("tau")}
+    samples = {"samples/tau-0.5", "samples/tau-1"}
+    assert changed() == set()
+    assert changed(taus=(0.5, 0.7, 1.0)) == {"samples/tau-0.7", "tau-0.7/seed-0", "tau-0.7/seed-1"}
+    assert changed(seeds=3) == {"direct/seed-2", "tau-0.5/seed-2", "tau-1/seed-2"}
+    assert changed(**{"student.width": 8}) == students
+    assert changed(**{"teacher.width": 16}) == {"teacher"} | samples | distilled
+    assert changed(num_samples=5) == set()
+    assert changed(num_recall=5) == {"p_star/validation"}
+    assert changed(**{"train.epochs": 3}) == {"teacher"} | students | samples
+    assert changed(**{"train.trackers": ("tensorboard",)}) == set()
+    assert changed(num_train=64) == {"p_star/train", "teacher"} | students | samples
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"taus": ()}, "config.taus"),
+    ({"taus": (1.0, 1.0)}, "none twice"),
+    ({"taus": (0.0,)}, "config.taus: 0.0"),
+    ({"seeds": 0}, "config.seeds=0"),
+    ({"student.heads": 3}, "config.student.width=16 is not a multiple"),
+    ({"teacher.preset": "gpt2"}, "config.teacher.preset='gpt2'"),
+    ({"p_star.architecture": "huge"}, "config.p_star.architecture='huge'"),
+    ({"train.learning_rate": -1.0}, "config.train.learning_rate"),
+    ({"train.batch_size": 1000}, "config.train.batch_size=1000"),
+    ({"compute.dtype": "int8"}, "int8"),
+    ({"mesh.tensor": 3}, "does not fit"),
+])  # fmt: skip
+def test_faults_before_any_work(changes, message):
+    config = lm_laptop.get_config("smoke")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        experiment.validate(config)
+
+
+@pytest.mark.parametrize("module", [lm_laptop, lm_paper, lm_paper_quick])
+def test_configs_are_valid(module):
+    experiment.validate(module.get_config())
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    experiment.run(lm_paper.get_config(), tmp_path / "w", dry_run=True)
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^tau-[\d.]+/seed-\d", shown, re.M)) == 20 and "1,711,376,384" in shown
+    assert not (tmp_path / "w").exists()
+
+
+def command(workdir):
+    return [sys.executable, "-m", "kd_jax.train", "--config", "configs/lm_laptop.py:smoke", "--workdir", str(workdir)]
+
+
+def numbers(workdir):
+    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(workdir / "metrics.jsonl")]
+    for row in rows:
+        row.pop("source", None)  # a path in the run folder
+    return [row for row in rows if row.get("name") != "evaluation"], (workdir / "samples.jsonl").read_text()
+
+
+def kill_in(workdir, words):
+    """Starts the run and kills it a moment after it has said `words`."""
+    with subprocess.Popen(command(workdir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        said = ""
+        while words not in said and (character := process.stdout.read(1)):
+            said += character
+        assert words in said, said[-2000:]
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = subprocess.run(command(straight), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in (
+        "p_star/train: ", "p_star/validation: ", "teacher: ", "direct/seed-1: ", "samples/tau-0.5: ",
+        "tau-0.5/seed-0: ",
+        "tau-1/seed-1: ", "direct/seed-0: precision",
+    ):  # fmt: skip
+        kill_in(killed, words)
+    done = subprocess.run(command(killed), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(killed) == numbers(straight)
+    for name in ("report.html", "figures/frontier.png", "manifest.json"):
+        assert (killed / name).stat().st_size > 0
+    assert json.loads((killed / "manifest.json").read_text())["status"] == "finished"
+
+    # another tau later: the students that are there are not trained again
+    more = subprocess.run([*command(killed), "--config.taus=(0.5,1.0,2.0)"], capture_output=True, text=True)
+    assert more.returncode == 0, more.stderr[-2000:]
+    assert re.findall(r"^stage \d of \d: (\S+)", more.stdout, re.M) == ["samples/tau-2", "tau-2/seed-0", "tau-2/seed-1"]
+    assert "config has changed" in more.stdout
