@@ -1,4 +1,4 @@
-# make gmm | test | parity | lint | bench | clean. The first one called builds .venv.
+# make gmm | laptop | test | parity | lint | bench | clean. The first one called builds .venv.
 # PYTHON=/path/to/python picks the interpreter; otherwise the first that really runs and is 3.11 to 3.13
 # (a version manager's shim can exist on PATH and still refuse to run, so each is tried).
 PYTHON ?=
@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-dev
 
-.PHONY: gmm test parity lint bench clean
+.PHONY: gmm laptop test parity lint bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): requirements.txt requirements-dev.txt requirements-bench.txt pyproject.toml
@@ -32,6 +32,10 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-bench.txt pyproject
 gmm: $(STAMP)
 	$(PY) -m kd_jax.train --config configs/gmm.py --workdir runs/gmm
 
+# the language-model experiment; most of an hour on two cores
+laptop: $(STAMP)
+	$(PY) -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
+
 test: $(STAMP)
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not parity" tests
 
@@ -49,6 +53,7 @@ bench: $(STAMP)
 	$(PY) -m benchmarks.gmm_sweep
 	$(PY) -m benchmarks.gmm_sweep --students 100000
 	$(PY) -m benchmarks.lm
+	$(PY) -m benchmarks.train_step
 
 # Leaves runs/ alone: results are not build products.
 clean:

@@ -88,7 +88,8 @@ def main(argv: list[str]) -> None:
             print(
                 f"{name:13} {out['tokens_per_s']:6.0f} tokens/s, {out['share']:.0%} of "
                 f"{out['ceiling'] / 1e9:.0f} GFLOP/s, peak {out['peak']:.0f} MiB, of that extra "
-                f"{out['extra_mib']:.0f} MiB, first update {out['first']:.1f} s, losses {', '.join(f'{loss:.4f}' for loss in out['losses'])}",
+                f"{out['extra_mib']:.0f} MiB, first update {out['first']:.1f} s, losses "
+                + ", ".join(f"{loss:.4f}" for loss in out["losses"]),
                 flush=True,
             )
     mine, peer = found["kd_jax"], found["transformers"]

@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
     # A model: anything that kd_jax.lm.weights.load takes. `architecture` is a preset: of a source, it is what --dry_run
     # reckons with; without a source, random weights of that shape are p*.
     config.p_star = ConfigDict({"source": "", "architecture": ""})
-    # Or data: `source` (kd_jax.lm.ingest.from_dataset) is then what p*'s corpora are made of, and the model above is the
-    # one that scores samples for precision, and has the tokenizer.
+    # Or data: `source` (kd_jax.lm.ingest.from_dataset) makes p*'s corpora, and the model above scores samples for
+    # precision, and has the tokenizer.
     config.data = ConfigDict({"source": "", "split": "train", "text_column": "", "ids_column": ""})
     config.num_train = 1024  # sequences that a model is trained on
     config.num_validation = 128  # further ones, by which its checkpoint is chosen
@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
             "epochs": 5, "batch_size": 256, "row_length": 0, "parts": 1, "learning_rate": 5e-4, "warmup": 0.01,
             "decay": 0.2, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip": 1.0, "validations": 10,
             "save_every": 0, "log_every": 10, "keep": 1, "keep_checkpoints": False, "trackers": (),
+            "together": 1,  # students of an arm trained in one program: quicker on a GPU that one does not fill
         }
     )  # fmt: skip
     config.compute = ConfigDict({"dtype": "float32", "attention": "auto", "query_block": 128, "remat": False})

@@ -59,6 +59,12 @@ class Checkpoints:
         """Steps that were saved whole, ascending. What a killed save left behind is not among them."""
         return sorted(self._manager.all_steps())
 
+    def drop_after(self, step: int) -> None:
+        """Removes the checkpoints beyond `step`."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
+
     def folder(self, step: int) -> Path:
         """Where a step is, or will be."""
         return Path(self._manager.directory) / str(step)

@@ -29,6 +29,7 @@ class Stage(NamedTuple):
         work: called with its own folder and a dict of its inputs' folders; whatever of it was done before a kill is
             still in the folder. Returns plain values for stage.json.
         cost: plain values that --dry_run shows.
+        about: whatever the experiment wants to know of it later.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stage(NamedTuple):
     inputs: tuple[str, ...]
     work: Callable[[Path, dict[str, Path]], dict[str, Any]]
     cost: dict[str, Any] = {}
+    about: tuple[Any, ...] = ()
 
     @property
     def group(self) -> str:

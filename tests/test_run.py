@@ -104,6 +104,22 @@ def test_broken_row_is_named_by_line(tmp_path):
         run_lib.read_rows(path)
 
 
+def test_object_in_a_file_comes_back_or_the_file_is_named(tmp_path):
+    path = tmp_path / "about.json"
+    run_lib.write_json(path, {"steps": [1, 2]})
+    assert run_lib.read_json(path) == {"steps": [1, 2]}
+    for text, message in ('{"steps": ', "about.json is not JSON .*; do this"), ("[1]", "is not a JSON object; do this"):
+        path.write_text(text)
+        for error in (run_lib.RunError, ValueError):
+            with pytest.raises(error, match=message):
+                run_lib.read_json(path, error, hint="; do this")
+    with pytest.raises(FileNotFoundError):
+        run_lib.read_json(tmp_path / "none.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(run_lib.RunError, match="config.json is not JSON.*--overwrite starts the run again"):
+        open_run(tmp_path)
+
+
 def test_door_exits_2_and_writes_nothing(tmp_path):
     (tmp_path / "config.py").write_text(
         "import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({'experiment': 'gmm'})\n"

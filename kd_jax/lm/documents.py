@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,22 @@ def commit(source: str) -> str:
             f"cannot look up the data set {source} on the Hugging Face hub: {error}. With streaming=False, a copy in "
             "the cache will do"
         ) from error
+
+
+def identity(source: str) -> str:
+    """A digest (hex) of data before they are read: of all files of a source, or the commit of one on the hub.
+
+    Raises FileNotFoundError for a source that is not there, RunError for a commit that cannot be known.
+    """
+    if is_hub_id(source):
+        return commit(source)
+    root, digest = Path(source).expanduser(), hashlib.sha256()
+    files = _files(source) or sorted(str(path) for path in root.rglob("*") if path.is_file())
+    for file in files:
+        name = os.path.relpath(file, root) if root.is_dir() else Path(file).name
+        with open(file, "rb") as content:
+            digest.update(f"{name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def load(source: str, *, split: str, subset: str | None, streaming: bool, revision: str | None = None) -> Any:

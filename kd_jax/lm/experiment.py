@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,9 +71,8 @@ def _check_p_star(config, p_star) -> None:
 
 
 def training_settings(config) -> training.Settings:
-    return training.Settings(
-        num_validation=config.num_validation, **{**config.train, "trackers": tuple(config.train.trackers)}
-    )
+    how = {key: value for key, value in config.train.items() if key != "together"}
+    return training.Settings(num_validation=config.num_validation, **{**how, "trackers": tuple(config.train.trackers)})
 
 
 def mesh(config) -> jax.sharding.Mesh | None:
@@ -132,12 +132,14 @@ def plan(config, identity: str) -> list[Stage]:
     chain = [
         _p_star_corpus(config, identity, "p_star/train", config.num_train + config.num_validation, TRAIN),
         _p_star_corpus(config, identity, "p_star/validation", config.num_recall, VALIDATION),
-        _training(config, "teacher", "p_star/train", config.teacher, TEACHER, arm="teacher"),
+        _training(
+            config, "teacher", "p_star/train", config.teacher, [Student("teacher", "teacher", None, None, TEACHER)]
+        ),
     ]
-    chain += [_student(config, "direct", seed, "p_star/train", None) for seed in range(config.seeds)]
+    chain += _students(config, "direct", "p_star/train", None)
     for tau in config.taus:
         chain.append(_teacher_corpus(config, tau))
-        chain += [_student(config, f"tau-{tau:g}", seed, f"samples/tau-{tau:g}", tau) for seed in range(config.seeds)]
+        chain += _students(config, f"tau-{tau:g}", f"samples/tau-{tau:g}", tau)
     return chain
 
 
@@ -175,36 +177,71 @@ def _teacher_corpus(config, tau: float) -> Stage:
     )
 
 
-def _student(config, arm: str, seed: int, corpus: str, tau: float | None) -> Stage:
+class Student(NamedTuple):
+    """A model of the chain that is trained."""
+
+    name: str
+    arm: str
+    tau: float | None
+    seed: int | None
+    purpose: int
+
+
+def _students(config, arm: str, corpus: str, tau: float | None) -> list[Stage]:
+    """The students of one corpus, config.train.together to a stage."""
     # one seed, one start and one order of the data, whatever the corpus
     kind = "direct" if tau is None else "distilled"
-    return _training(config, f"{arm}/seed-{seed}", corpus, config.student, STUDENT + seed, arm=kind, tau=tau, seed=seed)
+    each = [Student(f"{arm}/seed-{seed}", kind, tau, seed, STUDENT + seed) for seed in range(config.seeds)]
+    size = config.train.together
+    groups = [each[i : i + size] for i in range(0, len(each), size)]
+    # a stage of one has the student's own name
+    names = [group[0].name if len(group) == 1 else f"{arm}/seeds-{group[0].seed}-{group[-1].seed}" for group in groups]
+    return [_training(config, name, corpus, config.student, group) for name, group in zip(names, groups, strict=True)]
 
 
-def _training(config, name: str, corpus: str, shape, purpose: int, **tags) -> Stage:
+def _training(config, name: str, corpus: str, shape, students: list[Student]) -> Stage:
+    how = {key: value for key, value in config.train.items() if key not in ("together", "trackers")}
     settings = {
-        "model": dict(shape), "train": {**config.train, "trackers": []}, "num_validation": config.num_validation,
-        "seed": config.seed + purpose, "compute": dict(config.compute),
+        "model": dict(shape), "train": {**how, "trackers": []}, "num_validation": config.num_validation,
+        "seed": config.seed + students[0].purpose, "compute": dict(config.compute),
     }  # fmt: skip
-    tags = {"arm": None, "tau": None, "seed": None} | tags
+    if len(students) > 1:
+        settings["together"] = len(students)
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         like = _about(inputs["p_star/train"])
         model = like._replace(architecture=architecture(shape, like.architecture, "config"))
+        held = corpus_lib.open(inputs[corpus] / "corpus")
+        members = [
+            training.Member(
+                held, config.seed + student.purpose, _home(folder, students, student), student.name,
+                {"arm": student.arm, "tau": student.tau, "seed": student.seed},
+            )
+            for student in students
+        ]  # fmt: skip
         with Stop() as stop:
-            return training.train(
-                training_settings(config), model, corpus_lib.open(inputs[corpus] / "corpus"), config.seed + purpose,
-                folder, name=name, compute=Compute(**config.compute), mesh=mesh(config), stop=stop, tags=tags,
-            )  # fmt: skip
+            results = training.train(
+                training_settings(config),
+                model,
+                members,
+                compute=Compute(**config.compute),
+                mesh=mesh(config),
+                stop=stop,
+            )
+        return (
+            results[0]
+            if len(results) == 1
+            else {student.name: result for student, result in zip(students, results, strict=True)}
+        )
 
     role = "teacher" if name == "teacher" else "student"
-    return Stage(
-        name,
-        settings,
-        tuple(dict.fromkeys(["p_star/train", corpus])),
-        work,
-        _training_cost(config, _shape(config, role)),
-    )
+    price = _training_cost(config, _shape(config, role), len(students))
+    return Stage(name, settings, tuple(dict.fromkeys(["p_star/train", corpus])), work, price, tuple(students))
+
+
+def _home(folder: Path, students: Sequence[Student], student: Student) -> Path:
+    """Where a student of a stage is."""
+    return folder if len(students) == 1 else folder / f"seed-{student.seed}"
 
 
 def _sampling(config, num_samples: int, tau: float, purpose: int) -> dict[str, Any]:
@@ -299,11 +336,9 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
     for tau in config.taus:
         held = corpus_lib.open(where[f"samples/tau-{tau:g}"] / "corpus")
         entries[f"teacher/tau-{tau:g}"] = evaluation.Entry(where["teacher"], "teacher", tau, None, held)
-    for stage in chain:
-        if stage.group == "direct" or stage.group.startswith("tau-"):
-            tau = None if stage.group == "direct" else float(stage.group.removeprefix("tau-"))
-            kind, seed = "direct" if tau is None else "distilled", int(stage.name.rsplit("-", 1)[1])
-            entries[stage.name] = evaluation.Entry(where[stage.name], kind, tau, seed)
+    for student, home in _trained(chain, where):
+        if student.arm != "teacher":
+            entries[student.name] = evaluation.Entry(home, student.arm, student.tau, student.seed)
     settings = evaluation.Settings(
         num_samples=config.num_samples, seed=config.seed + EVALUATION, dtype=config.sampling.dtype,
         batch_size=config.sampling.batch_size, mesh=mesh(config),
@@ -315,7 +350,8 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         found = stages.about(where[corpus])["result"]
         row |= {"teacher_entropy": found["entropy"], "teacher_entropy_se": found["entropy_se"]}
     seconds = time.perf_counter() - began
-    write_rows(folder / "metrics.jsonl", [*rows, *_training_rows(chain, where), *_stage_rows(chain, where, seconds)])
+    trained = [read_rows(home / "metrics.jsonl") for _, home in _trained(chain, where)]
+    write_rows(folder / "metrics.jsonl", [*rows, *sum(trained, []), *_stage_rows(chain, where, seconds)])
     write_rows(folder / "samples.jsonl", _sample_rows(config, p_star, rows, where, folder))
     done = [
         {**stages.about(where[stage.name]), "folder": str(where[stage.name].relative_to(folder))} for stage in chain
@@ -325,13 +361,9 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
     return {"stages": done, "overhead": _overhead(chain, where)}
 
 
-def _training_rows(chain, where) -> list[dict[str, Any]]:
-    found = [read_rows(where[stage.name] / "metrics.jsonl") for stage in chain if _is_training(stage)]
-    return [row for rows in found for row in rows]
-
-
-def _is_training(stage: Stage) -> bool:
-    return stage.group not in ("p_star", "samples")
+def _trained(chain, where) -> list[tuple[Student, Path]]:
+    """Every model that was trained, and where it is."""
+    return [(one, _home(where[stage.name], stage.about, one)) for stage in chain for one in stage.about]
 
 
 def _stage_rows(chain, where, evaluation_seconds: float) -> list[dict[str, Any]]:
@@ -341,12 +373,29 @@ def _stage_rows(chain, where, evaluation_seconds: float) -> list[dict[str, Any]]
         said = stages.about(where[stage.name])
         row = {"kind": "stage", "name": stage.name, "seconds": said["seconds"], "starts": said["starts"]}
         result = said["result"]
-        if _is_training(stage):
-            row |= {"tokens": result["tokens"], "share_of_data_logging_checkpoints": _share(result["seconds"])}
+        if stage.about:
+            result = _results(stage, result)
+            homes = [_home(where[stage.name], stage.about, student) for student in stage.about]
+            row["tokens"] = sum(_last(home)["tokens"] for home in homes)
+            row["share_of_data_logging_checkpoints"] = _share(_total([one["seconds"] for one in result]))
         else:
             row |= {name: result[name] for name in ("tokens", "entropy", "entropy_se")}
         rows.append(row)
     return [*rows, {"kind": "stage", "name": "evaluation", "seconds": round(evaluation_seconds, 3)}]
+
+
+def _last(home: Path) -> dict[str, Any]:
+    return [row for row in read_rows(home / "metrics.jsonl") if row["kind"] == "training"][-1]
+
+
+def _results(stage: Stage, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was said of each model that the stage trained."""
+    return [result] if len(stage.about) == 1 else [result[student.name] for student in stage.about]
+
+
+def _total(seconds: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in seconds for name in each)
+    return {name: round(sum(each.get(name, 0.0) for each in seconds), 3) for name in names}
 
 
 def _share(seconds: dict[str, float]) -> float:
@@ -355,11 +404,9 @@ def _share(seconds: dict[str, float]) -> float:
 
 def _overhead(chain, where) -> dict[str, float]:
     """Seconds of all trainings by what they were spent on, and the share of data, logging and checkpoints in them."""
-    seconds: dict[str, float] = {}
-    for stage in filter(_is_training, chain):
-        for name, value in stages.about(where[stage.name])["result"]["seconds"].items():
-            seconds[name] = seconds.get(name, 0.0) + value
-    return {**{name: round(value, 3) for name, value in seconds.items()}, "share": _share(seconds)}
+    found = [_results(stage, stages.about(where[stage.name])["result"]) for stage in chain if stage.about]
+    seconds = _total([one["seconds"] for results in found for one in results])
+    return {**seconds, "share": _share(seconds)}
 
 
 def _sample_rows(config, p_star: Model, rows, where, folder: Path, count: int = 8) -> list[dict[str, Any]]:
@@ -398,9 +445,9 @@ def _sampling_cost(config, shape: Architecture | None, num_samples: int) -> dict
     return _cost("sampling", shape, tokens, 1, config, 4 * tokens + 40 * num_samples)
 
 
-def _training_cost(config, shape: Architecture | None) -> dict[str, Any]:
-    tokens = config.num_train * config.sampling.max_length * config.train.epochs
-    held = 4 + 12 * (config.train.keep + 1) * config.train.keep_checkpoints
+def _training_cost(config, shape: Architecture | None, count: int) -> dict[str, Any]:
+    tokens = count * config.num_train * config.sampling.max_length * config.train.epochs
+    held = count * (4 + 12 * (config.train.keep + 1) * config.train.keep_checkpoints)
     return _cost("training", shape, tokens, 3, config, 0 if shape is None else held * shape.num_parameters)
 
 

@@ -96,20 +96,20 @@ def tokenizer(source: str | os.PathLike) -> Tokenizer | None:
 def identity(source: str | os.PathLike) -> str:
     """A SHA-256 (hex) that is equal for equal content; nothing is loaded, and no weights are fetched.
 
-    Of a file it is that of its bytes, so that a wheel's and its file's are equal. Of a folder, that of the names and
-    bytes of the files that `weights.load` reads; where model.json has the weights' fingerprint, it stands for them, as
-    the same weights saved twice are not the same bytes. Of a Hugging Face id, that of the commit that it stands for.
+    Of a file, whatever it is, it is that of its bytes, so a wheel's and its file's are equal. Of a folder, that of the
+    names and bytes of the files that `weights.load` reads; where model.json has the weights' fingerprint, it stands for
+    them, as the same weights saved twice are not the same bytes. Of a Hugging Face id, that of the commit that it
+    stands for.
 
     Raises as `locate` and `checkpoint` do; RunError where the commit cannot be known.
     """
     if _is_wheel(source):
         return WHEELS[_wheel(source)][2]
     path = Path(source).expanduser()
-    if not path.exists():
-        return hashlib.sha256(hf_files.commit(*_hub_id(source)).encode()).hexdigest()
-    path = locate(source)
     if path.is_file():
         return _sha256(path)
+    if not path.exists():
+        return hashlib.sha256(hf_files.commit(*_hub_id(source)).encode()).hexdigest()
     rows = [f"{name} {_sha256(file)}" for name, file in sorted(_files(path).items())]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 

@@ -7,13 +7,14 @@ into parts, rows or devices: sums and counts are put together before anything is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd_jax import fused
 from kd_jax import mesh as mesh_lib
@@ -86,9 +87,13 @@ def shardings(architecture: Architecture, optimizer: optax.GradientTransformatio
 
 def make(
     architecture: Architecture, optimizer: optax.GradientTransformation, schedule: optax.Schedule, compute: Compute,
-    mesh: Mesh | None = None,
+    mesh: Mesh | None = None, members: int = 1,
 ) -> Callable[[State, Batch], tuple[State, Metrics]]:  # fmt: skip
-    """The jitted update. It takes the state over (donation): what was passed in is gone afterwards."""
+    """The jitted update. It takes the state over (donation): what was passed in is gone afterwards.
+
+    With several `members`, as many models of one shape are updated by one program (vmap): state, batch and metrics
+    have a leading axis over them.
+    """
 
     def update(state: State, batch: Batch) -> tuple[State, Metrics]:
         loss, gradient, count = loss_and_gradient(state.params, architecture, batch, compute)
@@ -96,8 +101,12 @@ def make(
         metrics = Metrics(loss, count, optax.tree.norm(gradient), jnp.float32(schedule(state.step)))
         return State(optax.apply_updates(state.params, changes), moments, state.step + 1), metrics
 
-    out = (shardings(architecture, optimizer, mesh), None)
-    return jax.jit(update, donate_argnums=0, out_shardings=out)
+    where = shardings(architecture, optimizer, mesh)
+    if members == 1:
+        return jax.jit(update, donate_argnums=0, out_shardings=(where, None))
+    if mesh is not None:
+        where = jax.tree.map(lambda one: NamedSharding(mesh, PartitionSpec(None, *one.spec)), where)
+    return jax.jit(jax.vmap(update), donate_argnums=0, out_shardings=(where, None))
 
 
 def loss_and_gradient(
@@ -153,5 +162,16 @@ def place(batch: Batch, mesh: Mesh | None) -> Batch:
     """The batch on the devices, its rows split over them; each process sends only its own part."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    sharding = mesh_lib.sharding((None, "batch", None), mesh)
+    # [part, row, position], or with the members of `make` before them
+    sharding = mesh_lib.sharding((None,) * (batch.tokens.ndim - 2) + ("batch", None), mesh)
     return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), batch)
+
+
+def stack(batches: Sequence[Batch]) -> Batch:
+    """One batch for each member -> a batch with a leading axis over them; all get as many rows."""
+    rows = max(batch.tokens.shape[1] for batch in batches)
+
+    def one(*arrays):
+        return np.stack([np.pad(array, ((0, 0), (0, rows - array.shape[1]), (0, 0))) for array in arrays])
+
+    return jax.tree.map(one, *batches)

@@ -12,15 +12,18 @@ function of the state and of its own number.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -97,43 +100,82 @@ class Settings:
         )
 
 
+class Member(NamedTuple):
+    """A model to be trained.
+
+    Attributes:
+        corpus: its last settings.num_validation rows choose the checkpoint, the others are trained on.
+        seed: of its random start and of the order of its data.
+        folder: what it leaves.
+        name: for the progress bar.
+        tags: fields for every row of its metrics.jsonl.
+    """
+
+    corpus: Corpus
+    seed: int
+    folder: Path
+    name: str = "model"
+    tags: dict[str, Any] = {}
+
+
 def train(
-    settings: Settings, model: Model, corpus: Corpus, seed: int, folder: Path, *, name: str = "model",
-    compute: Compute, mesh: Mesh | None = None, stop: Stop | None = None, tags: dict[str, Any] | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Trains `model` (its weights are not looked at: random ones are drawn from `seed`) and writes FOLDER/model.
+    settings: Settings, model: Model, members: Sequence[Member], *, compute: Compute, mesh: Mesh | None = None,
+    stop: Stop | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Trains models of the shape of `model` (its weights are not looked at), all at once, and writes FOLDER/model.
+
+    Several members go through their corpora side by side in one program; each ends with the numbers it would have
+    alone, but for rounding.
 
     Args:
-        corpus: its last settings.num_validation rows choose the checkpoint, the others are trained on.
         stop: asked between updates; what is there is then saved, and KeyboardInterrupt raised.
-        tags: fields for every row of metrics.jsonl.
-    Returns: what is in training.json.
+    Returns: what is in each member's training.json.
     Raises: ValueError or RunError for a corpus or a folder that cannot be used; FloatingPointError for a loss that is
     not finite, with the batch saved.
     """
-    done = folder / "training.json"
-    if done.exists():
-        result = read_json(done)
-        if result["seed"] != seed:
-            raise RunError(f"{done} is of another training (seed {result['seed']}, not {seed}); choose another folder")
-        _tidy(settings, folder)
-        return result
-    folder.mkdir(parents=True, exist_ok=True)
-    clock, began = Clock(), time.perf_counter()
-    with clock("data"):
-        data, validation = _data(settings, corpus, seed, folder, mesh)
-    run = _Run(settings, model, data, validation, seed, folder, compute, mesh, clock, {"name": name, **(tags or {})})
-    saved = Checkpoints(folder / "checkpoints", keep=settings.keep, best="loss", background=True)
-    with saved:
-        if jax.process_index() == 0:
-            weights.save_about(model, folder / "checkpoints")
-        state = run.loop(saved, stop or Stop())
-        result = run.choose(saved, state)
-    seconds = {key: round(value, 3) for key, value in clock.seconds.items()}
-    result |= {"seconds": {**seconds, "total": round(time.perf_counter() - began, 3)}, "seed": seed}
-    write_json(done, result)
-    _tidy(settings, folder)
+    results = [_finished(member) for member in members]
+    if None in results:
+        results = _train(settings, model, members, compute, mesh, stop or Stop())
+    for member in members:
+        _tidy(settings, member.folder)
+    return results
+
+
+def _finished(member: Member) -> dict[str, Any] | None:
+    path = member.folder / "training.json"
+    if not path.exists():
+        return None
+    result = read_json(path)
+    if result["seed"] != member.seed:
+        raise RunError(
+            f"{path} is of another training (seed {result['seed']}, not {member.seed}); choose another folder"
+        )
     return result
+
+
+def _train(settings, model, members, compute, mesh, stop) -> list[dict[str, Any]]:
+    clock, began = Clock(), time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for member in members:
+            member.folder.mkdir(parents=True, exist_ok=True)
+            with clock("data"):
+                data, validation = _data(settings, member.corpus, member.seed, member.folder, mesh)
+            # of several, one may be a checkpoint ahead of another that was being written
+            keep = settings.keep if len(members) == 1 else max(2, settings.keep)
+            saved = Checkpoints(member.folder / "checkpoints", keep=keep, best="loss", background=True)
+            stack.enter_context(saved)
+            if jax.process_index() == 0:
+                weights.save_about(model, member.folder / "checkpoints")
+            runs.append(_Run(settings, model, data, validation, member, saved, compute, mesh, clock))
+        states = _loop(runs, stop)
+        results = [run.choose(state) for run, state in zip(runs, states, strict=True)]
+    seconds = {key: round(value / len(members), 3) for key, value in clock.seconds.items()}
+    seconds["total"] = round((time.perf_counter() - began) / len(members), 3)
+    for member, result in zip(members, results, strict=True):
+        result |= {"seconds": seconds, "seed": member.seed, "together": len(members)}
+        write_json(member.folder / "training.json", result)
+    return results
 
 
 def _tidy(settings: Settings, folder: Path) -> None:
@@ -163,79 +205,112 @@ def _data(settings, corpus, seed, folder, mesh) -> tuple[Updates, list[batches.B
     return train, validation
 
 
+def _loop(runs: list[_Run], stop: Stop) -> list[step.State]:
+    """All updates from the newest checkpoint on that every run has; returns the last state of each."""
+    one, total, count = runs[0], len(runs[0].data), len(runs)
+    if any(len(run.data) != total for run in runs):
+        raise ValueError(f"models trained together need as many updates each, not {[len(run.data) for run in runs]}")
+    settings, optimizer = one.settings, one.settings.optimizer(total)
+    with one.clock("checkpoints"):
+        first = max(set.intersection(*(set(run.saved.steps()) for run in runs)), default=0)
+        state = _stack([run.restore(first, optimizer) for run in runs])
+    update = step.make(one.model.architecture, optimizer, settings.schedule(total), one.compute, one.mesh, count)
+    validate_at = {-(-total * (i + 1) // settings.validations) for i in range(settings.validations)}
+    with one.clock("logging"):
+        logs = [_Log(run, first, quiet=run is not one) for run in runs]
+    sources, pending = [run.data.start(first) for run in runs], collections.deque()
+    for done in range(first + 1, total + 1):
+        with one.clock("data"):
+            found = [next(source) for source in sources]
+            tokens = [run.seen(batch) for run, batch in zip(runs, found, strict=True)]
+            batch = found[0] if count == 1 else step.stack(found)
+        with one.clock("updates"):
+            state, metrics = update(state, step.place(batch, one.mesh))
+        pending.append((done, tokens, metrics))
+        validate, halt = done in validate_at, stop.asked and done < total
+        save = validate or halt or (settings.save_every and done % settings.save_every == 0)
+        while pending and (save or len(pending) > _BEHIND):
+            _fetch(runs, logs, *pending.popleft())
+        if save:
+            _save(runs, logs, state, done, validate)
+        if halt:
+            raise KeyboardInterrupt
+    for log in logs:
+        log.close()
+    return [_member(state, i, count) for i in range(count)]
+
+
+def _fetch(runs: list[_Run], logs: list[_Log], done: int, tokens: list[int], metrics: step.Metrics) -> None:
+    """Takes the numbers of an update from the device, waiting for it."""
+    with runs[0].clock("updates"):
+        numbers = np.asarray(jax.device_get(metrics), np.float64).reshape(len(metrics), -1)
+    for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
+        run.check(done, step.Metrics(*numbers[:, i].tolist()))
+        with run.clock("logging"):
+            log.update(done, tokens[i], step.Metrics(*numbers[:, i].tolist()))
+
+
+def _save(runs: list[_Run], logs: list[_Log], state: step.State, done: int, validate: bool) -> None:
+    with runs[0].clock("checkpoints"):
+        for run in runs:
+            run.saved.wait()  # so that no run is more than one checkpoint ahead of another
+    for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
+        own = _member(state, i, len(runs))
+        run.save(done, own, run.validate(own, done, log) if validate else None)
+
+
+def _stack(states: list[step.State]) -> step.State:
+    return states[0] if len(states) == 1 else jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+
+def _member(state: step.State, i: int, count: int) -> step.State:
+    return state if count == 1 else jax.tree.map(lambda leaf: leaf[i], state)
+
+
 @dataclasses.dataclass
 class _Run:
-    """What stays the same while a model is trained."""
+    """What stays the same while a model is trained, and how many tokens it has seen."""
 
     settings: Settings
     model: Model
     data: Updates
     validation: list[batches.Batch]
-    seed: int
-    folder: Path
+    member: Member
+    saved: Checkpoints
     compute: Compute
     mesh: Mesh | None
     clock: Clock
-    tags: dict[str, Any]
+    tokens: int = 0
 
-    def loop(self, saved: Checkpoints, stop: Stop) -> step.State:
-        """All updates from the newest checkpoint on; returns the last state."""
-        settings, total = self.settings, len(self.data)
-        optimizer = settings.optimizer(total)
-        with self.clock("checkpoints"):
-            state, first, tokens = self._restore(saved, optimizer)
-        update = step.make(self.model.architecture, optimizer, settings.schedule(total), self.compute, self.mesh)
-        validate_at = {-(-total * (i + 1) // settings.validations) for i in range(settings.validations)}
-        with self.clock("logging"):
-            log = _Log(self, first)
-        source, pending = self.data.start(first), collections.deque()
-        for done in range(first + 1, total + 1):
-            with self.clock("data"):
-                batch = next(source)
-            with self.clock("updates"):
-                state, metrics = update(state, step.place(batch, self.mesh))
-            tokens += int(batch.mask.sum())
-            pending.append((done, tokens, metrics))
-            validate, halt = done in validate_at, stop.asked and done < total
-            save = validate or halt or (settings.save_every and done % settings.save_every == 0)
-            while pending and (save or len(pending) > _BEHIND):
-                self._fetch(*pending.popleft(), log)
-            if save:
-                loss = self._validate(state, done, log) if validate else None
-                self._save(saved, done, state, tokens, loss)
-            if halt:
-                raise KeyboardInterrupt
-        log.close()
-        return state
+    def seen(self, batch: batches.Batch) -> int:
+        self.tokens += int(batch.mask.sum())
+        return self.tokens
 
-    def _restore(self, saved: Checkpoints, optimizer) -> tuple[step.State, int, int]:
-        """The newest state, its number of updates and how many tokens they were; a new one where there is none."""
-        steps = saved.steps()
-        if not steps:
-            key = jax.random.key(self.seed)
-            return step.init(key, self.model.architecture, optimizer, self.mesh), 0, 0
-        about = saved.values(steps[-1])
-        if (about["seed"], about["updates"]) != (self.seed, len(self.data)):
-            raise RunError(f"{saved.folder(steps[-1])} is of another training: {about}; choose another folder")
+    def restore(self, first: int, optimizer) -> step.State:
+        """The state after `first` updates: that of the checkpoint, or a new one."""
+        self.saved.drop_after(first)
+        if not first:
+            key = jax.random.key(self.member.seed)
+            return step.init(key, self.model.architecture, optimizer, self.mesh)
+        about = self.saved.values(first)
+        if (about["seed"], about["updates"]) != (self.member.seed, len(self.data)):
+            raise RunError(f"{self.saved.folder(first)} is of another training: {about}; choose another folder")
         like = step.abstract(self.model.architecture, optimizer, self.mesh)
-        found = saved.load(steps[-1], {"weights": like.params, "optimizer": like.optimizer})
-        count = jax.device_put(np.int32(steps[-1]), like.step.sharding)
-        return step.State(found["weights"], found["optimizer"], count), steps[-1], about["tokens"]
+        found = self.saved.load(first, {"weights": like.params, "optimizer": like.optimizer})
+        self.tokens = about["tokens"]
+        return step.State(found["weights"], found["optimizer"], jax.device_put(np.int32(first), like.step.sharding))
 
-    def _fetch(self, done: int, tokens: int, metrics: step.Metrics, log: _Log) -> None:
-        with self.clock("updates"):
-            metrics = step.Metrics(*(float(value) for value in metrics))
+    def check(self, done: int, metrics: step.Metrics) -> None:
+        """Raises FloatingPointError, with the batch saved, where the numbers of an update are not finite."""
         if not math.isfinite(metrics.loss) or not math.isfinite(metrics.gradient_norm):
-            path = self.folder / f"batch-{done}.npz"
+            path = self.member.folder / f"batch-{done}.npz"
             np.savez(path, rows=self.data.rows(done - 1), **self.data[done - 1]._asdict())
             raise FloatingPointError(
                 f"update {done} has loss {metrics.loss} and gradient norm {metrics.gradient_norm}; "
                 f"its batch is in {path}"
             )
-        with self.clock("logging"):
-            log.update(done, tokens, metrics)
 
-    def _validate(self, state: step.State, done: int, log: _Log) -> float:
+    def validate(self, state: step.State, done: int, log: _Log) -> float:
         with self.clock("validation"):
             placed = (step.place(batch, self.mesh) for batch in self.validation)
             loss = step.evaluate(state.params, self.model.architecture, placed, self.compute)
@@ -245,29 +320,29 @@ class _Run:
             log.validation(done, loss)
         return loss
 
-    def _save(self, saved: Checkpoints, done: int, state: step.State, tokens: int, loss: float | None) -> None:
-        about = {"updates": len(self.data), "seed": self.seed, "tokens": tokens, "epoch": done / self.data.per_epoch}
+    def save(self, done: int, state: step.State, loss: float | None) -> None:
+        about = {"updates": len(self.data), "seed": self.member.seed, "tokens": self.tokens}
         with self.clock("checkpoints"):
             trees = {"weights": state.params, "optimizer": state.optimizer}
-            saved.save(done, trees, about, metrics=None if loss is None else {"loss": loss})
+            self.saved.save(done, trees, about, metrics=None if loss is None else {"loss": loss})
 
-    def choose(self, saved: Checkpoints, state: step.State) -> dict[str, Any]:
+    def choose(self, state: step.State) -> dict[str, Any]:
         """Writes FOLDER/model: the weights that RULE says."""
-        rows = read_rows(self.folder / "metrics.jsonl")
+        rows = read_rows(self.member.folder / "metrics.jsonl")
         losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "validation"}
         with self.clock("checkpoints"):
-            saved.wait()
-            chosen = min(set(losses) & set(saved.steps()), key=lambda number: (losses[number], number))
+            self.saved.wait()
+            chosen = min(set(losses) & set(self.saved.steps()), key=lambda number: (losses[number], number))
             params = state.params
             if chosen != len(self.data):
                 like = step.abstract(self.model.architecture, self.settings.optimizer(len(self.data)), self.mesh)
-                params = saved.load(chosen, {"weights": like.params})["weights"]
-            weights.save(self.model._replace(params=params), self.folder / "model", overwrite=True)
+                params = self.saved.load(chosen, {"weights": like.params})["weights"]
+            weights.save(self.model._replace(params=params), self.member.folder / "model", overwrite=True)
         rows = [row | {"chosen": row["step"] == chosen} if row["kind"] == "validation" else row for row in rows]
-        write_rows(self.folder / "metrics.jsonl", rows)
+        write_rows(self.member.folder / "metrics.jsonl", rows)
         return {
             "rule": RULE, "chosen": chosen, "updates": len(self.data),
-            "tokens": saved.values(saved.steps()[-1])["tokens"], "validation_loss": losses[chosen],
+            "tokens": self.tokens, "validation_loss": losses[chosen],
             "perplexity": math.exp(losses[chosen]), "fingerprint": weights.fingerprint(params),
         }  # fmt: skip
 
@@ -275,18 +350,18 @@ class _Run:
 class _Log:
     """Rows of metrics.jsonl, the progress bar, and whatever else the settings ask for."""
 
-    def __init__(self, run: _Run, first: int):
-        self._run, self._path = run, run.folder / "metrics.jsonl"
+    def __init__(self, run: _Run, first: int, quiet: bool):
+        self._run, self._path = run, run.member.folder / "metrics.jsonl"
         # those beyond the checkpoint come again
         write_rows(self._path, [row for row in read_rows(self._path) if row["step"] <= first])
-        self._track = trackers.start(run.settings.trackers, run.folder)
+        self._track = trackers.start(run.settings.trackers, run.member.folder)
         length = run.data.layout.row_length or run.data.layout.max_length
         self._ceiling_tokens = cost.ceiling(run.compute.dtype) / cost.training_flops(run.model.architecture, length)
         self._before = None  # tokens and time at the row before
         often = 0.1 if sys.stderr.isatty() else 30  # into a log file, a line now and then
         self._bar = tqdm(
-            total=len(run.data), initial=first, unit="update", desc=run.tags["name"], mininterval=often,
-            dynamic_ncols=True,
+            total=len(run.data), initial=first, unit="update", desc=run.member.name, mininterval=often,
+            dynamic_ncols=True, disable=quiet,
         )  # fmt: skip
 
     def update(self, done: int, tokens: int, metrics: step.Metrics) -> None:
@@ -308,7 +383,9 @@ class _Log:
         self._before = None  # the next row's time would have the validation in it
 
     def _row(self, kind: str, done: int, values: dict[str, Any]) -> None:
-        append_rows(self._path, [{"kind": kind, **self._run.tags, "step": done, **values}])
+        append_rows(
+            self._path, [{"kind": kind, "name": self._run.member.name, **self._run.member.tags, "step": done, **values}]
+        )
         self._track(done, {f"{kind}/{name}": value for name, value in values.items() if value is not None})
 
     def close(self) -> None:

@@ -222,6 +222,19 @@ def test_text_counts_what_does_not_come_back(whole):
     assert changed == sum(expected(i)["length"] == MAX_LENGTH for i in range(2, 7)) > 0
 
 
+def test_fingerprint_is_of_the_rows_and_of_what_made_them(whole, tmp_path):
+    first = corpus.fingerprint(corpus.open(whole))
+    assert len(first) == 64 and first == corpus.fingerprint(make(tmp_path / "named", source="another", prompt="seven"))
+    others = [
+        make(tmp_path / "model", model_fingerprint="cd34"), make(tmp_path / "more", num_samples=11),
+        make(tmp_path / "shards", shard_size=5),
+    ]  # fmt: skip
+    assert len({first, *map(corpus.fingerprint, others)}) == 4
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "part", killed_after=3)
+    assert corpus.fingerprint(corpus.open(tmp_path / "part")) != first
+
+
 @pytest.mark.parametrize("killed_after", [0, 1, 2, 3])
 def test_killed_while_sampling_then_resumed_gives_the_same_files(whole, tmp_path, killed_after):
     folder = tmp_path / "c"

@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 
 from kd_jax import sample
-from kd_jax.lm import corpus, ingest
+from kd_jax.lm import corpus, documents, ingest
 from kd_jax.lm.tokenizer import Tokenizer
 from kd_jax.run import RunError
 
@@ -172,9 +172,10 @@ def sources(folder):
 def test_every_source_gives_the_same_rows(words, tmp_path):
     seen, prints = set(), {}
     for name, (source, more) in sources(tmp_path).items():
-        held = ingest.from_dataset(str(source), tmp_path / name, words, max_length=9, shard_size=8, seed=4, **more)
+        out = tmp_path / "out" / name
+        held = ingest.from_dataset(str(source), out, words, max_length=9, shard_size=8, seed=4, **more)
         assert held.finished and held.kind == "data" and held.num_rows == len(DOCUMENTS)
-        seen.add(json.dumps(digests(tmp_path / name)))
+        seen.add(json.dumps(digests(out)))
         prints.setdefault("ids_column" in more, set()).add(held.manifest["settings"]["data_fingerprint"])
     assert len(seen) == 1 and [len(values) for values in prints.values()] == [1, 1]
     expected = sorted((ids[:9] if len(ids) == 9 else ids + [EOS], len(ids) < 9, 1) for ids in DOCUMENTS)
@@ -426,8 +427,8 @@ def test_tokenizers_that_do_not_do(source, words, tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Stands in for the hub: org/data is a folder here, at one commit."""
-    write_jsonl(tmp_path / "hub" / "train.jsonl" if (tmp_path / "hub").mkdir() else tmp_path / "hub" / "train.jsonl",
-                "text", ["", *(text_of(ids) for ids in DOCUMENTS)])  # fmt: skip
+    (tmp_path / "hub").mkdir()
+    write_jsonl(tmp_path / "hub" / "train.jsonl", "text", ["", *(text_of(ids) for ids in DOCUMENTS)])
     load, calls = datasets.load_dataset, []
 
     def load_dataset(path, *, revision, **more):
@@ -492,6 +493,28 @@ def test_stream_that_was_killed_goes_on(hub, words, tmp_path, monkeypatch):
 def test_hub_that_is_out_of_reach(hub, words, tmp_path):
     with pytest.raises(RunError, match="cannot look up the data set org/other .*streaming=False"):
         ingest.from_dataset("org/other", tmp_path / "c", words, max_length=9, num_samples=3)
+
+
+def test_identity_of_data(hub, tmp_path):
+    def identity(source):
+        return documents.identity(str(source))
+
+    assert identity("org/data@v1") == COMMIT
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        (folder / "deep").mkdir(parents=True)
+        write_text(folder / "x.txt", ["w3"])
+        write_text(folder / "deep" / "y.txt", ["w4"])
+    found = [identity(tmp_path / "a"), identity(tmp_path / "a" / "x.txt"), identity(tmp_path / "a" / "**" / "*.txt")]
+    assert found == [identity(tmp_path / "b"), identity(tmp_path / "b" / "x.txt"), identity(tmp_path / "b/**/*.txt")]
+    write_text(tmp_path / "b" / "deep" / "y.txt", ["w5"])
+    assert identity(tmp_path / "b") != found[0] and identity(tmp_path / "b/**/*.txt") != found[2]
+    assert identity(tmp_path / "b" / "x.txt") == found[1]
+    os.rename(tmp_path / "a" / "deep" / "y.txt", tmp_path / "a" / "deep" / "z.txt")
+    assert identity(tmp_path / "a") != found[0]
+    with pytest.raises(RunError, match="cannot look up"):
+        identity("org/other")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        identity("nowhere.txt")
 
 
 # A corpus like any other

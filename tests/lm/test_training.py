@@ -1,6 +1,7 @@
 """The training loop on corpora on disk: what it learns, what it leaves, and that it goes on where it was."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import training, weights
 from kd_jax.lm.model import PRESETS, Compute, Model
-from kd_jax.lm.training import Settings
+from kd_jax.lm.training import Member, Settings
 from kd_jax.run import read_rows
 
 TINY = PRESETS["tiny"]
@@ -51,9 +52,9 @@ def model():
     return Model(TINY, None, eos_ids=(2,))
 
 
-def train(folder, corpus, **options):
-    changes = options.pop("changes", {})
-    return training.train(settings(**changes), model(), corpus, 5, folder, compute=COMPUTE, **options)
+def train(folder, corpus, *, seed=5, changes=None, **options):
+    members = [Member(corpus, seed, folder)]
+    return training.train(settings(**(changes or {})), model(), members, compute=COMPUTE, **options)[0]
 
 
 class StopAt:
@@ -127,8 +128,8 @@ def test_what_is_finished_does_nothing_more(straight, corpus):
 def test_another_seed_is_another_model_and_no_continuation(straight, corpus, tmp_path):
     folder, result = straight
     with pytest.raises(Exception, match="another training"):
-        training.train(settings(), model(), corpus, 6, folder, compute=COMPUTE)
-    other = training.train(settings(epochs=1), model(), corpus, 6, tmp_path / "t", compute=COMPUTE)
+        train(folder, corpus, seed=6)
+    other = train(tmp_path / "t", corpus, seed=6, changes={"epochs": 1})
     assert other["fingerprint"] != result["fingerprint"]
 
 
@@ -166,3 +167,49 @@ def test_settings_faults(change, message):
 def test_corpus_too_small_for_its_validation(corpus, tmp_path):
     with pytest.raises(ValueError, match="40 rows"):
         train(tmp_path / "t", corpus, changes={"num_validation": 40})
+
+
+@pytest.fixture(scope="module")
+def pair(corpus, tmp_path_factory):
+    """Two members on two corpora, and each of them alone."""
+    other = make_corpus(tmp_path_factory.mktemp("other") / "c", seed=1)
+    root = tmp_path_factory.mktemp("pair")
+    members = [(corpus, 5), (other, 6)]
+    alone = [train(root / f"alone-{seed}", held, seed=seed, changes=PACKED) for held, seed in members]
+    return root, members, alone
+
+
+PACKED = {"row_length": 32}
+
+
+def together(root, members, **options):
+    chosen = [Member(held, seed, root / f"seed-{seed}", f"seed-{seed}") for held, seed in members]
+    return training.train(settings(**PACKED), model(), chosen, compute=COMPUTE, **options)
+
+
+def test_together_each_has_the_numbers_it_has_alone(pair):
+    root, members, alone = pair
+    found = together(root / "together", members)
+    for (_, seed), result, wanted in zip(members, found, alone, strict=True):
+        folders = root / f"alone-{seed}", root / "together" / f"seed-{seed}"
+        a, b = ([row["loss"] for row in numbers(folder)] for folder in folders)
+        np.testing.assert_allclose(b, a, rtol=1e-4)
+        assert result["chosen"] == wanted["chosen"]
+        weights.load(folders[1] / "checkpoints" / "12")
+
+
+def test_together_interrupted_it_ends_with_the_same_numbers(pair):
+    root, members, _ = pair
+    straight = together(root / "straight", members)
+    with pytest.raises(KeyboardInterrupt):
+        together(root / "cut", members, stop=StopAt(root / "cut" / "seed-5", 5))
+    # as if the kill had come before the last checkpoint of one of them was whole
+    shutil.rmtree(root / "cut" / "seed-6" / "checkpoints" / str(last_step(root / "cut" / "seed-6")))
+    again = together(root / "cut", members)
+    assert [result["fingerprint"] for result in again] == [result["fingerprint"] for result in straight]
+    for _, seed in members:
+        assert numbers(root / "cut" / f"seed-{seed}") == numbers(root / "straight" / f"seed-{seed}")
+
+
+def last_step(folder):
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
