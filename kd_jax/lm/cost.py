@@ -1,15 +1,21 @@
-"""What a model's work costs in floating-point operations, and how many a second this device can do."""
+"""What work costs in floating-point operations and time, and how many operations a second this device can do."""
 
 from __future__ import annotations
 
 import functools
+import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kd_jax import fused
 from kd_jax.lm.model import Architecture
+
+# Shares of the measured ceiling that the parts of a run reach, for the times of --dry_run.
+SHARES = {"training": 0.4, "sampling": 0.2, "scoring": 0.4}
 
 
 def forward_flops(architecture: Architecture, length: int) -> float:
@@ -43,3 +49,50 @@ def ceiling(dtype: str) -> float:
     # the devices of a CPU share its cores
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     return 2.0 * size**3 / best * devices
+
+
+# The stages of an experiment. What is written on disk is in bytes; a count of tokens is the most there can be.
+
+
+def sampling(config, shape: Architecture | None, num_samples: int) -> dict[str, Any]:
+    tokens = num_samples * config.sampling.max_length
+    # ids as int32, a few numbers a row; Parquet packs them somewhat
+    return _cost("sampling", shape, tokens, 1, config, 4 * tokens + 40 * num_samples)
+
+
+def training(config, shape: Architecture | None, count: int) -> dict[str, Any]:
+    tokens = count * config.num_train * config.sampling.max_length * config.train.epochs
+    held = count * (4 + 12 * (config.train.keep + 1) * config.train.keep_checkpoints)
+    return _cost("training", shape, tokens, 3, config, 0 if shape is None else held * shape.num_parameters)
+
+
+def _cost(kind: str, shape: Architecture | None, tokens: int, passes: int, config, disk: float) -> dict[str, Any]:
+    if shape is None:
+        return {"kind": kind, "tokens": tokens}
+    flops = passes * forward_flops(shape, config.sampling.max_length) * tokens
+    return {"kind": kind, "parameters": shape.num_parameters, "tokens": tokens, "flops": flops, "disk": disk}
+
+
+def evaluation(config, shape: Architecture | None) -> dict[str, Any]:
+    """Samples of every model scored under p*, which is by far the most of it; `shape` is that of p*."""
+    models = config.seeds * (1 + len(config.taus)) + len(config.taus)
+    tokens = models * config.num_samples * config.sampling.max_length
+    return _cost("scoring", shape, tokens, 1, config, 8 * tokens)
+
+
+def show(dtype: str, costs: dict[str, dict[str, Any]], finished: Callable[[str], bool]) -> None:
+    """Prints the costs of stages by name: what is done, and what the others take at most."""
+    rate, total = ceiling(dtype), 0.0
+    print(f"{'stage':24} {'parameters':>13} {'tokens':>14} {'FLOPs':>9} {'disk MB':>9} {'minutes':>10}  state")
+    for name, c in costs.items():
+        seconds = c["flops"] / (rate * SHARES[c["kind"]]) if "flops" in c else math.nan
+        total += 0 if finished(name) else seconds
+        print(
+            f"{name:24} {c.get('parameters', math.nan):13,} {c['tokens']:14,} {c.get('flops', math.nan):9.2e} "
+            f"{c.get('disk', math.nan) / 1e6:9.0f} {seconds / 60:10.1f}  {'finished' if finished(name) else 'to do'}"
+        )
+    print(
+        f"at most {total / 60:.0f} minutes are left on {jax.device_count()} x {jax.devices()[0].device_kind}, which "
+        f"does {rate / 1e9:.0f} GFLOP/s in large products; of that sampling is taken to reach "
+        f"{SHARES['sampling']:.0%}, training {SHARES['training']:.0%}, scoring {SHARES['scoring']:.0%}"
+    )

@@ -123,3 +123,13 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path):
     assert more.returncode == 0, more.stderr[-2000:]
     assert re.findall(r"^stage \d of \d: (\S+)", more.stdout, re.M) == ["samples/tau-2", "tau-2/seed-0", "tau-2/seed-1"]
     assert "config has changed" in more.stdout
+
+    # students in one program: the same losses, but for rounding
+    group = [*command(straight), "--config.train.together=2", "--stages", "direct"]
+    both = subprocess.run(group, capture_output=True, text=True)
+    assert both.returncode == 0, both.stderr[-2000:]
+    (found,) = (straight / "stages" / "direct").glob("seeds-0-1-*")
+    for seed in (0, 1):
+        (alone,) = (straight / "stages" / "direct").glob(f"seed-{seed}-*")
+        a, b = ([row["loss"] for row in read_rows(f / "metrics.jsonl")] for f in (alone, found / f"seed-{seed}"))
+        assert b == pytest.approx(a, rel=1e-4)

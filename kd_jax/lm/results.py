@@ -1,0 +1,97 @@
+"""What the stages of a run have left, as the rows of its metrics.jsonl and samples.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kd_jax import stages
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm.model import Model
+from kd_jax.run import read_rows
+from kd_jax.stages import Stage
+
+
+class Student(NamedTuple):
+    """A model of the chain that is trained."""
+
+    name: str
+    arm: str
+    tau: float | None
+    seed: int | None
+    purpose: int
+
+
+def home(folder: Path, students: Sequence[Student], student: Student) -> Path:
+    """Where a student of a stage is."""
+    return folder if len(students) == 1 else folder / f"seed-{student.seed}"
+
+
+def trained(chain, where) -> list[tuple[Student, Path]]:
+    """Every model that was trained, and where it is."""
+    return [(one, home(where[stage.name], stage.about, one)) for stage in chain for one in stage.about]
+
+
+def stage_rows(chain, where, evaluation_seconds: float) -> list[dict[str, Any]]:
+    """What each stage took; of a training also the share of what is no training: data, logging, checkpoints."""
+    rows = []
+    for stage in chain:
+        said = stages.about(where[stage.name])
+        row = {"kind": "stage", "name": stage.name, "seconds": said["seconds"], "starts": said["starts"]}
+        result = said["result"]
+        if stage.about:
+            result = _results(stage, result)
+            homes = [home(where[stage.name], stage.about, student) for student in stage.about]
+            row["tokens"] = sum(_last(one)["tokens"] for one in homes)
+            row["share_of_data_logging_checkpoints"] = _share(_total([one["seconds"] for one in result]))
+        else:
+            row |= {name: result[name] for name in ("tokens", "entropy", "entropy_se")}
+        rows.append(row)
+    return [*rows, {"kind": "stage", "name": "evaluation", "seconds": round(evaluation_seconds, 3)}]
+
+
+def _last(folder: Path) -> dict[str, Any]:
+    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "training"][-1]
+
+
+def _results(stage: Stage, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was said of each model that the stage trained."""
+    return [result] if len(stage.about) == 1 else [result[student.name] for student in stage.about]
+
+
+def _total(seconds: list[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for each in seconds for name in each)
+    return {name: round(sum(each.get(name, 0.0) for each in seconds), 3) for name in names}
+
+
+def _share(seconds: dict[str, float]) -> float:
+    return round(sum(seconds.get(name, 0.0) for name in ("data", "logging", "checkpoints")) / seconds["total"], 4)
+
+
+def overhead(chain, where) -> dict[str, float]:
+    """Seconds of all trainings by what they were spent on, and the share of data, logging and checkpoints in them."""
+    found = [_results(stage, stages.about(where[stage.name])["result"]) for stage in chain if stage.about]
+    seconds = _total([one["seconds"] for results in found for one in results])
+    return {**seconds, "share": _share(seconds)}
+
+
+def sample_rows(config, p_star: Model, rows, where, folder: Path, count: int = 8) -> list[dict[str, Any]]:
+    """The first samples of each model, and of p*, as text (or ids, where there is no tokenizer)."""
+    corpora = [("p*", None, None, None, where["p_star/validation"] / "corpus")]
+    for row in rows:
+        if row["arm"] == "teacher":
+            path = where[f"samples/tau-{row['tau']:g}"] / "corpus"
+        else:
+            path = folder / "evaluation" / row["name"] / "samples"
+        corpora.append((row["name"], row["arm"], row["tau"], row["seed"], path))
+    found = []
+    for name, arm, tau, seed, path in corpora:
+        held = corpus_lib.open(path).rows(0, min(count, config.num_samples, config.num_recall))
+        for i, ids in enumerate(held.tokens):
+            text = " ".join(map(str, ids)) if p_star.tokenizer is None else p_star.tokenizer.decode(ids)
+            found.append({
+                "name": name, "arm": arm or "p_star", "tau": tau, "seed": seed, "index": int(held.index[i]),
+                "text": text, "finished": bool(held.finished[i]), "length": int(held.length[i]),
+            })  # fmt: skip
+    return found

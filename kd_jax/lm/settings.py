@@ -1,0 +1,87 @@
+"""What a config of the language-model experiment says, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+
+from kd_jax import mesh as mesh_lib
+from kd_jax.lm import training
+from kd_jax.lm.model import PRESETS, Architecture, Compute
+
+
+def validate(config) -> None:
+    """Raises ValueError, naming the key, for a value that cannot work."""
+    for name in ("seeds", "num_train", "num_validation", "num_recall", "num_samples"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name}={config[name]} must be at least 1")
+    if not 0 <= config.seed < 2**20:
+        raise ValueError(f"config.seed={config.seed} must be from 0 and below {2**20}")
+    if not config.taus or len(set(config.taus)) < len(config.taus):
+        raise ValueError(f"config.taus={tuple(config.taus)} must be at least one value, and none twice")
+    for tau in config.taus:
+        if not 0 < tau < math.inf:
+            raise ValueError(f"config.taus: {tau} must be above 0 and finite")
+    if config.sampling.max_length < 2:
+        raise ValueError(f"config.sampling.max_length={config.sampling.max_length} must be at least 2")
+    _check_p_star(config, config.p_star)
+    if training_settings(config).batch_size > config.num_train:
+        raise ValueError(
+            f"config.train.batch_size={config.train.batch_size} is above config.num_train={config.num_train}"
+        )
+    for role in ("teacher", "student"):
+        architecture(config[role], PRESETS["tiny"], f"config.{role}")
+    Compute(**config.compute)
+    mesh(config)
+
+
+def _check_p_star(config, p_star) -> None:
+    if p_star.architecture and p_star.architecture not in PRESETS:
+        raise ValueError(f"config.p_star.architecture={p_star.architecture!r} is not one of {', '.join(PRESETS)}")
+    if config.data.source and not (p_star.source and config.sampling.prompt_ids):
+        raise ValueError(
+            "config.data.source needs config.p_star.source (the model that scores samples and has the tokenizer) and "
+            "config.sampling.prompt_ids (what each row, and each sample, begins with: BOS, say)"
+        )
+    if not p_star.source and not p_star.architecture:
+        raise ValueError("config.p_star needs a source, or an architecture to draw random weights for")
+
+
+def training_settings(config) -> training.Settings:
+    how = {key: value for key, value in config.train.items() if key != "together"}
+    return training.Settings(num_validation=config.num_validation, **{**how, "trackers": tuple(config.train.trackers)})
+
+
+def mesh(config) -> jax.sharding.Mesh | None:
+    sizes = dict(config.mesh)
+    return None if sizes == {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1 else mesh_lib.make(**sizes)
+
+
+def architecture(settings, p_star: Architecture, label: str) -> Architecture:
+    """The shape that a config's `teacher` or `student` says, with the vocabulary of p* and, unless it is a preset, its
+    rotary embedding; a preset has its own."""
+    if settings.preset:
+        if settings.preset not in PRESETS:
+            raise ValueError(f"{label}.preset={settings.preset!r} is not one of {', '.join(PRESETS)}")
+        found = PRESETS[settings.preset]
+    else:
+        if settings.heads < 1 or settings.width % settings.heads:
+            raise ValueError(f"{label}.width={settings.width} is not a multiple of {label}.heads={settings.heads}")
+        try:
+            found = Architecture(
+                vocab_size=p_star.vocab_size, hidden_size=settings.width, intermediate_size=settings.mlp,
+                num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+                num_key_value_heads=settings.kv_heads, head_dim=settings.width // settings.heads,
+                rope_theta=p_star.rope_theta, max_position_embeddings=p_star.max_position_embeddings,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+    return dataclasses.replace(found, vocab_size=p_star.vocab_size)
+
+
+def shape(config, role: str) -> Architecture | None:
+    """The shape of teacher or student, as far as the config alone says it."""
+    p_star = PRESETS.get(config.p_star.architecture)
+    return None if p_star is None else architecture(config[role], p_star, f"config.{role}")
