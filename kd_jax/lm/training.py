@@ -357,7 +357,7 @@ class _Log:
         self._track = trackers.start(run.settings.trackers, run.member.folder)
         length = run.data.layout.row_length or run.data.layout.max_length
         self._ceiling_tokens = cost.ceiling(run.compute.dtype) / cost.training_flops(run.model.architecture, length)
-        self._before = None  # tokens and time at the row before
+        self._before, self._speed = None, ""  # tokens and time at the row before; the speed that was shown
         often = 0.1 if sys.stderr.isatty() else 30  # into a log file, a line now and then
         self._bar = tqdm(
             total=len(run.data), initial=first, unit="update", desc=run.member.name, mininterval=often,
@@ -375,7 +375,8 @@ class _Log:
         values = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "learning_rate": metrics.learning_rate}
         # of the first row the time is unknown: it has the compilation in it
         values |= {"tokens_per_second": speed, "share_of_ceiling": speed and speed / self._ceiling_tokens}
-        self._bar.set_postfix_str(f"loss {metrics.loss:.3f}, {speed or 0:.0f} tokens/s", refresh=False)
+        self._speed = self._speed if speed is None else f", {speed:.0f} tokens/s"
+        self._bar.set_postfix_str(f"loss {metrics.loss:.3f}{self._speed}", refresh=False)
         self._row("training", done, values | {"tokens": tokens})
 
     def validation(self, done: int, loss: float) -> None:
