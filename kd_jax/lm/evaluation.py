@@ -198,7 +198,8 @@ def _data(p_star: Model, validation: Corpus, settings: Settings) -> _Data:
     fingerprint = weights.fingerprint(p_star.params)
     count = validation.num_rows if settings.num_recall is None else settings.num_recall
     agreement.check_corpus(label, validation, p_star, count)
-    from_p_star = about["model_fingerprint"] is not None
+    # of data nobody knows a model
+    from_p_star = about.get("model_fingerprint") is not None
     if from_p_star and about["model_fingerprint"] != fingerprint:
         raise ValueError(f"{label} has samples of another model than p* (or p* was loaded as another dtype here)")
     if from_p_star and not agreement.is_whole_distribution(about):

