@@ -1,10 +1,11 @@
-"""The paper's experiment for one GPU of 80 GB and a day: each model one size smaller, a fiftieth of the sequences.
+"""The paper's experiment for one GPU of 80 GB: each model one size smaller, a fiftieth of the sequences.
 
     python -m kd_jax.train --config configs/lm_paper_quick.py --workdir runs/paper_quick
 
-The rule: SmolLM2-360M -> 135M -> a student of a third of the teacher's weights, as in the paper; 200 thousand sequences
-in place of 10 million, each corpus, validation and sample count divided by 50 (but not below 2000), 3 seeds. All
-else (lengths, batch, epochs, schedule) is as in lm_paper.py.
+Meant to take about a day there, which is reckoned (--dry_run) and has not been run. The rule: SmolLM2-360M -> 135M ->
+a student of a third of the teacher's weights, as in the paper; 200 thousand sequences in place of 10 million, each
+corpus, validation and sample count divided by 50 (but not below 2000), 3 seeds. All else (lengths, batch, epochs,
+schedule) is as in lm_paper.py.
 """
 
 from ml_collections import ConfigDict

@@ -24,6 +24,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,6 +150,12 @@ def carry_out(plan: Plan) -> list[dict[str, Any]]:
     if None in rows and not data.from_p_star:
         data = data._replace(log_prob=_score(folder / "p_star.npz", p_star, data.p_star, data, settings, "p*: data"))
     return [row or _evaluate(p_star, task, data, settings) for row, task in zip(rows, tasks, strict=True)]
+
+
+def seconds(folder: str | os.PathLike, names: Iterable[str]) -> float:
+    """What the finished evaluations of these models took, each in the start that ended it."""
+    found = [result for name in names for result in read_rows(Path(folder) / name / "result.json")]
+    return round(sum(result["seconds"] for result in found), 3)
 
 
 def check(p_star: Model, models: dict[str, Entry], max_length: int, settings: Settings) -> dict[str, Found]:

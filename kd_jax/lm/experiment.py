@@ -7,7 +7,6 @@ checkpoint. Recall is on a corpus of p* of its own. Seeds are those of the stude
 from __future__ import annotations
 
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,8 @@ from kd_jax.lm import cost, documents, estimates, evaluation, ingest, resumable,
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import results as results_lib
 from kd_jax.lm import settings as settings_lib
-from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
-from kd_jax.lm.tokenizer import Tokenizer
-from kd_jax.run import RunError, Stop, read_json, read_rows, write_rows
+from kd_jax.lm.model import PRESETS, Compute, Model
+from kd_jax.run import RunError, Stop, read_rows, write_rows
 from kd_jax.stages import Stage
 
 # What a random key is for: seeds of corpora and models are config.seed + these, far apart.
@@ -151,7 +149,7 @@ def _training(config, name: str, corpus: str, shape, students: list[results_lib.
         settings["together"] = len(students)
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
-        like = _about(inputs["p_star/train"])
+        like = weights.about(inputs["p_star/train"])
         model = like._replace(architecture=settings_lib.architecture(shape, like.architecture, "config"))
         held = corpus_lib.open(inputs[corpus] / "corpus")
         members = [
@@ -250,21 +248,11 @@ def _identity(config) -> str:
     return _source_identity(config.p_star.source) if config.p_star.source else f"random, seed {config.seed}"
 
 
-def _about(folder: Path) -> Model:
-    """The model that `weights.save_about` has described in a folder, without weights."""
-    said = read_json(folder / "model.json")
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-    return Model(
-        Architecture(**said["architecture"]), None, tuple(said["eos_ids"]), said["bos_id"], said["pad_id"], tokenizer
-    )
-
-
 # Evaluation
 
 
 def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
     """Scores every model, and gathers the rows of the whole run in its metrics.jsonl and samples.jsonl."""
-    began = time.perf_counter()
     where = stages.folders(folder, chain)
     missing = [stage.name for stage in chain if not stages.finished(where[stage.name])]
     if missing:
@@ -286,7 +274,7 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         corpus = "p_star/train" if row["arm"] == "direct" else f"samples/tau-{row['tau']:g}"
         found = stages.about(where[corpus])["result"]
         row |= {"teacher_entropy": found["entropy"], "teacher_entropy_se": found["entropy_se"]}
-    seconds = time.perf_counter() - began
+    seconds = evaluation.seconds(folder / "evaluation", entries)
     trained = [read_rows(home / "metrics.jsonl") for _, home in results_lib.trained(chain, where)]
     write_rows(folder / "metrics.jsonl", [*rows, *sum(trained, []), *results_lib.stage_rows(chain, where, seconds)])
     write_rows(folder / "samples.jsonl", results_lib.sample_rows(config, p_star, rows, where, folder))
@@ -294,5 +282,5 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         {**stages.about(where[stage.name]), "folder": str(where[stage.name].relative_to(folder))} for stage in chain
     ]
     done = [{key: stage[key] for key in ("name", "folder", "seconds", "starts")} for stage in done]
-    done.append({"name": "evaluation", "folder": "evaluation", "seconds": round(seconds, 3), "starts": 1})
+    done.append({"name": "evaluation", "folder": "evaluation", "seconds": seconds})
     return {"stages": done, "overhead": results_lib.overhead(chain, where)}

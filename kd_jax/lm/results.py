@@ -48,7 +48,7 @@ def stage_rows(chain, where, evaluation_seconds: float) -> list[dict[str, Any]]:
         else:
             row |= {name: result[name] for name in ("tokens", "entropy", "entropy_se")}
         rows.append(row)
-    return [*rows, {"kind": "stage", "name": "evaluation", "seconds": round(evaluation_seconds, 3)}]
+    return [*rows, {"kind": "stage", "name": "evaluation", "seconds": evaluation_seconds}]
 
 
 def _last(folder: Path) -> dict[str, Any]:

@@ -56,8 +56,7 @@ def init(
 
 def abstract(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> State:
     """Shapes, dtypes and shardings of a state; nothing is allocated."""
-    make = functools.partial(_init, architecture=architecture, optimizer=optimizer)
-    shapes = jax.eval_shape(make, jax.random.key(0))
+    shapes = _shapes(architecture, optimizer)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes, shardings(architecture, optimizer, mesh),
@@ -69,10 +68,13 @@ def _init(key, architecture, optimizer):
     return State(params, optimizer.init(params), jnp.int32(0))
 
 
+def _shapes(architecture, optimizer) -> State:
+    return jax.eval_shape(lambda: _init(jax.random.key(0), architecture, optimizer))
+
+
 def shardings(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> State:
     """Where a state lies: moments as the weights they belong to, all else on every device."""
-    make = functools.partial(_init, architecture=architecture, optimizer=optimizer)
-    shapes = jax.eval_shape(make, jax.random.key(0))
+    shapes = _shapes(architecture, optimizer)
     if mesh is None:
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: here, shapes)

@@ -245,9 +245,10 @@ def _fetch(runs: list[_Run], logs: list[_Log], done: int, tokens: list[int], met
     with runs[0].clock("updates"):
         numbers = np.asarray(jax.device_get(metrics), np.float64).reshape(len(metrics), -1)
     for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
-        run.check(done, step.Metrics(*numbers[:, i].tolist()))
+        own = step.Metrics(*numbers[:, i].tolist())
+        run.check(done, own)
         with run.clock("logging"):
-            log.update(done, tokens[i], step.Metrics(*numbers[:, i].tolist()))
+            log.update(done, tokens[i], own)
 
 
 def _save(runs: list[_Run], logs: list[_Log], state: step.State, done: int, validate: bool) -> None:

@@ -206,20 +206,30 @@ def _read(stored: hf_files.Stored, weight: str, dtype, bounds: tuple[slice, ...]
     return out
 
 
-def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) -> Model:
-    """A checkpoint of ours, from the folders of its model.json and of its weights, into the layout asked for."""
-    about = hf_files.read_json(folder / "model.json")
-    if about.get("format") != FORMAT:
-        raise ValueError(f"{folder / 'model.json'}: format is {about.get('format')!r}; only {FORMAT} is known")
+def about(folder: str | os.PathLike) -> Model:
+    """The model that `save_about` has described in a folder: all of it but the weights (params is empty).
+
+    Raises FileNotFoundError or ValueError that name the file and what is wrong in it.
+    """
+    folder = Path(folder)
+    said = hf_files.read_json(folder / "model.json")
+    if said.get("format") != FORMAT:
+        raise ValueError(f"{folder / 'model.json'}: format is {said.get('format')!r}; only {FORMAT} is known")
     try:
-        architecture = Architecture(**about["architecture"])
-        ids = tuple(about["eos_ids"]), about["bos_id"], about["pad_id"]
+        architecture = Architecture(**said["architecture"])
+        ids = tuple(said["eos_ids"]), said["bos_id"], said["pad_id"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'model.json'} is damaged: {error!r}") from error
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
     model = Model(architecture, {}, *ids, tokenizer)
     _check_tokenizer(model, folder)
-    shapes, shardings = _layout(architecture, dtype, mesh)
+    return model
+
+
+def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) -> Model:
+    """A checkpoint of ours, from the folders of its model.json and of its weights, into the layout asked for."""
+    model = about(folder)
+    shapes, shardings = _layout(model.architecture, dtype, mesh)
     params, found = _restore_params(path, folder / "model.json", shapes, shardings)
     stored = sources.fingerprint_of(folder, path)
     if stored not in (None, found):
