@@ -3,7 +3,7 @@
 The chain: p* -> corpus -> teacher -> a corpus of the teacher for each tau -> students, and students on p*'s own corpus.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -25,8 +25,31 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(
         {"prompt": "The", "prompt_ids": (), "max_length": 48, "batch_size": 64, "shard_size": 1024, "dtype": "float32"}
     )
+    # How students learn from a teacher. "sequence": its text, at each of `taus`. "online": its distribution at each
+    # position of a text. "on_policy": that, on text that the student itself samples, for a share of the updates.
+    # "offline": its likeliest tokens, recorded with the text. `arms` are named students beside those of `taus`: each
+    # says what differs from `distill`. With no arms, a policy that is not "sequence" makes one of its own name.
+    config.distill = ConfigDict(
+        {
+            "policy": "sequence",
+            # one of kd_jax.losses.DIVERGENCES, its beta or alpha if it has one, and the cross-entropy's share
+            "divergence": "forward_kl", "parameter": config_dict.placeholder(float), "loss_temperature": 1.0,
+            "hard_weight": 0.0,
+            # the text: "p_star", "samples" of the teacher, or a "mix" with this share of samples
+            "data": "p_star", "mix": 0.5,
+            "sample_temperature": 1.0, "top_k": 0, "top_p": 1.0,  # of the samples; 0 and 1 for all ids
+            # the student's own: the share of updates (lambda), ids of p*'s rows to begin with (0: the prompt), at a
+            # time (0: all of an update)
+            "on_policy_fraction": 0.5, "prompt_length": 0, "student_sample_temperature": 1.0, "rollout_batch_size": 0,
+            "record_top_k": 64, "log_prob_format": "uint16", "tail": "bucket",  # or "float32"; or "renormalise"
+            # how the teacher is run, and laid out over the devices
+            "teacher_dtype": "float32", "teacher_mesh": ConfigDict({"data": -1, "fsdp": 1, "tensor": 1}),
+        }
+    )  # fmt: skip
+    config.arms = ConfigDict()
     shape = {"preset": "", "layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}
     config.teacher, config.student = ConfigDict(shape), ConfigDict(shape)
+    config.teacher.source = ""  # a model that is there already, in place of one trained on p*'s corpus
     config.train = ConfigDict(
         {
             "epochs": 5, "batch_size": 256, "row_length": 0, "parts": 1, "learning_rate": 5e-4, "warmup": 0.01,

@@ -19,12 +19,12 @@ from typing import Any
 _SAMPLING = {
     "model": None, "num_samples": None, "out": None, "sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 0,
     "prompt": None, "prompt_ids": None, "bos": False, "max_length": None, "max_new_tokens": None, "batch_size": 64,
-    "shard_size": 1024, "dtype": "float32", "mesh": None,
+    "shard_size": 1024, "dtype": "float32", "mesh": None, "record_top_k": None, "log_prob_format": "uint16",
 }  # fmt: skip
 _READING = {"read": None, "model": None, "num_samples": 5, "first": 0, "text_out": None}
 _LEAST = {
     "num_samples": 1, "sample_temperature": 0, "top_k": 1, "seed": 0, "max_length": 2, "max_new_tokens": 1,
-    "batch_size": 1, "shard_size": 1, "first": 0,
+    "batch_size": 1, "shard_size": 1, "first": 0, "record_top_k": 1,
 }  # fmt: skip
 
 
@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, metavar="B", help="samples made at a time (64)")
     add("--shard_size", type=int, metavar="ROWS", help="samples in one file (1024)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the weights and of the products with them (float32)")
+    add("--record_top_k", type=int, metavar="K", help="record the model's K likeliest ids at each position, too")
+    add(
+        "--log_prob_format",
+        choices=("uint16", "float32"),
+        help="of what is recorded: rounded, or exact (uint16)",
+    )
     add("--mesh", type=_mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
     add("--read", metavar="FOLDER", help="show samples of this corpus, decoded")
     add("--first", type=int, metavar="I", help="first sample to show (0)")
@@ -162,7 +168,7 @@ def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
 def _sample(args: argparse.Namespace, argv: list[str]) -> int:
     from kd_jax import cache
     from kd_jax import mesh as mesh_lib
-    from kd_jax.lm import corpus, decode, weights
+    from kd_jax.lm import corpus, decode, top_k, weights
     from kd_jax.lm.model import Compute
 
     settings = _early_settings(args)
@@ -172,6 +178,11 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> int:
     with _count_programs() as programs:
         model = weights.load(args.model, dtype=args.dtype, mesh=mesh)
         settings |= _model_settings(args, model, weights)
+        complete = None
+        if args.record_top_k is not None:
+            k, form = args.record_top_k, args.log_prob_format
+            settings["teacher"] = top_k.settings(model, settings["source"], k, form, args.dtype, None)
+            complete = top_k.recorder(model, settings["teacher"], compute=Compute(dtype=args.dtype), mesh=mesh)
         command = shlex.join(["python", "-m", "kd_jax.sample", *argv[1:]])
         held = corpus.create_or_resume(args.out, settings, command=command)
         if held.finished:
@@ -185,7 +196,7 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> int:
                 first=held.num_rows, batch_size=args.batch_size, compute=Compute(dtype=args.dtype), mesh=mesh,
             )  # fmt: skip
             with _progress(held.num_rows, args.num_samples) as progress:
-                held = corpus.write(held, stream, progress)
+                held = corpus.write(held, stream, progress, complete)
     _print_summary(held, programs)
     return 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import kd_jax
 
 ROOT = Path(kd_jax.__file__).parent
-DOORS = {"kd_jax.train", "kd_jax.evaluate", "kd_jax.sample"}
+DOORS = {"kd_jax.train", "kd_jax.evaluate", "kd_jax.sample", "kd_jax.teacher"}
 
 
 def module_name(path):

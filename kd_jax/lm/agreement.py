@@ -22,6 +22,21 @@ def check_model(name: str, model: Model, p_star: Model, max_length: int) -> None
         raise ValueError(f"{name} has {limit} positions, and sequences are up to {max_length} ids long")
 
 
+def check_teacher(teacher: Model, student: Model) -> None:
+    """Raises ValueError unless the ids of both mean the same, so that a distribution over them can be learnt."""
+    if teacher.num_tokens != student.num_tokens:
+        raise ValueError(
+            f"the teacher has {teacher.num_tokens} ids and the student {student.num_tokens}: distilling on logits "
+            "needs one vocabulary"
+        )
+    tokenizers = tokenizer_fingerprint(teacher), tokenizer_fingerprint(student)
+    if None not in tokenizers and len(set(tokenizers)) > 1:
+        raise ValueError(
+            f"the teacher has another tokenizer (fingerprint {tokenizers[0][:12]}) than the student "
+            f"({tokenizers[1][:12]}): the same id is not the same token"
+        )
+
+
 def check_corpus(label: str, held: Corpus, p_star: Model, num_rows: int) -> None:
     """Raises ValueError unless the corpus has so many rows, of the same tokens as p*'s."""
     about = held.manifest["settings"]

@@ -12,12 +12,28 @@ from typing import NamedTuple
 
 import datasets
 import grain
+import jax
 import numpy as np
 
+from kd_jax.lm import shards
 from kd_jax.lm.corpus import Corpus
 
 # Rows of a batch are filled up to a multiple of this share of the most there can be, so that few shapes are compiled.
 _SHAPES = 8
+
+
+class Targets(NamedTuple):
+    """What a teacher was recorded to say of the token AFTER each position (kd_jax.lm.top_k).
+
+    Attributes:
+        ids: unsigned [..., position, k], its likeliest tokens.
+        log_probs: of these, [..., position, k]; uint16 codes, or float32 nats.
+        tail: of all other tokens together, [..., position], in the same form.
+    """
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+    tail: np.ndarray
 
 
 class Batch(NamedTuple):
@@ -28,12 +44,14 @@ class Batch(NamedTuple):
         segments: int32; 0 where nothing is, else 1, 2, ... for the sequences of a row.
         positions: int32, from 0 in each sequence.
         mask: bool; whether the token AFTER this one is to be learnt: it is of the same sequence and no prompt.
+        targets: Targets of these arrays' positions, or None; what the mask leaves out is 0.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     positions: np.ndarray
     mask: np.ndarray
+    targets: Targets | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,31 +88,50 @@ class Sequences:
 
     def __init__(self, table: datasets.Dataset):
         self._table = table
-        numbers = table.with_format("numpy")
+        numbers = table.select_columns(["length", "prompt_length"]).with_format("numpy")
         self.lengths = np.asarray(numbers["length"][:], np.int32)
         self.prompt_lengths = np.asarray(numbers["prompt_length"][:], np.int32)
         self._tokens = table.select_columns("tokens").with_format("arrow")
 
     @classmethod
-    def of(cls, corpus: Corpus, cache_dir: str) -> Sequences:
-        """All rows of a corpus, whose files are held to their checksums first; the Arrow files go into cache_dir."""
+    def of(cls, corpus: Corpus, cache_dir: str, targets: bool = False) -> Sequences:
+        """All rows of a corpus, whose files are held to their checksums first; the Arrow files go into cache_dir.
+
+        `targets`: with what a teacher was recorded to say of them; ValueError where the corpus has no such columns.
+        """
+        if targets and not corpus.manifest["settings"].get("teacher"):
+            raise ValueError(f"{corpus.folder} has no top-k columns; record them with python -m kd_jax.teacher")
         corpus.verify()
         files = [str(corpus.folder / shard["file"]) for shard in corpus.manifest["shards"]]
-        columns = ["tokens", "length", "prompt_length"]
+        columns = ["tokens", "length", "prompt_length", *(shards.TOP_K if targets else ())]
         return cls(datasets.Dataset.from_parquet(files, cache_dir=cache_dir, columns=columns))
 
     def part(self, start: int, stop: int) -> Sequences:
         """Rows start .. stop - 1."""
         return Sequences(self._table.select(range(start, stop)))
 
+    def mixed(self, other: Sequences, share: float) -> Sequences:
+        """As many rows, of which `share` are the first of `other` and the rest the first of this."""
+        theirs = round(share * len(self))
+        if theirs > len(other):
+            raise ValueError(f"{theirs} rows of the second corpus are wanted; it has {len(other)}")
+        tables = self.part(0, len(self) - theirs)._table, other.part(0, theirs)._table
+        return Sequences(datasets.concatenate_datasets(tables))
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     def tokens(self, rows: np.ndarray) -> list[np.ndarray]:
         """The ids of these rows, an int32 array each."""
-        lists = self._tokens[np.asarray(rows)]["tokens"].combine_chunks()
-        values, ends = lists.values.to_numpy(), lists.offsets.to_numpy()
-        return [values[start:end] for start, end in zip(ends[:-1], ends[1:], strict=True)]
+        return shards.members(self._tokens[np.asarray(rows)]["tokens"].combine_chunks())
+
+    def targets(self, rows: np.ndarray) -> list[Targets] | None:
+        """What the teacher says of the tokens after the prompt of these rows; None where it was not recorded."""
+        if shards.TOP_K[0] not in self._table.column_names:
+            return None
+        table = self._table.select_columns(list(shards.TOP_K)).with_format("arrow")[np.asarray(rows)]
+        columns = (shards.members(table[name].combine_chunks()) for name in shards.TOP_K)
+        return [Targets(*row) for row in zip(*columns, strict=True)]
 
 
 class Updates:
@@ -125,7 +162,8 @@ class Updates:
 
     def __getitem__(self, update: int) -> Batch:
         rows = self.rows(update)
-        return arrange(self.sequences.tokens(rows), self.sequences.prompt_lengths[rows], self.layout)
+        sequences = self.sequences
+        return arrange(sequences.tokens(rows), sequences.prompt_lengths[rows], self.layout, sequences.targets(rows))
 
     def start(self, update: int, prefetch: int = 4) -> Iterator[Batch]:
         """Batches from `update` on, made ahead of their use."""
@@ -137,7 +175,9 @@ class Updates:
         )
 
 
-def arrange(tokens: list[np.ndarray], prompt_lengths: np.ndarray, layout: Layout) -> Batch:
+def arrange(
+    tokens: list[np.ndarray], prompt_lengths: np.ndarray, layout: Layout, targets: list[Targets] | None = None
+) -> Batch:
     """Sequences as a Batch, packed or one a row. Raises ValueError for one that is longer than max_length."""
     longest = max(map(len, tokens), default=0)
     if longest > layout.max_length:
@@ -146,6 +186,9 @@ def arrange(tokens: list[np.ndarray], prompt_lengths: np.ndarray, layout: Layout
     bins = _first_fit([len(ids) for ids in tokens], length) if layout.row_length else [[i] for i in range(len(tokens))]
     rows = _num_rows(len(bins), layout)
     batch = Batch(*(np.zeros((rows, length), dtype) for dtype in (np.int32, np.int32, np.int32, bool)))
+    if targets is not None:
+        like = targets[0]
+        batch = batch._replace(targets=Targets(*(np.zeros((rows, length, *a.shape[1:]), a.dtype) for a in like)))
     for row, members in enumerate(bins):
         start = 0
         for segment, i in enumerate(members, start=1):
@@ -154,10 +197,15 @@ def arrange(tokens: list[np.ndarray], prompt_lengths: np.ndarray, layout: Layout
             batch.segments[row, start:stop] = segment
             batch.positions[row, start:stop] = np.arange(stop - start)
             # position j predicts j + 1: the first to predict is the last of the prompt
-            batch.mask[row, start + max(1, prompt_lengths[i]) - 1 : stop - 1] = True
+            learnt = slice(start + max(1, prompt_lengths[i]) - 1, stop - 1)
+            batch.mask[row, learnt] = True
+            if targets is not None:
+                for array, values in zip(batch.targets, targets[i], strict=True):
+                    array[row, learnt] = values
             start = stop
     # every part gets rows of all lengths: rows go round the parts
-    return Batch(*(np.stack([array[part :: layout.parts] for part in range(layout.parts)]) for array in batch))
+    parts = range(layout.parts)
+    return jax.tree.map(lambda array: np.stack([array[part :: layout.parts] for part in parts]), batch)
 
 
 def _first_fit(lengths: list[int], room: int) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Corpora of token ids on disk: rows in Parquet shards, and a manifest that says what they are.
 
     FOLDER/manifest.json               settings, counts, the list of shards, where the time went
-    FOLDER/data/shard-00000.parquet    rows 0 .. shard_size - 1 in order of index, and so on (columns: SCHEMA)
+    FOLDER/data/shard-00000.parquet    rows 0 .. shard_size - 1 in order of index, and so on (columns: SCHEMA, and
+                                       TOP_K where a teacher was recorded: kd_jax.lm.top_k)
 
 The rows are samples of a model or come from data (the manifest's `kind`, "samples" or "data"). The ids are the data;
 text is for reading. A shard enters the manifest once it is whole, and a run that was killed goes on after the last one
@@ -34,6 +35,8 @@ __all__ = [
 
 # Settings that name what others identify: content read from elsewhere is the same.
 _NAMES = ("source", "prompt", "tokenizer_source")
+# Rows of a shard -> the same with further columns.
+Complete = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 class Rows(NamedTuple):
@@ -83,7 +86,7 @@ class Corpus(NamedTuple):
         for shard in self.manifest["shards"]:
             low, high = max(start - shard["first"], 0), min(stop - shard["first"], shard["rows"])
             if low < high:
-                parts.append(shards.read(self.folder, shard).slice(low, high - low))
+                parts.append(shards.read(self.folder, shard, SCHEMA.names).slice(low, high - low))
         table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
         columns = {name: table[name].to_numpy() for name in SCHEMA.names if name != "tokens"}
         tokens = [row for chunk in table["tokens"].chunks for row in shards.split(chunk)]
@@ -171,7 +174,7 @@ def create_or_resume(
     """
     folder, settings = Path(folder), manifests.plain(settings)
     manifests.check_settings(settings, kind)
-    old = check(folder, settings, kind=kind)
+    old = check(folder, {"teacher": None} | settings, kind=kind)  # with and without a teacher are two things
     if verify and old is not None:
         Corpus(folder, old).verify()
     try:
@@ -187,7 +190,10 @@ def create_or_resume(
     return Corpus(folder, manifest)
 
 
-def write(corpus: Corpus, samples: Iterable[Any], progress: Callable[[int, int], None] | None = None) -> Corpus:
+def write(
+    corpus: Corpus, samples: Iterable[Any], progress: Callable[[int, int], None] | None = None,
+    complete: Complete | None = None,
+) -> Corpus:  # fmt: skip
     """Writes a stream of kd_jax.lm.decode.Samples: a shard, and the manifest anew, as soon as all its rows are there.
 
     The stream yields each sample from corpus.num_rows on once, in any order; what is held is the rows of shards that
@@ -202,13 +208,17 @@ def write(corpus: Corpus, samples: Iterable[Any], progress: Callable[[int, int],
             rows = [_row(batch, i, corpus.manifest["settings"]) for i in range(len(batch.index))]
             yield Arrival(rows, int(np.sum(batch.lengths - batch.prompt_lengths)), float(batch.utilisation))
 
-    return write_rows(corpus, arrivals(), progress)
+    return write_rows(corpus, arrivals(), progress, complete)
 
 
 def write_rows(
-    corpus: Corpus, arrivals: Iterable[Arrival], progress: Callable[[int, int], None] | None = None
-) -> Corpus:
-    """`write`, of a stream of rows that are made; it is for the caller to see that they are what the settings say."""
+    corpus: Corpus, arrivals: Iterable[Arrival], progress: Callable[[int, int], None] | None = None,
+    complete: Complete | None = None,
+) -> Corpus:  # fmt: skip
+    """`write`, of a stream of rows that are made; it is for the caller to see that they are what the settings say.
+
+    `complete` takes all rows of a shard, in order, before they are written, and returns them with further columns.
+    """
     folder, manifest = corpus
     settings, before = manifest["settings"], manifest["speed"]
     start, made = time.perf_counter(), 0
@@ -220,6 +230,7 @@ def write_rows(
             rows[row["index"]] = row
         made += arrival.tokens
         while ready := _whole_shard(rows, settings, manifest["counts"]["rows"]):
+            ready = complete(ready) if complete is not None else ready
             listed = [*manifest["shards"], shards.write(folder, ready, settings["shard_size"])]
             speed = manifests.speed(before, time.perf_counter() - start, made, arrival.utilisation)
             manifest = manifests.with_shards(manifest | arrival.about | {"speed": speed}, listed)
@@ -261,9 +272,14 @@ def fingerprint(corpus: Corpus) -> str:
 
     That is, without the place where the model, the data or the tokenizer came from: their fingerprints are settings.
     """
-    settings = {key: value for key, value in corpus.manifest["settings"].items() if key not in _NAMES}
+    settings = _content(corpus.manifest["settings"])
     content = [corpus.kind, settings, [shard["sha256"] for shard in corpus.manifest["shards"]]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _content(settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in settings.items() if key not in _NAMES}
+    return kept | ({"teacher": _content(kept["teacher"])} if "teacher" in kept else {})
 
 
 def _row(batch: Any, i: int, settings: dict[str, Any]) -> dict[str, Any]:

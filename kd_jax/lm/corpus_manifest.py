@@ -28,6 +28,8 @@ DATA_SETTINGS = (
     "shard_size",
 )  # fmt: skip
 KINDS = {"samples": SETTINGS, "data": DATA_SETTINGS}
+# Of either kind, where a teacher was recorded: what the columns of it are a function of (kd_jax.lm.top_k.settings).
+OPTIONAL = ("teacher",)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -71,7 +73,7 @@ def _check(manifest: dict[str, Any]) -> None:
 
 def check_settings(settings: dict[str, Any], kind: str) -> None:
     """Raises ValueError unless each setting of the kind is there, and no other, and the sizes are sizes."""
-    wrong = sorted(set(KINDS[kind]) ^ set(settings))
+    wrong = sorted(set(KINDS[kind]) ^ (set(settings) - set(OPTIONAL)))
     if wrong:
         raise ValueError(f"settings of {kind} are to be exactly {', '.join(KINDS[kind])}; not so: {', '.join(wrong)}")
     for key in ("num_samples", "shard_size", "max_length"):
@@ -87,8 +89,8 @@ def compare(folder: Path, manifest: dict[str, Any], new: dict[str, Any], kind: s
     if manifest["kind"] != kind:
         raise RunError(f"{folder} holds a corpus of {manifest['kind']}, not of {kind}; choose another folder")
     old = manifest["settings"]
-    names = [key for key in new if key != "num_samples" and new[key] != old[key]]
-    changes = [f"{key}: {json.dumps(old[key])} -> {json.dumps(new[key])}" for key in names]
+    names = [key for key in new if key != "num_samples" and new[key] != old.get(key)]
+    changes = [f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new[key])}" for key in names]
     if changes:
         raise RunError(f"{folder} holds a corpus with other settings ({'; '.join(changes)}); choose another folder")
     if new.get("num_samples", old["num_samples"]) < old["num_samples"]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import fused
+from kd_jax.lm import arms
 from kd_jax.lm.model import Architecture
 
 # Shares of the measured ceiling that the parts of a run reach, for the times of --dry_run.
@@ -60,10 +61,24 @@ def sampling(config, shape: Architecture | None, num_samples: int) -> dict[str, 
     return _cost("sampling", shape, tokens, 1, config, 4 * tokens + 40 * num_samples)
 
 
-def training(config, shape: Architecture | None, count: int) -> dict[str, Any]:
+def training(
+    config, shape: Architecture | None, count: int, teacher: Architecture | None = None, rollouts: float = 0.0
+) -> dict[str, Any]:
+    """Of `count` models; with a teacher that is run on all that is learnt, and a share of updates that sample first."""
     tokens = count * config.num_train * config.sampling.max_length * config.train.epochs
     held = count * (4 + 12 * (config.train.keep + 1) * config.train.keep_checkpoints)
-    return _cost("training", shape, tokens, 3, config, 0 if shape is None else held * shape.num_parameters)
+    # a rollout runs the student forward once more, at the pace of sampling
+    passes = 3 + rollouts * SHARES["training"] / SHARES["sampling"]
+    found = _cost("training", shape, tokens, passes, config, 0 if shape is None else held * shape.num_parameters)
+    if "flops" in found and teacher is not None:
+        found["flops"] += forward_flops(teacher, config.sampling.max_length) * tokens
+    return found
+
+
+def scoring(config, shape: Architecture | None, top_k: int) -> dict[str, Any]:
+    """Of a corpus, its teacher's top_k ids recorded at each position."""
+    tokens = (config.num_train + config.num_validation) * config.sampling.max_length
+    return _cost("scoring", shape, tokens, 1, config, 4 * tokens * (1 + top_k))
 
 
 def _cost(kind: str, shape: Architecture | None, tokens: int, passes: int, config, disk: float) -> dict[str, Any]:
@@ -75,7 +90,8 @@ def _cost(kind: str, shape: Architecture | None, tokens: int, passes: int, confi
 
 def evaluation(config, shape: Architecture | None) -> dict[str, Any]:
     """Samples of every model scored under p*, which is by far the most of it; `shape` is that of p*."""
-    models = config.seeds * (1 + len(config.taus)) + len(config.taus)
+    found = arms.arms(config)
+    models = config.seeds * len(found) + len({arm.samples for arm in found if arm.samples is not None})
     tokens = models * config.num_samples * config.sampling.max_length
     return _cost("scoring", shape, tokens, 1, config, 8 * tokens)
 

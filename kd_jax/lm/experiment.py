@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import cache, stages
+from kd_jax.lm import arms, cost, distill, documents, estimates, evaluation, ingest, resumable, top_k, training, weights
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import cost, documents, estimates, evaluation, ingest, resumable, training, weights
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import results as results_lib
 from kd_jax.lm import settings as settings_lib
+from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.run import RunError, Stop, read_rows, write_rows
 from kd_jax.stages import Stage
@@ -41,6 +42,7 @@ def run(config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = Fal
     if dry_run:
         _show(config, folder)
         return None
+    settings_lib.check_teacher(config)
     chain = plan(config, _identity(config))
     cache.enable_compilation_cache()
     groups = {stage.group for stage in chain}
@@ -73,20 +75,22 @@ def _show(config, folder: Path) -> None:
 def plan(config, identity: str) -> list[Stage]:
     """The stages before the evaluation, inputs first. `identity` is that of p*'s weights."""
     chain = [
-        _p_star_corpus(config, identity, "p_star/train", config.num_train + config.num_validation, TRAIN),
+        _p_star_corpus(config, identity, arms.TRAIN, config.num_train + config.num_validation, TRAIN),
         _p_star_corpus(config, identity, "p_star/validation", config.num_recall, VALIDATION),
-        _training(
-            config,
-            "teacher",
-            "p_star/train",
-            config.teacher,
-            [results_lib.Student("teacher", "teacher", None, None, TEACHER)],
-        ),
     ]
-    chain += _students(config, "direct", "p_star/train", None)
-    for tau in config.taus:
-        chain.append(_teacher_corpus(config, tau))
-        chain += _students(config, f"tau-{tau:g}", f"samples/tau-{tau:g}", tau)
+    if not config.teacher.source:
+        teacher = results_lib.Student("teacher", "teacher", None, None, TEACHER)
+        chain.append(
+            _training(config, "teacher", arms.Arm("teacher", "teacher", p_star=True), config.teacher, [teacher])
+        )
+    for arm in arms.arms(config):
+        names = {stage.name for stage in chain}
+        if arm.samples is not None and arm.samples.name not in names:
+            chain.append(_teacher_corpus(config, arm.samples))
+        for text, corpus in zip(arm.texts, arm.corpora, strict=True):
+            if corpus not in (text, *names):
+                chain.append(_recorded(config, arm.recording, text))
+        chain += _students(config, arm)
     return chain
 
 
@@ -109,74 +113,125 @@ def _p_star_corpus(config, identity: str, name: str, num_samples: int, purpose: 
     return Stage(name, settings, (), work, cost.sampling(config, shape, num_samples))
 
 
-def _teacher_corpus(config, tau: float) -> Stage:
+def _teacher_corpus(config, samples: arms.Samples) -> Stage:
     # the same random numbers for every tau: differences between them are less noisy
-    settings = _sampling(config, config.num_train + config.num_validation, tau, SAMPLES)
-    name = f"samples/tau-{tau:g}"
+    settings = _sampling(config, config.num_train + config.num_validation, samples.sample_temperature, SAMPLES)
+    # what is off is not said
+    settings |= {key: getattr(samples, key) for key in ("top_k", "top_p") if getattr(samples, key) is not None}
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
-        model = weights.load(inputs["teacher"], mesh=settings_lib.mesh(config))
-        return _sample(config, model, folder, settings, name)
+        model = _teacher(config, inputs, config.sampling.dtype, settings_lib.mesh(config))
+        return _sample(config, model, folder, settings, samples.name)
 
-    return Stage(
-        name,
-        settings,
-        ("teacher",),
-        work,
-        cost.sampling(config, settings_lib.shape(config, "teacher"), settings["num_samples"]),
-    )
+    price = cost.sampling(config, settings_lib.shape(config, "teacher"), settings["num_samples"])
+    return Stage(samples.name, settings | _teacher_identity(config), _teacher_inputs(config), work, price)
 
 
-def _students(config, arm: str, corpus: str, tau: float | None) -> list[Stage]:
-    """The students of one corpus, config.train.together to a stage."""
+def _recorded(config, recording: arms.Recording, text: str) -> Stage:
+    """A corpus once more, with the teacher's likeliest tokens at each position."""
+    settings = recording._asdict() | _teacher_identity(config)
+    name, dtype = recording.name(text), recording.teacher_dtype
+
+    def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        over = settings_lib.teacher_mesh(config)
+        model, source = _teacher(config, inputs, dtype, over), corpus_lib.open(inputs[text] / "corpus")
+        about = top_k.settings(
+            model, config.teacher.source or "teacher", recording.top_k, recording.log_prob_format, dtype,
+            corpus_lib.fingerprint(source),
+        )  # fmt: skip
+        held = top_k.score_corpus(
+            source, folder / "corpus", model, about, command=f"stage {name}", label=name,
+            compute=Compute(dtype=dtype), mesh=over,
+        )  # fmt: skip
+        return {**held.manifest["counts"], "entropy": None, "entropy_se": None}
+
+    price = cost.scoring(config, settings_lib.shape(config, "teacher"), recording.top_k)
+    return Stage(name, settings, (text, *_teacher_inputs(config)), work, price)
+
+
+def _students(config, arm: arms.Arm) -> list[Stage]:
+    """The students of an arm, config.train.together to a stage."""
     # one seed, one start and one order of the data, whatever the corpus
-    kind = "direct" if tau is None else "distilled"
-    each = [results_lib.Student(f"{arm}/seed-{seed}", kind, tau, seed, STUDENT + seed) for seed in range(config.seeds)]
+    each = [
+        results_lib.Student(f"{arm.name}/seed-{seed}", arm.kind, arm.tau, seed, STUDENT + seed)
+        for seed in range(config.seeds)
+    ]
     size = config.train.together
     groups = [each[i : i + size] for i in range(0, len(each), size)]
     # a stage of one has the student's own name
-    names = [group[0].name if len(group) == 1 else f"{arm}/seeds-{group[0].seed}-{group[-1].seed}" for group in groups]
-    return [_training(config, name, corpus, config.student, group) for name, group in zip(names, groups, strict=True)]
+    names = [
+        group[0].name if len(group) == 1 else f"{arm.name}/seeds-{group[0].seed}-{group[-1].seed}" for group in groups
+    ]
+    return [_training(config, name, arm, config.student, group) for name, group in zip(names, groups, strict=True)]
 
 
-def _training(config, name: str, corpus: str, shape, students: list[results_lib.Student]) -> Stage:
+def _training(config, name: str, arm: arms.Arm, shape, students: list[results_lib.Student]) -> Stage:
     how = {key: value for key, value in config.train.items() if key not in ("together", "trackers")}
     settings = {
-        "model": dict(shape), "train": {**how, "trackers": []}, "num_validation": config.num_validation,
-        "seed": config.seed + students[0].purpose, "compute": dict(config.compute),
+        "model": {key: value for key, value in shape.items() if key != "source"}, "train": {**how, "trackers": []},
+        "num_validation": config.num_validation, "seed": config.seed + students[0].purpose,
+        "compute": dict(config.compute),
     }  # fmt: skip
     if len(students) > 1:
         settings["together"] = len(students)
+    taught = arm.settings is not None and arm.policy != "offline"
+    if arm.settings is not None:
+        settings["distill"] = arm.knobs
+        settings |= _teacher_identity(config) if taught else {}
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
-        like = weights.about(inputs["p_star/train"])
+        like = weights.about(inputs[arms.TRAIN])
         model = like._replace(architecture=settings_lib.architecture(shape, like.architecture, "config"))
-        held = corpus_lib.open(inputs[corpus] / "corpus")
+        corpora = [corpus_lib.open(inputs[corpus] / "corpus") for corpus in arm.corpora]
         members = [
             training.Member(
-                held, config.seed + student.purpose, results_lib.home(folder, students, student), student.name,
-                {"arm": student.arm, "tau": student.tau, "seed": student.seed},
+                corpora[0], config.seed + student.purpose, results_lib.home(folder, students, student), student.name,
+                {"arm": student.arm, "tau": student.tau, "seed": student.seed}, *corpora[1:],
+                prompts=corpus_lib.open(inputs[arms.TRAIN] / "corpus"),
             )
             for student in students
         ]  # fmt: skip
         with Stop() as stop:
             results = training.train(
-                settings_lib.training_settings(config),
-                model,
-                members,
-                compute=Compute(**config.compute),
-                mesh=settings_lib.mesh(config),
-                stop=stop,
-            )
-        return (
-            results[0]
-            if len(results) == 1
-            else {student.name: result for student, result in zip(students, results, strict=True)}
-        )
+                settings_lib.training_settings(config), model, members, compute=Compute(**config.compute),
+                mesh=settings_lib.mesh(config), stop=stop, distillation=_distillation(config, arm, inputs),
+            )  # fmt: skip
+        named = {student.name: result for student, result in zip(students, results, strict=True)}
+        return results[0] if len(results) == 1 else named
 
     role = "teacher" if name == "teacher" else "student"
-    price = cost.training(config, settings_lib.shape(config, role), len(students))
-    return Stage(name, settings, tuple(dict.fromkeys(["p_star/train", corpus])), work, price, tuple(students))
+    teacher = settings_lib.shape(config, "teacher") if taught else None
+    price = cost.training(config, settings_lib.shape(config, role), len(students), teacher, arm.rollouts)
+    inputs = dict.fromkeys([arms.TRAIN, *arm.corpora, *(_teacher_inputs(config) if taught else ())])
+    return Stage(name, settings, tuple(inputs), work, price, tuple(students))
+
+
+def _distillation(config, arm: arms.Arm, inputs: dict[str, Path]) -> distill.Distillation | None:
+    if arm.settings is None:
+        return None
+    if arm.policy == "offline":
+        return distill.Distillation(arm.settings)
+    dtype = arm.knobs["teacher_dtype"]
+    teacher = _teacher(config, inputs, dtype, settings_lib.teacher_mesh(config))
+    return distill.Distillation(arm.settings, teacher, Compute(**{**config.compute, "dtype": dtype, "remat": False}))
+
+
+# The teacher: a stage of the chain, or a model that is there already
+
+
+def _teacher(config, inputs: dict[str, Path], dtype: str, over) -> Model:
+    source = config.teacher.source
+    if source and source == config.p_star.source:
+        return _load_p_star(source, config.p_star.architecture, config.seed, dtype, over)
+    return weights.load(source or inputs["teacher"], dtype=dtype, mesh=over)
+
+
+def _teacher_inputs(config) -> tuple[str, ...]:
+    return () if config.teacher.source else ("teacher",)
+
+
+def _teacher_identity(config) -> dict[str, Any]:
+    return {"teacher": _source_identity(config.teacher.source)} if config.teacher.source else {}
 
 
 def _sampling(config, num_samples: int, tau: float, purpose: int) -> dict[str, Any]:
@@ -195,8 +250,8 @@ def _sample(config, model: Model, folder: Path, settings: dict[str, Any], label:
     about |= {
         "source": label, "model_fingerprint": weights.fingerprint(model.params),
         "tokenizer_fingerprint": None if tokenizer is None else tokenizer.fingerprint, "dtype": settings["dtype"],
-        "prompt": settings["prompt"] or None, "prompt_ids": ids, "eos_ids": sorted(model.eos_ids), "top_k": None,
-        "top_p": None,
+        "prompt": settings["prompt"] or None, "prompt_ids": ids, "eos_ids": sorted(model.eos_ids),
+        "top_k": settings.get("top_k"), "top_p": settings.get("top_p"),
     }  # fmt: skip
     held = resumable.sample(
         model, folder / "corpus", about, command=f"stage {label}", label=label, batch_size=config.sampling.batch_size,
@@ -239,7 +294,7 @@ def _load_p_star(source: str, preset: str, seed: int, dtype: str, over) -> Model
     return Model(PRESETS[preset], params, eos_ids=(0,))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _source_identity(source: str) -> str:
     return weights.identity(source)
 
@@ -251,16 +306,31 @@ def _identity(config) -> str:
 # Evaluation
 
 
+def _teachers(config, where: dict[str, Path], validation: Corpus) -> dict[str, evaluation.Entry]:
+    """The teacher at each way of sampling it that a student learnt from; without any, as it is."""
+    source = config.teacher.source or where["teacher"]
+    entries = {}
+    for samples in dict.fromkeys(arm.samples for arm in arms.arms(config) if arm.samples is not None):
+        name = f"teacher/{samples.label}"
+        whole = samples.top_k is None and samples.top_p is None
+        held = corpus_lib.open(where[samples.name] / "corpus")
+        entries[name] = evaluation.Entry(source, "teacher" if whole else name, samples.sample_temperature, None, held)
+    if not entries:
+        is_p_star = source == config.p_star.source and config.num_samples <= config.num_recall
+        held = validation if is_p_star and not config.data.source else None
+        entries["teacher/tau-1"] = evaluation.Entry(source, "teacher", 1.0, None, held)
+    return entries
+
+
 def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
     """Scores every model, and gathers the rows of the whole run in its metrics.jsonl and samples.jsonl."""
     where = stages.folders(folder, chain)
     missing = [stage.name for stage in chain if not stages.finished(where[stage.name])]
     if missing:
         raise RunError(f"the evaluation needs {missing[0]}, which is not finished; run it first")
-    p_star, entries = _p_star(config), {}
-    for tau in config.taus:
-        held = corpus_lib.open(where[f"samples/tau-{tau:g}"] / "corpus")
-        entries[f"teacher/tau-{tau:g}"] = evaluation.Entry(where["teacher"], "teacher", tau, None, held)
+    p_star = _p_star(config)
+    validation = corpus_lib.open(where["p_star/validation"] / "corpus")
+    entries = _teachers(config, where, validation)
     for student, home in results_lib.trained(chain, where):
         if student.arm != "teacher":
             entries[student.name] = evaluation.Entry(home, student.arm, student.tau, student.seed)
@@ -268,16 +338,13 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         num_samples=config.num_samples, seed=config.seed + EVALUATION, dtype=config.sampling.dtype,
         batch_size=config.sampling.batch_size, mesh=settings_lib.mesh(config),
     )  # fmt: skip
-    validation = corpus_lib.open(where["p_star/validation"] / "corpus")
     rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation")
-    for row in rows:
-        corpus = "p_star/train" if row["arm"] == "direct" else f"samples/tau-{row['tau']:g}"
-        found = stages.about(where[corpus])["result"]
-        row |= {"teacher_entropy": found["entropy"], "teacher_entropy_se": found["entropy_se"]}
+    rows = [row | results_lib.learnt_from(config, row, chain, where) for row in rows]
     seconds = evaluation.seconds(folder / "evaluation", entries)
     trained = [read_rows(home / "metrics.jsonl") for _, home in results_lib.trained(chain, where)]
     write_rows(folder / "metrics.jsonl", [*rows, *sum(trained, []), *results_lib.stage_rows(chain, where, seconds)])
-    write_rows(folder / "samples.jsonl", results_lib.sample_rows(config, p_star, rows, where, folder))
+    there = {name: entry.samples for name, entry in entries.items()}
+    write_rows(folder / "samples.jsonl", results_lib.sample_rows(config, p_star, rows, validation, there, folder))
     done = [
         {**stages.about(where[stage.name]), "folder": str(where[stage.name].relative_to(folder))} for stage in chain
     ]

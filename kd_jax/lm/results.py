@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax import stages
+from kd_jax.lm import arms
 from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.model import Model
 from kd_jax.run import read_rows
 from kd_jax.stages import Stage
@@ -76,18 +78,48 @@ def overhead(chain, where) -> dict[str, float]:
     return {**seconds, "share": _share(seconds)}
 
 
-def sample_rows(config, p_star: Model, rows, where, folder: Path, count: int = 8) -> list[dict[str, Any]]:
-    """The first samples of each model, and of p*, as text (or ids, where there is no tokenizer)."""
-    corpora = [("p*", None, None, None, where["p_star/validation"] / "corpus")]
+def learnt_from(config, row: dict[str, Any], chain, where) -> dict[str, Any]:
+    """What a row is to say of what its model learnt from: the entropy of that, and the arm's settings if it has any.
+
+    The entropy is that of the text, or, where a distribution is learnt, of the distribution itself: the teacher's at
+    the loss temperature, on the validation rows, when the checkpoint was chosen.
+    """
+    found = arms.arms(config)
+    arm = next((arm for arm in found if row["name"].startswith(f"{arm.name}/seed-")), None)
+    if arm is None:  # the teacher: what it was sampled with
+        samples = {f"teacher/{arm.samples.label}": arm.samples.name for arm in found if arm.samples is not None}
+        if row["name"] not in samples:
+            return {}
+        text = samples[row["name"]]
+    else:
+        text = arm.texts[-1]
+    if arm is not None and arm.settings is not None:
+        home = next(home for student, home in trained(chain, where) if student.name == row["name"])
+        chosen = next(row for row in read_rows(home / "metrics.jsonl") if row.get("chosen"))
+        return {"teacher_entropy": chosen["teacher_entropy"], "distill": {**arm.knobs, **_sampled(arm)}}
+    about = stages.about(where[text])["result"]
+    more = {"distill": {**arm.knobs, **_sampled(arm)}} if arm is not None and arm.knobs else {}
+    return {"teacher_entropy": about["entropy"], "teacher_entropy_se": about["entropy_se"], **more}
+
+
+def _sampled(arm: arms.Arm) -> dict[str, Any]:
+    return {} if arm.samples is None else arm.samples._asdict()
+
+
+def sample_rows(
+    config, p_star: Model, rows, validation: Corpus, there: dict[str, Corpus | None], folder: Path, count: int = 8
+) -> list[dict[str, Any]]:
+    """The first samples of each model, and of p*, as text (or ids, where there is no tokenizer).
+
+    `there` are samples, by the name of their model, that were there before the evaluation drew any.
+    """
+    corpora = [("p*", None, None, None, validation)]
     for row in rows:
-        if row["arm"] == "teacher":
-            path = where[f"samples/tau-{row['tau']:g}"] / "corpus"
-        else:
-            path = folder / "evaluation" / row["name"] / "samples"
-        corpora.append((row["name"], row["arm"], row["tau"], row["seed"], path))
+        held = there.get(row["name"]) or corpus_lib.open(folder / "evaluation" / row["name"] / "samples")
+        corpora.append((row["name"], row["arm"], row["tau"], row["seed"], held))
     found = []
-    for name, arm, tau, seed, path in corpora:
-        held = corpus_lib.open(path).rows(0, min(count, config.num_samples, config.num_recall))
+    for name, arm, tau, seed, corpus in corpora:
+        held = corpus.rows(0, min(count, config.num_samples, config.num_recall))
         for i, ids in enumerate(held.tokens):
             text = " ".join(map(str, ids)) if p_star.tokenizer is None else p_star.tokenizer.decode(ids)
             found.append({

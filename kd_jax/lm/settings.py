@@ -8,8 +8,9 @@ import math
 import jax
 
 from kd_jax import mesh as mesh_lib
-from kd_jax.lm import training
-from kd_jax.lm.model import PRESETS, Architecture, Compute
+from kd_jax.lm import agreement, training, weights
+from kd_jax.lm import arms as arms_lib
+from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
 
 
 def validate(config) -> None:
@@ -19,13 +20,14 @@ def validate(config) -> None:
             raise ValueError(f"config.{name}={config[name]} must be at least 1")
     if not 0 <= config.seed < 2**20:
         raise ValueError(f"config.seed={config.seed} must be from 0 and below {2**20}")
-    if not config.taus or len(set(config.taus)) < len(config.taus):
-        raise ValueError(f"config.taus={tuple(config.taus)} must be at least one value, and none twice")
+    if len(set(config.taus)) < len(config.taus):
+        raise ValueError(f"config.taus={tuple(config.taus)} must have none twice")
     for tau in config.taus:
         if not 0 < tau < math.inf:
             raise ValueError(f"config.taus: {tau} must be above 0 and finite")
     if config.sampling.max_length < 2:
         raise ValueError(f"config.sampling.max_length={config.sampling.max_length} must be at least 2")
+    _check_arms(config)
     _check_p_star(config, config.p_star)
     if training_settings(config).batch_size > config.num_train:
         raise ValueError(
@@ -35,6 +37,22 @@ def validate(config) -> None:
         architecture(config[role], PRESETS["tiny"], f"config.{role}")
     Compute(**config.compute)
     mesh(config)
+
+
+def _check_arms(config) -> None:
+    found = arms_lib.arms(config)
+    if len(found) == 1:
+        raise ValueError(f"config.taus={tuple(config.taus)} is empty, and there is no other arm (config.arms)")
+    Compute(dtype=config.distill.teacher_dtype)
+    for arm in found:
+        if arm.policy == "on_policy" and config.train.together > 1:
+            raise ValueError(f"config.train.together={config.train.together}: {arm.name} needs its students alone (1)")
+        if arm.settings is not None and arm.settings.prompt_length >= config.sampling.max_length:
+            raise ValueError(
+                f"{arm.name}: prompt_length={arm.settings.prompt_length} leaves no room in "
+                f"config.sampling.max_length={config.sampling.max_length}"
+            )
+    teacher_mesh(config)
 
 
 def _check_p_star(config, p_star) -> None:
@@ -49,13 +67,31 @@ def _check_p_star(config, p_star) -> None:
         raise ValueError("config.p_star needs a source, or an architecture to draw random weights for")
 
 
+def check_teacher(config) -> None:
+    """Raises ValueError for a teacher of another vocabulary than p*'s, as far as the tokenizers alone say it."""
+    source, p_star = config.teacher.source, config.p_star.source
+    if source and p_star and source != p_star:
+        tokenizers = weights.tokenizer(source), weights.tokenizer(p_star)
+        if None not in tokenizers:
+            agreement.check_teacher(*(Model(PRESETS["tiny"], {}, tokenizer=one) for one in tokenizers))
+
+
 def training_settings(config) -> training.Settings:
     how = {key: value for key, value in config.train.items() if key != "together"}
     return training.Settings(num_validation=config.num_validation, **{**how, "trackers": tuple(config.train.trackers)})
 
 
 def mesh(config) -> jax.sharding.Mesh | None:
-    sizes = dict(config.mesh)
+    return _mesh(config.mesh)
+
+
+def teacher_mesh(config) -> jax.sharding.Mesh | None:
+    """Where the teacher lies while a student learns from its distribution: the same devices, perhaps otherwise."""
+    return _mesh(config.distill.teacher_mesh)
+
+
+def _mesh(axes) -> jax.sharding.Mesh | None:
+    sizes = dict(axes)
     return None if sizes == {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1 else mesh_lib.make(**sizes)
 
 

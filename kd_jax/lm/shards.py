@@ -26,6 +26,9 @@ SCHEMA = pa.schema(
         "sample_log_prob": pa.float64(),  # the same under the distribution the sample was drawn from
     }
 )
+# Columns that a corpus has beside SCHEMA where a teacher was recorded (kd_jax.lm.top_k): for each token after the
+# prompt the teacher's likeliest ids in its place, their log-probabilities, and that of all other ids together.
+TOP_K = ("top_ids", "top_log_probs", "tail_log_prob")
 
 
 def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str, Any]:
@@ -34,8 +37,15 @@ def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str
     columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
     offsets = np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int32)
     columns["tokens"] = pa.ListArray.from_arrays(offsets, np.concatenate(columns["tokens"]))
+    table, how = pa.table(columns, schema=SCHEMA), {}
+    for name in TOP_K if TOP_K[0] in rows[0] else ():
+        table = table.append_column(name, _lists([row[name] for row in rows]))
+        # Parquet has no integer of 16 bits. Cut into streams by byte, the empty halves vanish in the compression.
+        how[".".join([name, *["list", "element"] * (rows[0][name].ndim)])] = "BYTE_STREAM_SPLIT"
+    plain = [name for name in SCHEMA.names if name != "tokens"] + ["tokens.list.element"]
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=SCHEMA), buffer, compression="zstd")
+    more = {"use_dictionary": plain, "column_encoding": how} if how else {}
+    pq.write_table(table, buffer, compression="zstd", **more)
     data, file = buffer.getvalue(), f"data/shard-{first // shard_size:05d}.parquet"
     _write_bytes(folder / file, data)
     return {
@@ -74,6 +84,26 @@ def split(lists: pa.ListArray) -> list[np.ndarray]:
     """The members of a list array, as views of its values."""
     offsets = lists.offsets.to_numpy()
     return np.split(lists.values.to_numpy(), offsets)[1:-1]
+
+
+def members(lists: pa.ListArray) -> list[np.ndarray]:
+    """The members of a list array of numbers [n], or of lists of k numbers [n, k]; views of its values."""
+    offsets, values = lists.offsets.to_numpy(), lists.values
+    if pa.types.is_fixed_size_list(values.type):
+        values = values.flatten().to_numpy().reshape(-1, values.type.list_size)
+    else:
+        values = values.to_numpy()
+    return [values[start:end] for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+
+
+def _lists(arrays: list[np.ndarray]) -> pa.ListArray:
+    """Arrays [n] or [n, k] as a list array, with the k as a fixed size."""
+    offsets = np.concatenate([[0], np.cumsum([len(array) for array in arrays])]).astype(np.int32)
+    values = np.concatenate(arrays)
+    flat = pa.array(values.reshape(-1))
+    return pa.ListArray.from_arrays(
+        offsets, flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+    )
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

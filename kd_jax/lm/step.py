@@ -1,7 +1,8 @@
 """One update of a model's weights: a jitted function from state and batch to the next state.
 
-The loss is the mean cross-entropy, in nats, of all the tokens of the batch that its mask selects, however they are cut
-into parts, rows or devices: sums and counts are put together before anything is divided.
+The loss is the mean, in nats, over all the tokens of the batch that its mask selects, however they are cut into parts,
+rows or devices: sums and counts are put together before anything is divided. It is the cross-entropy unless another
+(kd_jax.lm.distill) is given.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from kd_jax import mesh as mesh_lib
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.batches import Batch
 from kd_jax.lm.model import Architecture, Compute
+from kd_jax.metrics import Mean
 
 
 class State(NamedTuple):
@@ -44,6 +46,11 @@ class Metrics(NamedTuple):
     num_tokens: jax.Array  # that were learnt from
     gradient_norm: jax.Array  # of all parameters together, before clipping
     learning_rate: jax.Array
+    statistics: dict[str, jax.Array] = {}  # means over the same tokens, of what the loss reports beside itself
+
+
+# loss(params, part of a batch, guide) -> the loss as a Mean over the tokens learnt from, and statistics by name
+Loss = Callable[[Any, Batch, Any], tuple[Mean, dict[str, Mean]]]
 
 
 def init(
@@ -87,20 +94,33 @@ def shardings(architecture: Architecture, optimizer: optax.GradientTransformatio
     return State(weights, moments, everywhere)
 
 
+def from_params(
+    params: Any, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> State:
+    """A state that starts from these weights. They are copied: an update takes its state over, not them."""
+    where = shardings(architecture, optimizer, mesh)
+    own = jax.tree.map(lambda leaf, to: jax.device_put(jnp.copy(leaf).astype(jnp.float32), to), params, where.params)
+    empty = jax.jit(lambda params: (optimizer.init(params), jnp.int32(0)), out_shardings=(where.optimizer, where.step))
+    return State(own, *empty(own))
+
+
 def make(
     architecture: Architecture, optimizer: optax.GradientTransformation, schedule: optax.Schedule, compute: Compute,
-    mesh: Mesh | None = None, members: int = 1,
-) -> Callable[[State, Batch], tuple[State, Metrics]]:  # fmt: skip
-    """The jitted update. It takes the state over (donation): what was passed in is gone afterwards.
+    mesh: Mesh | None = None, members: int = 1, loss: Loss | None = None,
+) -> Callable[..., tuple[State, Metrics]]:  # fmt: skip
+    """The jitted update(state, batch[, guide]). It takes the state over (donation): what was passed in is gone then.
 
     With several `members`, as many models of one shape are updated by one program (vmap): state, batch and metrics
-    have a leading axis over them.
+    have a leading axis over them. `loss` is the cross-entropy by default; `guide` is what else it takes: a teacher's
+    weights, say, which get no gradient, are not taken over, and may lie on the devices otherwise than the state does.
     """
+    loss = loss or cross_entropy(architecture, compute)
 
-    def update(state: State, batch: Batch) -> tuple[State, Metrics]:
-        loss, gradient, count = loss_and_gradient(state.params, architecture, batch, compute)
+    def update(state: State, batch: Batch, guide: Any = None) -> tuple[State, Metrics]:
+        found, gradient, count = _loss_and_gradient(loss, state.params, batch, guide)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
-        metrics = Metrics(loss, count, optax.tree.norm(gradient), jnp.float32(schedule(state.step)))
+        rate = jnp.float32(schedule(state.step))
+        metrics = Metrics(found[0], count, optax.tree.norm(gradient), rate, found[1])
         return State(optax.apply_updates(state.params, changes), moments, state.step + 1), metrics
 
     where = shardings(architecture, optimizer, mesh)
@@ -108,65 +128,110 @@ def make(
         return jax.jit(update, donate_argnums=0, out_shardings=(where, None))
     if mesh is not None:
         where = jax.tree.map(lambda one: NamedSharding(mesh, PartitionSpec(None, *one.spec)), where)
-    return jax.jit(jax.vmap(update), donate_argnums=0, out_shardings=(where, None))
+    many = jax.vmap(update, in_axes=(0, 0, None))
+    return jax.jit(
+        lambda state, batch, guide=None: many(state, batch, guide), donate_argnums=0, out_shardings=(where, None)
+    )
 
 
 def loss_and_gradient(
     params: Any, architecture: Architecture, batch: Batch, compute: Compute
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """Mean loss over the whole batch, its gradient (float32), and the number of tokens that it is a mean over."""
+    """Mean cross-entropy over the whole batch, its gradient (float32), and the number of tokens it is a mean over."""
+    (loss, _), gradient, count = _loss_and_gradient(cross_entropy(architecture, compute), params, batch, None)
+    return loss, gradient, count
+
+
+def _loss_and_gradient(loss: Loss, params, batch: Batch, guide):
+    """((mean loss, means of the statistics), gradient, count) of the whole batch."""
     total = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
 
     def share(params, part: Batch):
-        mean = _loss(params, architecture, part, compute)
-        return mean.mean * (mean.count / total)
+        mean, statistics = loss(params, part, guide)
+        return mean.mean * (mean.count / total), {name: _sum(one) / total for name, one in statistics.items()}
 
-    value_and_grad = jax.value_and_grad(share)
+    value_and_grad = jax.value_and_grad(share, has_aux=True)
     if batch.tokens.shape[0] == 1:
-        loss, gradient = value_and_grad(params, jax.tree.map(lambda leaf: leaf[0], batch))
-        return loss, gradient, batch.mask.sum()
+        found, gradient = value_and_grad(params, jax.tree.map(lambda leaf: leaf[0], batch))
+        return found, gradient, batch.mask.sum()
 
     def add(so_far, part):
         return jax.tree.map(jnp.add, so_far, value_and_grad(params, part)), None
 
-    zero = jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
-    (loss, gradient), _ = jax.lax.scan(add, zero, batch)
-    return loss, gradient, batch.mask.sum()
+    first = jax.eval_shape(value_and_grad, params, jax.tree.map(lambda leaf: leaf[0], batch))
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
+    (found, gradient), _ = jax.lax.scan(add, zero, batch)
+    return found, gradient, batch.mask.sum()
 
 
-def _loss(params, architecture, part: Batch, compute):
-    hidden = model_lib.forward(
-        params, architecture, part.tokens, positions=part.positions, segments=part.segments, compute=compute
-    )
-    # what follows each token; of the last of a row nothing is learnt, so what rolls in does not matter
-    labels = jnp.roll(part.tokens, -1, axis=-1)
-    return fused.linear_cross_entropy(hidden, model_lib.head(params), labels, part.mask)
+def _sum(mean: Mean) -> jax.Array:
+    return jnp.where(mean.count > 0, mean.mean * mean.count, 0.0)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def _evaluate(params, architecture: Architecture, batch: Batch, compute: Compute):
-    def one(part):
-        mean = _loss(params, architecture, part, compute)
-        return mean.mean * mean.count, mean.count
+def cross_entropy(architecture: Architecture, compute: Compute) -> Loss:
+    """The loss of learning the text itself; it takes no guide."""
 
-    sums, counts = jax.lax.map(one, batch)
-    return sums.sum(), counts.sum()
+    def loss(params, part: Batch, guide=None):
+        hidden = model_lib.forward(
+            params, architecture, part.tokens, positions=part.positions, segments=part.segments, compute=compute
+        )
+        # what follows each token; of the last of a row nothing is learnt, so what rolls in does not matter
+        labels = jnp.roll(part.tokens, -1, axis=-1)
+        return fused.linear_cross_entropy(hidden, model_lib.head(params), labels, part.mask), {}
+
+    return loss
+
+
+def make_evaluate(
+    architecture: Architecture, compute: Compute, loss: Loss | None = None
+) -> Callable[..., dict[str, float]]:
+    """A function of (params, batches[, guide]): the loss, as "loss", and its statistics by name.
+
+    They are means over all tokens of all batches together, padding not counted; summed in float64.
+    """
+    loss = loss or cross_entropy(architecture, compute)
+
+    @jax.jit
+    def one_batch(params, batch: Batch, guide):
+        def one(part):
+            mean, statistics = loss(params, part, guide)
+            return {"loss": mean.mean * mean.count} | {k: _sum(v) for k, v in statistics.items()}, mean.count
+
+        sums, counts = jax.lax.map(one, batch)
+        return jax.tree.map(jnp.sum, sums), counts.sum()
+
+    def run(params: Any, batches: Iterable[Batch], guide: Any = None) -> dict[str, float]:
+        parts = [jax.device_get(one_batch(params, batch, guide)) for batch in batches]
+        count = sum(float(part[1]) for part in parts)
+        return {name: sum(float(part[0][name]) for part in parts) / count for name in parts[0][0]}
+
+    return run
 
 
 def evaluate(params: Any, architecture: Architecture, batches: Iterable[Batch], compute: Compute) -> float:
     """Mean cross-entropy in nats a token over all batches together, padding not counted; summed in float64."""
-    parts = [_evaluate(params, architecture, batch, compute) for batch in batches]
-    sums, counts = (sum(float(part[i]) for part in parts) for i in (0, 1))
-    return sums / counts
+    return evaluator(architecture, compute)(params, batches)["loss"]
+
+
+@functools.cache
+def evaluator(architecture: Architecture, compute: Compute) -> Callable[..., dict[str, float]]:
+    """`make_evaluate` of the cross-entropy, made once: a second training of such a model compiles nothing for it."""
+    return make_evaluate(architecture, compute)
 
 
 def place(batch: Batch, mesh: Mesh | None) -> Batch:
     """The batch on the devices, its rows split over them; each process sends only its own part."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
-    # [part, row, position], or with the members of `make` before them
-    sharding = mesh_lib.sharding((None,) * (batch.tokens.ndim - 2) + ("batch", None), mesh)
-    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, sharding, lambda index: a[index]), batch)
+
+    # [part, row, position, ...], or with the members of `make` before them
+    rows = batch.tokens.ndim - 2
+
+    def one(a):
+        sharding = mesh_lib.sharding((None,) * rows + ("batch",) + (None,) * (a.ndim - rows - 1), mesh)
+        return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
+    return jax.tree.map(one, batch)
 
 
 def stack(batches: Sequence[Batch]) -> Batch:
@@ -174,6 +239,7 @@ def stack(batches: Sequence[Batch]) -> Batch:
     rows = max(batch.tokens.shape[1] for batch in batches)
 
     def one(*arrays):
-        return np.stack([np.pad(array, ((0, 0), (0, rows - array.shape[1]), (0, 0))) for array in arrays])
+        more = [[(0, 0), (0, rows - array.shape[1])] + [(0, 0)] * (array.ndim - 2) for array in arrays]
+        return np.stack([np.pad(array, pad) for array, pad in zip(arrays, more, strict=True)])
 
     return jax.tree.map(one, *batches)

@@ -69,11 +69,12 @@ def of_kind(rows: list[dict], kind: str) -> list[dict]:
 
 
 def group_key(row: dict) -> tuple:
-    """What makes rows one group: arm and tau; a model without a seed stands alone, by its name."""
+    """What makes rows one group: arm and tau; of other arms, a model without a seed stands alone, by its name."""
     arm, tau = row["arm"], row.get("tau")
     if arm == "teacher":
         return arm, 1.0 if tau is None else float(tau), None  # the teacher itself is its tau of 1
-    return arm, None if tau is None else float(tau), None if arm in ORDER else row["name"]
+    alone = arm not in ORDER and row.get("seed") is None
+    return arm, None if tau is None else float(tau), row["name"] if alone else None
 
 
 def label(arm: str, tau: float | None, name: str | None = None) -> str:

@@ -1,12 +1,16 @@
 """Training a model on a corpus: the loop round `step`, with what it leaves in its folder.
 
-    FOLDER/metrics.jsonl    rows of kind "training" and "validation"
+    FOLDER/metrics.jsonl    rows of kind "training" and "validation" (kd_jax.lm.training_log)
     FOLDER/checkpoints/     STEP/weights, STEP/optimizer, STEP/about; model.json and the tokenizer: a STEP is a model
     FOLDER/model/           the checkpoint with the least validation loss, once all is done
     FOLDER/training.json    which one that was and by what rule, and where the time went
 
 Killed at any moment, the same call goes on from the last checkpoint and ends with the same numbers: an update is a
 function of the state and of its own number.
+
+What overlaps: batches are read ahead in threads, updates are queued and their numbers fetched two updates later, and
+checkpoints are written in the background. A rollout (kd_jax.lm.rollouts) needs the parameters of the update before it,
+and the update after it its tokens, so these three wait for one another; the time of each is told apart.
 """
 
 from __future__ import annotations
@@ -16,9 +20,8 @@ import contextlib
 import dataclasses
 import math
 import shutil
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,20 +29,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from kd_jax import mesh as mesh_lib
 from kd_jax import optim, trackers
 from kd_jax.checkpoint import Checkpoints
-from kd_jax.lm import batches, cost, step, weights
+from kd_jax.lm import agreement, batches, cost, distill, step, weights
 from kd_jax.lm.batches import Layout, Sequences, Updates
 from kd_jax.lm.corpus import Corpus
+from kd_jax.lm.distill import Distillation
 from kd_jax.lm.model import Compute, Model
-from kd_jax.run import Clock, RunError, Stop, append_rows, read_json, read_rows, write_json, write_rows
+from kd_jax.lm.rollouts import Rollouts
+from kd_jax.lm.training_log import Log
+from kd_jax.run import Clock, RunError, Stop, read_json, read_rows, write_json, write_rows
 
 RULE = "the least validation loss (nats a token, padding not counted)"
 # Updates whose numbers have not been fetched yet; the device is kept busy, and a bad loss is seen this much later.
 _BEHIND = 2
+# (weights, placed batches) -> the loss, as "loss", and its statistics
+Evaluate = Callable[[Any, Iterable[batches.Batch]], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +116,8 @@ class Member(NamedTuple):
         folder: what it leaves.
         name: for the progress bar.
         tags: fields for every row of its metrics.jsonl.
+        mixed: the corpus that distill.mix takes its share of sequences from.
+        prompts: the corpus whose rows give the prompts of the student's own sequences; by default `corpus`.
     """
 
     corpus: Corpus
@@ -116,11 +125,13 @@ class Member(NamedTuple):
     folder: Path
     name: str = "model"
     tags: dict[str, Any] = {}
+    mixed: Corpus | None = None
+    prompts: Corpus | None = None
 
 
 def train(
     settings: Settings, model: Model, members: Sequence[Member], *, compute: Compute, mesh: Mesh | None = None,
-    stop: Stop | None = None,
+    stop: Stop | None = None, distillation: Distillation | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Trains models of the shape of `model` (its weights are not looked at), all at once, and writes FOLDER/model.
 
@@ -129,13 +140,15 @@ def train(
 
     Args:
         stop: asked between updates; what is there is then saved, and KeyboardInterrupt raised.
+        distillation: the teacher to learn from; without it the text itself is learnt.
     Returns: what is in each member's training.json.
     Raises: ValueError or RunError for a corpus or a folder that cannot be used; FloatingPointError for a loss that is
     not finite, with the batch saved.
     """
     results = [_finished(member) for member in members]
     if None in results:
-        results = _train(settings, model, members, compute, mesh, stop or Stop())
+        _check(model, members, distillation)
+        results = _train(settings, model, members, compute, mesh, stop or Stop(), distillation)
     for member in members:
         _tidy(settings, member.folder)
     return results
@@ -153,27 +166,43 @@ def _finished(member: Member) -> dict[str, Any] | None:
     return result
 
 
-def _train(settings, model, members, compute, mesh, stop) -> list[dict[str, Any]]:
+def _check(model: Model, members: Sequence[Member], distillation: Distillation | None) -> None:
+    if distillation is None:
+        return
+    how, teacher, _ = distillation
+    if (teacher is None) != (how.policy == "offline"):
+        raise ValueError(f"distill.policy={how.policy!r} needs {'no' if teacher else 'a'} teacher")
+    if teacher is not None:
+        agreement.check_teacher(teacher, model)
+    if how.policy == "on_policy" and len(members) > 1:
+        raise ValueError("students that learn from their own sequences are trained alone (config.train.together=1)")
+    if how.mix and any(member.mixed is None for member in members):
+        raise ValueError(f"distill.mix={how.mix} needs a second corpus")
+
+
+def _train(settings, model, members, compute, mesh, stop, distillation) -> list[dict[str, Any]]:
     clock, began = Clock(), time.perf_counter()
     with contextlib.ExitStack() as stack:
         runs = []
         for member in members:
             member.folder.mkdir(parents=True, exist_ok=True)
             with clock("data"):
-                data, validation = _data(settings, member.corpus, member.seed, member.folder, mesh)
+                data, validation, rollouts = _data(settings, model, member, compute, mesh, distillation)
             # of several, one may be a checkpoint ahead of another that was being written
             keep = settings.keep if len(members) == 1 else max(2, settings.keep)
             saved = Checkpoints(member.folder / "checkpoints", keep=keep, best="loss", background=True)
             stack.enter_context(saved)
             if jax.process_index() == 0:
                 weights.save_about(model, member.folder / "checkpoints")
-            runs.append(_Run(settings, model, data, validation, member, saved, compute, mesh, clock))
-        states = _loop(runs, stop)
+            runs.append(_Run(settings, model, data, validation, member, saved, compute, mesh, clock, rollouts))
+        states = _loop(runs, stop, distillation)
         results = [run.choose(state) for run, state in zip(runs, states, strict=True)]
     seconds = {key: round(value / len(members), 3) for key, value in clock.seconds.items()}
     seconds["total"] = round((time.perf_counter() - began) / len(members), 3)
     for member, result in zip(members, results, strict=True):
         result |= {"seconds": seconds, "seed": member.seed, "together": len(members)}
+        if "rollouts" in seconds:
+            result["share_of_rollouts"] = round(seconds["rollouts"] / seconds["total"], 4)
         write_json(member.folder / "training.json", result)
     return results
 
@@ -186,26 +215,57 @@ def _tidy(settings: Settings, folder: Path) -> None:
             shutil.rmtree(folder / name)
 
 
-def _data(settings, corpus, seed, folder, mesh) -> tuple[Updates, list[batches.Batch]]:
-    sequences = Sequences.of(corpus, str(folder / "arrow"))
-    held = settings.num_validation
+def _data(
+    settings: Settings, model: Model, member: Member, compute: Compute, mesh: Mesh | None,
+    distillation: Distillation | None,
+) -> tuple[Updates, list[batches.Batch], Rollouts | None]:  # fmt: skip
+    """What is trained on, what the checkpoint is chosen by, and how the student's own sequences are made."""
+    how = None if distillation is None else distillation.settings
+    train, rest = _sequences(settings, member, how)
+    own = how is not None and how.policy == "on_policy"
+    lengths = [*train.lengths, *rest.lengths]
+    # the same shape for both kinds of sequences
+    longest = int(max([*lengths, *([member.corpus.manifest["settings"]["max_length"]] if own else [])]))
+    layout = Layout(
+        settings.batch_size, longest, settings.row_length and max(settings.row_length, longest), settings.parts,
+        mesh_lib.batch_devices(mesh),
+    )  # fmt: skip
+    # in the order they come; a last batch that is not full is filled up with empty rows
+    validation = []
+    for first in range(0, len(rest), settings.batch_size):
+        rows = np.arange(first, min(first + settings.batch_size, len(rest)))
+        validation.append(batches.arrange(rest.tokens(rows), rest.prompt_lengths[rows], layout, rest.targets(rows)))
+    updates = Updates(train, layout, member.seed, settings.epochs)
+    if not own:
+        return updates, validation, None
+    prompts = train
+    if member.prompts is not None:
+        prompts = _halves(settings, member.prompts, member.folder)[0]
+    about = member.corpus.manifest["settings"]
+    return updates, validation, Rollouts(
+        how, model, layout, member.seed, about["prompt_ids"], prompts, about["max_length"], compute, mesh
+    )  # fmt: skip
+
+
+def _sequences(settings: Settings, member: Member, how: distill.Settings | None) -> tuple[Sequences, Sequences]:
+    """Sequences to train on and to choose the checkpoint by, of both of the member's corpora if there are two."""
+    recorded = how is not None and how.policy == "offline"
+    halves = _halves(settings, member.corpus, member.folder, recorded)
+    if how is None or not how.mix:
+        return halves
+    others = _halves(settings, member.mixed, member.folder, recorded)
+    train, rest = (ours.mixed(theirs, how.mix) for ours, theirs in zip(halves, others, strict=True))
+    return train, rest
+
+
+def _halves(settings: Settings, corpus: Corpus, folder: Path, targets: bool = False) -> tuple[Sequences, Sequences]:
+    sequences, held = Sequences.of(corpus, str(folder / "arrow"), targets), settings.num_validation
     if not held < len(sequences):
         raise ValueError(f"{corpus.folder} has {len(sequences)} rows; {held} of them would be held out for validation")
-    multiple = mesh_lib.batch_devices(mesh)
-    longest = int(sequences.lengths.max())
-    shape = {"max_length": longest, "row_length": settings.row_length and max(settings.row_length, longest)}
-    layout = Layout(settings.batch_size, parts=settings.parts, row_multiple=multiple, **shape)
-    train = Updates(sequences.part(0, len(sequences) - held), layout, seed, settings.epochs)
-    # in the order they come; a last batch that is not full is filled up with empty rows
-    rest = sequences.part(len(sequences) - held, len(sequences))
-    validation = []
-    for first in range(0, held, settings.batch_size):
-        rows = np.arange(first, min(first + settings.batch_size, held))
-        validation.append(batches.arrange(rest.tokens(rows), rest.prompt_lengths[rows], layout))
-    return train, validation
+    return sequences.part(0, len(sequences) - held), sequences.part(len(sequences) - held, len(sequences))
 
 
-def _loop(runs: list[_Run], stop: Stop) -> list[step.State]:
+def _loop(runs: list[_Run], stop: Stop, distillation: Distillation | None) -> list[step.State]:
     """All updates from the newest checkpoint on that every run has; returns the last state of each."""
     one, total, count = runs[0], len(runs[0].data), len(runs)
     if any(len(run.data) != total for run in runs):
@@ -214,25 +274,32 @@ def _loop(runs: list[_Run], stop: Stop) -> list[step.State]:
     with one.clock("checkpoints"):
         first = max(set.intersection(*(set(run.saved.steps()) for run in runs)), default=0)
         state = _stack([run.restore(first, optimizer) for run in runs])
-    update = step.make(one.model.architecture, optimizer, settings.schedule(total), one.compute, one.mesh, count)
+    architecture, compute, loss, guide = one.model.architecture, one.compute, None, None
+    evaluate = step.evaluator(architecture, compute)
+    if distillation is not None:
+        loss, guide = distill.loss(distillation, one.model, compute), distill.guide(distillation)
+        evaluate = step.make_evaluate(architecture, compute, loss)
+    update = step.make(architecture, optimizer, settings.schedule(total), compute, one.mesh, count, loss)
     validate_at = {-(-total * (i + 1) // settings.validations) for i in range(settings.validations)}
     with one.clock("logging"):
-        logs = [_Log(run, first, quiet=run is not one) for run in runs]
+        logs = [run.log(first, total, distillation, quiet=run is not one) for run in runs]
     sources, pending = [run.data.start(first) for run in runs], collections.deque()
     for done in range(first + 1, total + 1):
         with one.clock("data"):
             found = [next(source) for source in sources]
+        found = one.rollout(state, done, found) if one.rollouts is not None else found
+        with one.clock("data"):
             tokens = [run.seen(batch) for run, batch in zip(runs, found, strict=True)]
             batch = found[0] if count == 1 else step.stack(found)
         with one.clock("updates"):
-            state, metrics = update(state, step.place(batch, one.mesh))
-        pending.append((done, tokens, metrics))
+            state, metrics = update(state, step.place(batch, one.mesh), guide)
+        pending.append((done, tokens, found, metrics))
         validate, halt = done in validate_at, stop.asked and done < total
         save = validate or halt or (settings.save_every and done % settings.save_every == 0)
         while pending and (save or len(pending) > _BEHIND):
             _fetch(runs, logs, *pending.popleft())
         if save:
-            _save(runs, logs, state, done, validate)
+            _save(runs, logs, state, done, (lambda params, held: evaluate(params, held, guide)) if validate else None)
         if halt:
             raise KeyboardInterrupt
     for log in logs:
@@ -240,24 +307,26 @@ def _loop(runs: list[_Run], stop: Stop) -> list[step.State]:
     return [_member(state, i, count) for i in range(count)]
 
 
-def _fetch(runs: list[_Run], logs: list[_Log], done: int, tokens: list[int], metrics: step.Metrics) -> None:
+def _fetch(
+    runs: list[_Run], logs: list[Log], done: int, tokens: list[int], found: list[batches.Batch], metrics: step.Metrics
+) -> None:
     """Takes the numbers of an update from the device, waiting for it."""
     with runs[0].clock("updates"):
-        numbers = np.asarray(jax.device_get(metrics), np.float64).reshape(len(metrics), -1)
+        numbers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64).reshape(-1), jax.device_get(metrics))
     for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
-        own = step.Metrics(*numbers[:, i].tolist())
-        run.check(done, own)
+        own = jax.tree.map(lambda leaf, i=i: float(leaf[i]), numbers)
+        run.check(done, own, found[i])
         with run.clock("logging"):
-            log.update(done, tokens[i], own)
+            log.update(done, tokens[i], own, None if run.rollouts is None else run.rollouts.wanted(done - 1))
 
 
-def _save(runs: list[_Run], logs: list[_Log], state: step.State, done: int, validate: bool) -> None:
+def _save(runs: list[_Run], logs: list[Log], state: step.State, done: int, evaluate: Evaluate | None) -> None:
     with runs[0].clock("checkpoints"):
         for run in runs:
             run.saved.wait()  # so that no run is more than one checkpoint ahead of another
     for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
         own = _member(state, i, len(runs))
-        run.save(done, own, run.validate(own, done, log) if validate else None)
+        run.save(done, own, None if evaluate is None else run.validate(own, done, log, evaluate))
 
 
 def _stack(states: list[step.State]) -> step.State:
@@ -281,11 +350,32 @@ class _Run:
     compute: Compute
     mesh: Mesh | None
     clock: Clock
+    rollouts: Rollouts | None = None
     tokens: int = 0
 
     def seen(self, batch: batches.Batch) -> int:
         self.tokens += int(batch.mask.sum())
         return self.tokens
+
+    def log(self, first: int, total: int, distillation: Distillation | None, quiet: bool) -> Log:
+        length = self.data.layout.row_length or self.data.layout.max_length
+        flops = cost.training_flops(self.model.architecture, length)
+        if distillation is not None and distillation.teacher is not None:
+            flops += cost.forward_flops(distillation.teacher.architecture, length)
+        member, settings = self.member, self.settings
+        return Log(
+            member.folder, {"name": member.name, **member.tags}, first, total, settings.log_every, settings.trackers,
+            tokens_at_ceiling=cost.ceiling(self.compute.dtype) / flops, clock=self.clock, quiet=quiet,
+        )  # fmt: skip
+
+    def rollout(self, state: step.State, done: int, found: list[batches.Batch]) -> list[batches.Batch]:
+        """The student's own sequences in place of the corpus', where this update is to have them."""
+        if not self.rollouts.wanted(done - 1):
+            return found
+        with self.clock("updates"):
+            jax.block_until_ready(state.params)  # the last update's time is not that of the rollout
+        with self.clock("rollouts"):
+            return [self.rollouts.batch(state.params, done - 1)]
 
     def restore(self, first: int, optimizer) -> step.State:
         """The state after `first` updates: that of the checkpoint, or a new one."""
@@ -301,25 +391,25 @@ class _Run:
         self.tokens = about["tokens"]
         return step.State(found["weights"], found["optimizer"], jax.device_put(np.int32(first), like.step.sharding))
 
-    def check(self, done: int, metrics: step.Metrics) -> None:
+    def check(self, done: int, metrics: step.Metrics, batch: batches.Batch) -> None:
         """Raises FloatingPointError, with the batch saved, where the numbers of an update are not finite."""
         if not math.isfinite(metrics.loss) or not math.isfinite(metrics.gradient_norm):
             path = self.member.folder / f"batch-{done}.npz"
-            np.savez(path, rows=self.data.rows(done - 1), **self.data[done - 1]._asdict())
+            arrays = batch._asdict() | ({} if batch.targets is None else batch.targets._asdict())
+            np.savez(path, rows=self.data.rows(done - 1), **{k: v for k, v in arrays.items() if k != "targets"})
             raise FloatingPointError(
                 f"update {done} has loss {metrics.loss} and gradient norm {metrics.gradient_norm}; "
                 f"its batch is in {path}"
             )
 
-    def validate(self, state: step.State, done: int, log: _Log) -> float:
+    def validate(self, state: step.State, done: int, log: Log, evaluate: Evaluate) -> float:
         with self.clock("validation"):
-            placed = (step.place(batch, self.mesh) for batch in self.validation)
-            loss = step.evaluate(state.params, self.model.architecture, placed, self.compute)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the validation loss after update {done} is {loss}")
+            found = evaluate(state.params, (step.place(batch, self.mesh) for batch in self.validation))
+        if not math.isfinite(found["loss"]):
+            raise FloatingPointError(f"the validation loss after update {done} is {found['loss']}")
         with self.clock("logging"):
-            log.validation(done, loss)
-        return loss
+            log.validation(done, found)
+        return found["loss"]
 
     def save(self, done: int, state: step.State, loss: float | None) -> None:
         about = {"updates": len(self.data), "seed": self.member.seed, "tokens": self.tokens}
@@ -330,7 +420,8 @@ class _Run:
     def choose(self, state: step.State) -> dict[str, Any]:
         """Writes FOLDER/model: the weights that RULE says."""
         rows = read_rows(self.member.folder / "metrics.jsonl")
-        losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "validation"}
+        validations = {row["step"]: row for row in rows if row["kind"] == "validation"}
+        losses = {number: row["loss"] for number, row in validations.items()}
         with self.clock("checkpoints"):
             self.saved.wait()
             chosen = min(set(losses) & set(self.saved.steps()), key=lambda number: (losses[number], number))
@@ -344,51 +435,5 @@ class _Run:
         return {
             "rule": RULE, "chosen": chosen, "updates": len(self.data),
             "tokens": self.tokens, "validation_loss": losses[chosen],
-            "perplexity": math.exp(losses[chosen]), "fingerprint": weights.fingerprint(params),
+            "perplexity": validations[chosen]["perplexity"], "fingerprint": weights.fingerprint(params),
         }  # fmt: skip
-
-
-class _Log:
-    """Rows of metrics.jsonl, the progress bar, and whatever else the settings ask for."""
-
-    def __init__(self, run: _Run, first: int, quiet: bool):
-        self._run, self._path = run, run.member.folder / "metrics.jsonl"
-        # those beyond the checkpoint come again
-        write_rows(self._path, [row for row in read_rows(self._path) if row["step"] <= first])
-        self._track = trackers.start(run.settings.trackers, run.member.folder)
-        length = run.data.layout.row_length or run.data.layout.max_length
-        self._ceiling_tokens = cost.ceiling(run.compute.dtype) / cost.training_flops(run.model.architecture, length)
-        self._before, self._speed = None, ""  # tokens and time at the row before; the speed that was shown
-        often = 0.1 if sys.stderr.isatty() else 30  # into a log file, a line now and then
-        self._bar = tqdm(
-            total=len(run.data), initial=first, unit="update", desc=run.member.name, mininterval=often,
-            dynamic_ncols=True, disable=quiet,
-        )  # fmt: skip
-
-    def update(self, done: int, tokens: int, metrics: step.Metrics) -> None:
-        self._bar.update(1)
-        if done % self._run.settings.log_every and done != len(self._run.data):
-            return
-        now, speed = time.perf_counter(), None
-        if self._before is not None:
-            speed = (tokens - self._before[0]) / (now - self._before[1])
-        self._before = tokens, now
-        values = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "learning_rate": metrics.learning_rate}
-        # of the first row the time is unknown: it has the compilation in it
-        values |= {"tokens_per_second": speed, "share_of_ceiling": speed and speed / self._ceiling_tokens}
-        self._speed = self._speed if speed is None else f", {speed:.0f} tokens/s"
-        self._bar.set_postfix_str(f"loss {metrics.loss:.3f}{self._speed}", refresh=False)
-        self._row("training", done, values | {"tokens": tokens})
-
-    def validation(self, done: int, loss: float) -> None:
-        self._row("validation", done, {"loss": loss, "perplexity": math.exp(loss)})
-        self._before = None  # the next row's time would have the validation in it
-
-    def _row(self, kind: str, done: int, values: dict[str, Any]) -> None:
-        append_rows(
-            self._path, [{"kind": kind, "name": self._run.member.name, **self._run.member.tags, "step": done, **values}]
-        )
-        self._track(done, {f"{kind}/{name}": value for name, value in values.items() if value is not None})
-
-    def close(self) -> None:
-        self._bar.close()

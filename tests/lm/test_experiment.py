@@ -10,15 +10,19 @@ import sys
 import time
 
 import pytest
+from ml_collections import ConfigDict
 
-from configs import lm_laptop, lm_paper, lm_paper_quick
+from configs import lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
 from kd_jax import stages
+from kd_jax.lm import arms, experiment
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import experiment
 from kd_jax.run import read_rows
 
 # Of rows: what a run measures of itself.
-TIMED = ("tokens_per_second", "share_of_ceiling", "seconds", "starts", "share_of_data_logging_checkpoints")
+TIMED = (
+    "tokens_per_second", "share_of_ceiling", "seconds", "starts", "share_of_data_logging_checkpoints",
+    "share_of_rollouts",
+)  # fmt: skip
 
 
 def folders(config):
@@ -48,6 +52,87 @@ def test_a_changed_setting_redoes_what_depends_on_it():
     assert changed(num_train=64) == {"p_star/train", "teacher"} | students | samples
 
 
+def with_arms(changes=None, **settings):
+    """The smoke config with these arms beside its taus."""
+    config = lm_laptop.get_config("smoke")
+    config.arms = ConfigDict({name: ConfigDict(values) for name, values in settings.items()})
+    config.update_from_flattened_dict(changes or {})
+    return config
+
+
+ARMS = {
+    "sharp": {"policy": "sequence", "sample_temperature": 0.5, "top_p": 0.9},
+    "rkl": {"policy": "online", "divergence": "reverse_kl", "loss_temperature": 2.0},
+    "gkd": {"policy": "on_policy", "data": "mix", "sample_temperature": 0.5, "prompt_length": 2},
+    "stored": {"policy": "offline", "data": "samples", "record_top_k": 8},
+}
+
+
+def test_arms_are_what_the_config_says():
+    found = {arm.name: arm for arm in arms.arms(with_arms(**ARMS))}
+    assert list(found) == ["direct", "tau-0.5", "tau-1", "gkd", "rkl", "sharp", "stored"]
+    assert {name: arm.texts for name, arm in found.items()} == {
+        "direct": ("p_star/train",), "tau-0.5": ("samples/tau-0.5",), "tau-1": ("samples/tau-1",),
+        "gkd": ("p_star/train", "samples/tau-0.5"), "rkl": ("p_star/train",),
+        "sharp": ("samples/tau-0.5-top_p-0.9",), "stored": ("samples/tau-1",),
+    }  # fmt: skip
+    assert found["stored"].corpora == ("top_k-8/samples/tau-1",)
+    assert {name: arm.tau for name, arm in found.items() if name in ARMS} == {
+        "gkd": 0.5, "rkl": None, "sharp": 0.5, "stored": 1.0,
+    }  # fmt: skip
+    settings = found["gkd"].settings
+    assert (settings.mix, settings.prompt_length, settings.on_policy_fraction) == (0.5, 2, 0.5)
+    assert found["rkl"].settings.divergence == "reverse_kl" and found["sharp"].settings is None
+
+
+def test_a_policy_alone_is_an_arm_of_its_name():
+    config = lm_laptop.get_config("smoke")
+    config.distill.policy = "online"
+    assert [arm.name for arm in arms.arms(config)] == ["direct", "tau-0.5", "tau-1", "online"]
+
+
+def test_a_changed_knob_redoes_its_arm():
+    before = stages.folders("w", experiment.plan(with_arms(**ARMS), "p*"))
+
+    def changed(changes):
+        after = stages.folders("w", experiment.plan(with_arms(changes, **ARMS), "p*"))
+        return {name for name in after if after[name] != before.get(name)}
+
+    def seeds(*names):
+        return {f"{name}/seed-{seed}" for name in names for seed in (0, 1)}
+
+    assert folders(lm_laptop.get_config("smoke")).items() <= before.items()
+    assert changed({"arms.rkl.loss_temperature": 3.0}) == seeds("rkl")
+    assert changed({"distill.hard_weight": 0.5}) == seeds("rkl", "gkd", "stored")
+    assert changed({"distill.on_policy_fraction": 0.9}) == seeds("gkd")
+    assert changed({"distill.tail": "renormalise"}) == seeds("stored")
+    assert changed({"arms.stored.record_top_k": 9}) == {"top_k-9/samples/tau-1"} | seeds("stored")
+    assert changed({"arms.sharp.top_p": 0.8}) == {"samples/tau-0.5-top_p-0.8"} | seeds("sharp")
+    assert changed({"distill.rollout_batch_size": 3, "distill.teacher_mesh.data": 1}) == set()
+
+
+@pytest.mark.parametrize("arm, changes, message", [
+    ("teacher", {"policy": "online"}, "'teacher' cannot name an arm"),
+    ("tau-1", {"policy": "online"}, "'tau-1' cannot name an arm"),
+    ("a", {"policy": "onlin"}, "config.arms.a.policy='onlin'"),
+    ("a", {"policy": "online", "lambda": 0.5}, "config.arms.a.lambda is not a setting"),
+    ("a", {"policy": "online", "divergence": "kl"}, "config.arms.a.divergence='kl'"),
+    ("a", {"policy": "online", "data": "both"}, "config.arms.a.data='both'"),
+    ("a", {"policy": "sequence", "sample_temperature": 0.0}, "config.arms.a.sample_temperature=0.0"),
+    ("a", {"policy": "sequence", "top_p": 0.0}, "config.arms.a.top_p=0.0"),
+    ("a", {"policy": "offline", "record_top_k": 0}, "config.arms.a.record_top_k=0"),
+    ("a", {"policy": "on_policy", "prompt_length": 16}, "a: prompt_length=16 leaves no room"),
+])  # fmt: skip
+def test_faults_of_arms(arm, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        experiment.validate(with_arms(**{arm: changes}))
+
+
+def test_rollouts_are_of_students_alone():
+    with pytest.raises(ValueError, match="config.train.together=2: gkd"):
+        experiment.validate(with_arms({"train.together": 2}, **ARMS))
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"taus": ()}, "config.taus"),
     ({"taus": (1.0, 1.0)}, "none twice"),
@@ -68,7 +153,7 @@ def test_faults_before_any_work(changes, message):
         experiment.validate(config)
 
 
-@pytest.mark.parametrize("module", [lm_laptop, lm_paper, lm_paper_quick])
+@pytest.mark.parametrize("module", [lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick])
 def test_configs_are_valid(module):
     experiment.validate(module.get_config())
 
@@ -80,8 +165,8 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "w").exists()
 
 
-def command(workdir):
-    return [sys.executable, "-m", "kd_jax.train", "--config", "configs/lm_laptop.py:smoke", "--workdir", str(workdir)]
+def command(workdir, config="configs/lm_laptop.py:smoke"):
+    return [sys.executable, "-m", "kd_jax.train", "--config", config, "--workdir", str(workdir)]
 
 
 def numbers(workdir):
@@ -91,9 +176,11 @@ def numbers(workdir):
     return [row for row in rows if row.get("name") != "evaluation"], (workdir / "samples.jsonl").read_text()
 
 
-def kill_in(workdir, words):
+def kill_in(workdir, words, *config):
     """Starts the run and kills it a moment after it has said `words`."""
-    with subprocess.Popen(command(workdir), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(
+        command(workdir, *config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
         said = ""
         while words not in said and (character := process.stdout.read(1)):
             said += character
@@ -162,3 +249,27 @@ def test_data_in_place_of_p_star(tmp_path):
         for tokens in corpus_lib.open(folder / "corpus").rows().tokens
     }
     assert len(ids) == 96 + 16 + 16  # the two share no document
+
+
+LOGITS = "configs/lm_logits_laptop.py:smoke"
+
+
+@pytest.mark.slow
+def test_every_policy_from_config_to_report_and_after_kills(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = subprocess.run(command(straight, LOGITS), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in ("top_k-16/p_star/train: ", "offline/seed-0: ", "on_policy/seed-1: ", "online/seed-0: precision"):
+        kill_in(killed, words, LOGITS)
+    done = subprocess.run(command(killed, LOGITS), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(killed) == numbers(straight)
+    rows = [row for row in read_rows(straight / "metrics.jsonl") if row["kind"] == "evaluation"]
+    named = {row["name"]: row for row in rows}
+    names = {f"{arm}/seed-{seed}" for arm in ("direct", "online", "on_policy", "offline") for seed in (0, 1)}
+    assert set(named) == names | {"teacher/tau-1"}
+    for name in names:
+        assert named[name]["teacher_entropy"] > 0 and ("distill" in named[name]) == (not name.startswith("direct"))
+        assert named[name]["precision"] < 0 and named[name]["recall"] < 0
+    page = (straight / "report.html").read_text()
+    assert page.count("on_policy") and (straight / "figures" / "frontier.png").stat().st_size > 0

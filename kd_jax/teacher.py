@@ -1,0 +1,72 @@
+"""Records a teacher with a corpus: its K likeliest next tokens at each position, and the probability of all others.
+
+    python -m kd_jax.teacher --corpus FOLDER --model SOURCE --top_k 64 --out FOLDER
+
+What is written is the corpus once more with three further columns (kd_jax.lm.shards.TOP_K): at most 4 bytes for each
+recorded token on disk. A student learns from it without the teacher (config.distill.policy "offline"). The same command
+goes on with a run that was stopped.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, of which the first word is the program's name, and returns the exit code."""
+    argv = list(sys.argv if argv is None else argv)
+    args = _parser().parse_args(argv[1:])
+    from kd_jax.run import RunError
+
+    try:
+        return _record(args, argv)
+    except (ValueError, OSError, RunError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m kd_jax.teacher", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--corpus", metavar="FOLDER", required=True, help="the corpus to score: as kd_jax.sample makes it")
+    add("--model", metavar="SOURCE", required=True, help="the teacher: anything that kd_jax.lm.weights.load takes")
+    add("--top_k", type=int, metavar="K", default=64, help="how many ids are recorded at each position (64)")
+    add("--out", metavar="FOLDER", required=True, help="folder of the corpus with the teacher in it")
+    add("--log_prob_format", choices=("uint16", "float32"), default="uint16", help="rounded, or exact (uint16)")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the teacher (float32)")
+    return parser
+
+
+def _record(args: argparse.Namespace, argv: list[str]) -> int:
+    from kd_jax import cache
+    from kd_jax.lm import corpus, top_k, weights
+    from kd_jax.lm.model import Compute
+
+    source = corpus.open(args.corpus)
+    cache.enable_compilation_cache()
+    model = weights.load(args.model, dtype=args.dtype)
+    path = Path(args.model).expanduser()
+    about = top_k.settings(
+        model, str(path.absolute()) if path.exists() else args.model, args.top_k, args.log_prob_format, args.dtype,
+        corpus.fingerprint(source),
+    )  # fmt: skip
+    command = shlex.join(["python", "-m", "kd_jax.teacher", *argv[1:]])
+    held = top_k.score_corpus(
+        source, args.out, model, about, command=command, label="teacher", compute=Compute(dtype=args.dtype)
+    )
+    size, entries = sum(shard["bytes"] for shard in held.manifest["shards"]), top_k.num_entries(held)
+    before = sum(shard["bytes"] for shard in source.manifest["shards"])
+    print(f"{held.num_rows} rows, {entries} recorded tokens of {(size - before) / entries:.2f} bytes, tails included")
+    print(f"corpus: {held.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
