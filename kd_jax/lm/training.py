@@ -30,11 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax import mesh as mesh_lib
 from kd_jax import optim, trackers
 from kd_jax.checkpoint import Checkpoints
-from kd_jax.lm import agreement, batches, cost, distill, step, weights
-from kd_jax.lm.batches import Layout, Sequences, Updates
+from kd_jax.lm import agreement, batches, cost, distill, step, training_data, weights
+from kd_jax.lm.batches import Updates
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.distill import Distillation
 from kd_jax.lm.model import Compute, Model
@@ -187,14 +186,14 @@ def _train(settings, model, members, compute, mesh, stop, distillation) -> list[
         for member in members:
             member.folder.mkdir(parents=True, exist_ok=True)
             with clock("data"):
-                data, validation, rollouts = _data(settings, model, member, compute, mesh, distillation)
+                data = training_data.prepare(settings, model, member, compute, mesh, distillation)
             # of several, one may be a checkpoint ahead of another that was being written
             keep = settings.keep if len(members) == 1 else max(2, settings.keep)
             saved = Checkpoints(member.folder / "checkpoints", keep=keep, best="loss", background=True)
             stack.enter_context(saved)
             if jax.process_index() == 0:
                 weights.save_about(model, member.folder / "checkpoints")
-            runs.append(_Run(settings, model, data, validation, member, saved, compute, mesh, clock, rollouts))
+            runs.append(_Run(settings, model, *data, member, saved, compute, mesh, clock))
         states = _loop(runs, stop, distillation)
         results = [run.choose(state) for run, state in zip(runs, states, strict=True)]
     seconds = {key: round(value / len(members), 3) for key, value in clock.seconds.items()}
@@ -213,56 +212,6 @@ def _tidy(settings: Settings, folder: Path) -> None:
     for name in unwanted if jax.process_index() == 0 else ():
         if (folder / name).exists():
             shutil.rmtree(folder / name)
-
-
-def _data(
-    settings: Settings, model: Model, member: Member, compute: Compute, mesh: Mesh | None,
-    distillation: Distillation | None,
-) -> tuple[Updates, list[batches.Batch], Rollouts | None]:  # fmt: skip
-    """What is trained on, what the checkpoint is chosen by, and how the student's own sequences are made."""
-    how = None if distillation is None else distillation.settings
-    train, rest = _sequences(settings, member, how)
-    own = how is not None and how.policy == "on_policy"
-    lengths = [*train.lengths, *rest.lengths]
-    # the same shape for both kinds of sequences
-    longest = int(max([*lengths, *([member.corpus.manifest["settings"]["max_length"]] if own else [])]))
-    layout = Layout(
-        settings.batch_size, longest, settings.row_length and max(settings.row_length, longest), settings.parts,
-        mesh_lib.batch_devices(mesh),
-    )  # fmt: skip
-    # in the order they come; a last batch that is not full is filled up with empty rows
-    validation = []
-    for first in range(0, len(rest), settings.batch_size):
-        rows = np.arange(first, min(first + settings.batch_size, len(rest)))
-        validation.append(batches.arrange(rest.tokens(rows), rest.prompt_lengths[rows], layout, rest.targets(rows)))
-    updates = Updates(train, layout, member.seed, settings.epochs)
-    if not own:
-        return updates, validation, None
-    prompts = train
-    if member.prompts is not None:
-        prompts = _halves(settings, member.prompts, member.folder)[0]
-    about = member.corpus.manifest["settings"]
-    return updates, validation, Rollouts(
-        how, model, layout, member.seed, about["prompt_ids"], prompts, about["max_length"], compute, mesh
-    )  # fmt: skip
-
-
-def _sequences(settings: Settings, member: Member, how: distill.Settings | None) -> tuple[Sequences, Sequences]:
-    """Sequences to train on and to choose the checkpoint by, of both of the member's corpora if there are two."""
-    recorded = how is not None and how.policy == "offline"
-    halves = _halves(settings, member.corpus, member.folder, recorded)
-    if how is None or not how.mix:
-        return halves
-    others = _halves(settings, member.mixed, member.folder, recorded)
-    train, rest = (ours.mixed(theirs, how.mix) for ours, theirs in zip(halves, others, strict=True))
-    return train, rest
-
-
-def _halves(settings: Settings, corpus: Corpus, folder: Path, targets: bool = False) -> tuple[Sequences, Sequences]:
-    sequences, held = Sequences.of(corpus, str(folder / "arrow"), targets), settings.num_validation
-    if not held < len(sequences):
-        raise ValueError(f"{corpus.folder} has {len(sequences)} rows; {held} of them would be held out for validation")
-    return sequences.part(0, len(sequences) - held), sequences.part(len(sequences) - held, len(sequences))
 
 
 def _loop(runs: list[_Run], stop: Stop, distillation: Distillation | None) -> list[step.State]:
@@ -345,12 +294,12 @@ class _Run:
     model: Model
     data: Updates
     validation: list[batches.Batch]
+    rollouts: Rollouts | None
     member: Member
     saved: Checkpoints
     compute: Compute
     mesh: Mesh | None
     clock: Clock
-    rollouts: Rollouts | None = None
     tokens: int = 0
 
     def seen(self, batch: batches.Batch) -> int:

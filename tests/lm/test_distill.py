@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,24 @@ def test_a_student_that_starts_as_the_teacher_leaves_it_alone():
     assert weights.fingerprint(teacher.params) == before == weights.fingerprint(guide.teacher)
     assert weights.fingerprint(state.params) != before
     assert abs(divergences[0]) < 1e-6 < divergences[2]
+
+
+def test_ids_beyond_the_tokenizers_have_no_part_in_it():
+    # vocabularies that are padded to other sizes, with the padding's logits the largest
+    real, part = types.SimpleNamespace(vocab_size=300), jax.tree.map(lambda leaf: leaf[0], batch())
+    part = part._replace(tokens=part.tokens % 300)
+    models, losses = [], []
+    for sizes in ((320, 330), (300, 300)):
+        for architecture, size, seed in zip((TINY, WIDE), sizes, (0, 1), strict=True):
+            found = model(dataclasses.replace(architecture, vocab_size=330), seed, scale=3.0)
+            embedding = found.params["embedding"].at[300:].mul(20.0)[:size]
+            smaller = dataclasses.replace(architecture, vocab_size=size)
+            models.append(Model(smaller, found.params | {"embedding": embedding}, tokenizer=real))
+        student, teacher = models[-2:]
+        distillation = Distillation(Settings("online"), teacher)
+        loss, guide = distill.loss(distillation, student, COMPUTE), distill.guide(distillation)
+        losses.append(float(loss(student.params, part, guide)[0].mean))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_other_numbers_are_no_other_program(student, teacher):

@@ -195,6 +195,19 @@ def test_rollouts_of_other_parameters_compile_nothing(corpora, tmp_path):
     assert not compiled and batch.mask.any()
 
 
+def test_students_together_have_the_numbers_they_have_alone(corpora, tmp_path):
+    distillation = Distillation(Settings("online", divergence="reverse_kl"), tiny(9))
+    chosen = list(zip(corpora[0], (5, 6), strict=True))
+
+    def run(name, pairs):
+        members = [Member(held, seed, tmp_path / name / str(seed)) for held, seed in pairs]
+        training.train(settings(epochs=1, row_length=32), STUDENT, members, compute=COMPUTE, distillation=distillation)
+        return [[row["loss"] for row in numbers(tmp_path / name / str(seed))] for _, seed in pairs]
+
+    alone = [run("alone", [pair])[0] for pair in chosen]
+    np.testing.assert_allclose(run("together", chosen), alone, rtol=1e-4)
+
+
 @pytest.mark.parametrize("change, message", [
     ({"tokenizer": types.SimpleNamespace(vocab_size=300, fingerprint="a" * 64)}, "300 ids and the student 320"),
     ({"tokenizer": types.SimpleNamespace(vocab_size=VOCAB, fingerprint="b" * 64)}, "another tokenizer"),
