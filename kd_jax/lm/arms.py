@@ -148,7 +148,8 @@ def _arm(config, name: str, changes: dict[str, Any], label: str) -> Arm:
         except ValueError as error:
             raise ValueError(str(error).replace("distill.", f"{label}.", 1)) from error
     knobs = {"policy": policy} | knobs
-    knobs |= {} if recording is None else recording._asdict()
+    names = () if recording is None else ("record_top_k", "log_prob_format", "teacher_dtype")
+    knobs |= {key: values[key] for key in names}
     return Arm(name, name, policy, samples, data != "samples", recording, settings, knobs)
 
 

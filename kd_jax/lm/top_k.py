@@ -36,10 +36,8 @@ _BATCH_TOKENS = 4096
 
 
 def encode(log_probs: np.ndarray) -> np.ndarray:
-    """uint16 codes of log-probabilities; what is above 0 by rounding counts as 0. NaN is refused (ValueError)."""
+    """uint16 codes of log-probabilities; what is above 0 by rounding counts as 0."""
     values = np.asarray(log_probs, np.float64)
-    if np.isnan(values).any():
-        raise ValueError("the teacher gives NaN; are all of its weights finite?")
     codes = np.rint(_LAST * np.sqrt(np.clip(-values / _RANGE, 0, 1)))
     return np.where(values == -np.inf, _NEVER, codes).astype(np.uint16)
 
@@ -95,6 +93,8 @@ def recorder(
     def columns(row: dict[str, Any], found: teacher_lib.TopK, i: int) -> dict[str, Any]:
         # position j predicts token j + 1
         learnt = slice(max(1, row["prompt_length"]) - 1, row["length"] - 1)
+        if np.isnan(found.log_probs[i, learnt]).any():
+            raise ValueError(f"the teacher gives NaN for row {row['index']}; are all of its weights finite?")
         values = found.ids[i, learnt].astype(id_type), keep(found.log_probs[i, learnt]), keep(found.tail[i, learnt])
         return row | dict(zip(shards.TOP_K, values, strict=True))
 
