@@ -44,7 +44,7 @@ def ours(folder: str, rows: int, length: int) -> dict:
     optimizer = optim.adamw(schedule)
     distillation = distill.Distillation(distill.Settings("online"), teacher)
     compute = Compute()
-    loss, guide = distill.loss(distillation, student, compute), distill.guide(distillation)
+    loss, guide = distill.loss(distillation, student, compute, packed=False), distill.guide(distillation)
     update = step.make(student.architecture, optimizer, schedule, compute, loss=loss)
     state = step.from_params(student.params, student.architecture, optimizer)
     layout = batches.Layout(rows, max_length=length)

@@ -109,15 +109,17 @@ def guide(distillation: Distillation) -> Guide:
     return Guide(None if teacher is None else teacher.params, *numbers)
 
 
-def loss(distillation: Distillation, student: Model, compute: Compute) -> Loss:
+def loss(distillation: Distillation, student: Model, compute: Compute, *, packed: bool = True) -> Loss:
     """The loss of a part of a batch: (1 - hard_weight) T^2 divergence + hard_weight cross-entropy.
 
     Its statistics are those of kd_jax.fused: divergence, cross-entropy, both models' entropies (nats a token) and how
-    often their likeliest tokens agree.
+    often their likeliest tokens agree. `packed` says that a row may hold several sequences; attention is quicker where
+    none does.
     """
     run = _from_records if distillation.settings.policy == "offline" else _from_teacher
 
     def function(params: Any, part: Batch, guide: Guide) -> tuple[Mean, dict[str, Mean]]:
+        part = part if packed else part._replace(segments=None)
         hidden = _hidden(params, student.architecture, part, compute)
         # what follows each token; of the last of a row nothing is learnt, so what rolls in does not matter
         labels = jnp.roll(part.tokens, -1, axis=-1)

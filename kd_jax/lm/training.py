@@ -226,7 +226,8 @@ def _loop(runs: list[_Run], stop: Stop, distillation: Distillation | None) -> li
     architecture, compute, loss, guide = one.model.architecture, one.compute, None, None
     evaluate = step.evaluator(architecture, compute)
     if distillation is not None:
-        loss, guide = distill.loss(distillation, one.model, compute), distill.guide(distillation)
+        guide = distill.guide(distillation)
+        loss = distill.loss(distillation, one.model, compute, packed=settings.row_length > 0)
         evaluate = step.make_evaluate(architecture, compute, loss)
     update = step.make(architecture, optimizer, settings.schedule(total), compute, one.mesh, count, loss)
     validate_at = {-(-total * (i + 1) // settings.validations) for i in range(settings.validations)}

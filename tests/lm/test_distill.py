@@ -83,7 +83,8 @@ def definition(params, teacher, temperature, hard_weight, reverse):
 def test_loss_gradients_and_statistics_are_the_definition(student, teacher, how, layout):
     settings = Settings("online", **how)
     distillation = Distillation(settings, teacher)
-    loss, guide = distill.loss(distillation, student, COMPUTE), distill.guide(distillation)
+    packed = "row_length" in layout
+    loss, guide = distill.loss(distillation, student, COMPUTE, packed=packed), distill.guide(distillation)
     (found, statistics), gradient, count = jax.jit(
         lambda params, batch, guide: step._loss_and_gradient(loss, params, batch, guide)
     )(student.params, batch(**layout), guide)

@@ -131,8 +131,12 @@ def test_rollouts_are_of_the_parameters_of_their_update(corpora, tmp_path, monke
     assert [fingerprint for fingerprint, _ in seen[1:]] == saved
 
 
-def rollouts(corpora, tmp_path, seed=5, **how):
-    prompts = Sequences.of(corpora[0][0], str(tmp_path / "arrow"))
+@pytest.fixture(scope="module")
+def prompts(corpora, tmp_path_factory):
+    return Sequences.of(corpora[0][0], str(tmp_path_factory.mktemp("arrow")))
+
+
+def rollouts(prompts, seed=5, **how):
     return Rollouts(Settings("on_policy", **how), STUDENT, Layout(8, max_length=16), seed, [1], prompts, 16, COMPUTE)
 
 
@@ -143,14 +147,14 @@ def often_ending():
 
 
 @pytest.mark.parametrize("length", [0, 3])
-def test_what_follows_an_end_is_not_learnt(corpora, tmp_path, length):
-    made = rollouts(corpora, tmp_path, prompt_length=length, rollout_batch_size=3)
+def test_what_follows_an_end_is_not_learnt(prompts, length):
+    made = rollouts(prompts, prompt_length=length, rollout_batch_size=3)
     ended = 0
     for update in range(3):
-        batch, prompts = made.batch(often_ending(), update), made.prompts_of(update)
+        batch, begins = made.batch(often_ending(), update), made.prompts_of(update)
         assert batch.tokens.shape == (1, 8, 16)
         for i in range(8):
-            prompt = prompts[i % len(prompts)]
+            prompt = begins[i % len(begins)]
             tokens, mask = batch.tokens[0, i], batch.mask[0, i]
             assert tokens[: len(prompt)].tolist() == prompt
             ends = np.flatnonzero(tokens[len(prompt) :] == 2)
@@ -162,26 +166,26 @@ def test_what_follows_an_end_is_not_learnt(corpora, tmp_path, length):
     assert ended > 3
 
 
-def test_prompts_are_beginnings_of_rows(corpora, tmp_path):
-    made = rollouts(corpora, tmp_path, prompt_length=3)
+def test_prompts_are_beginnings_of_rows(prompts):
+    made = rollouts(prompts, prompt_length=3)
     beginnings = {tuple(ids[:3]) for ids in made.prompts.tokens(np.arange(40))}
     found = [tuple(prompt) for update in range(4) for prompt in made.prompts_of(update)]
     assert len(found) == 32 and set(found) <= beginnings and len(set(found)) > 16
-    assert made.prompts_of(1) == rollouts(corpora, tmp_path, prompt_length=3).prompts_of(1)
-    assert rollouts(corpora, tmp_path).prompts_of(1) == [[1]]
+    assert made.prompts_of(1) == rollouts(prompts, prompt_length=3).prompts_of(1)
+    assert rollouts(prompts).prompts_of(1) == [[1]]
 
 
-def test_the_share_of_updates_is_lambda(corpora, tmp_path):
+def test_the_share_of_updates_is_lambda(prompts):
     for share in (0.0, 0.3, 1.0):
-        made = rollouts(corpora, tmp_path, on_policy_fraction=share)
-        found = [made.wanted(update) for update in range(2000)]
-        assert abs(np.mean(found) - share) < 4 * np.sqrt(share * (1 - share) / 2000) + 1e-12
-        assert found == [made.wanted(update) for update in range(2000)]
-    assert found != [rollouts(corpora, tmp_path, seed=6, on_policy_fraction=0.3).wanted(u) for u in range(2000)]
+        made = rollouts(prompts, on_policy_fraction=share)
+        found = [made.wanted(update) for update in range(500)]
+        assert abs(np.mean(found) - share) < 4 * np.sqrt(share * (1 - share) / 500) + 1e-12
+        assert found == [made.wanted(update) for update in range(500)]
+    assert found != [rollouts(prompts, seed=6, on_policy_fraction=0.3).wanted(u) for u in range(500)]
 
 
-def test_rollouts_of_other_parameters_compile_nothing(corpora, tmp_path):
-    made, compiled = rollouts(corpora, tmp_path), []
+def test_rollouts_of_other_parameters_compile_nothing(prompts):
+    made, compiled = rollouts(prompts), []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
     )
