@@ -1,4 +1,4 @@
-"""Attention: among the positions of whole rows, and of new queries to a cache.
+"""Attention: among the positions of whole rows, and of new queries to a cache (kd_jax.lm.kv_cache).
 
 Queries are [row, position, head, head_dim]; keys and values have fewer heads, each shared by the same number of
 consecutive query heads. Softmax is float32 whatever the dtype.
@@ -68,6 +68,43 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array) -> ja
     weights, total, _ = _softmax(_hide(_einsum("rqghd,rgdk->rghqk", q, k), mask))
     out = _einsum("rghqk,rgkd->rghqd", weights.astype(v.dtype), v) / total
     return out.transpose(0, 3, 1, 2, 4).astype(q.dtype).reshape(rows, new, heads * width)
+
+
+def paged(
+    q: jax.Array, k: jax.Array, v: jax.Array, owner: jax.Array, visible: jax.Array, table: jax.Array
+) -> jax.Array:
+    """Attention of one new query for each slot to the pages it has -> [slot, heads * width].
+
+    Each page answers its owner's query by itself; then the answers of a slot's pages are put together.
+
+    Args:
+        q: [slot, head, head_dim].
+        k: [page, kv head, head_dim, key].
+        v: [page, kv head, key, head_dim].
+        owner: int [page], the slot of each page; of one that is free anything beyond.
+        visible: bool [page, key].
+        table: int [slot, order], the pages of each slot; the number of pages where there is none.
+    """
+    slots, heads, width = q.shape
+    pages, groups = k.shape[:2]
+    q = (q * width**-0.5).reshape(slots, groups, heads // groups, width)
+    asked = _rows(q, jnp.minimum(owner, slots - 1))
+    scores = _einsum("pgqd,pgdk->pgqk", asked, k.astype(q.dtype))
+    weights, total, top = _softmax(_hide(scores, visible[:, None, None]))
+    out = _einsum("pgqk,pgkd->pgqd", weights.astype(q.dtype), v.astype(q.dtype))
+    there = (table < pages)[:, :, None, None]
+    total, top, out = (_rows(x, jnp.minimum(table, pages - 1)) for x in (total[..., 0], top[..., 0], out))
+    share = jnp.where(there, jnp.exp(top - jnp.where(there, top, -jnp.inf).max(axis=1, keepdims=True)), 0)
+    whole = (share * total).sum(axis=1, keepdims=True)
+    share = share / jnp.where(whole > 0, whole, 1)  # a slot without pages gets zeros, not NaN
+    # A product, not a sum: XLA's CPU code would work that out anew for each tile of the product that comes next.
+    out = _einsum("sogq,sogqd->sgqd", share, out)
+    return out.astype(q.dtype).reshape(slots, heads * width)
+
+
+def _rows(x, index):
+    # indices are in bounds: nothing has to be masked
+    return x.at[index].get(mode="promise_in_bounds")
 
 
 def _blocked(q, k, v, segments, block):

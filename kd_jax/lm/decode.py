@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax import mesh as mesh_lib
+from kd_jax.lm import kv_cache, sampling
 from kd_jax.lm import model as model_lib
-from kd_jax.lm import sampling
-from kd_jax.lm.model import DEFAULT, Architecture, Cache, Compute, Model
+from kd_jax.lm.kv_cache import PAGE, Pages
+from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
 
 # One call of the device program is to take about so long: progress moves, and Ctrl-C answers.
 _SECONDS_PER_CALL = 1.0
@@ -64,7 +65,7 @@ class _Rows(NamedTuple):
 
 
 class _State(NamedTuple):
-    cache: Cache
+    cache: Pages
     slots: _Rows
     active: jax.Array  # bool [slot]
     done: _Rows  # the first num_done rows are filled
@@ -79,6 +80,7 @@ class _Settings(NamedTuple):
 
     prompts: jax.Array  # int32 [prompt, longest]
     prompt_lengths: jax.Array
+    start: jax.Array  # the position where samples start: what is before, of a prompt for all, is in every slot for good
     num_samples: jax.Array
     max_length: jax.Array
     seed: jax.Array
@@ -136,16 +138,13 @@ def stream(
 def _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh) -> Iterator[Samples]:
     if first == num_samples:
         return
-    shared = len(prompts) == 1
     params = model_lib.unstack(model.params)
     state = _start(model, params, prompts, first, batch_size, max_length, compute, mesh)
-    num_steps = 8
+    least, num_steps = state.cache.num_pages, 8
     while True:
         began = time.perf_counter()
-        state = _run(state, params, settings, model.architecture, compute, shared, num_steps)
-        longest = int(jnp.where(state.active, state.slots.length, 0).max())
-        if longest > state.cache.length:
-            state = _lengthen(state, _room(longest, max_length))
+        state = _run(state, params, settings, model.architecture, compute, num_steps)
+        state = _fit(state, settings, least)
         state, part = _collect(state, prompts, max_length)
         if len(part.index):
             yield part
@@ -155,15 +154,18 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         num_steps = int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096))
 
 
-def _room(length: int, max_length: int) -> int:
-    """How many positions the cache gets, so that `length` fit.
+def _fit(state: _State, settings: _Settings, least: int) -> _State:
+    """Makes the pool of pages larger where the next step could find too few, and smaller where many are idle.
 
-    Attention reads the whole cache, so it starts short and grows, by an eighth of the largest at a time: each size is a
-    program of its own.
+    Attention reads all of it. Each size is a program of its own, so there are few, and none is left for the next one.
     """
-    most = -(-max_length // 64) * 64
-    step = max(32, -(-most // 8 // 32) * 32)
-    return min(most, -(-length // step) * step)
+    pages, needed = state.cache, int(_needed(state, settings))
+    _, slots, most = pages.table.shape
+    step = -(-slots * most // 8)
+    enough = max(least, min(-(-needed // step) * step, slots * most))
+    if needed > pages.num_pages or enough < pages.num_pages - 2 * step:
+        state = state._replace(cache=kv_cache.resize(pages, enough))
+    return state
 
 
 def _check(model, prompt, num_samples, max_length, temperature, top_k, top_p, first, batch_size, seed):
@@ -202,6 +204,7 @@ def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p
     return _Settings(
         prompts=jnp.asarray([ids + [0] * (longest - len(ids)) for ids in prompts], jnp.int32),
         prompt_lengths=jnp.asarray([len(ids) for ids in prompts], jnp.int32),
+        start=jnp.int32(longest - 1 if len(prompts) == 1 else 0),
         num_samples=jnp.int32(num_samples), max_length=jnp.int32(max_length), seed=jnp.uint32(seed),
         temperature=jnp.float32(temperature), eos_ids=jnp.asarray(eos, jnp.int32),
         num_tokens=jnp.int32(model.num_tokens),
@@ -211,31 +214,40 @@ def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p
 
 
 def _start(model, params, prompts, first, batch_size, max_length, compute, mesh) -> _State:
-    """Idle slots and an empty pool; with one prompt, its keys and values already lie in every slot."""
+    """Idle slots, and nothing done; with one prompt, its keys and values already lie in every slot."""
     devices = mesh_lib.batch_devices(mesh)
     slots = -(-batch_size // devices) * devices
     # a prompt for all is run through once; of several, each slot runs its own, and starts with nothing
     prompt = np.asarray(prompts[0] if len(prompts) == 1 else prompts[0][:1], np.int32)
     # rows are rounded up so that other lengths find the same program compiled
-    width, length = -(-max_length // 64) * 64, _room(len(prompt), max_length)
-    cache = _prefill(params, prompt, model.architecture, slots, length, compute)
+    width = -(-max_length // PAGE) * PAGE
+    cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
     state = _State(
         cache=cache, slots=_rows(slots, width), active=np.zeros(slots, bool), done=_rows(8 * slots, width),
         num_done=np.int32(0), next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
     )  # fmt: skip
     # Committed to where the parameters are, as what `_run` returns is: otherwise the second call compiles again.
-    where = next(iter(cache.keys[0].devices())) if mesh is None else _shardings(mesh, state)
+    where = next(iter(cache.owner.devices())) if mesh is None else _shardings(mesh, state)
     return jax.device_put(state, where)
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
-def _prefill(params, prompt, architecture: Architecture, slots: int, length: int, compute: Compute) -> Cache:
-    """A cache of `slots` rows that all hold this prompt (but for its last token, which is written again)."""
-    cache = model_lib.empty_cache(architecture, 1, length, jnp.dtype(compute.dtype))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _prefill(
+    params, prompt, architecture: Architecture, groups: int, slots: int, length: int, compute: Compute
+) -> Pages:  # fmt: skip
+    """A pool whose slots all hold this prompt (but for its last token, which is written again)."""
+    kept = _prompt_pages(len(prompt) - 1)
+    cache = model_lib.empty_cache(architecture, 1, kept * PAGE, jnp.dtype(compute.dtype))
     if len(prompt) > 1:
         positions = jnp.arange(len(prompt))[None]
         _, cache = model_lib.extend(params, architecture, cache, prompt[None], positions, compute=compute)
-    return jax.tree.map(lambda row: jnp.broadcast_to(row, (slots, *row.shape[1:])), cache)
+    # a page more for each slot: all begin at once
+    return kv_cache.paged(cache, groups, slots, slots * min(kept + 1, length // PAGE), length)
+
+
+def _prompt_pages(start):
+    """How many pages hold the positions before `start`."""
+    return -(-start // PAGE)
 
 
 def _rows(rows: int, length: int) -> _Rows:
@@ -257,34 +269,38 @@ def _shardings(mesh: Mesh, state: _State) -> _State:
     return everywhere._replace(cache=split(state.cache), slots=split(state.slots), active=split(state.active))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4, 5), donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _run(
-    state: _State, params, settings: _Settings, architecture: Architecture, compute: Compute, shared: bool,
+    state: _State, params, settings: _Settings, architecture: Architecture, compute: Compute,
     num_steps: jax.Array,
 ) -> _State:  # fmt: skip
-    """Up to num_steps steps; fewer where all is done, or a step could find no room in the pool or the cache."""
+    """Up to num_steps steps; fewer where all is done, or where the next could find no room or too few pages."""
     slots, pool = state.active.shape[0], state.done.index.shape[0]
     last = state.steps + num_steps
 
     def goes_on(state: _State):
         left = state.active.any() | (state.next_index < settings.num_samples)
-        longest = jnp.where(state.active, state.slots.length, 0).max()
-        return left & (state.steps < last) & (state.num_done + slots <= pool) & (longest <= state.cache.length)
+        fits = (state.num_done + slots <= pool) & (_needed(state, settings) <= state.cache.num_pages)
+        return left & (state.steps < last) & fits
 
     def step(state: _State) -> _State:
-        state = _refill(state, settings, shared)
+        state = _refill(state, settings)
         state = _advance(state, params, settings, architecture, compute)
         return _retire(state, settings)
 
     return jax.lax.while_loop(goes_on, step, state)
 
 
-@functools.partial(jax.jit, static_argnums=1)  # other shapes: there is nothing to donate
-def _lengthen(state: _State, length: int) -> _State:
-    return state._replace(cache=model_lib.lengthen(state.cache, length))
+@jax.jit
+def _needed(state: _State, settings: _Settings) -> jax.Array:
+    """How many pages a group has in use after the next step, at the most: an idle slot may start and need one."""
+    runs = state.active | (state.next_index < settings.num_samples)
+    positions = jnp.where(state.active, state.slots.length - 1, settings.start)
+    new = kv_cache.missing(state.cache, jnp.where(runs, positions, state.cache.length)).sum(axis=1)
+    return (state.cache.num_pages - kv_cache.free(state.cache) + new).max()
 
 
-def _refill(state: _State, settings: _Settings, shared: bool) -> _State:
+def _refill(state: _State, settings: _Settings) -> _State:
     """Gives idle slots the next samples."""
     wanted = ~state.active
     index = state.next_index + jnp.cumsum(wanted) - 1
@@ -292,7 +308,7 @@ def _refill(state: _State, settings: _Settings, shared: bool) -> _State:
     which = index % settings.prompts.shape[0]
     # A shared prompt's keys are in the slot already, and stay: what a sample writes comes after them. All but its last
     # token is thereby done. With several prompts, a slot runs through its own.
-    length = settings.prompt_lengths[which] if shared else jnp.ones_like(index)
+    length = jnp.full_like(index, settings.start + 1)
     prompt = settings.prompts[which]
     width = state.slots.tokens.shape[1]
     tokens = jnp.pad(prompt, ((0, 0), (0, width - prompt.shape[1])))
@@ -314,10 +330,11 @@ def _advance(state: _State, params, settings: _Settings, architecture: Architect
     """One token for every slot; what idle slots compute is thrown away."""
     slots = state.slots
     rows = jnp.arange(slots.length.shape[0])
-    positions = slots.length - 1  # of the newest token, the input of this step
+    newest = slots.tokens[rows, slots.length - 1]  # the input of this step
+    positions = jnp.where(state.active, slots.length - 1, state.cache.length)  # of an idle slot: none
+    cache = kv_cache.open_pages(state.cache, positions)
     hidden, cache = model_lib.extend(
-        params, architecture, state.cache, slots.tokens[rows, positions][:, None], positions[:, None],
-        compute=compute,
+        params, architecture, cache, newest[:, None], positions[:, None], compute=compute
     )  # fmt: skip
     logits = model_lib.logits(params, hidden[:, 0])
     logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)
@@ -354,12 +371,14 @@ def _uniforms(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Arr
 
 
 def _retire(state: _State, settings: _Settings) -> _State:
-    """Moves samples that are done from their slots to the pool."""
+    """Moves samples that are done from their slots to those that are, and gives their pages back."""
     done = state.active & (state.slots.finished | (state.slots.length >= settings.max_length))
     # a place beyond the pool is dropped
     place = jnp.where(done, state.num_done + jnp.cumsum(done) - 1, state.done.index.shape[0])
     pool = jax.tree.map(lambda pool, slot: pool.at[place].set(slot, mode="drop"), state.done, state.slots)
-    return state._replace(done=pool, active=state.active & ~done, num_done=state.num_done + done.sum(dtype=jnp.int32))
+    cache = kv_cache.release(state.cache, done, _prompt_pages(settings.start))
+    num_done = state.num_done + done.sum(dtype=jnp.int32)
+    return state._replace(cache=cache, done=pool, active=state.active & ~done, num_done=num_done)
 
 
 def _collect(state: _State, prompts: list[list[int]], width: int) -> tuple[_State, Samples]:

@@ -20,7 +20,8 @@ import numpy as np
 from flax import linen as nn
 
 from kd_jax import fused
-from kd_jax.lm import attention
+from kd_jax.lm import attention, kv_cache
+from kd_jax.lm.kv_cache import Cache, Pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,39 +187,10 @@ class Compute:
 DEFAULT = Compute()
 
 
-class Cache(NamedTuple):
-    """Keys and values of the positions a batch of sequences has been through; an array for each layer.
-
-    Keys lie [row, kv head, head_dim, position] and values [row, kv head, position, head_dim]: then one new query's
-    products with both run along the last axis, at the speed of memory. Layers are not stacked, since taking one out of
-    a stack would copy it.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-
-    @property
-    def length(self) -> int:
-        return self.keys[0].shape[-1]
-
-
 def empty_cache(architecture: Architecture, rows: int, length: int, dtype=jnp.float32) -> Cache:
     """A cache of zeros with room for `length` positions in each of `rows` rows."""
-    heads, width = architecture.num_key_value_heads, architecture.head_dim
-    layers = range(architecture.num_hidden_layers)
-    return Cache(
-        tuple(jnp.zeros((rows, heads, width, length), dtype) for _ in layers),
-        tuple(jnp.zeros((rows, heads, length, width), dtype) for _ in layers),
-    )
-
-
-def lengthen(cache: Cache, length: int) -> Cache:
-    """The cache with room for `length` positions; what it has stays."""
-    more = length - cache.length
-    return Cache(
-        tuple(jnp.pad(keys, ((0, 0), (0, 0), (0, 0), (0, more))) for keys in cache.keys),
-        tuple(jnp.pad(values, ((0, 0), (0, 0), (0, more), (0, 0))) for values in cache.values),
-    )
+    a = architecture
+    return kv_cache.empty(a.num_hidden_layers, rows, a.num_key_value_heads, a.head_dim, length, dtype)
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
@@ -261,9 +233,9 @@ def forward(
 
 
 def extend(
-    params: dict[str, Any], architecture: Architecture, cache: Cache, tokens: jax.Array, positions: jax.Array, *,
-    compute: Compute = DEFAULT,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
+    params: dict[str, Any], architecture: Architecture, cache: Cache | Pages, tokens: jax.Array,
+    positions: jax.Array, *, compute: Compute = DEFAULT,
+) -> tuple[jax.Array, Cache | Pages]:  # fmt: skip
     """Runs new tokens of each row against the cache, and writes them into it.
 
     A step of decoding is the case of one token a row, prefill that of many; a long prompt can come in pieces.
@@ -271,23 +243,21 @@ def extend(
     Args:
         params: as they are, or from `unstack`.
         cache: of the rows; positions that were never written are not looked at, as long as each row's positions come
-            in order.
+            in order. Pages take one token a row.
         tokens, positions: [row, new]. A position outside the cache (padding: give it the cache's length) is not
             written and its hidden state means nothing.
     Returns: hidden states [row, new, hidden_size] and the cache, in place if it is donated.
     """
     layers = params["layers"] if isinstance(params["layers"], tuple) else unstack(params)["layers"]
-    rows = jnp.arange(tokens.shape[0])[:, None]
     phases = _phases(positions, architecture)
     x = params["embedding"][tokens].astype(compute.dtype)
     keys, values = list(cache.keys), list(cache.values)
     for i, w in enumerate(layers):
         q, k, v = _project(w, x, phases, architecture, compute)
-        keys[i] = keys[i].at[rows, :, :, positions].set(k.astype(keys[i].dtype), mode="drop")
-        values[i] = values[i].at[rows, :, positions].set(v.astype(values[i].dtype), mode="drop")
-        x = x + _linear(attention.cached(q, keys[i], values[i], positions), w["o"], compute)
+        keys[i], values[i], seen = cache.attend(i, q, k, v, positions)
+        x = x + _linear(seen, w["o"], compute)
         x = _mlp(w, x, architecture, compute)
-    return _norm(x, params["norm"], architecture, compute), Cache(tuple(keys), tuple(values))
+    return _norm(x, params["norm"], architecture, compute), cache._replace(keys=tuple(keys), values=tuple(values))
 
 
 def head(params: dict[str, Any]) -> jax.Array:

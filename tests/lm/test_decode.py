@@ -169,6 +169,7 @@ inner, held = decode._run, []
 def watch(state, *rest):
     state = inner(state, *rest)
     held.append([leaf.sharding.shard_shape(leaf.shape)[0] for leaf in (state.cache.keys[0], state.slots.tokens)])
+    assert state.cache.keys[0].shape[0] * held[-1][1] == state.active.shape[0]
     return state
 
 decode._run = watch
@@ -183,7 +184,7 @@ for sizes, embedding, batch_size, slots in [
     assert params["embedding"].sharding.shard_shape((160, 48)) == embedding
     held.clear()
     samples = here.run(here.small()._replace(params=params), batch_size=batch_size, mesh=mesh)
-    assert held and all(each == [slots, slots] for each in held), held
+    assert held and all(each == [1, slots] for each in held), held  # a group of pages on each
     for name in ("tokens", "lengths", "finished"):
         np.testing.assert_array_equal(getattr(samples, name), one[name], err_msg=str(sizes))
     for name in ("log_probs", "sample_log_probs"):
@@ -274,12 +275,28 @@ def test_prompts_of_several_ids():
     assert_log_probs_of_forward(several)
 
 
-def test_cache_grows_with_the_samples():
+def test_longer_samples_begin_alike():
     longer = run(small(), max_length=40)
     assert (longer.lengths > 34).any()
     for short, long in zip(usual().tokens, longer.tokens, strict=True):
         np.testing.assert_array_equal(short, long[:MAX_LENGTH])
     assert_log_probs_of_forward(longer)
+
+
+def test_pages_come_and_go(monkeypatch):
+    sizes, resize = [], decode.kv_cache.resize
+    monkeypatch.setattr(
+        decode.kv_cache, "resize", lambda pages, n: sizes.append((pages.num_pages, n)) or resize(pages, n)
+    )
+    samples = run(small()._replace(eos_ids=(5,)), num_samples=40, max_length=300)
+    assert samples.finished.mean() > 0.2 and samples.lengths.max() == 300
+    assert any(after > before for before, after in sizes) and any(after < before for before, after in sizes)
+    rows, at = generated_by(samples)
+    logits = jax.jit(lambda params, tokens: model.logits(params, model.forward(params, SMALL, tokens)))
+    expected = log_softmax(np.asarray(logits(small().params, samples.tokens), np.float64))
+    expected = expected[rows, at - 1, samples.tokens[rows, at]]
+    np.testing.assert_allclose(samples.log_probs[rows, at], expected, atol=1e-4)
+    assert_same(run(small()._replace(eos_ids=(5,)), num_samples=40, max_length=300, batch_size=3), samples)
 
 
 def counted(start, stop):

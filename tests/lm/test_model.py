@@ -241,18 +241,6 @@ def test_extend_from_prompts_of_different_lengths(side):
         np.testing.assert_allclose(hidden[:, 0], whole[rows, at], atol=1e-4)
 
 
-def test_lengthen_keeps_what_is_there():
-    random = np.random.RandomState(0)
-    cache = jax.tree.map(lambda x: random.standard_normal(x.shape), model.empty_cache(SMALL, 2, 8))
-    longer = jax.jit(model.lengthen, static_argnums=1)(cache, 14)
-    assert (cache.length, longer.length) == (8, 14)
-    chex.assert_trees_all_equal_shapes(longer, model.empty_cache(SMALL, 2, 14))
-    for before, after in zip(cache.keys, longer.keys, strict=True):
-        np.testing.assert_array_equal(after[..., :8], before.astype(np.float32))
-    for before, after in zip(cache.values, longer.values, strict=True):
-        np.testing.assert_array_equal(after[..., :8, :], before.astype(np.float32))
-
-
 def test_compute_dtype_is_apart_from_that_of_the_weights():
     params, tokens = weights_of(SMALL), tokens_of(SMALL, 20)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
