@@ -1,22 +1,23 @@
 """A student's loss against a teacher from both models' hidden states and heads, in chunks of positions.
 
 The gradient with respect to the student's hidden states and head is worked out in the forward pass, while a chunk's
-logits are there: every divergence is a sum of terms of (log p, log q) (see `losses.py`), so what is needed of it is the
+logits are there: every divergence is a sum of terms of (log p, log q) (see `terms.py`), so what is needed of it is the
 terms' slope in log q, element by element. The teacher and all settings get no gradient.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kd_jax import losses
+from kd_jax import losses, terms
 from kd_jax.chunks import chunk_tokens, cut, dot, join, project
-from kd_jax.losses import Scalar, masked_mean
+from kd_jax.losses import masked_mean
 from kd_jax.metrics import Mean
+from kd_jax.terms import Scalar
 
 
 class Statistics(NamedTuple):
@@ -60,13 +61,12 @@ def linear_distillation(
         an id; and the statistics.
     Raises: ValueError for shapes that do not go together, no tokens at all, or settings out of range.
     """
-    losses.check_hard_weight(labels, hard_weight)
-    temperature, teacher_temperature = losses.checked_temperatures(temperature, teacher_temperature)
-    weights = ((1 - hard_weight) * temperature**2, hard_weight)
-    return _from_hidden(
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, divergence,
-        (temperature, teacher_temperature), parameter, weights, num_tokens, chunk,
-    )  # fmt: skip
+    hard_weight = terms.checked_hard_weight(labels, hard_weight)
+    temperatures = terms.checked_temperatures(temperature, teacher_temperature)
+    soft_weight = (1 - hard_weight) * temperatures[0] ** 2
+    settings = _settings(divergence, temperatures, parameter, soft_weight, hard_weight)
+    tokens = _Tokens(student_hidden, teacher_hidden, labels, mask)
+    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk)
 
 
 def linear_divergence(
@@ -75,11 +75,10 @@ def linear_divergence(
     parameter: Scalar | None = None, num_tokens: int | None = None, chunk: int | None = None,
 ) -> Mean:  # fmt: skip
     """The divergence alone, without a factor of the temperature; otherwise as `linear_distillation`."""
-    temperatures = losses.checked_temperatures(temperature, teacher_temperature)
-    return _from_hidden(
-        student_hidden, student_head, teacher_hidden, teacher_head, None, mask, divergence, temperatures, parameter,
-        (1.0, 0.0), num_tokens, chunk,
-    )[0]  # fmt: skip
+    temperatures = terms.checked_temperatures(temperature, teacher_temperature)
+    settings = _settings(divergence, temperatures, parameter, 1.0, 0.0)
+    tokens = _Tokens(student_hidden, teacher_hidden, None, mask)
+    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk)[0]
 
 
 def linear_top_k_distillation(
@@ -97,16 +96,18 @@ def linear_top_k_distillation(
         tail: "bucket" or "renormalise".
     Entropies in the statistics are those of the K tokens and the bucket, which are no more than the models' own.
     """
-    losses.check_hard_weight(labels, hard_weight)
-    temperatures = losses.checked_temperatures(temperature, teacher_temperature)
-    parameter = losses.checked_parameter(divergence, parameter)
+    hard_weight = terms.checked_hard_weight(labels, hard_weight)
+    temperatures = terms.checked_temperatures(temperature, teacher_temperature)
+    soft_weight = (1 - hard_weight) * temperatures[0] ** 2
+    settings = _settings(divergence, temperatures, parameter, soft_weight, hard_weight)
+    vocab = student_head.shape[0]
+    terms.check_vocabulary(vocab, vocab, num_tokens)
+    tail = losses.checked_tail(tail, teacher_ids.shape[-1], num_tokens or vocab)
+    plan = _Plan(divergence, tail, num_tokens or vocab, chunk or chunk_tokens())
     teacher = losses.top_k_teacher(teacher_log_probs, teacher_tail_log_prob, tail)
-    _check_shapes(student_hidden, mask, labels, ("teacher_ids", teacher_ids), ("teacher_log_probs", teacher))
-    losses.check_vocabulary(student_head.shape[0], student_head.shape[0], num_tokens)
-    plan = _Plan(divergence, tail, num_tokens, chunk or chunk_tokens())
-    weights = ((1 - hard_weight) * temperatures[0] ** 2, hard_weight)
-    scalars = _scalars(temperatures, parameter, weights)
-    return _checked_labels(plan, student_hidden, student_head, None, (teacher_ids, teacher), labels, mask, scalars)
+    tokens = _Tokens(student_hidden, (teacher_ids, teacher), labels, mask)
+    _check_shapes(tokens, teacher_ids=teacher_ids, teacher_log_probs=teacher)
+    return _labelled(plan, tokens, student_head, None, settings)
 
 
 class _Plan(NamedTuple):
@@ -114,142 +115,173 @@ class _Plan(NamedTuple):
 
     divergence: str
     tail: str | None  # None: the teacher is hidden states and a head
-    num_tokens: int | None
+    num_tokens: int
     chunk: int
 
 
-def _from_hidden(
-    student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, divergence, temperatures, parameter,
-    weights, num_tokens, chunk,
-):  # fmt: skip
-    parameter = losses.checked_parameter(divergence, parameter)
-    _check_shapes(student_hidden, mask, labels, ("teacher_hidden", teacher_hidden))
-    sizes = teacher_head.shape[0], student_head.shape[0]
-    losses.check_vocabulary(*sizes, num_tokens)
-    plan = _Plan(divergence, None, num_tokens, chunk or chunk_tokens())
-    scalars = _scalars(temperatures, parameter, weights)
-    teacher = jax.lax.stop_gradient((teacher_head[: min(sizes)], teacher_hidden))
-    student_head = student_head[: min(sizes)]  # which is no copy where nothing is cut
-    return _checked_labels(plan, student_hidden, student_head, teacher[0], teacher[1], labels, mask, scalars)
+class _Settings(NamedTuple):
+    """What may be traced; float32."""
+
+    temperature: jax.Array
+    teacher_temperature: jax.Array
+    parameter: jax.Array
+    soft_weight: jax.Array
+    hard_weight: jax.Array
 
 
-def _scalars(temperatures, parameter, weights):
-    values = (*temperatures, *weights, 0.0 if parameter is None else parameter)
-    return jax.lax.stop_gradient(tuple(jnp.asarray(value, jnp.float32) for value in values))
+class _Tokens(NamedTuple):
+    """What belongs to positions, [..., position, ...]: all of them, or a chunk."""
+
+    hidden: jax.Array
+    teacher: Any  # hidden states, or ids and logits of the outcomes
+    labels: jax.Array | None
+    mask: jax.Array
 
 
-def _check_shapes(student_hidden, mask, labels, *arrays):
-    shape = student_hidden.shape[:-1]
-    shapes = {"mask": mask.shape, **{name: array.shape[:-1] for name, array in arrays}}
-    if labels is not None:
-        shapes["labels"] = labels.shape
-    if 0 in shape or any(other != shape for other in shapes.values()):
-        raise ValueError(f"shapes do not go together: student_hidden {student_hidden.shape}, {shapes}")
+def _settings(divergence, temperatures, parameter, soft_weight, hard_weight) -> _Settings:
+    parameter = terms.checked_parameter(divergence, parameter)
+    values = (*temperatures, 0.0 if parameter is None else parameter, soft_weight, hard_weight)
+    return _Settings(*(jnp.asarray(value, jnp.float32) for value in values))
 
 
-def _checked_labels(plan, hidden, head, teacher_head, teacher, labels, mask, scalars):
-    mask = mask.astype(bool)
-    real = plan.num_tokens or head.shape[0]
+def _from_hidden(tokens: _Tokens, head, teacher_head, divergence, settings, num_tokens, chunk):
+    _check_shapes(tokens, teacher_hidden=tokens.teacher)
+    sizes = teacher_head.shape[0], head.shape[0]
+    terms.check_vocabulary(*sizes, num_tokens)
+    plan = _Plan(divergence, None, num_tokens or min(sizes), chunk or chunk_tokens())
+    # padding beyond the shorter head is cut off here; what both have is masked later, where nothing has to move
+    head, teacher_head = head[: min(sizes)], teacher_head[: min(sizes)]
+    return _labelled(plan, tokens, head, teacher_head, settings)
+
+
+def _check_shapes(tokens: _Tokens, **teacher):
+    shapes = {"mask": tokens.mask.shape, **{name: array.shape[:-1] for name, array in teacher.items()}}
+    if tokens.labels is not None:
+        shapes["labels"] = tokens.labels.shape
+    positions = tokens.hidden.shape[:-1]
+    if 0 in positions or any(shape != positions for shape in shapes.values()):
+        raise ValueError(f"shapes do not go together: student_hidden {tokens.hidden.shape}, {shapes}")
+
+
+def _labelled(plan, tokens: _Tokens, head, teacher_head, settings) -> tuple[Mean, Statistics]:
+    mask = tokens.mask.astype(bool)
+    labels = None if tokens.labels is None else jnp.where(mask, tokens.labels, 0)
+    rest = jax.lax.stop_gradient((teacher_head, tokens.teacher, settings))
+    loss, statistics = _distil(plan, tokens.hidden, head, rest[0], rest[1], labels, mask, rest[2])
     if labels is None:
-        return _distil(plan, hidden, head, teacher_head, (teacher, None, mask), scalars)
-    labels = jnp.where(mask, labels, 0)
-    mean, statistics = _distil(plan, hidden, head, teacher_head, (teacher, labels, mask), scalars)
-    wrong = ((labels < 0) | (labels >= real)).any()
+        return loss, statistics
+    wrong = ((labels < 0) | (labels >= plan.num_tokens)).any()
     # a product, so that the gradient is NaN as well
-    return mean._replace(mean=mean.mean * jnp.where(wrong, jnp.nan, 1.0)), statistics
+    return loss._replace(mean=loss.mean * jnp.where(wrong, jnp.nan, 1.0)), statistics
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _distil(plan, hidden, head, teacher_head, rest, scalars):
-    mask = rest[-1]
-    size, pieces = cut((hidden, *rest), mask.shape, plan.chunk)
-    values = jax.lax.map(lambda piece: _compare(plan, head, teacher_head, scalars, piece)[0], pieces)
-    return _means(plan, values, mask, rest[1] is not None, size)
+def _distil(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
+    size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
+    values = jax.lax.map(lambda piece: _compare(plan, _Tokens(*piece), head, teacher_head, settings)[0], pieces)
+    return _means(values, size, mask)
 
 
-def _means(plan, values, mask, labelled, size):
-    values = jax.tree.map(lambda parts: join(parts, size, mask.ndim - 1), values)
-    loss, statistics = (jax.tree.map(lambda value: masked_mean(value, mask), part) for part in values)
-    if not labelled:
-        statistics = statistics._replace(cross_entropy=masked_mean(jnp.zeros(mask.shape), jnp.zeros_like(mask)))
-    return loss, statistics
-
-
-def _distil_forward(plan, hidden, head, teacher_head, rest, scalars):
-    mask = rest[-1]
+def _distil_forward(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
     count = mask.sum()
     scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
-    size, pieces = cut((hidden, *rest), mask.shape, plan.chunk)
+    size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
 
     def step(head_gradient, piece):
-        values, gradient = _compare(plan, head, teacher_head, scalars, piece, scale)
-        gradient = gradient.astype(hidden.dtype)
+        values, gradient = _compare(plan, _Tokens(*piece), head, teacher_head, settings, scale)
+        gradient, h = gradient.astype(hidden.dtype), _selected(piece[0], piece[-1])
         h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
-        h = jnp.where(piece[-1][..., None], piece[0], 0)
         rows = (gradient.reshape(-1, head.shape[0]), h.reshape(-1, hidden.shape[-1]))
         return head_gradient + dot(*rows, (0, 0)), (values, h_gradient)
 
     head_gradient, (values, h_gradient) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), pieces)
-    out = _means(plan, values, mask, rest[1] is not None, size)
-    return out, (join(h_gradient, size, mask.ndim - 1), head_gradient.astype(head.dtype))
+    gradients = join(h_gradient, size, mask.ndim - 1), head_gradient.astype(head.dtype)
+    return _means(values, size, mask), gradients
 
 
 def _distil_backward(plan, gradients, cotangent):
     scale = cotangent[0].mean
     hidden, head = ((gradient * scale).astype(gradient.dtype) for gradient in gradients)
-    return hidden, head, None, None, None
+    return hidden, head, None, None, None, None, None
 
 
 _distil.defvjp(_distil_forward, _distil_backward)
 
 
-def _compare(plan, head, teacher_head, scalars, piece, scale=None):
-    """Values of a chunk's positions, and with `scale` that times their gradient in the student's logits."""
-    hidden, teacher, labels, mask = piece
-    temperature, teacher_temperature, soft_weight, hard_weight, parameter = scalars
-    keep = mask[..., None]
-    logits = _real(project(jnp.where(keep, hidden, 0), head), plan.num_tokens)
+def _means(values, size, mask):
+    loss, statistics = jax.tree.map(lambda parts: masked_mean(join(parts, size, mask.ndim - 1), mask), values)
+    if statistics.cross_entropy is None:
+        nothing = masked_mean(jnp.zeros(mask.shape), jnp.zeros(mask.shape, bool))
+        statistics = statistics._replace(cross_entropy=nothing)
+    return loss, statistics
+
+
+def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, scale=None):
+    """Of a chunk: loss and statistics [..., position], and with `scale` that times the gradient in the logits."""
+    logits = _real(project(_selected(tokens.hidden, tokens.mask), head), plan)
     if plan.tail is None:
-        teacher_logits = _real(project(jnp.where(keep, teacher, 0), teacher_head), plan.num_tokens)
-        student_logits = logits
+        teacher = _real(project(_selected(tokens.teacher, tokens.mask), teacher_head), plan)
+        soft, statistics, gradient = _soft(plan, settings, teacher, logits)
     else:
-        ids, teacher_logits = teacher
-        ids, teacher_logits = jnp.where(keep, ids, jnp.arange(ids.shape[-1])), jnp.where(keep, teacher_logits, 0)
-        student_logits, pull = jax.vjp(lambda logits: losses.top_k_student(logits, ids, plan.tail), logits)
-    log_p = losses.log_softmax(teacher_logits, teacher_temperature)
-    log_q = losses.log_softmax(student_logits, temperature)
-    terms, slope = jax.jvp(
-        lambda log_q: losses.terms(plan.divergence, log_p, log_q, parameter), (log_q,), (jnp.ones_like(log_q),)
-    )
-    divergence = terms.sum(axis=-1)
-    statistics = Statistics(divergence, divergence, _entropy(log_q), _entropy(log_p), _agree(log_p, log_q))
-    value = soft_weight * divergence
-    log_q1 = None if labels is None else losses.log_softmax(logits)
-    if labels is not None:
-        one_hot = jnp.arange(head.shape[0]) == labels[..., None]
-        hard = -jnp.where(one_hot, log_q1, 0).sum(axis=-1)
-        value = value + hard_weight * hard
-        statistics = statistics._replace(cross_entropy=hard)
+        ids, teacher = tokens.teacher
+        outcomes, pull = jax.vjp(lambda logits: losses.top_k_student(logits, ids, plan.tail), logits)
+        soft, statistics, gradient = _soft(plan, settings, _selected(teacher, tokens.mask), outcomes)
+        (gradient,) = pull(gradient)
+    value = terms.weighted(settings.soft_weight, soft)
+    if tokens.labels is not None:
+        hard, hard_gradient = _hard(logits, tokens.labels)
+        value, statistics = value + terms.weighted(settings.hard_weight, hard), statistics._replace(cross_entropy=hard)
+        gradient = gradient + settings.hard_weight * hard_gradient
     if scale is None:
         return (value, statistics), None
-    slope = (slope - jnp.exp(log_q) * slope.sum(axis=-1, keepdims=True)) * (soft_weight / temperature)
-    gradient = slope if plan.tail is None else pull(slope)[0]
-    if labels is not None:
-        gradient = gradient + hard_weight * (jnp.exp(log_q1) - one_hot)
-    return (value, statistics), jnp.where(keep, gradient * scale, 0)
+    return (value, statistics), _selected(gradient * scale, tokens.mask)
 
 
-def _real(logits, num_tokens):
-    """Logits of ids that are not real taken away; cutting the head instead would move what lies on several devices."""
-    if num_tokens is None or num_tokens == logits.shape[-1]:
+def _selected(array, mask):
+    """0 where the mask leaves a position out, whatever is there."""
+    return jnp.where(mask[..., None], array, 0)
+
+
+def _real(logits, plan):
+    """-inf for ids that are none; to cut the head instead would move what lies on several devices."""
+    if plan.num_tokens == logits.shape[-1]:
         return logits
-    return jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[-1]) < plan.num_tokens, logits, -jnp.inf)
+
+
+def _soft(plan, settings: _Settings, teacher, student):
+    """The divergence, the statistics, and the weighted gradient with respect to the student's logits.
+
+    log q = z / T - log sum exp(z / T), so with w the slope of each term in its log q the gradient is
+    (w - q sum w) / T.
+    """
+    log_p = terms.log_softmax(teacher, settings.teacher_temperature)
+    log_q = terms.log_softmax(student, settings.temperature)
+    values, slope = jax.jvp(
+        lambda log_q: terms.TERMS[plan.divergence](log_p, log_q, settings.parameter),
+        (log_q,), (jnp.ones_like(log_q),),
+    )  # fmt: skip
+    divergence = values.sum(axis=-1)
+    gradient = slope - jnp.exp(log_q) * slope.sum(axis=-1, keepdims=True)
+    gradient = gradient * (settings.soft_weight / settings.temperature)
+    agreement = _agreement(teacher, student)
+    return divergence, Statistics(divergence, None, _entropy(log_q), _entropy(log_p), agreement), gradient
 
 
 def _entropy(log_probs):
-    return -jnp.where(log_probs > -jnp.inf, jnp.exp(log_probs) * log_probs, 0).sum(axis=-1)
+    probs = jnp.exp(log_probs)
+    return -(probs * jnp.where(probs > 0, log_probs, 0)).sum(axis=-1)
 
 
-def _agree(log_p, log_q):
-    top = (log_p == log_p.max(axis=-1, keepdims=True)) & (log_q == log_q.max(axis=-1, keepdims=True))
-    return top.any(axis=-1).astype(jnp.float32)
+def _agreement(teacher, student):
+    """1 where a token that is the teacher's most probable is the student's too, else 0."""
+    best = teacher == teacher.max(axis=-1, keepdims=True)
+    of_those = jnp.where(best, student, -jnp.inf).max(axis=-1)
+    return (of_those == student.max(axis=-1)).astype(jnp.float32)
+
+
+def _hard(logits, labels):
+    """Cross-entropy at temperature 1 and its gradient with respect to the logits."""
+    log_q = terms.log_softmax(logits)
+    one_hot = jnp.arange(logits.shape[-1]) == labels[..., None]
+    return -jnp.where(one_hot, log_q, 0).sum(axis=-1), jnp.exp(log_q) - one_hot

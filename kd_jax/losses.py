@@ -8,24 +8,25 @@ stops the teacher's.
 A token whose logit is -inf has probability 0. Where a divergence is then infinite (in KL(p, q): p > 0 and q = 0), so is
 the value. Logits that are all -inf, or NaN, give NaN.
 
-Every divergence is a sum over the vocabulary of terms of (log p, log q). The terms of the KLs and of the alpha
-divergence have q - p added, which sums to 0 and makes each of them at least 0: so equal distributions have 0, and close
-ones keep their digits, where sums of p (log p - log q) lose them to terms of both signs.
+The formulas are in `terms.py`; here they are given their softmax, their sum, and a signature.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from kd_jax import terms
 from kd_jax.metrics import Mean
+from kd_jax.terms import PARAMETER, Scalar, log_softmax
 
-Scalar = float | jax.Array
+__all__ = [
+    "DIVERGENCES", "PARAMETER", "alpha_divergence", "cross_entropy", "distillation_loss", "divergence", "forward_kl",
+    "jensen_shannon", "masked_mean", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "top_k_divergence",
+    "top_k_student", "top_k_teacher", "total_variation",
+]  # fmt: skip
 
 
 def forward_kl(
@@ -133,26 +134,21 @@ DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
     "alpha_divergence": alpha_divergence,
 }
 
-# The name and default of the parameter of those divergences that have one.
-PARAMETER: dict[str, tuple[str, float]] = {
-    "jensen_shannon": ("beta", 0.5),
-    "skew_forward_kl": ("alpha", 0.1),
-    "skew_reverse_kl": ("alpha", 0.1),
-    "alpha_divergence": ("alpha", 0.5),
-}
-
 
 def divergence(
     name: str, teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, num_tokens: int | None = None, parameter: Scalar | None = None,
 ) -> jax.Array:  # fmt: skip
     """The divergence of that name; `parameter` is its beta or alpha, by default that of its own function."""
-    parameter = checked_parameter(name, parameter)
-    temperature, teacher_temperature = checked_temperatures(temperature, teacher_temperature)
-    teacher_logits, student_logits = cut_vocabulary(teacher_logits, student_logits, num_tokens)
-    log_p = log_softmax(teacher_logits, teacher_temperature)
-    log_q = log_softmax(student_logits, temperature)
-    return terms(name, log_p, log_q, parameter).sum(axis=-1)
+    parameter = terms.checked_parameter(name, parameter)
+    temperature, teacher_temperature = terms.checked_temperatures(temperature, teacher_temperature)
+    terms.check_vocabulary(teacher_logits.shape[-1], student_logits.shape[-1], num_tokens)
+    log_p = log_softmax(teacher_logits[..., :num_tokens], teacher_temperature)
+    log_q = log_softmax(student_logits[..., :num_tokens], temperature)
+    return terms.TERMS[name](log_p, log_q, parameter).sum(axis=-1)
+
+
+_divergence = divergence  # for functions with an argument of that name
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -180,23 +176,23 @@ def distillation_loss(
         divergence: a name in `DIVERGENCES`; `parameter` is its beta or alpha.
         temperature, teacher_temperature, num_tokens: as in `forward_kl`.
     """
-    check_hard_weight(labels, hard_weight)
+    hard_weight = terms.checked_hard_weight(labels, hard_weight)
+    shapes = [teacher_logits.shape[:-1], student_logits.shape[:-1], mask.shape]
+    shapes += [] if labels is None else [labels.shape]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"positions of teacher, student, mask and labels do not go together: {shapes}")
     mask = mask.astype(bool)
-    teacher_logits, student_logits = cut_vocabulary(teacher_logits, student_logits, num_tokens)
     teacher_logits = jax.lax.stop_gradient(jnp.where(mask[..., None], teacher_logits, 0))
     student_logits = jnp.where(mask[..., None], student_logits, 0)
-    soft = _DIVERGENCE(
+    soft = _divergence(
         divergence, teacher_logits, student_logits, temperature=temperature,
-        teacher_temperature=teacher_temperature, parameter=parameter,
+        teacher_temperature=teacher_temperature, num_tokens=num_tokens, parameter=parameter,
     )  # fmt: skip
-    values = soft * temperature**2
+    values = terms.weighted((1 - hard_weight) * temperature**2, soft)
     if labels is not None:
-        hard = cross_entropy(student_logits, jnp.where(mask, labels, 0))
-        values = (1 - hard_weight) * values + hard_weight * hard
+        hard = cross_entropy(student_logits[..., :num_tokens], jnp.where(mask, labels, 0))
+        values = values + terms.weighted(hard_weight, hard)
     return masked_mean(values, mask)
-
-
-_DIVERGENCE = divergence  # an argument of `distillation_loss` has its name
 
 
 def top_k_divergence(
@@ -219,21 +215,28 @@ def top_k_divergence(
         teacher_tail_log_prob: [...], log of the probability of all other tokens together (-inf for none); by default
             what the K leave, which for small tails is rounding.
     """
-    if num_tokens is not None:
-        student_logits = student_logits[..., :num_tokens]
+    student_logits = student_logits[..., :num_tokens]
+    tail = checked_tail(tail, teacher_ids.shape[-1], student_logits.shape[-1])
     teacher = top_k_teacher(teacher_log_probs, teacher_tail_log_prob, tail)
     student = top_k_student(student_logits, teacher_ids, tail)
-    return _DIVERGENCE(
+    return _divergence(
         divergence, teacher, student, temperature=temperature, teacher_temperature=teacher_temperature,
         parameter=parameter,
     )  # fmt: skip
 
 
-def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: str) -> jax.Array:
-    """The teacher's logits over the K outcomes, and the bucket if there is one."""
+def checked_tail(tail: str, k: int, num_tokens: int) -> str:
+    """The kind of tail; where all ids are among the K there is none, and with a bucket or without is the same."""
     if tail not in ("bucket", "renormalise"):
         raise ValueError(f"tail={tail!r} is neither 'bucket' nor 'renormalise'")
-    log_probs = _wide(log_probs)
+    if not 1 <= k <= num_tokens:
+        raise ValueError(f"the teacher's {k} most probable of {num_tokens} tokens")
+    return "renormalise" if k == num_tokens else tail
+
+
+def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: str) -> jax.Array:
+    """The teacher's logits over the K outcomes, and the bucket if there is one."""
+    log_probs = terms.wide(log_probs)
     if tail == "renormalise":
         return log_probs
     if tail_log_prob is None:
@@ -243,180 +246,15 @@ def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: s
 
 def top_k_student(logits: jax.Array, ids: jax.Array, tail: str) -> jax.Array:
     """The student's logits over the same outcomes."""
-    logits = _wide(logits)
+    logits = terms.wide(logits)
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
     if tail == "renormalise":
         return chosen
     rest = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False)
-    return jnp.concatenate([chosen, _log_sum(rest)[..., None]], axis=-1)
+    return jnp.concatenate([chosen, terms.log_sum(rest)[..., None]], axis=-1)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
     """Mean over all positions that the mask selects. Of none it is 0: they neither move anything nor make NaN."""
     mean = Mean.of(values.reshape(-1), where=mask.reshape(-1))
     return mean._replace(mean=jnp.where(mean.count > 0, mean.mean, 0.0), count=mean.count.astype(jnp.float32))
-
-
-def log_softmax(logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
-    """log softmax(logits / temperature) over the last axis, in float32 or wider."""
-    logits = _wide(logits)
-    # the largest taken off first: its logarithm of a sum is then small, and rounded by little
-    below = (logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))) / temperature
-    return below - jnp.log(jnp.exp(below).sum(axis=-1, keepdims=True))
-
-
-def _log_sum(logits):
-    """logsumexp over the last axis; -inf, with gradient 0, where all are -inf."""
-    top = jax.lax.stop_gradient(logits.max(axis=-1))
-    some = top > -jnp.inf
-    safe = jnp.where(some[..., None], logits - jnp.where(some, top, 0)[..., None], 0)
-    return jnp.where(some, jnp.log(jnp.exp(safe).sum(axis=-1)) + top, -jnp.inf)
-
-
-def _wide(array):
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-# --- terms: functions of log p and log q, element by element ----------------------------------------------------------
-
-
-def terms(name: str, log_p: jax.Array, log_q: jax.Array, parameter: Scalar | None = None) -> jax.Array:
-    """What the divergence of that name is the sum of over the vocabulary."""
-    return _TERMS[name](log_p, log_q, parameter)
-
-
-@jax.custom_jvp
-def _kl(log_a, log_b):
-    return _power_terms(log_a, log_b, 0.0)
-
-
-@_kl.defjvp
-def _kl_slope(primals, tangents):
-    # what autodiff would find by way of the series, in one step
-    a, b = map(jnp.exp, primals)
-    difference = jnp.where(a > 0, primals[0] - primals[1], 0)
-    return _kl(*primals), a * difference * tangents[0] + (b - a) * tangents[1]
-
-
-def _power_terms(log_a, log_b, power):
-    """(a ((a / b)^power - 1) / power - a + b) / (1 + power); for power = 0 its limit a log(a / b) - a + b."""
-    a, b = jnp.exp(log_a), jnp.exp(log_b)
-    # where a is 0, log a - log b may be -inf + inf
-    ratio = jnp.where(a > 0, log_a - log_b, 0)
-    near = (a > 0) & (jnp.maximum(1, abs(power)) * abs(ratio) < 0.25)
-    r = jnp.where(near, ratio, 0)
-    if isinstance(power, float) and power == 0:
-        raised = ratio
-    else:
-        safe = jnp.where(power == 0, -1.0, power)
-        raised = jnp.where(power == 0, ratio, jnp.expm1(safe * ratio) / safe)
-    # the series in r of the same: there the three parts are nearly all of each other
-    coefficients = [1.0]
-    for n in range(2, 8):
-        coefficients.append(power ** (n - 1) - coefficients[-1])
-    series = 0.0
-    for n in range(8, 1, -1):
-        series = series * r + coefficients[n - 2] / math.factorial(n)
-    return jnp.where(near, a * r * r * series, (a * raised - a + b) / (1 + power))
-
-
-def _log_mixture(log_a, log_b, share):
-    """log(share a + (1 - share) b) for 0 <= share < 1."""
-    safe = jnp.where(share == 0, 0.5, share)
-    # finite, so that no gradient is inf - inf where both are suppressed
-    one = jnp.maximum(log_a, -1e30) + jnp.log(safe)
-    other = jnp.maximum(log_b, -1e30) + jnp.log1p(-safe)
-    top = jnp.maximum(one, other)
-    return jnp.where(share == 0, log_b, top + jnp.log1p(jnp.exp(jnp.minimum(one, other) - top)))
-
-
-def _jensen_shannon(log_p, log_q, beta):
-    inside = (beta > 0) & (beta < 1)
-    share = jnp.where(inside, beta, 0.5)
-    log_m = _log_mixture(log_p, log_q, share)
-    between = share * _kl(log_p, log_m) + (1 - share) * _kl(log_q, log_m)
-    # of what is not chosen the gradient must be finite too: there a distribution is compared with itself
-    forward = _kl(log_p, jnp.where(beta == 0, log_q, log_p))
-    reverse = _kl(log_q, jnp.where(beta == 1, log_p, log_q))
-    return jnp.where(inside, between, jnp.where(beta == 0, forward, jnp.where(beta == 1, reverse, jnp.nan)))
-
-
-def _alpha_divergence(log_p, log_q, alpha):
-    # D_alpha(p, q) = D_(1 - alpha)(q, p): with the larger of the two nothing is divided by a small number
-    swap = alpha < 0.5
-    log_a, log_b = jnp.where(swap, log_q, log_p), jnp.where(swap, log_p, log_q)
-    return _power_terms(log_a, log_b, jnp.where(swap, -alpha, alpha - 1))
-
-
-_TERMS: dict[str, Callable[..., jax.Array]] = {
-    "forward_kl": lambda log_p, log_q, _: _kl(log_p, log_q),
-    "reverse_kl": lambda log_p, log_q, _: _kl(log_q, log_p),
-    "jensen_shannon": _jensen_shannon,
-    "skew_forward_kl": lambda log_p, log_q, alpha: _kl(log_p, _log_mixture(log_p, log_q, alpha)),
-    "skew_reverse_kl": lambda log_p, log_q, alpha: _kl(log_q, _log_mixture(log_q, log_p, alpha)),
-    "total_variation": lambda log_p, log_q, _: jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)) / 2,
-    "alpha_divergence": _alpha_divergence,
-}
-
-
-# --- settings, looked at before any work ------------------------------------------------------------------------------
-
-
-def checked_parameter(name: str, parameter: Scalar | None) -> Scalar | None:
-    """The beta or alpha of a divergence, or its default; traced and out of range: NaN."""
-    if name not in DIVERGENCES:
-        raise ValueError(f"divergence={name!r} is not one of {', '.join(DIVERGENCES)}")
-    if name not in PARAMETER:
-        if parameter is not None:
-            raise ValueError(f"{name} has no beta or alpha, and was given {parameter}")
-        return None
-    called, default = PARAMETER[name]
-    parameter = default if parameter is None else parameter
-    if name == "alpha_divergence":
-        return parameter
-    closed = name == "jensen_shannon"
-    return _in_range(
-        f"{called} of {name}", parameter, lambda x: (x >= 0) & ((x <= 1) if closed else (x < 1)),
-        "from 0 to 1" if closed else "from 0 to below 1",
-    )  # fmt: skip
-
-
-def checked_temperatures(temperature: Scalar, teacher_temperature: Scalar | None) -> tuple[Scalar, Scalar]:
-    """The student's and the teacher's temperature; traced and not above 0: NaN."""
-    if teacher_temperature is None:
-        teacher_temperature = temperature
-    return tuple(
-        _in_range(name, value, lambda x: x > 0, "above 0")
-        for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature))
-    )
-
-
-def check_hard_weight(labels: Any, hard_weight: Scalar) -> None:
-    """ValueError for a weight on labels that are not there."""
-    if labels is None and not (isinstance(hard_weight, int | float) and hard_weight == 0):
-        raise ValueError(f"hard_weight={hard_weight} needs labels")
-
-
-def _in_range(name, value, inside, words):
-    if isinstance(value, jax.core.Tracer):
-        return jnp.where(inside(value), value, jnp.nan)
-    if not np.all(inside(np.asarray(value))):
-        raise ValueError(f"{name} must be {words}, not {value}")
-    return value
-
-
-def cut_vocabulary(
-    teacher_logits: jax.Array, student_logits: jax.Array, num_tokens: int | None
-) -> tuple[jax.Array, jax.Array]:
-    """Both logits cut to the real ids; ValueError where it is not known which those are."""
-    sizes = teacher_logits.shape[-1], student_logits.shape[-1]
-    check_vocabulary(*sizes, num_tokens)
-    return teacher_logits[..., :num_tokens], student_logits[..., :num_tokens]
-
-
-def check_vocabulary(teacher_size: int, student_size: int, num_tokens: int | None) -> None:
-    """ValueError where it is not known which ids are real."""
-    if num_tokens is None and teacher_size != student_size:
-        raise ValueError(f"vocabularies of {teacher_size} and {student_size}: num_tokens must say which ids are real")
-    if num_tokens is not None and not 1 <= num_tokens <= min(teacher_size, student_size):
-        raise ValueError(f"num_tokens={num_tokens}, but the vocabularies have {teacher_size} and {student_size}")
