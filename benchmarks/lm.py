@@ -80,7 +80,7 @@ def ours(what: str, folder: str) -> dict:
         step = jax.jit(jax.value_and_grad(loss))
         first, took = seconds(lambda: jax.block_until_ready(step(model.params)), 2)
         return result(ids.size, took, 6, ceiling, first, memory(peak=True) - held)
-    length, count, batch = (128, 256, 64) if what == "sample" else (512, 512, int(os.environ["BATCH"]))
+    length, count, batch = (128, 256, 64) if what == "sample" else (512, 256, int(os.environ["BATCH"]))
 
     def run(count, seed):
         made = 0
@@ -176,7 +176,7 @@ def show(name: str, out: dict) -> None:
 
 def compare(what: str, folder: str) -> None:
     print(what)
-    batches = {"kd_jax": ("64", "128"), "transformers": ("32", "64", "128")} if what == "sample_long" else {}
+    batches = {"kd_jax": ("128",), "transformers": ("64", "128")} if what == "sample_long" else {}
     best = {}
     for name in ("kd_jax", "transformers"):
         tried = [side(name, what, folder, BATCH=batch) for batch in batches.get(name, ("0",))]

@@ -3,8 +3,8 @@
 python -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
 python -m kd_jax.train --config configs/lm_laptop.py:smoke --workdir runs/smoke    (tiny random p*, minutes)
 
-Cost: 47 minutes on two cores with some other work. Result: from tau = 0.8 to 1 precision falls by 2.5 and recall rises by
-0.4 nats a token; the direct student has the highest recall.
+Cost: 47 minutes on two cores with some other work. Result: from tau = 0.8 to 1 precision falls by 2.5 and recall rises
+by 0.4 nats a token; the direct student has the highest recall.
 """
 
 from ml_collections import ConfigDict

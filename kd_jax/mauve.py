@@ -78,28 +78,32 @@ def area(p: np.ndarray, q: np.ndarray, scaling: float = 5.0) -> float:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _clusters(key: jax.Array, points: jax.Array, count: int, rounds: int = 50) -> jax.Array:
-    """The cluster of each point: Lloyd's algorithm from a k-means++ start (Arthur & Vassilvitskii 2007)."""
+def _clusters(key: jax.Array, points: jax.Array, count: int, starts: int = 8, rounds: int = 50) -> jax.Array:
+    """The cluster of each point: Lloyd's algorithm from k-means++ starts (Arthur & Vassilvitskii 2007), the best."""
+    found, spread = jax.lax.map(lambda key: _lloyd(key, points, count, rounds), jax.random.split(key, starts))
+    return found[spread.argmin()]
+
+
+def _lloyd(key, points, count, rounds):
+    """The cluster of each point, and the sum of squared distances to their centres."""
     norms = (points**2).sum(axis=1)
 
     def distances(centres):
         squares = norms[:, None] - 2 * points @ centres.T + (centres**2).sum(axis=1)
         return jnp.maximum(squares, 0)
 
-    first, key = jax.random.randint(key, (), 0, len(points)), jax.random.fold_in(key, 1)
-
     def choose(nearest, key):
         # where all points are taken already, any will do
         chosen = jax.random.categorical(key, jnp.log(jnp.where(nearest.max() > 0, nearest, 1)))
         return jnp.minimum(nearest, distances(points[chosen][None])[:, 0]), points[chosen]
 
-    start = distances(points[first][None])[:, 0]
-    _, others = jax.lax.scan(choose, start, jax.random.split(key, count - 1))
-    centres = jnp.concatenate([points[first][None], others])
+    # the first one is drawn from all alike
+    _, centres = jax.lax.scan(choose, jnp.full(len(points), jnp.finfo(jnp.float32).max), jax.random.split(key, count))
 
     def improve(_, centres):
         member = jax.nn.one_hot(distances(centres).argmin(axis=1), count)
         sizes = member.sum(axis=0)[:, None]
         return jnp.where(sizes > 0, member.T @ points / jnp.maximum(sizes, 1), centres)
 
-    return distances(jax.lax.fori_loop(0, rounds, improve, centres)).argmin(axis=1)
+    squares = distances(jax.lax.fori_loop(0, rounds, improve, centres))
+    return squares.argmin(axis=1), squares.min(axis=1).sum()

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kd_jax import fused, losses
+from kd_jax import fused, losses, terms
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import top_k
 from kd_jax.lm.batches import Batch
@@ -75,7 +75,7 @@ class Settings:
         if self.parameter is not None:
             if self.divergence not in losses.PARAMETER:
                 raise ValueError(f"distill.parameter={self.parameter}: {self.divergence} has none")
-            losses.checked_parameter(self.divergence, self.parameter)
+            terms.checked_parameter(self.divergence, self.parameter)
 
 
 class Distillation(NamedTuple):

@@ -288,15 +288,14 @@ def test_pages_come_and_go(monkeypatch):
     monkeypatch.setattr(
         decode.kv_cache, "resize", lambda pages, n: sizes.append((pages.num_pages, n)) or resize(pages, n)
     )
-    samples = run(small()._replace(eos_ids=(5,)), num_samples=40, max_length=300)
-    assert samples.finished.mean() > 0.2 and samples.lengths.max() == 300
+    samples = run(small()._replace(eos_ids=(5,)), num_samples=8, max_length=140, batch_size=2)
+    assert 0.2 < samples.finished.mean() < 1
     assert any(after > before for before, after in sizes) and any(after < before for before, after in sizes)
     rows, at = generated_by(samples)
     logits = jax.jit(lambda params, tokens: model.logits(params, model.forward(params, SMALL, tokens)))
     expected = log_softmax(np.asarray(logits(small().params, samples.tokens), np.float64))
     expected = expected[rows, at - 1, samples.tokens[rows, at]]
     np.testing.assert_allclose(samples.log_probs[rows, at], expected, atol=1e-4)
-    assert_same(run(small()._replace(eos_ids=(5,)), num_samples=40, max_length=300, batch_size=3), samples)
 
 
 def counted(start, stop):

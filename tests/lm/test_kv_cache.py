@@ -69,7 +69,7 @@ def test_slots_grow_end_and_start_again():
         wanted = kv_cache.missing(pages, positions).sum(axis=1)
         np.testing.assert_array_equal(wanted.sum(), sum(not idle[i] and len(seen[i]) % PAGE == 0 for i in range(count)))
         needed = int((pages.num_pages - kv_cache.free(pages) + wanted).max())
-        if needed > pages.num_pages or at % 50 == 49:
+        if needed > pages.num_pages or at % 100 == 99:
             pages = kv_cache.resize(pages, max(needed, 1))
         sizes.add(pages.num_pages)
         pages = kv_cache.open_pages(pages, positions)

@@ -199,6 +199,7 @@ def test_rollouts_of_other_parameters_compile_nothing(prompts):
     assert not compiled and batch.mask.any()
 
 
+@pytest.mark.slow
 def test_students_together_have_the_numbers_they_have_alone(corpora, tmp_path):
     distillation = Distillation(Settings("online", divergence="reverse_kl"), tiny(9))
     chosen = list(zip(corpora[0], (5, 6), strict=True))
