@@ -3,8 +3,8 @@
     python -m venv /tmp/llama
     CMAKE_ARGS="-DGGML_NATIVE=ON" /tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
     .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python             # from "The" to 128 tokens
-    .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --length 512 --samples 128
-    .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --batches 1 --kd_jax_batch 1 --samples 8
+    .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --length 512
+    .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --batches 1 --kd_jax_batches 1 --samples 8
 
 Building llama.cpp takes a compiler, CMake and minutes, so it stays out of .venv. It is driven through its low-level
 interface: one token of every sequence a call; where a sequence ends, the next sample starts at once, and when none is
@@ -91,9 +91,10 @@ def convert(folder: str, kind: str) -> str:
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
-def theirs(path: str, count: int, length: int, batch: int, draw: str, **setting) -> dict:
-    context, vocab = opened(path, length, batch, **setting)
+def theirs(path: str, cache: str, count: int, length: int, batch: int, draw: str) -> dict:
+    model, vocab = loaded(path)
     held = memory()
+    context = opened(model, cache, length, batch)
     drawn = DRAWS[draw](context, vocab)
     generate(context, [PROMPT] * batch, 8, batch, drawn)
     began = time.perf_counter()
@@ -104,31 +105,45 @@ def theirs(path: str, count: int, length: int, batch: int, draw: str, **setting)
     return {**out, "draw": draw, "drawing": drawing / took}
 
 
-def continued(path: str, prompts: list[list[int]]) -> list[list[int]]:
-    context, vocab = opened(path, GREEDY_LENGTH, len(prompts), cache="F32")
-    rows, _ = generate(
-        context, prompts, GREEDY_LENGTH, len(prompts), lambda rows: logits(context, rows, vocab).argmax(-1)
-    )
-    return rows
+def continued(path: str, cache: str, prompts: list[list[int]]) -> list[list[int]]:
+    model, vocab = loaded(path)
+    context = opened(model, cache, GREEDY_LENGTH, len(prompts))
+
+    def draw(rows):
+        return logits(context, rows, vocab).argmax(-1)
+
+    return generate(context, prompts, GREEDY_LENGTH, len(prompts), draw)[0]
 
 
-def opened(path: str, length: int, batch: int, unified: bool = False, flash: bool = False, cache: str = "F32"):
-    """A context for `batch` sequences of `length` tokens, and the size of the vocabulary."""
+def loaded(path: str):
+    """The model, and the size of its vocabulary."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    params = llama_cpp.llama_model_default_params()
+    params.use_mmap = False  # the weights are in memory at once, and are not counted as extra
+    model = llama_cpp.llama_model_load_from_file(path.encode(), params)
+    if not model:
+        raise RuntimeError(f"llama.cpp does not load {path}")
+    return model, llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+
+
+def opened(model, cache: str, length: int, batch: int):
+    """A context for `batch` sequences of `length` tokens; `cache` is the type of keys and values."""
+    import llama_cpp
+
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = batch * length
     params.n_batch = params.n_ubatch = params.n_seq_max = batch
     params.n_threads = params.n_threads_batch = THREADS
-    params.kv_unified = unified
-    params.flash_attn_type = int(flash)
+    # of each of these the quicker: a sequence's cache apart from the others', flash attention where it is in F16
+    params.kv_unified = False
+    params.flash_attn_type = int(cache == "F16")
     params.type_k = params.type_v = {"F32": llama_cpp.GGML_TYPE_F32, "F16": llama_cpp.GGML_TYPE_F16}[cache]
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:
-        raise RuntimeError(f"llama.cpp does not open {path} with {batch} sequences of {length} tokens")
-    return context, llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        raise RuntimeError(f"llama.cpp has no context for {batch} sequences of {length} tokens")
+    return context
 
 
 def generate(context, prompts, length: int, batch: int, draw) -> tuple[list[list[int]], float]:
@@ -260,21 +275,25 @@ def side(name: str, python: str = sys.executable, **arguments):
 def show(name: str, out: dict) -> dict:
     drawing = f", {out['drawing']:.0%} of the time drawing ({out['draw']})" if "drawing" in out else ""
     print(
-        f"  {name:13} {out['tokens_per_s']:7.1f} tokens/s, batch {out['batch']}, {out['mean']:.1f} tokens a sample, "
+        f"  {name:17} {out['tokens_per_s']:7.1f} tokens/s, batch {out['batch']}, {out['mean']:.1f} tokens a sample, "
         f"{out['seconds']:.0f} s, extra memory {out['extra_mib']:.0f} MiB{drawing}",
         flush=True,
     )
     return out
 
 
-def check(python: str, path: str, kind: str) -> None:
-    """Says how many greedy tokens are the same from the start."""
-    prompts, mine = side("greedy")
+def best(tried) -> float:
+    return max(out["tokens_per_s"] for out in tried)
+
+
+def agreement(prompts: list[list[int]], mine: list[list[int]], other: list[list[int]]) -> str:
+    """How many greedy tokens are the same from the start."""
     same = total = 0
-    for ids, a, b in zip(prompts, mine, side("continued", python, path=path, prompts=prompts), strict=True):
-        differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y] + [len(a)]
-        same, total = same + differ[0] - len(ids), total + len(a) - len(ids)
-    print(f"  {kind}: {same} of {total} greedy tokens after {len(prompts)} prompts are the same", flush=True)
+    for ids, a, b in zip(prompts, mine, other, strict=True):
+        differ = [i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y]
+        same += (differ[0] if differ else min(len(a), len(b))) - len(ids)
+        total += len(a) - len(ids)
+    return f"{same} of {total} greedy tokens after {len(prompts)} prompts are those of kd_jax"
 
 
 def main(argv: list[str]) -> None:
@@ -285,29 +304,28 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--length", type=int, default=128, help="of a sample at most, prompt included")
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--kd_jax_batch", type=int, default=64)
-    parser.add_argument("--batches", default="32,64,128", help="llama.cpp's; its best counts")
-    parser.add_argument("--draws", default="sampler,numpy", help="how llama.cpp's tokens are drawn; the best counts")
-    parser.add_argument("--types", default="F32,F16", help="of llama.cpp's weights")
+    parser.add_argument("--kd_jax_batches", default="64,128", help="the best counts")
+    parser.add_argument("--batches", default="32,64,128", help="llama.cpp's; the best counts")
+    parser.add_argument("--draws", default="numpy,sampler", help="how llama.cpp's tokens are drawn; the best counts")
+    parser.add_argument("--types", default="F32/F32,F32/F16,F16/F16", help="of llama.cpp's weights and cache")
     args = parser.parse_args(argv)
+    types = [pair.split("/") for pair in args.types.split(",")]
     run = {"count": args.samples, "length": args.length}
     with tempfile.TemporaryDirectory() as folder:
-        paths = {kind: convert(folder, kind) for kind in args.types.split(",")}
-        print("greedy continuations")
-        for kind, path in paths.items():
-            check(args.python, path, kind)
-        print(f'{args.samples} samples from "The" to {args.length} tokens')
-        mine = show("kd_jax", side("kd_jax", batch=args.kd_jax_batch, **run))
-        for kind, path in paths.items():
-            tried = [
-                show(f"llama.cpp {kind}", side("llama.cpp", args.python, path=path, batch=int(batch), draw=draw, **run))
+        paths = {kind: convert(folder, kind) for kind in {weights for weights, _ in types}}
+        print(f'{args.samples} samples from "The" to {args.length} tokens', flush=True)
+        mine = best(show("kd_jax", side("kd_jax", batch=int(batch), **run)) for batch in args.kd_jax_batches.split(","))
+        prompts, continuations = side("greedy")
+        for kind, cache in types:
+            name, about = f"llama.cpp {kind}/{cache}", {"path": paths[kind], "cache": cache}
+            others = side("continued", args.python, prompts=prompts, **about)
+            print(f"  {name}: {agreement(prompts, continuations, others)}", flush=True)
+            peer = best(
+                show(name, side("llama.cpp", args.python, batch=int(batch), draw=draw, **about, **run))
                 for draw in args.draws.split(",")
                 for batch in args.batches.split(",")
-            ]
-            best = max(tried, key=lambda out: out["tokens_per_s"])
-            print(
-                f"  kd_jax / llama.cpp {kind}: {mine['tokens_per_s'] / best['tokens_per_s']:.2f}x the speed", flush=True
             )
+            print(f"  kd_jax / {name}: {mine / peer:.2f}x the speed", flush=True)
 
 
 if __name__ == "__main__":
