@@ -1,5 +1,6 @@
 """Live against transformers and torch; tests/lm/test_golden.py is what runs without them."""
 
+import copy
 import functools
 import shutil
 
@@ -103,7 +104,9 @@ def test_tiny_export(name, tmp_path):
 
 
 def test_real_scores(real, theirs, rows):
-    assert_scores(real, theirs, list(rows.values()), 2e-4, 1e-3)
+    # In float64: its own float32 is up to 1.4e-4 from that (for the ids at the ends of the vocabulary), on some CPUs on
+    # the other side than ours.
+    assert_scores(real, copy.deepcopy(theirs).double(), list(rows.values()), 2e-4, 1e-3)
 
 
 def test_real_logits_of_both_gguf_readers(real, theirs, rows):
