@@ -94,7 +94,7 @@ def linear_top_k_distillation(
         teacher_ids, teacher_log_probs: [..., position, K], the most probable first.
         teacher_tail_log_prob: [..., position], or None as there.
         tail: "bucket" or "renormalise".
-    Entropies in the statistics are those of the K tokens and the bucket, which are no more than the models' own.
+    Entropies in the statistics are those of what is compared: the K tokens, and the bucket.
     """
     hard_weight = terms.checked_hard_weight(labels, hard_weight)
     temperatures = terms.checked_temperatures(temperature, teacher_temperature)
@@ -221,12 +221,15 @@ def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, sca
     logits = _real(project(_selected(tokens.hidden, tokens.mask), head), plan)
     if plan.tail is None:
         teacher = _real(project(_selected(tokens.teacher, tokens.mask), teacher_head), plan)
-        soft, statistics, gradient = _soft(plan, settings, teacher, logits)
+        soft, entropies, gradient = _soft(plan, settings, teacher, logits)
+        agreement = _agreement(teacher, logits)
     else:
-        ids, teacher = tokens.teacher
+        ids, teacher = tokens.teacher[0], _selected(tokens.teacher[1], tokens.mask)
         outcomes, pull = jax.vjp(lambda logits: losses.top_k_student(logits, ids, plan.tail), logits)
-        soft, statistics, gradient = _soft(plan, settings, _selected(teacher, tokens.mask), outcomes)
+        soft, entropies, gradient = _soft(plan, settings, teacher, outcomes)
         (gradient,) = pull(gradient)
+        agreement = _top_k_agreement(teacher[..., : ids.shape[-1]], outcomes[..., : ids.shape[-1]], logits)
+    statistics = Statistics(soft, None, *entropies, agreement)
     value = terms.weighted(settings.soft_weight, soft)
     if tokens.labels is not None:
         hard, hard_gradient = _hard(logits, tokens.labels)
@@ -250,7 +253,7 @@ def _real(logits, plan):
 
 
 def _soft(plan, settings: _Settings, teacher, student):
-    """The divergence, the statistics, and the weighted gradient with respect to the student's logits.
+    """The divergence, both entropies, and the weighted gradient with respect to the student's logits.
 
     log q = z / T - log sum exp(z / T), so with w the slope of each term in its log q the gradient is
     (w - q sum w) / T.
@@ -261,27 +264,32 @@ def _soft(plan, settings: _Settings, teacher, student):
         lambda log_q: terms.TERMS[plan.divergence](log_p, log_q, settings.parameter),
         (log_q,), (jnp.ones_like(log_q),),
     )  # fmt: skip
-    divergence = values.sum(axis=-1)
-    gradient = slope - jnp.exp(log_q) * slope.sum(axis=-1, keepdims=True)
+    divergence = terms.total(values)
+    gradient = slope - jnp.exp(log_q) * terms.total(slope)[..., None]
     gradient = gradient * (settings.soft_weight / settings.temperature)
-    agreement = _agreement(teacher, student)
-    return divergence, Statistics(divergence, None, _entropy(log_q), _entropy(log_p), agreement), gradient
+    return divergence, (_entropy(log_q), _entropy(log_p)), gradient
 
 
 def _entropy(log_probs):
     probs = jnp.exp(log_probs)
-    return -(probs * jnp.where(probs > 0, log_probs, 0)).sum(axis=-1)
+    return -terms.total(probs * jnp.where(probs > 0, log_probs, 0))
 
 
 def _agreement(teacher, student):
     """1 where a token that is the teacher's most probable is the student's too, else 0."""
+    both = [logits == logits.max(axis=-1, keepdims=True) for logits in (teacher, student)]
+    return jnp.minimum(terms.total((both[0] & both[1]).astype(jnp.float32)), 1)
+
+
+def _top_k_agreement(teacher, student, logits):
+    """The same from both models' logits of the K tokens and all of the student's."""
     best = teacher == teacher.max(axis=-1, keepdims=True)
     of_those = jnp.where(best, student, -jnp.inf).max(axis=-1)
-    return (of_those == student.max(axis=-1)).astype(jnp.float32)
+    return (of_those == logits.max(axis=-1)).astype(jnp.float32)
 
 
 def _hard(logits, labels):
     """Cross-entropy at temperature 1 and its gradient with respect to the logits."""
     log_q = terms.log_softmax(logits)
     one_hot = jnp.arange(logits.shape[-1]) == labels[..., None]
-    return -jnp.where(one_hot, log_q, 0).sum(axis=-1), jnp.exp(log_q) - one_hot
+    return -terms.total(jnp.where(one_hot, log_q, 0)), jnp.exp(log_q) - one_hot

@@ -139,13 +139,13 @@ def divergence(
     name: str, teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, num_tokens: int | None = None, parameter: Scalar | None = None,
 ) -> jax.Array:  # fmt: skip
-    """The divergence of that name; `parameter` is its beta or alpha, by default that of its own function."""
-    parameter = terms.checked_parameter(name, parameter)
+    """The divergence of that name; `parameter` is its beta or alpha, by default its function's. It gets no gradient."""
+    parameter = jax.lax.stop_gradient(terms.checked_parameter(name, parameter))
     temperature, teacher_temperature = terms.checked_temperatures(temperature, teacher_temperature)
     terms.check_vocabulary(teacher_logits.shape[-1], student_logits.shape[-1], num_tokens)
     log_p = log_softmax(teacher_logits[..., :num_tokens], teacher_temperature)
     log_q = log_softmax(student_logits[..., :num_tokens], temperature)
-    return terms.TERMS[name](log_p, log_q, parameter).sum(axis=-1)
+    return terms.total(terms.TERMS[name](log_p, log_q, parameter))
 
 
 _divergence = divergence  # for functions with an argument of that name
@@ -177,6 +177,7 @@ def distillation_loss(
         temperature, teacher_temperature, num_tokens: as in `forward_kl`.
     """
     hard_weight = terms.checked_hard_weight(labels, hard_weight)
+    temperature, teacher_temperature = terms.checked_temperatures(temperature, teacher_temperature)
     shapes = [teacher_logits.shape[:-1], student_logits.shape[:-1], mask.shape]
     shapes += [] if labels is None else [labels.shape]
     if len(set(shapes)) > 1:

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax.chunks import dot
+
 Scalar = float | jax.Array
 
 # The name and default of the parameter of those divergences that have one.
@@ -31,7 +33,7 @@ PARAMETER: dict[str, tuple[str, float]] = {
 def kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
     """a log(a / b) - a + b; b where a is 0, infinite where b is 0 and a is not."""
     ratio = _ratio(log_a, log_b)
-    return _less_the_difference(log_a, log_b, ratio, ratio, 0.0)
+    return _less_the_difference(jnp.exp(log_a), jnp.exp(log_b), ratio, ratio, 0.0)
 
 
 @kl.defjvp
@@ -41,14 +43,41 @@ def _kl_slope(primals, tangents):
     return kl(*primals), a * _ratio(*primals) * tangents[0] + (b - a) * tangents[1]
 
 
+@jax.custom_jvp
+def kl_to_mixture(log_a: jax.Array, log_b: jax.Array, own: Scalar, other: Scalar) -> jax.Array:
+    """`kl` of a and m = own a + other b, where own + other = 1; for own = 0 of a and b. No gradient to the shares."""
+    a, m, ratio = _mixture(log_a, log_b, own, other)
+    return _less_the_difference(a, m, ratio, ratio, 0.0)
+
+
+@kl_to_mixture.defjvp
+def _kl_to_mixture_slope(primals, tangents):
+    log_a, log_b, own, other = primals
+    a, m, ratio = _mixture(*primals)
+    b = jnp.exp(log_b)
+    safe = jnp.where(m > 0, m, 1)
+    by_a, by_b = own * a / safe, jnp.where(own == 0, 1, other * b / safe)  # slopes of log m
+    return kl_to_mixture(*primals), (
+        (a * ratio + other * (b - a) * by_a) * tangents[0] + other * (b - a) * by_b * tangents[1]
+    )
+
+
 def _ratio(log_a, log_b):
     # where a is 0, log a - log b may be -inf + inf
     return jnp.where(jnp.exp(log_a) > 0, log_a - log_b, 0)
 
 
-def _less_the_difference(log_a, log_b, ratio, raised, power):
+def _mixture(log_a, log_b, own, other):
+    """a, m = own a + other b, and log(a / m), which is exact also where m is nearly a."""
+    a, ratio = jnp.exp(log_a), _ratio(log_a, log_b)
+    # -log(own + other b / a); below -40 it is a straight line, and b / a might overflow
+    share = jnp.where(own == 0, 0.5, other)
+    to_mixture = jnp.minimum(ratio + 40, 0) - jnp.log1p(share * jnp.expm1(-jnp.maximum(ratio, -40)))
+    return a, own * a + other * jnp.exp(log_b), jnp.where(own == 0, ratio, to_mixture)
+
+
+def _less_the_difference(a, b, ratio, raised, power):
     """(a raised - a + b) / (1 + power), where raised = ((a / b)^power - 1) / power, or log(a / b) for power 0."""
-    a, b = jnp.exp(log_a), jnp.exp(log_b)
     # near a = b the three parts are nearly all of each other; their sum is a power series in the ratio from r^2 on
     near = (a > 0) & (jnp.maximum(1, abs(power)) * abs(ratio) < 0.25)
     coefficients = [1.0]
@@ -62,24 +91,10 @@ def _less_the_difference(log_a, log_b, ratio, raised, power):
 
 def jensen_shannon(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Array:
     """beta KL(p, m) + (1 - beta) KL(q, m); at the ends KL(p, q) and KL(q, p)."""
-    inside = (beta > 0) & (beta < 1)
-    share = jnp.where(inside, beta, 0.5)
-    log_m = _log_mixture(log_p, log_q, share)
-    between = share * kl(log_p, log_m) + (1 - share) * kl(log_q, log_m)
-    # of what is not chosen the gradient must be finite too: there a distribution is compared with itself
-    forward = kl(log_p, jnp.where(beta == 0, log_q, log_p))
-    reverse = kl(log_q, jnp.where(beta == 1, log_p, log_q))
-    return jnp.where(inside, between, jnp.where(beta == 0, forward, jnp.where(beta == 1, reverse, jnp.nan)))
-
-
-def _log_mixture(log_a, log_b, share):
-    """log(share a + (1 - share) b) for 0 <= share < 1."""
-    safe = jnp.where(share == 0, 0.5, share)
-    # finite, so that no gradient is inf - inf where both are suppressed
-    one = jnp.maximum(log_a, -1e30) + jnp.log(safe)
-    other = jnp.maximum(log_b, -1e30) + jnp.log1p(-safe)
-    top = jnp.maximum(one, other)
-    return jnp.where(share == 0, log_b, top + jnp.log1p(jnp.exp(jnp.minimum(one, other) - top)))
+    # at an end only one of the two counts, and m is the other's distribution
+    weight = jnp.where((beta == 0) | (beta == 1), 1 - beta, beta)
+    forward = kl_to_mixture(log_p, log_q, beta, 1 - beta)
+    return weight * forward + (1 - weight) * kl_to_mixture(log_q, log_p, 1 - beta, beta)
 
 
 def alpha_divergence(log_p: jax.Array, log_q: jax.Array, alpha: Scalar) -> jax.Array:
@@ -91,15 +106,15 @@ def alpha_divergence(log_p: jax.Array, log_q: jax.Array, alpha: Scalar) -> jax.A
     ratio = _ratio(log_a, log_b)
     safe = jnp.where(power == 0, -1.0, power)
     raised = jnp.where(power == 0, ratio, jnp.expm1(safe * ratio) / safe)
-    return _less_the_difference(log_a, log_b, ratio, raised, power)
+    return _less_the_difference(jnp.exp(log_a), jnp.exp(log_b), ratio, raised, power)
 
 
 TERMS: dict[str, Callable[[jax.Array, jax.Array, Scalar | None], jax.Array]] = {
     "forward_kl": lambda log_p, log_q, _: kl(log_p, log_q),
     "reverse_kl": lambda log_p, log_q, _: kl(log_q, log_p),
     "jensen_shannon": jensen_shannon,
-    "skew_forward_kl": lambda log_p, log_q, alpha: kl(log_p, _log_mixture(log_p, log_q, alpha)),
-    "skew_reverse_kl": lambda log_p, log_q, alpha: kl(log_q, _log_mixture(log_q, log_p, alpha)),
+    "skew_forward_kl": lambda log_p, log_q, alpha: kl_to_mixture(log_p, log_q, alpha, 1 - alpha),
+    "skew_reverse_kl": lambda log_p, log_q, alpha: kl_to_mixture(log_q, log_p, alpha, 1 - alpha),
     "total_variation": lambda log_p, log_q, _: jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)) / 2,
     "alpha_divergence": alpha_divergence,
 }
@@ -113,12 +128,22 @@ def wide(array: jax.Array) -> jax.Array:
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
+def total(values: jax.Array) -> jax.Array:
+    """Sum over the last axis.
+
+    On a CPU as a product with ones: XLA's own reductions run on one thread there, with all that is fused into them.
+    """
+    if jax.default_backend() != "cpu":
+        return values.sum(axis=-1)
+    return dot(values, jnp.ones(values.shape[-1:], values.dtype), (values.ndim - 1, 0), values.dtype)
+
+
 def log_softmax(logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
     """log softmax(logits / temperature) over the last axis, in float32 or wider."""
     logits = wide(logits)
     # the largest taken off first: the logarithm of the sum is then small, and rounded by little
     below = (logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))) / temperature
-    return below - jnp.log(jnp.exp(below).sum(axis=-1, keepdims=True))
+    return below - jnp.log(total(jnp.exp(below)))[..., None]
 
 
 def log_sum(logits: jax.Array) -> jax.Array:
@@ -126,7 +151,7 @@ def log_sum(logits: jax.Array) -> jax.Array:
     top = jax.lax.stop_gradient(logits.max(axis=-1))
     some = top > -jnp.inf
     below = jnp.where(some[..., None], logits - jnp.where(some, top, 0)[..., None], 0)
-    return jnp.where(some, jnp.log(jnp.exp(below).sum(axis=-1)) + top, -jnp.inf)
+    return jnp.where(some, jnp.log(total(jnp.exp(below))) + top, -jnp.inf)
 
 
 def weighted(weight: Scalar, values: jax.Array) -> jax.Array:
@@ -146,7 +171,7 @@ def checked_parameter(name: str, parameter: Scalar | None) -> Scalar | None:
     parameter = default if parameter is None else parameter
     called = f"{called} of {name}"
     if name == "alpha_divergence":
-        return _in_range(called, parameter, jnp.isfinite, "finite")
+        return _in_range(called, parameter, lambda alpha: abs(alpha) < np.inf, "finite")
     if name == "jensen_shannon":
         return _in_range(called, parameter, lambda beta: (beta >= 0) & (beta <= 1), "from 0 to 1")
     return _in_range(called, parameter, lambda alpha: (alpha >= 0) & (alpha < 1), "at least 0 and below 1")
