@@ -16,7 +16,11 @@ from kd_jax import page, run
 
 # Modules by the experiment's name, so that one experiment's report does not import the others. Each has
 # write(folder), which returns the page's path.
-PAGES = {"gmm": "kd_jax.gmm.report", "lm": "kd_jax.lm.report"}
+PAGES = {
+    "gmm": "kd_jax.gmm.report",
+    "gmm_frontier": "kd_jax.gmm.frontier_report",
+    "lm": "kd_jax.lm.report",
+}
 
 
 def write(folder: str | Path) -> Path:

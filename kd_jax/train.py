@@ -11,7 +11,11 @@ from kd_jax import config as config_lib
 # Modules by name, so that one experiment's run does not import the others. Each has validate(config), which raises
 # ValueError on bad values, and run(config, folder), which returns what to add to the manifest. Those in STAGED run in
 # stages: run also takes `only` (names) and `dry_run`, and returns None where the run is not at its end yet.
-EXPERIMENTS = {"gmm": "kd_jax.gmm.experiment", "lm": "kd_jax.lm.experiment"}
+EXPERIMENTS = {
+    "gmm": "kd_jax.gmm.experiment",
+    "gmm_frontier": "kd_jax.gmm.frontier",
+    "lm": "kd_jax.lm.experiment",
+}
 STAGED = ("lm",)
 
 

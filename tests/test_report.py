@@ -40,7 +40,7 @@ def test_mixture_stands_beside_the_language_model_when_both_are_given(tmp_path):
         ({}, "no config.json"),
         ({"config.json": "{"}, "config.json is not JSON"),
         ({"config.json": "[]"}, "config.json is not a JSON object"),
-        ({"config.json": "{}"}, 'config.json: "experiment" is None; it has to be one of: gmm, lm'),
+        ({"config.json": "{}"}, 'config.json: "experiment" is None; it has to be one of: gmm, gmm_frontier, lm'),
         ({"config.json": '{"experiment": ["lm"]}'}, "\"experiment\" is ['lm']"),
         ({"config.json": '{"experiment": "lm"}'}, "no metrics.jsonl"),
         ({"config.json": '{"experiment": "gmm"}', "metrics.jsonl": "\n"}, "is empty"),

@@ -15,15 +15,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
-from kd_jax import mesh
-from kd_jax.checkpoint import Checkpoints
-from kd_jax.gmm import em
+from kd_jax.gmm import chunks, em
 from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
 from kd_jax.metrics import Mean
-from kd_jax.run import append_rows, write_rows
 
 # What a random key is for: fold_in(key(seed), purpose).
 DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL = range(7)
@@ -95,35 +90,47 @@ def ring(dim: int, separation: float | jax.Array = 1.0, variance: float = 0.025)
     return Mixture(jnp.full(8, -np.log(8), means.dtype), means, jnp.full((8, dim), variance, means.dtype))
 
 
-def chain(setting: Setting, seed: jax.Array, betas: jax.Array, separation: jax.Array, tol: jax.Array) -> Chain:
-    """One seed of the experiment: `betas` [B] -> the students and their scores."""
-    root = jax.random.key(seed)
-    key = partial(jax.random.fold_in, root)
-    fit = partial(em.fit, max_iter=setting.max_iter, num_starts=setting.num_starts, tol=tol)
-    fit = partial(fit, covariance_type=setting.covariance_type)
+class Ground(NamedTuple):
+    """What all students of one seed share."""
+
+    p_star: Mixture
+    data: jax.Array  # [num_data, D]
+    fresh: jax.Array  # [num_recall, D], draws of p* that no model was fitted to
+    teacher: Mixture
+    direct: Mixture
+
+
+def keys(seed: jax.Array):
+    """Purpose -> random key of one seed."""
+    return partial(jax.random.fold_in, jax.random.key(seed))
+
+
+def ground(setting: Setting, seed: jax.Array, separation: jax.Array, tol: jax.Array) -> Ground:
+    """The data, the teacher and the direct student of one seed."""
+    key, fit = keys(seed), _fit(setting, tol)
     p_star = ring(setting.dim, separation)
     data = sample(key(DATA), p_star, setting.num_data)
     teacher = fit(key(TEACHER), data, setting.teacher_components).mixture
     direct = fit(key(DIRECT), data, setting.student_components).mixture
-    sharpened = jax.vmap(sharpen, (None, 0))(teacher, betas)
-
-    corpora = jax.vmap(sample, (None, 0, None))(key(DISTILL), sharpened, setting.num_distill)
-    distilled = jax.vmap(lambda x: fit(key(STUDENT), x, setting.student_components).mixture)(corpora)
-    fresh = sample(key(RECALL), p_star, setting.num_recall)
-    score = partial(_score, setting, key, p_star, data, fresh)
-    # As in the notebook, the direct student's notebook column is under the last, most selective, teacher.
-    last = jax.tree.map(lambda leaf: leaf[-1], sharpened)
-    own = sample(key(DISTILL), teacher, setting.num_distill)
-    direct_scores = score(direct, last, own)._replace(
-        weight_entropy=weight_entropy(teacher), teacher_entropy=-log_prob(teacher, own).mean()
-    )
-    distilled_scores = jax.vmap(score)(distilled, sharpened, corpora)
-    return Chain(data, teacher, direct, sharpened, distilled, direct_scores, distilled_scores)
+    return Ground(p_star, data, sample(key(RECALL), p_star, setting.num_recall), teacher, direct)
 
 
-def _score(setting: Setting, key, p_star: Mixture, data, fresh, student: Mixture, teacher: Mixture, corpus) -> Scores:
-    """`corpus` are draws of `teacher`, of which its entropy is estimated."""
-    draws = sample(key(PRECISION), student, setting.num_precision)
+def distil(setting: Setting, seed: jax.Array, teachers: Mixture, tol: jax.Array) -> tuple[jax.Array, Mixture]:
+    """Draws [T, num_distill, D] of each of the `teachers` (leading axis T), and the students fitted to them by EM."""
+    key, fit = keys(seed), _fit(setting, tol)
+    corpora = jax.vmap(sample, (None, 0, None))(key(DISTILL), teachers, setting.num_distill)
+    return corpora, jax.vmap(lambda x: fit(key(STUDENT), x, setting.student_components).mixture)(corpora)
+
+
+def _fit(setting: Setting, tol: jax.Array):
+    fit = partial(em.fit, max_iter=setting.max_iter, num_starts=setting.num_starts, tol=tol)
+    return partial(fit, covariance_type=setting.covariance_type)
+
+
+def score(setting: Setting, seed: jax.Array, shared: Ground, student: Mixture, teacher: Mixture, corpus) -> Scores:
+    """Scores of one student. `corpus` are draws of its `teacher`, of which that one's entropy is estimated."""
+    p_star, fresh = shared.p_star, shared.fresh
+    draws = sample(keys(seed)(PRECISION), student, setting.num_precision)
     draws_star, draws_student = log_prob(p_star, draws), log_prob(student, draws)
     fresh_star, fresh_student = log_prob(p_star, fresh), log_prob(student, fresh)
     precision, recall, entropy = Mean.of(draws_star), Mean.of(fresh_student), Mean.of(-draws_student)
@@ -135,7 +142,7 @@ def _score(setting: Setting, key, p_star: Mixture, data, fresh, student: Mixture
         recall=recall.mean,
         recall_se=recall.standard_error,
         precision_notebook=log_prob(teacher, draws).mean(),
-        recall_notebook=log_prob(student, data).mean(),
+        recall_notebook=log_prob(student, shared.data).mean(),
         weight_entropy=weight_entropy(teacher),
         teacher_entropy=-log_prob(teacher, corpus).mean(),
         student_entropy=entropy.mean,
@@ -145,6 +152,22 @@ def _score(setting: Setting, key, p_star: Mixture, data, fresh, student: Mixture
         kl_data_student=kl_data.mean,
         kl_data_student_se=kl_data.standard_error,
     )
+
+
+def chain(setting: Setting, seed: jax.Array, betas: jax.Array, separation: jax.Array, tol: jax.Array) -> Chain:
+    """One seed of the experiment: `betas` [B] -> the students and their scores."""
+    shared = ground(setting, seed, separation, tol)
+    sharpened = jax.vmap(sharpen, (None, 0))(shared.teacher, betas)
+    corpora, distilled = distil(setting, seed, sharpened, tol)
+    judge = partial(score, setting, seed, shared)
+    # As in the notebook, the direct student's notebook column is under the last, most selective, teacher.
+    last = jax.tree.map(lambda leaf: leaf[-1], sharpened)
+    own = sample(keys(seed)(DISTILL), shared.teacher, setting.num_distill)
+    direct_scores = judge(shared.direct, last, own)._replace(
+        weight_entropy=weight_entropy(shared.teacher), teacher_entropy=-log_prob(shared.teacher, own).mean()
+    )
+    distilled_scores = jax.vmap(judge)(distilled, sharpened, corpora)
+    return Chain(shared.data, shared.teacher, shared.direct, sharpened, distilled, direct_scores, distilled_scores)
 
 
 def _scores(setting: Setting, seeds, betas, separation, tol) -> tuple[Scores, Scores]:
@@ -162,36 +185,37 @@ def sweep(setting: Setting, seeds, betas, separation=1.0, tol=1e-3, devices=None
 
     Seeds are spread over the devices; where they do not divide evenly the last ones are computed twice and dropped.
     """
-    seeds = np.asarray(seeds, np.uint32)
-    seed_mesh = mesh.one_axis("seeds", devices)
-    padded = np.concatenate([seeds, np.full(-len(seeds) % seed_mesh.size, seeds[-1], np.uint32)])
-    spread = NamedSharding(seed_mesh, PartitionSpec("seeds"))
-    whole = NamedSharding(seed_mesh, PartitionSpec())
-    numbers = [jax.device_put(np.asarray(v, np.float32), whole) for v in (betas, separation, tol)]
-    scores = _sweep(setting, jax.device_put(padded, spread), *numbers)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(seeds)], scores)
+    program = lambda seeds, numbers: _sweep(setting, seeds, *numbers)  # noqa: E731
+    return chunks.over_seeds(program, seeds, (np.asarray(betas), separation, tol), devices)
 
 
 def validate(config) -> None:
     """Raises ValueError, naming the key, for a value that cannot work."""
-    for name in ("seeds", "num_betas"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name}={config[name]} must be at least 1")
-    if not 0 <= config.seed <= 2**32 - config.seeds:
-        raise ValueError(f"config.seed={config.seed} must be from 0, and config.seed + config.seeds at most 2**32")
+    if config.num_betas < 1:
+        raise ValueError(f"config.num_betas={config.num_betas} must be at least 1")
     if not 0 < config.beta_min <= config.beta_max < np.inf:
         raise ValueError(f"need 0 < config.beta_min={config.beta_min} <= config.beta_max={config.beta_max}, finite")
+    validate_sweep(config)
+    for setting, separation in settings(config):
+        validate_setting(setting, separation)
+
+
+def validate_sweep(config) -> None:
+    """`validate` for what sweeps of every kind have."""
+    if config.seeds < 1:
+        raise ValueError(f"config.seeds={config.seeds} must be at least 1")
+    if not 0 <= config.seed <= 2**32 - config.seeds:
+        raise ValueError(f"config.seed={config.seed} must be from 0, and config.seed + config.seeds at most 2**32")
     if not 0 <= config.tol < np.inf:
         raise ValueError(f"config.tol={config.tol} must be finite and 0 or above")
     if not 0 < config.memory_gib < np.inf:
         raise ValueError(f"config.memory_gib={config.memory_gib} must be finite and above 0")
     if config.covariance_type not in em.COVARIANCE_TYPES:
         raise ValueError(f"config.covariance_type={config.covariance_type!r} is not in {em.COVARIANCE_TYPES}")
-    for setting, separation in settings(config):
-        _validate_setting(setting, separation)
 
 
-def _validate_setting(setting: Setting, separation: float) -> None:
+def validate_setting(setting: Setting, separation: float) -> None:
+    """`validate` for one setting."""
     for name, value in setting._asdict().items():
         least = 2 if name == "dim" else 1  # the ring needs a plane
         if name != "covariance_type" and not (isinstance(value, int) and value >= least):
@@ -246,22 +270,26 @@ def chunk_plan(config) -> list[Chunk]:
     """The sweep in chunks of seeds that fit `config.memory_gib`; depends on the config alone."""
     plan = []
     for setting, separation in settings(config):
-        size = min(config.seeds, chunk_size(setting, config.num_betas, config.memory_gib))
-        for first in range(0, config.seeds, size):
-            plan.append(Chunk(setting, separation, config.seed + first, size, min(size, config.seeds - first)))
+        size = chunk_size(setting, config.num_betas, config.memory_gib)
+        plan += seed_chunks(config, setting, separation, size)
     return plan
 
 
-def _rows(chunk: Chunk, betas, scores: tuple[Scores, Scores]) -> list[dict]:
+def seed_chunks(config, setting: Setting, separation: float, size: int) -> list[Chunk]:
+    """All seeds of the config, at most `size` at a time."""
+    size = min(config.seeds, size)
+    firsts = range(0, config.seeds, size)
+    return [Chunk(setting, separation, config.seed + f, size, min(size, config.seeds - f)) for f in firsts]
+
+
+def _rows(chunk: Chunk, betas, scores: dict[str, dict]) -> list[dict]:
     """One row per student."""
     shape = {name: getattr(chunk.setting, name) for name in AXES[:4]} | {"separation": chunk.separation}
-    direct, distilled = scores
     rows = []
     for s in range(chunk.keep):
-        arms = [("direct", betas[-1], direct, (s,))]
-        arms += [("distilled", beta, distilled, (s, b)) for b, beta in enumerate(betas)]
-        for arm, beta, arm_scores, index in arms:
-            values = {name: float(getattr(arm_scores, name)[index]) for name in Scores._fields}
+        arms = [("direct", betas[-1], (s,))] + [("distilled", beta, (s, b)) for b, beta in enumerate(betas)]
+        for arm, beta, index in arms:
+            values = {name: float(scores[arm][name][index]) for name in Scores._fields}
             rows.append(shape | {"arm": arm, "beta": float(beta), "seed": chunk.first + s} | values)
     return rows
 
@@ -273,22 +301,20 @@ def run(config, folder: Path) -> dict:
     """
     began = time.perf_counter()
     betas, plan = betas_of(config), chunk_plan(config)
-    rows_path = folder / "metrics.jsonl"
-    with Checkpoints(folder / "checkpoints" / "chunks") as saved:
-        done = saved.steps()
-        # Written anew from the checkpoints: a kill may have left half a row, or rows that no checkpoint has.
-        write_rows(rows_path, [row for c in done for row in _rows(plan[c], betas, _restore(saved, c, plan[c], betas))])
-        if done:
-            print(f"resuming: {len(done)} of {len(plan)} chunks are done")
-        for c, chunk in enumerate(tqdm(plan, unit="chunk", disable=None)):
-            if c in done:
-                continue
-            # A chunk past the last seed is computed in full, so that there is one program, and cut afterwards.
-            seeds = chunk.first + np.arange(chunk.size)
-            scores = sweep(chunk.setting, seeds, betas, chunk.separation, config.tol)
-            scores = jax.tree.map(lambda leaf, keep=chunk.keep: leaf[:keep], scores)
-            saved.save(c, _as_trees(scores))
-            append_rows(rows_path, _rows(chunk, betas, scores))
+
+    def compute(c: int) -> dict:
+        # A chunk past the last seed is computed in full, so that there is one program, and cut afterwards.
+        chunk = plan[c]
+        seeds = chunk.first + np.arange(chunk.size)
+        scores = sweep(chunk.setting, seeds, betas, chunk.separation, config.tol)
+        direct, distilled = (jax.tree.map(lambda leaf: leaf[: chunk.keep], arm) for arm in scores)
+        return {"direct": direct._asdict(), "distilled": distilled._asdict()}
+
+    def like(c: int) -> dict:
+        shapes = {"direct": plan[c].keep, "distilled": (plan[c].keep, len(betas))}
+        return {arm: {name: np.zeros(shape, np.float32) for name in Scores._fields} for arm, shape in shapes.items()}
+
+    chunks.run(folder, len(plan), compute, lambda c, trees: _rows(plan[c], betas, trees), like)
     swept = time.perf_counter()
     if config.dim == 2:
         _write_panels(folder / "checkpoints" / "panels.npz", panels(config))
@@ -316,14 +342,3 @@ def _write_panels(path: Path, arrays: dict) -> None:
     partial_file = path.with_suffix(".tmp.npz")
     np.savez(partial_file, **arrays)
     partial_file.replace(path)
-
-
-def _as_trees(scores: tuple[Scores, Scores]) -> dict:
-    return {"direct": scores[0]._asdict(), "distilled": scores[1]._asdict()}
-
-
-def _restore(saved: Checkpoints, c: int, chunk: Chunk, betas) -> tuple[Scores, Scores]:
-    direct = {name: np.zeros(chunk.keep, np.float32) for name in Scores._fields}
-    distilled = {name: np.zeros((chunk.keep, len(betas)), np.float32) for name in Scores._fields}
-    tree = saved.load(c, {"direct": direct, "distilled": distilled})
-    return Scores(**tree["direct"]), Scores(**tree["distilled"])

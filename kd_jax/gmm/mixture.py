@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians as pytrees: density, sampling, sharpening.
+"""Mixtures of Gaussians as pytrees: density, sampling, sharpening and truncation of the weights.
 
 Everything here is a pure function of one mixture; put `jax.vmap` around it for many. Shapes below
 use K components, D dimensions and N points. Inside, points lie along the last axis ([D, N] and
@@ -76,6 +76,35 @@ def sharpen(mixture: Mixture, beta: float | jax.Array) -> Mixture:
     shifted = jnp.where(absent, 0.0, log_weights - log_weights.max())
     powered = jnp.where(absent, -jnp.inf, jnp.asarray(beta, log_weights.dtype) * shifted)
     return mixture._replace(log_weights=jax.nn.log_softmax(powered))
+
+
+def top_k(mixture: Mixture, k: int | jax.Array) -> Mixture:
+    """The mixture of the `k` >= 1 heaviest components, renormalised; all of them where it has fewer. `k` may be traced.
+
+    Of equally heavy components the first ones stay. The others keep their place, with weight zero.
+    """
+    return _keep(mixture, _rank(mixture) < k)
+
+
+def top_p(mixture: Mixture, p: float | jax.Array) -> Mixture:
+    """The mixture of the fewest heaviest components whose weights sum to at least `p` in (0, 1], renormalised.
+
+    The component that crosses p stays, as in nucleus sampling (Holtzman et al. 2020). `p` may be traced; 1 changes
+    nothing. Of equally heavy components the first ones stay.
+    """
+    weights, rank = jax.nn.softmax(mixture.log_weights), _rank(mixture)
+    # Summed over the heavier ones alone: the heaviest then has exactly 0 before it, and stays for every p.
+    before = jnp.where(rank[None, :] < rank[:, None], weights[None, :], 0.0).sum(1)
+    return _keep(mixture, (before < p) | (jnp.asarray(p) >= 1))
+
+
+def _rank(mixture: Mixture) -> jax.Array:
+    """[K] how many components come before each in order of weight."""
+    return jnp.argsort(jnp.argsort(-mixture.log_weights, stable=True))
+
+
+def _keep(mixture: Mixture, keep: jax.Array) -> Mixture:
+    return mixture._replace(log_weights=jax.nn.log_softmax(jnp.where(keep, mixture.log_weights, -jnp.inf)))
 
 
 def weight_entropy(mixture: Mixture) -> jax.Array:

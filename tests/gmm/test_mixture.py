@@ -7,7 +7,7 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
+from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, top_k, top_p, weight_entropy
 
 
 def mixture(weights, means, covariances):
@@ -73,6 +73,36 @@ def test_sharpen(weights, beta, expected):
     k = len(weights)
     got = np.exp(sharpen(mixture(weights, np.zeros((k, 1)), np.ones((k, 1))), beta).log_weights)
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-37)
+
+
+@pytest.mark.parametrize(
+    "cut, weights, value, expected",
+    [
+        (top_k, [0.2, 0.1, 0.4, 0.3], 1, [0, 0, 1, 0]),
+        (top_k, [0.2, 0.1, 0.4, 0.3], 3, [2 / 9, 0, 4 / 9, 3 / 9]),
+        (top_k, [0.2, 0.1, 0.4, 0.3], 4, [0.2, 0.1, 0.4, 0.3]),
+        (top_k, [0.2, 0.1, 0.4, 0.3], 50, [0.2, 0.1, 0.4, 0.3]),
+        (top_k, [2, 2, 1, 0, 0], 1, [1, 0, 0, 0, 0]),  # the first of equals
+        (top_k, [2, 2, 1, 0, 0], 4, [0.4, 0.4, 0.2, 0, 0]),
+        (top_p, [0.1, 0.4, 0.3, 0.2], 0.8, [0, 0.444444, 0.333333, 0.222222]),  # the one that crosses p stays
+        (top_p, [0.5, 0.3, 0.15, 0.05], 0.6, [0.625, 0.375, 0, 0]),
+        (top_p, [0.5, 0.3, 0.15, 0.05], 1e-30, [1, 0, 0, 0]),
+        (top_p, [0.25, 0.25, 0.25, 0.25], 0.5, [0.5, 0.5, 0, 0]),
+        (top_p, [1, 0, 2, 0], 1.0, [1 / 3, 0, 2 / 3, 0]),
+    ],
+)
+def test_lightest_components_are_dropped(cut, weights, value, expected):
+    k = len(weights)
+    one = mixture(weights, np.arange(k)[:, None], np.ones((k, 1)))
+    got = jax.jit(cut)(one, value)
+    np.testing.assert_allclose(np.exp(got.log_weights), expected, rtol=1e-5)
+    np.testing.assert_array_equal(got.means, one.means)
+
+
+def test_top_p_of_1_keeps_every_component_whatever_their_sum_rounds_to():
+    weights = np.random.default_rng(0).dirichlet(np.ones(16), 200)
+    stacked = Mixture(jnp.log(jnp.asarray(weights, jnp.float32)), jnp.zeros((200, 16, 1)), jnp.ones((200, 16, 1)))
+    assert np.isfinite(jax.vmap(top_p, (0, None))(stacked, 1.0).log_weights).all()
 
 
 def test_weight_entropy():

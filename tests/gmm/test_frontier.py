@@ -1,0 +1,195 @@
+"""The sweep over the knobs: what has to agree with the experiment and with itself, and a run from config to page."""
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from configs import gmm, gmm_frontier
+from kd_jax import train
+from kd_jax.gmm import experiment, frontier, frontier_report
+
+
+def small(**changes):
+    config = gmm_frontier.get_config("smoke")
+    config.knobs.beta = (1.0, 10.0, 100.0, 1e6)
+    config.update({"seeds": 3} | changes)
+    return config
+
+
+def scores(config, seeds):
+    """Every student's scores [seed], by knob and value."""
+    found = frontier.sweep(frontier.program_of(config), seeds, frontier.numbers_of(config))
+    listed = frontier.students(config)
+    return {
+        (knob, value): {name: column[(slice(None), *index)] for name, column in found[part].items()}
+        for knob, value, part, index in listed
+    }
+
+
+@pytest.fixture(scope="module")
+def found():
+    return scores(small(), np.arange(3))
+
+
+def same(one, other, tolerance=1e-4):
+    for name in ("precision", "recall", "teacher_entropy", "kl_student_data"):
+        np.testing.assert_allclose(one[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name)
+
+
+def test_knobs_at_their_neutral_values_are_the_plain_student(found):
+    plain = found["plain", None]
+    for neutral in (("beta", 1.0), ("top_k", 4), ("top_p", 1.0)):
+        same(found[neutral], plain)
+    # by gradient in place of EM, whose variances have a floor of 1e-6 added
+    for forward in (("jensen_shannon", 0.0), ("skew_forward_kl", 0.0)):
+        same(found[forward], plain, 2e-3)
+    same(found["jensen_shannon", 1.0], found["skew_reverse_kl", 0.0])
+
+
+@pytest.mark.slow
+def test_students_of_the_experiment_are_the_same(found):
+    setting, separation = experiment.settings(gmm.get_config("smoke"))[0]
+    direct, distilled = experiment.sweep(setting, np.arange(3), (1.0, 10.0, 100.0), separation, small().tol)
+    for name in ("precision", "recall", "teacher_entropy"):
+        np.testing.assert_allclose(found["direct", None][name], getattr(direct, name), rtol=1e-4)
+        for b, beta in enumerate((1.0, 10.0, 100.0)):
+            np.testing.assert_allclose(found["beta", beta][name], getattr(distilled, name)[:, b], rtol=1e-4, atol=1e-4)
+
+
+def test_one_component_left_is_beta_without_end(found):
+    same(found["top_k", 1], found["top_p", 0.2])
+    same(found["top_k", 1], found["beta", 1e6])
+
+
+def test_reverse_kl_is_more_precise_and_covers_less(found):
+    forward, reverse = found["jensen_shannon", 0.0], found["jensen_shannon", 1.0]
+    assert (reverse["precision"] > forward["precision"] + 1).all() and (reverse["recall"] < forward["recall"] - 1).all()
+    assert (forward["start"] == 0).all()
+    assert max(scores["gradient_norm"].max() for scores in found.values() if "gradient_norm" in scores) < 0.05
+
+
+def test_seeds_stand_alone(found):
+    others = scores(small(), [7, 2, 9])
+    for student, all_scores in found.items():
+        for name, column in all_scores.items():
+            np.testing.assert_allclose(others[student][name][1], column[2], rtol=1e-4, atol=1e-4, err_msg=str(student))
+
+
+def test_other_values_of_the_knobs_are_not_traced_again(found, monkeypatch):
+    traced, ground = [], experiment.ground
+
+    def counted(*arguments):
+        traced.append(arguments)
+        return ground(*arguments)
+
+    monkeypatch.setattr(experiment, "ground", counted)
+    config = small(learning_rate=0.01, separation=2.0, tol=1e-2)
+    config.knobs.update(beta=(2.0, 3.0, 4.0, 5.0), top_k=(3, 3, 2, 1), jensen_shannon=(0.0, 0.3, 1.0))
+    changed = scores(config, np.arange(3))
+    assert not traced
+    assert not np.allclose(changed["jensen_shannon", 0.3]["recall"], found["jensen_shannon", 0.5]["recall"])
+    numbers = frontier.numbers_of(config)
+    jax.eval_shape(
+        lambda seeds: frontier._sweep(frontier.program_of(config), seeds, numbers), np.arange(5, dtype=np.uint32)
+    )
+    assert len(traced) == 1  # that is how a trace would show
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"seeds": 0}, "seeds"), ({"covariance_type": "full"}, "covariance_type"), ({"num_draws": 0}, "num_draws"),
+        ({"learning_rate": 0.0}, "learning_rate"), ({"gains": (1.0, 0.0)}, "gains"), ({"dim": 1}, "dim"),
+        ({"knobs": {"beta": (1.0, float("inf"))}}, "knobs.beta"), ({"knobs": {"top_k": (0,)}}, "knobs.top_k"),
+        ({"knobs": {"top_k": (5,)}}, "knobs.top_k"), ({"knobs": {"top_p": (0.0,)}}, "knobs.top_p"),
+        ({"knobs": {"jensen_shannon": (1.5,)}}, "knobs.jensen_shannon: beta=1.5"),
+        ({"knobs": {"skew_forward_kl": (1.0,)}}, "knobs.skew_forward_kl: alpha=1"),
+        ({"knobs": {"jensen_shannon": (), "skew_forward_kl": (), "skew_reverse_kl": ()}}, "divergence"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_work_are_named(change, said):
+    with pytest.raises(ValueError, match=said):
+        frontier.validate(small(**change))
+
+
+def test_a_run_from_its_config_to_its_page_and_on_after_a_kill(tmp_path):
+    config, folder = small(), tmp_path / "run"
+    # two chunks of as many seeds as the other tests have, whose program is then there already
+    size = experiment.chunk_size(frontier.program_of(config).setting, 14, 1.0)
+    command = ["train", "--config", "configs/gmm_frontier.py:smoke", "--workdir", str(folder)]
+    command += [f"--config.memory_gib={3.5 / size}", "--config.seeds=5", "--config.knobs.beta=(1.0,10.0,100.0,1e6)"]
+    assert train.main(command) == 0
+    rows = (folder / "metrics.jsonl").read_text()
+    students = frontier.students(config)
+    assert len(rows.splitlines()) == 5 * len(students)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)\s*=\s*[\"']?https?://", html)
+    for knob, value, _, _ in students:
+        assert frontier_report.NAMES[knob] + (f" = {value:g}" if value is not None else "") in html
+    for name in ("frontier.png", "frontier.pdf"):
+        assert (folder / "figures" / name).stat().st_size > 5000
+
+    # what a kill after the first chunk leaves
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"status": "running"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "metrics.jsonl").write_text(rows[: len(rows) // 2 + 7])
+    shutil.rmtree(folder / "checkpoints" / "chunks" / "1")
+    assert train.main(command) == 0
+    assert (folder / "metrics.jsonl").read_text() == rows
+
+
+def make_run(folder, seeds=4, change=lambda row: row):
+    """A run folder of rows with known prices: beta loses 2 nats per nat gained, Jensen-Shannon 3."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed in range(seeds):
+        precision, recall = -7 + rng.normal(0, 0.1), -2.6 + rng.normal(0, 0.01)
+        base = {"seed": seed, "teacher_entropy": 1.8, "student_entropy": 2.5, "kl_student_data": 5.0}
+        base |= {"kl_data_student": 1.4}
+        fit = {"divergence": 0.5, "objective": 0.4, "gradient_norm": 1e-5, "start": float(seed % 2)}
+        students = [("direct", None, 0, 0, {}), ("plain", None, 0, 0, {})]
+        students += [("beta", v, g, 2 * g, {}) for v, g in ((1.0, 0), (10.0, 2), (100.0, 4))]
+        students += [("jensen_shannon", v, g, 3 * g, fit) for v, g in ((0.0, 0), (1.0, 3))]
+        for knob, value, gain, loss, more in students:
+            own = {"knob": knob, "value": value, "precision": precision + gain, "recall": recall - loss}
+            rows.append(change(base | own | more))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row))
+    (folder / "manifest.json").write_text('{"command": "python -m kd_jax.train <x>"}')
+    (folder / "config.json").write_text('{"experiment": "gmm_frontier", "gains": [1.0, 3.5, 9.0]}')
+    return folder
+
+
+def test_page_says_what_is_cheapest_and_by_how_much(tmp_path):
+    html = frontier_report.write(make_run(tmp_path / "run")).read_text(encoding="utf-8")
+    for sentence in (
+        "At every gain compared, the knob that buys precision most cheaply in recall is sharpening (beta).",
+        "Gain 1: sharpening (beta) costs 2.00 ± 0.00 nats of recall per nat; all others cost more, "
+        "Jensen-Shannon (beta) next by 1.00 ± 0.00.",
+        "Gain 3.5: sharpening (beta) costs 2.00 ± 0.00 nats of recall per nat; not reached by Jensen-Shannon (beta).",
+        "No knob reaches a gain of 9 nats.",
+        "The largest gradient norm of 8 fits is 1.0e-05.",
+    ):
+        assert sentence in html
+    assert "kd_jax.train &lt;x&gt;" in html
+    assert re.search(
+        r"<td>Jensen-Shannon \(beta\) = 1</td><td>0.5000.*</td><td>0.4000.*</td><td>1.0e-05</td><td>50%", html
+    )
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda row: row | {"knob": "gamma"}, "row 1: knob 'gamma'"),
+        (lambda row: {k: v for k, v in row.items() if k != "recall"}, "row 1: no recall"),
+        (lambda row: row if (row["knob"], row["seed"]) != ("beta", 2) else None, "beta 1.0 does not have the seeds"),
+        (lambda row: row if row["knob"] != "plain" else None, "no student of the unchanged teacher"),
+    ],
+)
+def test_rows_of_something_else_are_named(tmp_path, change, said):
+    with pytest.raises(ValueError, match=said):
+        frontier_report.write(make_run(tmp_path / "run", change=change))
