@@ -33,8 +33,8 @@ def get_config() -> ConfigDict:
         {
             "policy": "sequence",
             # one of kd_jax.losses.DIVERGENCES, its beta or alpha if it has one, and the cross-entropy's share
-            "divergence": "forward_kl", "parameter": config_dict.placeholder(float), "loss_temperature": 1.0,
-            "hard_weight": 0.0,
+            "divergence": "forward_kl", "parameter": config_dict.placeholder(float), "hard_weight": 0.0,
+            "loss_temperature": 1.0, "teacher_temperature": config_dict.placeholder(float),  # none: as the student's
             # the text: "p_star", "samples" of the teacher, or a "mix" with this share of samples
             "data": "p_star", "mix": 0.5,
             "sample_temperature": 1.0, "top_k": 0, "top_p": 1.0,  # of the samples; 0 and 1 for all ids
@@ -47,6 +47,8 @@ def get_config() -> ConfigDict:
         }
     )  # fmt: skip
     config.arms = ConfigDict()
+    # Knobs of selectivity to compare, ((name, ((value, arm), ...)), ...): see kd_jax.lm.frontier.
+    config.frontier = ConfigDict({"knobs": (), "reference": "tau-1", "gains": (0.5, 1.0, 2.0)})
     shape = {"preset": "", "layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}
     config.teacher, config.student = ConfigDict(shape), ConfigDict(shape)
     config.teacher.source = ""  # a model that is there already, in place of one trained on p*'s corpus

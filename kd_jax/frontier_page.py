@@ -20,7 +20,7 @@ from kd_jax.page import mean_se, show
 MARKERS = "osD^vPXh<>p8"
 LINES = ("-", "--", ":", "-.", (0, (6, 2)), (0, (1, 3)))
 # Without its yellow end, which is too light on white.
-_ENTROPY_MAP = ListedColormap(colormaps[CMAP](np.linspace(0.0, 0.93, 256)), name="entropy")
+_ENTROPY_MAP = ListedColormap(colormaps[CMAP](np.linspace(0.0, 0.93, 256)), name="entropy").with_extremes(bad="white")
 
 
 class Knob(NamedTuple):
@@ -46,7 +46,7 @@ def prices_of(knobs: Sequence[Knob], reference: dict[str, np.ndarray], gains: Se
 
 def figure(
     knobs: Sequence[Knob], reference: Knob, direct: Knob | None, *, zoom: tuple[float, float] | None = None,
-    unit: str = "nats",
+    unit: str = "nats", entropy_label: str | None = None,
 ) -> Figure:  # fmt: skip
     """Recall against precision of every knob's students: a marker per knob, the teacher's entropy as colour.
 
@@ -56,13 +56,15 @@ def figure(
     Args:
         zoom: an inset of what lies up to this much recall below, and precision above, the reference. It is at the lower
             left, where a frontier has no points.
+        unit: of precision and recall.
+        entropy_label: of the colours, in place of the teacher's entropy; a setting without one is white.
     """
     drawn = canvas(8.6, 6.4)
     axes = drawn.add_subplot()
     norm = _norm(np.concatenate([_means(knob, "teacher_entropy")[0] for knob in [*knobs, reference]]))
     handles = _draw(axes, knobs, reference, direct, norm)
     bar = drawn.colorbar(ScalarMappable(norm, _ENTROPY_MAP), ax=axes, pad=0.02, aspect=30)
-    bar.set_label(rf"teacher's entropy  $-E_{{p'}}[\log p']$  ({unit})")
+    bar.set_label(entropy_label or rf"teacher's entropy  $-E_{{p'}}[\log p']$  ({unit})")
     drawn.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9.5)
     axes.set_xlabel(rf"recall  $E_{{p^*}}[\log p'']$  ({unit})")
     axes.set_ylabel(rf"precision  $E_{{p''}}[\log p^*]$  ({unit})")

@@ -17,7 +17,7 @@ DATA = ("p_star", "samples", "mix")
 TRAIN = "p_star/train"
 # Names of other things in a run folder, or that a report takes for something else.
 _TAKEN = ("direct", "distilled", "teacher", "p_star", "samples", "evaluation", "model")
-_LOSS = ("divergence", "parameter", "loss_temperature", "hard_weight")
+_LOSS = ("divergence", "parameter", "loss_temperature", "teacher_temperature", "hard_weight")
 # The knobs that what a student learns is a function of, by policy.
 _KNOBS = {
     "sequence": (),
@@ -138,6 +138,8 @@ def _arm(config, name: str, changes: dict[str, Any], label: str) -> Arm:
     data = "samples" if policy == "sequence" else values["data"]
     samples = None if data == "p_star" else _samples(values, label)
     knobs = {key: values[key] for key in _KNOBS[policy] if key != "mix" or data == "mix"}
+    if values["teacher_temperature"] is None:  # what is off is not said
+        knobs.pop("teacher_temperature", None)
     recording = _recording(values, label) if policy == "offline" else None
     settings = None
     if policy != "sequence":

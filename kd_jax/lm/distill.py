@@ -38,6 +38,8 @@ class Settings:
         divergence: one of kd_jax.losses.DIVERGENCES.
         parameter: its beta or alpha; None for its default.
         loss_temperature: T, by which both models' logits are divided; the divergence is multiplied by T^2.
+        teacher_temperature: by which the teacher's are divided in place of T: below T, what is learnt is more selective
+            than the teacher. None for T.
         hard_weight: share of the cross-entropy with the text itself in the loss.
         mix: share of the sequences that are of a member's second corpus.
         on_policy_fraction: lambda, the probability that an update's sequences are the student's own.
@@ -51,6 +53,7 @@ class Settings:
     divergence: str = "forward_kl"
     parameter: float | None = None
     loss_temperature: float = 1.0
+    teacher_temperature: float | None = None
     hard_weight: float = 0.0
     mix: float = 0.0
     on_policy_fraction: float = 0.5
@@ -63,8 +66,8 @@ class Settings:
         for name, known in (("policy", POLICIES), ("divergence", losses.DIVERGENCES), ("tail", TAILS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"distill.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        for name in ("loss_temperature", "student_sample_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("loss_temperature", "teacher_temperature", "student_sample_temperature"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"distill.{name}={getattr(self, name)} must be above 0 and finite")
         for name in ("hard_weight", "mix", "on_policy_fraction"):
             if not 0 <= getattr(self, name) <= 1:
@@ -97,6 +100,7 @@ class Guide(NamedTuple):
 
     teacher: Any  # weights; None offline
     loss_temperature: jax.Array
+    teacher_temperature: jax.Array
     parameter: jax.Array | None
     hard_weight: jax.Array
 
@@ -104,8 +108,9 @@ class Guide(NamedTuple):
 def guide(distillation: Distillation) -> Guide:
     """The argument of the update that says whom to learn from and how."""
     settings, teacher, _ = distillation
+    theirs = settings.loss_temperature if settings.teacher_temperature is None else settings.teacher_temperature
     parameter = None if settings.parameter is None else jnp.float32(settings.parameter)
-    numbers = jnp.float32(settings.loss_temperature), parameter, jnp.float32(settings.hard_weight)
+    numbers = jnp.float32(settings.loss_temperature), jnp.float32(theirs), parameter, jnp.float32(settings.hard_weight)
     return Guide(None if teacher is None else teacher.params, *numbers)
 
 
@@ -123,8 +128,11 @@ def loss(distillation: Distillation, student: Model, compute: Compute, *, packed
         hidden = _hidden(params, student.architecture, part, compute)
         # what follows each token; of the last of a row nothing is learnt, so what rolls in does not matter
         labels = jnp.roll(part.tokens, -1, axis=-1)
-        how = {"divergence": distillation.settings.divergence, "temperature": guide.loss_temperature}
-        how |= {"hard_weight": guide.hard_weight, "num_tokens": student.num_tokens, "parameter": guide.parameter}
+        how = {
+            "divergence": distillation.settings.divergence, "parameter": guide.parameter,
+            "temperature": guide.loss_temperature, "teacher_temperature": guide.teacher_temperature,
+            "hard_weight": guide.hard_weight, "num_tokens": student.num_tokens,
+        }  # fmt: skip
         found, statistics = run(distillation, guide, hidden, model_lib.head(params), labels, part, how)
         return found, statistics._asdict()
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from matplotlib.figure import Figure
 
 from kd_jax import page, run
-from kd_jax.config import flatten
-from kd_jax.lm import figures, summary, texts
+from kd_jax.lm import comparison, figures, frontier, frontier_report, loss_figure, run_tables, summary, texts
 from kd_jax.lm.summary import Estimate, Group
 from kd_jax.page import Beside, show
 
 TITLE = "Distilling a language model: precision against recall"
+KNOBS_TITLE = "Knobs of selectivity for a language model: the price of precision"
 TABLES = {
     "Per token": (
         ("precision", "precision", 3), ("recall", "recall", 3), ("entropy", "entropy", 3),
@@ -33,7 +33,10 @@ TABLES = {
     ),
 }  # fmt: skip
 UNITS = {
-    "Per token": "Nats per token; the source is what the training text was drawn from: the teacher at tau, or p*.",
+    "Per token": (
+        "Nats per token. The source is what is learnt from: of text, what drew it (the teacher as it was sampled, or "
+        "p*); else the teacher's distribution at the temperature in the loss, on held-out rows of its text."
+    ),
     "Per sequence": "Nats per sequence.",
     "The text, and validation": (
         "Distinct-2: different pairs of tokens over all pairs, in all samples together; it falls with their number. "
@@ -47,7 +50,6 @@ KINDS = {
     "training": "training losses",
     "stage": "stages (what they cost)",
 }
-COST = ("stage", "seconds", "share", "tokens", "tokens/s", "data, logging, checkpoints (share)")
 VERDICTS = {"holds": "Holds", "fails": "Does not hold", "unclear": "Not shown", "untested": "Not tested"}
 
 STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > div { flex: 1 1 24rem; }
@@ -58,7 +60,9 @@ STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > di
 .special { color: #2b5d8a; background: #e8eef5; border-radius: 3px; } .cut { color: #a32c3e; font-style: italic; }
 summary { cursor: pointer; }
 """
-TEMPLATE = """<p><strong>{{ headline }}</strong></p>
+TEMPLATE = (
+    """{% if knobs %}<p><strong>{{ knobs.verdict[0] }}</strong></p>{% endif %}
+{% if headline %}<p><strong>{{ headline }}</strong></p>{% endif %}
 <ul class="findings">{% for verdict, text in findings %}<li><strong>{{ verdict }}.</strong> {{ text }}</li>
 {% endfor %}</ul>
 <p>{{ about }}</p>
@@ -71,10 +75,17 @@ TEMPLATE = """<p><strong>{{ headline }}</strong></p>
 <figure><img alt="frontier of {{ other.title }}" src="data:image/png;base64,{{ other.image }}"></figure>
 {{ grid(["metric", "slope (" ~ other.note ~ ")"], other.slopes) }}</div>{% endfor %}</div>
 {% else %}{{ figure("frontier", captions.frontier) }}{% endif %}{% endif %}
+{% if knobs %}"""
+    + frontier_report.TEMPLATE
+    + """{% endif %}
+{% if arms %}<h2>How students learn, and beside the direct one</h2>
+{{ grid(arm_head, arms) }}
+<p class="note">Differences in nats per token, ± standard error, paired by seed.</p>{% endif %}
 {% for title, head, rows, unit in tables %}<h2>{{ title }}</h2>
 {{ grid(head, rows) }}
 <p class="note">{{ unit }} {% if loop.first %}{{ note }}{% endif %}</p>{% endfor %}
-{% if "curves" in images %}<h2>Against tau and against the teacher's entropy</h2>
+{% if "curves" in images %}<h2>Against {% if "divergences" in images %}tau and against {% endif -%}
+the entropy of what is learnt from</h2>
 {{ figure("curves", captions.curves) }}
 {{ figure("divergences", captions.divergences) }}{% endif %}
 {% if "training" in images %}<h2>Training</h2>
@@ -97,6 +108,7 @@ marks a text that reached the longest length allowed before it ended.</p>{% endi
 {% if config %}<h2>Config</h2>
 <details><summary>{{ config | length }} settings</summary>{{ grid(["setting", "value"], config) }}</details>{% endif %}
 """
+)
 
 
 def _cell(estimate: Estimate, size: int, digits: int) -> str:
@@ -129,15 +141,14 @@ def _tables(groups: list[Group]) -> list[tuple]:
 
 def _errors(groups: list[Group]) -> str:
     """Over what the standard errors are, in words."""
-    students = [g for g in groups if g.arm in ("direct", "distilled")]
-    if max((len(g.rows) for g in students), default=0) > 1:
+    if max((len(g.rows) for g in groups if summary.is_student(g)), default=0) > 1:
         return "Mean ± standard error over n seeds (sd / √n); where n = 1, over the model's sequences, if known."
     return "There is one seed: the errors are over its sequences and say nothing of how other seeds would differ."
 
 
 def _about(groups: list[Group]) -> str:
     """What was done, and what the words mean."""
-    rows = [row for g in groups for row in g.rows if g.arm in ("direct", "distilled")]
+    rows = [row for g in groups for row in g.rows if summary.is_student(g)]
 
     def sizes(name: str) -> str:
         found = sorted({row[name] for row in rows if row.get(name) is not None})
@@ -146,10 +157,12 @@ def _about(groups: list[Group]) -> str:
     counts = [(sizes("num_samples"), "samples of each student"), (sizes("num_recall"), "validation samples of p*")]
     counted = " and ".join(f"{size} {what}" for size, what in counts if size)
     bound = next((row["data_log_prob"] for row in rows if row.get("data_log_prob") is not None), None)
+    named = ", or as the table of arms says (the others)" if comparison.named(groups) else ""
     return (
-        "Students learn from text that a teacher samples at sample_temperature tau (distilled) or from the text of p*, "
-        "from which the teacher learns too (direct). Precision is the mean log-probability that p* gives a student's "
-        "samples, recall the mean log-probability that the student gives validation samples of p*"
+        "Students learn from text that a teacher samples at sample_temperature tau (distilled), from the text of p* "
+        f"(direct){named}. A teacher that is trained in the run learns from the text of p* too. Precision is the mean "
+        "log-probability that p* gives a student's samples, recall the mean log-probability that the student gives "
+        "validation samples of p*"
         + (f"; on {counted}." if counted else ".")
         + (f" p* gives these validation samples {bound:.3f} nats per token." if bound is not None else "")
     )
@@ -157,7 +170,7 @@ def _about(groups: list[Group]) -> str:
 
 def _certainty(groups: list[Group]) -> str:
     """What counts as a difference, and how much that is worth."""
-    count = max((len(g.rows) for g in groups if g.arm in ("direct", "distilled")), default=0)
+    count = max((len(g.rows) for g in groups if summary.is_student(g)), default=0)
     rate = summary.chance(count)
     if rate is None:
         text = "A difference counts where it is beyond two standard errors."
@@ -176,15 +189,16 @@ def _captions(groups: list[Group]) -> dict[str, str]:
         f"{g.label} ({name})"
         for g in groups
         for name in ("precision", "recall")
-        if g.arm in ("direct", "distilled") and g.rows and not math.isfinite(g.estimates[name].mean)
+        if summary.is_student(g) and g.rows and not math.isfinite(g.estimates[name].mean)
     ]
     absent = f" Not drawn, for want of a finite value: {', '.join(gone)}." if gone else ""
+    named = ", and of each arm by name" if comparison.named(groups) else ""
     return {
-        "frontier": f"Mean at each tau; bars are standard errors over {over}." + absent,
+        "frontier": f"Mean at each tau{named}; bars are standard errors over {over}." + absent,
         "curves": f"Bars and band are standard errors over {over}; the dashed line is the direct student." + absent,
         "divergences": f"Divergences between student (p″) and p*, per token; errors over {over}.",
-        "training": "Mean over seeds, with a band of one standard error where there are several. The axis leaves out "
-        "the first fall of the loss.",
+        "training": "Mean over seeds, with a band of one standard error where there are several: cross-entropy of the "
+        "text, of each arm's own text, also where a divergence is learnt. The axis leaves out the first fall.",
     }
 
 
@@ -205,49 +219,21 @@ def _missing(rows: list[dict], groups: list[Group], samples: list[dict]) -> list
     return found
 
 
-def _cost(rows: list[dict], manifest: dict) -> dict[str, Any]:
-    """The table of stages and what is said below it; the stages are the rows', or else the manifest's."""
-    stages = summary.of_kind(rows, "stage") or [s for s in manifest.get("stages") or [] if isinstance(s, dict)]
-    total = sum(stage.get("seconds") or 0 for stage in stages)
-    table, extra, timed = [], 0.0, 0.0
-    for stage in stages:
-        seconds, tokens = stage.get("seconds"), stage.get("tokens")
-        share = stage.get("share_of_data_logging_checkpoints")
-        if seconds is not None and share is not None:
-            extra, timed = extra + share * seconds, timed + seconds
-        table.append([
-            stage.get("name", "–"),
-            "–" if seconds is None else f"{seconds:,.1f}",
-            "–" if not seconds else f"{seconds / total:.1%}",
-            "–" if tokens is None else f"{tokens:,}",
-            "–" if not seconds or tokens is None else f"{tokens / seconds:,.0f}",
-            "–" if share is None else f"{share:.1%}",
-        ])  # fmt: skip
-    if table:
-        table.append(["all stages", f"{total:,.1f}", *["–"] * 4])
-    known = [i for i in range(len(COST)) if any(row[i] != "–" for row in table)]
-    notes = []
-    overhead = manifest.get("overhead") or {}
-    share = extra / timed if timed else overhead.get("share")
-    if share is not None:
-        notes.append(f"Data loading, logging and checkpoints take {share:.1%} of the stages that measure it.")
-    if isinstance(manifest.get("seconds"), dict):
-        parts = [f"{key} {value:,.1f} s" for key, value in manifest["seconds"].items() if value is not None]
-        notes.append(f"The whole run: {', '.join(parts)}.")
-    rows = [[row[i] for i in known] for row in table]
-    return {"head": [COST[i] for i in known], "rows": rows, "notes": notes}
+def _findings(groups: list[Group]) -> tuple[list[summary.Finding], str]:
+    """What is expected of students by tau, and what became of it; of a run without any, of its arms by name."""
+    if comparison.named(groups) and not any(group.arm == "distilled" for group in groups):
+        return [], comparison.headline(groups)
+    found = summary.findings(groups)
+    return found, summary.headline(found)
 
 
-def _settings(config: dict) -> list[tuple[str, str]]:
-    return [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in flatten(config).items()]
-
-
-def _differences(found: Any) -> list[list[str]]:
-    """The manifest's "config_differences" ({setting: [base, this run]}) as rows."""
-    if not isinstance(found, dict):
-        return []
-    pairs = {key: value if isinstance(value, list) and len(value) == 2 else ["", value] for key, value in found.items()}
-    return [[key, *(v if isinstance(v, str) else json.dumps(v) for v in pair)] for key, pair in pairs.items()]
+def _drawn(rows: list[dict], groups: list[Group]) -> dict[str, Figure]:
+    """The figures that the run has values for."""
+    drawn = {"training": loss_figure.training(rows)}
+    if any(group.rows for group in groups):
+        drawn["frontier"], drawn["curves"] = figures.frontier(groups), figures.curves(groups)
+        drawn["divergences"] = figures.divergences(groups)
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
@@ -262,36 +248,35 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     samples = texts.read(folder / "samples.jsonl")
     config, manifest = page.read_json(folder / "config.json"), page.read_json(folder / "manifest.json")
     groups = summary.summarise(rows)
-    found = summary.findings(groups)
-    drawn = {}
-    if any(group.rows for group in groups):
-        drawn = {
-            "frontier": figures.frontier(groups),
-            "curves": figures.curves(groups),
-            "divergences": figures.divergences(groups),
-        }
-    losses = figures.training(rows)
-    if losses is not None:
-        drawn["training"] = losses
+    wanted = frontier.read(config)
+    knobs = frontier_report.section(wanted, rows)
+    found, headline = _findings(groups)
+    drawn = _drawn(rows, groups)
+    captions = _captions(groups)
+    if knobs is not None:
+        drawn["frontier"], captions["frontier"] = knobs["figure"], knobs["caption"]
     html = page.render(
         TEMPLATE,
         folder=folder,
         style=STYLE,
-        title=TITLE,
-        headline=summary.headline(found),
+        title=TITLE if wanted is None else KNOBS_TITLE,
+        headline=headline,
         findings=[(VERDICTS[f.verdict], f.text) for f in found],
         about=_about(groups),
         certainty=_certainty(groups),
-        missing=_missing(rows, groups, samples),
+        missing=_missing(rows, groups, samples) + frontier_report.missing(wanted, rows),
         images=page.embed(drawn, folder),
-        captions=_captions(groups),
+        captions=captions,
         beside=beside,
+        knobs=knobs,
+        arm_head=comparison.HEAD,
+        arms=comparison.table(groups),
         tables=_tables(groups),
         note=_errors(groups),
         samples=texts.side_by_side(samples),
-        cost=_cost(rows, manifest),
-        config=_settings(config),
-        differences=_differences(manifest.get("config_differences")),
+        cost=run_tables.cost(rows, manifest),
+        config=run_tables.settings(config),
+        differences=run_tables.differences(manifest.get("config_differences")),
     )
     path = folder / "report.html"
     run.write_text(path, html)

@@ -8,7 +8,7 @@ import math
 import jax
 
 from kd_jax import mesh as mesh_lib
-from kd_jax.lm import agreement, training, weights
+from kd_jax.lm import agreement, frontier, training, weights
 from kd_jax.lm import arms as arms_lib
 from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
 
@@ -52,6 +52,7 @@ def _check_arms(config) -> None:
                 f"{arm.name}: prompt_length={arm.settings.prompt_length} leaves no room in "
                 f"config.sampling.max_length={config.sampling.max_length}"
             )
+    frontier.check(config, [arm.name for arm in found])
     teacher_mesh(config)
 
 

@@ -77,6 +77,12 @@ def group_key(row: dict) -> tuple:
     return arm, None if tau is None else float(tau), row["name"] if alone else None
 
 
+def is_student(group: Group) -> bool:
+    """Whether these models learnt in this run; of arms by name, those have seeds."""
+    by_name = group.arm not in (*ORDER, "p_star") and all(row.get("seed") is not None for row in group.rows)
+    return group.arm in ("direct", "distilled") or by_name
+
+
 def label(arm: str, tau: float | None, name: str | None = None) -> str:
     """How a group is named."""
     if arm == "p_star":

@@ -51,14 +51,15 @@ ROWS, COLUMNS = np.array(PLACES).T
 NEXT = PADDED[ROWS, COLUMNS + 1]
 
 
-def definition(params, teacher, temperature, hard_weight, reverse):
+def definition(params, teacher, temperature, hard_weight, reverse, teacher_temperature=None):
     """Loss, and the statistics, from whole logits."""
 
     def logits(params, architecture):
         hidden = model_lib.forward(params, architecture, jnp.asarray(PADDED))[ROWS, COLUMNS]
         return hidden @ model_lib.head(params).T
 
-    p = jax.nn.log_softmax(logits(teacher, WIDE) / temperature)
+    theirs = temperature if teacher_temperature is None else teacher_temperature
+    p = jax.nn.log_softmax(logits(teacher, WIDE) / theirs)
     mine = logits(params, TINY)
     q = jax.nn.log_softmax(mine / temperature)
     divergence = jnp.sum(jnp.exp(q) * (q - p) if reverse else jnp.exp(p) * (p - q), -1)
@@ -78,6 +79,7 @@ def definition(params, teacher, temperature, hard_weight, reverse):
         ({}, {}),
         ({"loss_temperature": 2.0, "hard_weight": 0.3}, {"row_length": 24, "parts": 3}),
         ({"divergence": "reverse_kl", "loss_temperature": 0.5}, {"parts": 2}),
+        ({"loss_temperature": 2.0, "teacher_temperature": 0.5}, {}),
     ],
 )
 def test_loss_gradients_and_statistics_are_the_definition(student, teacher, how, layout):
@@ -91,8 +93,9 @@ def test_loss_gradients_and_statistics_are_the_definition(student, teacher, how,
     reverse = settings.divergence == "reverse_kl"
     by_hand = jax.jit(jax.value_and_grad(definition, has_aux=True), static_argnums=4)
     (wanted, others), wanted_gradient = by_hand(
-        student.params, teacher.params, settings.loss_temperature, settings.hard_weight, reverse
-    )
+        student.params, teacher.params, settings.loss_temperature, settings.hard_weight, reverse,
+        settings.teacher_temperature,
+    )  # fmt: skip
     assert int(count) == len(NEXT) == sum(map(len, TOKENS)) - PROMPTS.sum()
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
     assert statistics.keys() == others.keys()
@@ -157,11 +160,12 @@ def test_other_numbers_are_no_other_program(student, teacher):
     distillation = Distillation(Settings("online", **how), teacher)
     update = step.make(TINY, optimizer, schedule, COMPUTE, loss=distill.loss(distillation, student, COMPUTE))
     state, losses = step.from_params(student.params, TINY, optimizer), []
-    for changes in ({}, {"loss_temperature": 3.0}, {"parameter": 0.7}, {"hard_weight": 0.9}):
+    names = {"loss_temperature": 3.0, "teacher_temperature": 0.4, "parameter": 0.7, "hard_weight": 0.9}
+    for changes in ({}, *({name: value} for name, value in names.items())):
         other = distillation._replace(settings=Settings("online", **{**how, **changes}))
         state, metrics = update(state, batch(), distill.guide(other))
         losses.append(float(metrics.loss))
-    assert update._cache_size() == 1 and len(set(losses)) == 4
+    assert update._cache_size() == 1 and len(set(losses)) == 5
 
 
 @pytest.mark.parametrize("change, message", [
@@ -169,6 +173,7 @@ def test_other_numbers_are_no_other_program(student, teacher):
     ({"divergence": "kl"}, "distill.divergence='kl'"),
     ({"tail": "drop"}, "distill.tail='drop'"),
     ({"loss_temperature": 0.0}, "distill.loss_temperature=0.0"),
+    ({"teacher_temperature": -1.0}, "distill.teacher_temperature=-1.0"),
     ({"hard_weight": 1.5}, "distill.hard_weight=1.5"),
     ({"on_policy_fraction": -0.1}, "distill.on_policy_fraction=-0.1"),
     ({"prompt_length": -1}, "distill.prompt_length=-1"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kd_jax import page
-from kd_jax.lm import figures, report, summary
+from kd_jax.lm import figures, loss_figure, report, summary
 
 TAUS = (0.8, 0.875, 0.95, 1.0)
 # Precision and recall by tau, None being the direct student: all that is expected holds.
@@ -407,7 +407,7 @@ def test_figures_hold_the_numbers():
     direct = [[np.mean(of(rows, "direct", None, m)) for m in ("recall", "precision")]]
     assert any(points.shape == (1, 2) and np.allclose(points, direct) for points in drawn)
     # Each chosen checkpoint on its validation loss, over the tokens it had been trained on: 200 steps of 1500.
-    panels = figures.training(rows).axes[:2]
+    panels = loss_figure.training(rows).axes[:2]
     markers = np.concatenate([np.asarray(c.get_offsets()) for ax in panels for c in ax.collections])
     chosen = sorted(r["loss"] for r in rows if r["kind"] == "validation" and r["chosen"])
     assert sorted(y for x, y in markers if x == pytest.approx(0.3)) == pytest.approx(chosen)

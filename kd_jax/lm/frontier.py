@@ -1,0 +1,147 @@
+"""The knobs of selectivity that a run compares: which arms are the settings of which knob, and what those came to.
+
+    config.frontier.knobs        ((name, ((value, arm), ...)), ...): values as text, in order; arms: kd_jax.lm.arms
+    config.frontier.reference    the arm of the unchanged teacher, from which gains and losses are counted
+    config.frontier.gains        nats a token of precision above it, at which knobs are compared
+
+Knobs may share arms: the setting at which a knob changes nothing is another's too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kd_jax import frontier_page
+from kd_jax.lm import summary
+from kd_jax.page import number
+
+COLUMNS = ("precision", "recall", "kl_model_data", "kl_data_model", "entropy", "teacher_entropy")
+
+
+class Knob(NamedTuple):
+    """A knob: its settings in order, each a value as text and the arm that has it."""
+
+    name: str
+    settings: tuple[tuple[str, str], ...]
+
+
+class Frontier(NamedTuple):
+    """What config.frontier says."""
+
+    reference: str
+    gains: tuple[float, ...]
+    knobs: tuple[Knob, ...]
+
+    @property
+    def arms(self) -> list[str]:
+        """The reference and all arms of knobs, none twice."""
+        return list(dict.fromkeys([self.reference, *(arm for knob in self.knobs for _, arm in knob.settings)]))
+
+    def label(self, arm: str) -> str:
+        """Of which knobs an arm is which setting; the arm's own name where it is of none."""
+        found = [f"{knob.name} = {value}" for knob in self.knobs for value, own in knob.settings if own == arm]
+        return ", ".join(found) or arm
+
+
+class Curves(NamedTuple):
+    """The students of a run's knobs, all of the same seeds.
+
+    Attributes:
+        knobs: as frontier_page draws them; a setting without students is left out.
+        reference, direct: their one setting; `direct` is None where there are no direct students.
+        arms: arm -> metrics [seed], by COLUMNS; the reference first, "direct" among them.
+        seeds: which.
+    """
+
+    knobs: list[frontier_page.Knob]
+    reference: frontier_page.Knob
+    direct: frontier_page.Knob | None
+    arms: dict[str, dict[str, np.ndarray]]
+    seeds: list[int]
+
+
+def read(config: Mapping[str, Any]) -> Frontier | None:
+    """What a config, or a run's config.json, says of knobs; None where it has none.
+
+    Raises ValueError, naming the key, for what is not so put together.
+    """
+    found = config.get("frontier") or {}
+    if not found.get("knobs"):
+        return None
+    knobs = tuple(_knob(knob) for knob in found["knobs"])
+    if len({knob.name for knob in knobs}) < len(knobs):
+        raise ValueError(f"config.frontier.knobs has a name twice: {', '.join(knob.name for knob in knobs)}")
+    gains = tuple(found.get("gains") or ())
+    if not gains or not all(isinstance(gain, (int, float)) and 0 < gain < math.inf for gain in gains):
+        raise ValueError(f"config.frontier.gains={gains} must be numbers above 0, at least one")
+    if not found.get("reference"):
+        raise ValueError("config.frontier.reference is missing: the arm of the unchanged teacher")
+    return Frontier(found["reference"], gains, knobs)
+
+
+def _knob(found: Any) -> Knob:
+    try:
+        name, settings = found
+        settings = tuple((value, arm) for value, arm in settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.frontier.knobs: {found!r} is not (name, ((value, arm), ...))") from error
+    if not all(isinstance(text, str) and text for text in (name, *sum(settings, ()))):
+        raise ValueError(f"config.frontier.knobs: {found!r}: names, values and arms are text")
+    if not settings:
+        raise ValueError(f"config.frontier.knobs: {name} has no settings")
+    for texts in zip(*settings, strict=True):
+        if len(set(texts)) < len(texts):
+            raise ValueError(f"config.frontier.knobs: {name} has a setting twice: {', '.join(texts)}")
+    return Knob(name, settings)
+
+
+def check(config: Mapping[str, Any], arms: Collection[str]) -> None:
+    """Raises ValueError, naming the key, for knobs that cannot be: of `arms`, the run's, above all."""
+    frontier = read(config)
+    if frontier is None:
+        return
+    places = {"config.frontier.reference": [frontier.reference]}
+    places |= {f"config.frontier.knobs: {knob.name}": [arm for _, arm in knob.settings] for knob in frontier.knobs}
+    for place, names in places.items():
+        for name in names:
+            if name not in arms:
+                raise ValueError(f"{place}: {name!r} is not one of the run's arms ({', '.join(arms)})")
+
+
+def students(rows: list[dict]) -> dict[str, dict[int, dict]]:
+    """The evaluation rows of students: arm -> seed -> row."""
+    found: dict[str, dict[int, dict]] = {}
+    for row in summary.of_kind(rows, "evaluation"):
+        arm, mark, _ = row["name"].rpartition("/seed-")
+        if mark and row.get("seed") is not None:
+            found.setdefault(arm, {})[row["seed"]] = row
+    return found
+
+
+def curves(frontier: Frontier, rows: list[dict]) -> Curves | None:
+    """The knobs' students, of the seeds that all arms have; None where there is none that the reference has."""
+    found = students(rows)
+    there = [arm for arm in [*frontier.arms, "direct"] if arm in found]
+    seeds = sorted(set.intersection(*(set(found[arm]) for arm in there))) if frontier.reference in there else []
+    if not seeds:
+        return None
+    arms = {
+        arm: {name: np.array([number(found[arm][seed].get(name)) for seed in seeds]) for name in COLUMNS}
+        for arm in there
+    }
+
+    def stacked(name: str, settings: list[tuple[str, str]]) -> frontier_page.Knob:
+        metrics = {column: np.stack([arms[arm][column] for _, arm in settings]) for column in COLUMNS}
+        return frontier_page.Knob(name, tuple(value for value, _ in settings), metrics)
+
+    knobs = []
+    for knob in frontier.knobs:
+        settings = [(value, arm) for value, arm in knob.settings if arm in arms]
+        knobs += [stacked(knob.name, settings)] if settings else []
+    reference = stacked(f"reference: {frontier.reference}, the unchanged teacher's text", [("", frontier.reference)])
+    direct = stacked("direct: p*'s text, no teacher", [("", "direct")]) if "direct" in arms else None
+    return Curves(knobs, reference, direct, arms, seeds)

@@ -1,0 +1,130 @@
+"""The part of a language-model run's page that puts every knob of selectivity on one frontier, and prices them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from kd_jax import frontier_page
+from kd_jax.lm import comparison, frontier
+from kd_jax.lm.frontier import Curves, Frontier
+from kd_jax.page import mean_se, show
+
+UNIT = "nats per token"
+ENTROPY = f"entropy of what is learnt from  ({UNIT})"
+HEAD = (
+    "students", "arm", "precision", "recall", "KL(p″‖p*)", "KL(p*‖p″)", "entropy", "entropy of what is learnt from",
+    "measured on",
+)  # fmt: skip
+
+TEMPLATE = """<h2>Which knob buys precision most cheaply?</h2>
+<p><strong>{{ knobs.verdict[0] }}</strong></p>
+<ul>{% for sentence in knobs.verdict[1:] %}<li>{{ sentence }}</li>{% endfor %}</ul>
+{{ grid(knobs.price_head, knobs.prices) }}
+<p class="note">{{ knobs.price_note }}</p>
+<h2>Every setting of every knob</h2>
+{{ grid(knobs.head, knobs.table) }}
+<p class="note">{{ knobs.note }}</p>
+"""
+
+
+def section(found: Frontier | None, rows: list[dict]) -> dict[str, Any] | None:
+    """What TEMPLATE shows as `knobs`, the caption of the figure and the figure; None where a run has no knobs yet."""
+    curves = None if found is None else frontier.curves(found, rows)
+    if curves is None:
+        return None
+    reference = {name: curves.reference.metrics[name][0] for name in ("precision", "recall")}
+    if all(np.isfinite(values).all() for values in reference.values()):
+        prices = frontier_page.prices_of(curves.knobs, reference, found.gains)
+        verdict = frontier_page.verdict(prices, curves.knobs, found.gains)
+    else:
+        prices, verdict = [], ["Knobs have no prices: the reference's precision or recall is not finite."]
+    price_head, price_rows = frontier_page.price_table(prices)
+    return {
+        "figure": figure(curves),
+        "caption": _caption(found, curves),
+        "verdict": verdict,
+        "price_head": price_head,
+        "prices": price_rows,
+        "price_note": _price_note(found, curves),
+        "head": HEAD,
+        "table": _table(found, curves, rows),
+        "note": _note(found, curves, rows),
+    }
+
+
+def missing(found: Frontier | None, rows: list[dict]) -> list[str]:
+    """What the comparison of knobs lacks, in words."""
+    there = frontier.students(rows)
+    gone = [] if found is None else [arm for arm in found.arms if arm not in there]
+    return [f"students of the arms: {', '.join(gone)} (settings of knobs on the frontier)"] if gone else []
+
+
+def figure(curves: Curves) -> Figure:
+    """All knobs on one recall-precision figure."""
+    return frontier_page.figure(curves.knobs, curves.reference, curves.direct, unit=UNIT, entropy_label=ENTROPY)
+
+
+def _caption(found: Frontier, curves: Curves) -> str:
+    return (
+        f"Every setting of every knob, mean over {len(curves.seeds)} seed(s); bars are standard errors over seeds, "
+        f"lines join a knob's settings in order. The ring is the reference, {found.reference}; the star the direct "
+        "student. Colour is the entropy of what is learnt from: of the sampled text, or of the teacher's distribution "
+        "at the temperature in the loss (the table says which)."
+    )
+
+
+def _price_note(found: Frontier, curves: Curves) -> str:
+    return (
+        f"Gain: nats per token of precision above {found.reference}, of the same seed. Price: nats of recall lost per "
+        f"nat of precision gained, ± standard error over {len(curves.seeds)} seed(s); below 0, recall is gained as "
+        "well. The last column is paired by seed. A knob is interpolated linearly between neighbouring settings, which "
+        "a generator that takes one of two students at random at least attains (but for their lengths); it is absent "
+        "where no two neighbours enclose the gain."
+    )
+
+
+def _table(found: Frontier, curves: Curves, rows: list[dict]) -> list[list[str]]:
+    """A line for each arm."""
+    students = frontier.students(rows)
+    lines = []
+    for arm, metrics in curves.arms.items():
+        cells = [show(*mean_se(metrics[name])) for name in frontier.COLUMNS]
+        row = students[arm][curves.seeds[0]]
+        label = "no teacher" if arm == "direct" else found.label(arm)
+        lines.append([label, arm, *cells, measured_on(row)])
+    return lines
+
+
+def measured_on(row: dict) -> str:
+    """Which text the entropy of what a student learnt from is a mean over."""
+    how = row.get("distill") or {}
+    if how.get("policy", "sequence") != "sequence":
+        return comparison.TEXTS[how.get("data", "p_star")]
+    return comparison.TEXTS["p_star" if row["arm"] == "direct" else "samples"]
+
+
+def _note(found: Frontier, curves: Curves, rows: list[dict]) -> str:
+    text = (
+        "Mean ± standard error over seeds, nats per token. Entropy of what is learnt from: where students learn text, "
+        "the mean of -log of the probability with which each token was drawn (tau, top-k and top-p included); where "
+        "they learn the teacher's distributions, the mean entropy of these at the temperature in the loss, on held-out "
+        "rows of the text named. One is a mean over what the teacher writes, the other over what p* writes, so they "
+        "differ for one and the same teacher"
+    )
+    same = _unchanged(found, curves, rows)
+    return text + (f": unchanged, it has {same[0]:.3f} on its own text and {same[1]:.3f} on p*'s." if same else ".")
+
+
+def _unchanged(found: Frontier, curves: Curves, rows: list[dict]) -> tuple[float, float] | None:
+    """The unchanged teacher's entropy on its own text and on p*'s, where both were measured."""
+    students = frontier.students(rows)
+    own = curves.arms[found.reference]["teacher_entropy"].mean()
+    for arm, metrics in curves.arms.items():
+        how = students[arm][curves.seeds[0]].get("distill") or {}
+        temperatures = [how.get(name) for name in ("loss_temperature", "teacher_temperature")]
+        if how.get("policy") in ("online", "on_policy") and how.get("data") == "p_star" and temperatures == [1.0, None]:
+            return float(own), float(metrics["teacher_entropy"].mean())
+    return None
