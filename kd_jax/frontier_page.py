@@ -46,7 +46,7 @@ def prices_of(knobs: Sequence[Knob], reference: dict[str, np.ndarray], gains: Se
 
 def figure(
     knobs: Sequence[Knob], reference: Knob, direct: Knob | None, *, zoom: tuple[float, float] | None = None,
-    unit: str = "nats", entropy_label: str | None = None,
+    unit: str = "nats", entropy_label: str | None = None, values: bool = False,
 ) -> Figure:  # fmt: skip
     """Recall against precision of every knob's students: a marker per knob, the teacher's entropy as colour.
 
@@ -58,11 +58,14 @@ def figure(
             left, where a frontier has no points.
         unit: of precision and recall.
         entropy_label: of the colours, in place of the teacher's entropy; a setting without one is white.
+        values: writes each setting's value beside its point, unless the point is several knobs'.
     """
     drawn = canvas(8.6, 6.4)
     axes = drawn.add_subplot()
     norm = _norm(np.concatenate([_means(knob, "teacher_entropy")[0] for knob in [*knobs, reference]]))
     handles = _draw(axes, knobs, reference, direct, norm)
+    if values:
+        _write_values(axes, knobs)
     bar = drawn.colorbar(ScalarMappable(norm, _ENTROPY_MAP), ax=axes, pad=0.02, aspect=30)
     bar.set_label(entropy_label or rf"teacher's entropy  $-E_{{p'}}[\log p']$  ({unit})")
     drawn.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9.5)
@@ -106,6 +109,18 @@ def _draw(axes, knobs, reference, direct, norm: Normalize) -> list[Line2D]:
         style = {"linestyle": "", "markerfacecolor": colour, "markeredgecolor": edge, "markersize": 12}
         handles.append(Line2D([], [], marker=marker, label=knob.name, **style))
     return handles
+
+
+def _write_values(axes, knobs: Sequence[Knob]) -> None:
+    """The value of each setting beside its point, where the point is one knob's alone."""
+    texts: dict[tuple[float, float], list[str]] = {}
+    for knob in knobs:
+        x, y = (_means(knob, name)[0] for name in ("recall", "precision"))
+        for *point, value in zip(x, y, knob.values, strict=True):
+            texts.setdefault(tuple(point), []).append(value)
+    for point, found in texts.items():
+        if len(found) == 1 and np.isfinite(point).all():
+            axes.annotate(found[0], point, (5, 5), textcoords="offset points", fontsize=7.5, color=INK, zorder=6)
 
 
 def price_table(found: Sequence[Price]) -> tuple[list[str], list[list[str]]]:

@@ -93,7 +93,8 @@ def _tau_axis(axes, groups: list[Group]) -> None:
 def legend(figure: Figure, handles: list[Line2D]) -> None:
     """Above the axes, where no data can be."""
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(4, len(handles)), frameon=False)
+        columns = min(4 if figure.get_figwidth() > 7 else 3, len(handles))
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def marker(label: str, marker: str, colour, size: float = 8, **style) -> Line2D:
@@ -195,7 +196,7 @@ def curves(groups: list[Group]) -> Figure:
     distilled, _, teacher = split(groups)
     columns = {None: TAU} if distilled else {}
     columns["teacher_entropy"] = "entropy of what is learnt from (nats per token)"
-    figure = canvas(9.2 if distilled else 5.4, 6.8)
+    figure = canvas(9.2 if distilled else 6.4, 6.8)
     grid = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
     style = {"color": INK, "linestyle": ":", "linewidth": 1.2, "marker": "D", "markersize": 5.5}
     for row, name in zip(grid, ("precision", "recall"), strict=True):

@@ -64,7 +64,9 @@ def missing(found: Frontier | None, rows: list[dict]) -> list[str]:
 
 def figure(curves: Curves) -> Figure:
     """All knobs on one recall-precision figure."""
-    return frontier_page.figure(curves.knobs, curves.reference, curves.direct, unit=UNIT, entropy_label=ENTROPY)
+    return frontier_page.figure(
+        curves.knobs, curves.reference, curves.direct, unit=UNIT, entropy_label=ENTROPY, values=True
+    )
 
 
 def _caption(found: Frontier, curves: Curves) -> str:
