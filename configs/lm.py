@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.arms = ConfigDict()
     # Knobs of selectivity to compare, ((name, ((value, arm), ...)), ...): see kd_jax.lm.frontier.
-    config.frontier = ConfigDict({"knobs": (), "reference": "tau-1", "gains": (0.5, 1.0, 2.0)})
+    config.frontier = ConfigDict({"knobs": (), "references": ("tau-1",), "gains": (0.5, 1.0, 2.0)})
     shape = {"preset": "", "layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}
     config.teacher, config.student = ConfigDict(shape), ConfigDict(shape)
     config.teacher.source = ""  # a model that is there already, in place of one trained on p*'s corpus

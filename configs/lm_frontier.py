@@ -52,6 +52,8 @@ def _with_knobs(config, taus, top_ps, top_ks, teacher_temperatures, loss_tempera
     divergences = {"forward_kl": "forward KL", "jensen_shannon": "Jensen-Shannon", "reverse_kl": "reverse KL"}
     for name in divergences:
         config.arms[name] = ConfigDict({"policy": "online", "divergence": name})
+    # the teacher's text as it is, and its distributions as they are
+    config.frontier.references = ("tau-1", "forward_kl")
     loss_temperature = arms("T", "loss_temperature", loss_temperatures, policy="online")
     config.frontier.knobs = (
         ("tau", tuple((f"{tau:g}", f"tau-{tau:g}") for tau in config.taus)),

@@ -170,8 +170,13 @@ def _at_gain(gain: float, here: Sequence[Price], knobs: Sequence[Knob]) -> str:
         text += f"; not told from it: {_listed(close)}"
     elif len(here) > 1:
         text += f"; all others cost more, {here[1].knob} next by {show(here[1].extra, here[1].extra_error, 2)}"
-    missing = [knob.name for knob in knobs if knob.name not in {price.knob for price in here}]
-    return text + (f"; not reached by {_listed(missing)}." if missing else ".")
+    missing = [knob for knob in knobs if knob.name not in {price.knob for price in here}]
+    # False for one without a finite mean
+    lowest = {knob.name: np.fmin.reduce(_means(knob, "precision")[0]) for knob in missing}
+    above = [name for name, low in lowest.items() if low > here[0].precision]
+    below = [name for name in lowest if name not in above]
+    text += f"; not reached by {_listed(below)}" if below else ""
+    return text + (f"; exceeded at every setting by {_listed(above)}." if above else ".")
 
 
 def _means(knob: Knob, name: str) -> tuple[np.ndarray, np.ndarray]:

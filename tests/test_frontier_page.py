@@ -63,6 +63,8 @@ def test_gains_that_no_knob_reaches():
     assert say([knob("a", [0, 1], [0, 1])], (2.0, 3.0))[1] == ["No knob reaches a gain of 2 or 3 nats."]
     *_, last = say([knob("a", [0, 2], [0, 1]), knob("b", [0, 1], [0, 1])], (1.0, 1.5))[1]
     assert last.endswith("; not reached by b.")
+    *_, last = say([knob("a", [0, 2], [0, 1]), knob("b", [0, 1], [0, 1]), knob("c", [3, 4], [1, 2])], (1.5,))[1]
+    assert last.endswith("; not reached by b; exceeded at every setting by c.")
 
 
 def markers(figure):

@@ -1,8 +1,9 @@
 """The knobs of selectivity that a run compares: which arms are the settings of which knob, and what those came to.
 
     config.frontier.knobs        ((name, ((value, arm), ...)), ...): values as text, in order; arms: kd_jax.lm.arms
-    config.frontier.reference    the arm of the unchanged teacher, from which gains and losses are counted
-    config.frontier.gains        nats a token of precision above it, at which knobs are compared
+    config.frontier.references   arms in which knobs change nothing: all are counted from the first, and each knob as
+                                 well from the first that is a setting of its own
+    config.frontier.gains        nats a token of precision above them, at which knobs are compared
 
 Knobs may share arms: the setting at which a knob changes nothing is another's too.
 """
@@ -32,9 +33,19 @@ class Knob(NamedTuple):
 class Frontier(NamedTuple):
     """What config.frontier says."""
 
-    reference: str
+    references: tuple[str, ...]
     gains: tuple[float, ...]
     knobs: tuple[Knob, ...]
+
+    @property
+    def reference(self) -> str:
+        """The arm that all is counted from."""
+        return self.references[0]
+
+    def neutral(self, knob: str) -> str:
+        """The arm in which a knob changes nothing."""
+        (arms,) = ([arm for _, arm in own.settings] for own in self.knobs if own.name == knob)
+        return next(arm for arm in self.references if arm in arms)
 
     @property
     def arms(self) -> list[str]:
@@ -53,11 +64,13 @@ class Curves(NamedTuple):
     Attributes:
         knobs: as frontier_page draws them; a setting without students is left out.
         reference, direct: their one setting; `direct` is None where there are no direct students.
+        own: the same knobs, their precision and recall counted from each one's own unchanged setting.
         arms: arm -> metrics [seed], by COLUMNS; the reference first, "direct" among them.
         seeds: which.
     """
 
     knobs: list[frontier_page.Knob]
+    own: list[frontier_page.Knob]
     reference: frontier_page.Knob
     direct: frontier_page.Knob | None
     arms: dict[str, dict[str, np.ndarray]]
@@ -78,9 +91,11 @@ def read(config: Mapping[str, Any]) -> Frontier | None:
     gains = tuple(found.get("gains") or ())
     if not gains or not all(isinstance(gain, (int, float)) and 0 < gain < math.inf for gain in gains):
         raise ValueError(f"config.frontier.gains={gains} must be numbers above 0, at least one")
-    if not found.get("reference"):
-        raise ValueError("config.frontier.reference is missing: the arm of the unchanged teacher")
-    return Frontier(found["reference"], gains, knobs)
+    references = tuple(found.get("references") or ())
+    for knob in knobs:
+        if not set(references) & {arm for _, arm in knob.settings}:
+            raise ValueError(f"config.frontier.references={references}: none is a setting of {knob.name}")
+    return Frontier(references, gains, knobs)
 
 
 def _knob(found: Any) -> Knob:
@@ -104,7 +119,7 @@ def check(config: Mapping[str, Any], arms: Collection[str]) -> None:
     frontier = read(config)
     if frontier is None:
         return
-    places = {"config.frontier.reference": [frontier.reference]}
+    places = {"config.frontier.references": frontier.references}
     places |= {f"config.frontier.knobs: {knob.name}": [arm for _, arm in knob.settings] for knob in frontier.knobs}
     for place, names in places.items():
         for name in names:
@@ -138,10 +153,15 @@ def curves(frontier: Frontier, rows: list[dict]) -> Curves | None:
         metrics = {column: np.stack([arms[arm][column] for _, arm in settings]) for column in COLUMNS}
         return frontier_page.Knob(name, tuple(value for value, _ in settings), metrics)
 
-    knobs = []
+    knobs, own = [], []
     for knob in frontier.knobs:
         settings = [(value, arm) for value, arm in knob.settings if arm in arms]
         knobs += [stacked(knob.name, settings)] if settings else []
+        neutral = arms.get(frontier.neutral(knob.name))
+        if settings and neutral is not None:
+            with np.errstate(invalid="ignore"):  # of two infinite values; a setting that is not finite has no price
+                less = {name: knobs[-1].metrics[name] - neutral[name] for name in ("precision", "recall")}
+            own.append(knobs[-1]._replace(metrics=knobs[-1].metrics | less))
     reference = stacked(f"reference: {frontier.reference}, the unchanged teacher's text", [("", frontier.reference)])
     direct = stacked("direct: p*'s text, no teacher", [("", "direct")]) if "direct" in arms else None
-    return Curves(knobs, reference, direct, arms, seeds)
+    return Curves(knobs, own, reference, direct, arms, seeds)

@@ -19,11 +19,11 @@ HEAD = (
     "measured on",
 )  # fmt: skip
 
-TEMPLATE = """<h2>Which knob buys precision most cheaply?</h2>
-<p><strong>{{ knobs.verdict[0] }}</strong></p>
-<ul>{% for sentence in knobs.verdict[1:] %}<li>{{ sentence }}</li>{% endfor %}</ul>
-{{ grid(knobs.price_head, knobs.prices) }}
-<p class="note">{{ knobs.price_note }}</p>
+TEMPLATE = """{% for title, verdict, head, rows, note in knobs.comparisons %}<h2>{{ title }}</h2>
+<p><strong>{{ verdict[0] }}</strong></p>
+<ul>{% for sentence in verdict[1:] %}<li>{{ sentence }}</li>{% endfor %}</ul>
+{{ grid(head, rows) }}
+<p class="note">{{ note }}</p>{% endfor %}
 <h2>Every setting of every knob</h2>
 {{ grid(knobs.head, knobs.table) }}
 <p class="note">{{ knobs.note }}</p>
@@ -35,24 +35,48 @@ def section(found: Frontier | None, rows: list[dict]) -> dict[str, Any] | None:
     curves = None if found is None else frontier.curves(found, rows)
     if curves is None:
         return None
-    reference = {name: curves.reference.metrics[name][0] for name in ("precision", "recall")}
-    if all(np.isfinite(values).all() for values in reference.values()):
-        prices = frontier_page.prices_of(curves.knobs, reference, found.gains)
-        verdict = frontier_page.verdict(prices, curves.knobs, found.gains)
-    else:
-        prices, verdict = [], ["Knobs have no prices: the reference's precision or recall is not finite."]
-    price_head, price_rows = frontier_page.price_table(prices)
+    comparisons = [_at_equal_precision(found, curves), _from_own(found, curves)]
     return {
         "figure": figure(curves),
         "caption": _caption(found, curves),
-        "verdict": verdict,
-        "price_head": price_head,
-        "prices": price_rows,
-        "price_note": _price_note(found, curves),
+        "headlines": [verdict[0] for _, verdict, *_ in comparisons],
+        "comparisons": comparisons,
         "head": HEAD,
         "table": _table(found, curves, rows),
         "note": _note(found, curves, rows),
     }
+
+
+def _at_equal_precision(found: Frontier, curves: Curves) -> tuple:
+    """Title, verdict, head and rows of prices, and note: all knobs counted from the reference."""
+    reference = {name: curves.reference.metrics[name][0] for name in ("precision", "recall")}
+    verdict, head, rows = _priced(curves.knobs, reference, found.gains)
+    return "Which knob buys precision most cheaply?", verdict, head, rows, _price_note(found, curves)
+
+
+def _from_own(found: Frontier, curves: Curves) -> tuple:
+    """The same with each knob counted from its own unchanged setting."""
+    nothing = {name: np.zeros(len(curves.seeds)) for name in ("precision", "recall")}
+    verdict, head, rows = _priced(curves.own, nothing, found.gains)
+    neutral = {knob.name: found.neutral(knob.name) for knob in found.knobs}
+    counted = "; ".join(
+        f"{', '.join(name for name in neutral if neutral[name] == arm)} from {arm}"
+        for arm in dict.fromkeys(neutral.values())
+    )
+    note = f"As above, without what a knob's unchanged setting itself gains or loses. Counted are {counted}."
+    verdict[0] = f"Counted from each knob's own unchanged setting: {verdict[0][:1].lower()}{verdict[0][1:]}"
+    # the reference is 0, so the precision is the gain
+    rows = [[row[0], *row[2:]] for row in rows]
+    return "And from its own unchanged setting?", verdict, [head[0], *head[2:]], rows, note
+
+
+def _priced(knobs, reference: dict[str, np.ndarray], gains) -> tuple[list[str], list[str], list[list[str]]]:
+    """Verdict, and head and rows of the table of prices."""
+    if not all(np.isfinite(values).all() for values in reference.values()):
+        verdict = ["Knobs have no prices: the reference's precision or recall is not finite."]
+        return verdict, *frontier_page.price_table([])
+    prices = frontier_page.prices_of(knobs, reference, gains)
+    return frontier_page.verdict(prices, knobs, gains), *frontier_page.price_table(prices)
 
 
 def missing(found: Frontier | None, rows: list[dict]) -> list[str]:

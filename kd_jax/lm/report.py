@@ -61,7 +61,7 @@ STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > di
 summary { cursor: pointer; }
 """
 TEMPLATE = (
-    """{% if knobs %}<p><strong>{{ knobs.verdict[0] }}</strong></p>{% endif %}
+    """{% if knobs %}{% for text in knobs.headlines %}<p><strong>{{ text }}</strong></p>{% endfor %}{% endif %}
 {% if headline %}<p><strong>{{ headline }}</strong></p>{% endif %}
 <ul class="findings">{% for verdict, text in findings %}<li><strong>{{ verdict }}.</strong> {{ text }}</li>
 {% endfor %}</ul>

@@ -31,7 +31,7 @@ def config(**changes):
     """The laptop's smoke with knobs on its arms."""
     found = lm_laptop.get_config("smoke")
     found.arms = ConfigDict({name: ConfigDict(how) for name, how in ARMS.items()})
-    found.frontier.update({"knobs": KNOBS, **changes})
+    found.frontier.update({"knobs": KNOBS, "references": ("tau-1", "fkl"), **changes})
     return found
 
 
@@ -39,6 +39,7 @@ def test_config_says_which_arms_are_whose_settings():
     experiment.validate(config())
     found = frontier.read(config())
     assert found.arms == ["tau-1", "tau-0.5", "topk", "fkl", "rkl"]
+    assert [found.neutral(knob.name) for knob in found.knobs] == ["tau-1", "tau-1", "fkl"]
     assert found.label("tau-1") == "tau = 1, top-k = all" and found.label("rkl") == "divergence = reverse KL"
     # through JSON, as a run's folder has it
     assert frontier.read(json.loads(json.dumps({"frontier": {**config().frontier.to_dict()}}))) == found
@@ -50,8 +51,9 @@ def test_without_knobs_there_is_no_frontier():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"reference": "tau-2"}, "config.frontier.reference: 'tau-2' is not one of the run's arms (direct, tau-0.5, "),
-    ({"reference": ""}, "config.frontier.reference is missing"),
+    ({"references": ("tau-1", "fkl", "tau-2")}, "config.frontier.references: 'tau-2' is not one of the run's arms"),
+    ({"references": ()}, "config.frontier.references=(): none is a setting of tau"),
+    ({"references": ("tau-1",)}, "config.frontier.references=('tau-1',): none is a setting of divergence"),
     ({"gains": ()}, "config.frontier.gains=()"),
     ({"gains": (0.5, -1.0)}, "config.frontier.gains=(0.5, -1.0)"),
     ({"gains": (float("inf"),)}, "config.frontier.gains=(inf,)"),
@@ -138,9 +140,9 @@ def of(rows, arm, metric):
     return np.array([row[metric] for row in rows if row["name"].startswith(f"{arm}/seed-")])
 
 
-def priced(rows, ends, gain):
+def priced(rows, ends, gain, neutral="tau-1"):
     """Price by seed at a gain between two arms: the mean line's loss, each seed's error moved along its slope."""
-    plain = {name: of(rows, "tau-1", name) for name in ("precision", "recall")}
+    plain = {name: of(rows, neutral, name) for name in ("precision", "recall")}
     gains, losses = (np.array([of(rows, end, "precision") - plain["precision"] for end in ends]),
                      np.array([plain["recall"] - of(rows, end, "recall") for end in ends]))  # fmt: skip
     x, y = gains.mean(1), losses.mean(1)
@@ -150,21 +152,25 @@ def priced(rows, ends, gain):
     return (at[1] + slope * (gain - at[0])) / gain
 
 
+# precision on average: tau-1 -7.6, tau-0.5 -4.6, topk -5.6, fkl -7.4, rkl -6.8
+ENDS = {"tau": ("tau-1", "tau-0.5"), "top-k": ("tau-1", "topk"), "divergence": ("fkl", "rkl")}
+
+
 def shown(values, digits=2):
     return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / np.sqrt(values.size):.{digits}f}"
 
 
-def make_run(folder, rows, **changes):
+def make_run(folder, rows):
     folder.mkdir()
-    made = {"experiment": "lm", "frontier": {"knobs": KNOBS, "reference": "tau-1", "gains": GAINS, **changes}}
+    made = {"experiment": "lm", "frontier": {"knobs": KNOBS, "references": ["tau-1", "fkl"], "gains": GAINS}}
     (folder / "config.json").write_text(json.dumps(made))
     (folder / "manifest.json").write_text(json.dumps({"command": "train"}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def written(folder, rows, **changes):
-    source = report.write(make_run(folder, rows, **changes)).read_text(encoding="utf-8")
+def written(folder, rows):
+    source = report.write(make_run(folder, rows)).read_text(encoding="utf-8")
     source = re.sub(r"base64,[^\"]+", "base64,", source)
     return source, " ".join(html.unescape(re.sub(r"<[^>]+>", " ", source)).split())
 
@@ -181,24 +187,42 @@ def cells(source, heading):
     return [[html.unescape(c) for c in re.findall(r"<td>(.*?)</td>", row)] for row in body.split("</tr>")[:-1]]
 
 
+def price_lines(values_at):
+    """Lines of a table of prices from gain -> knob -> price by seed."""
+    lines = []
+    for gain, values in values_at.items():
+        order = sorted(values, key=lambda name: values[name].mean())
+        for name in order:
+            above = shown(values[name] - values[order[0]]) if name != order[0] else "cheapest"
+            loss = f"{gain * values[name].mean():.2f}"
+            lines.append([f"{gain:g}", f"{-7.6 + gain:.2f}", name, loss, shown(values[name]), above])
+    return lines
+
+
 def test_prices_and_verdict_are_numpy_over_seeds(tmp_path, undrawn):
     rows = make_rows()
     source, text = written(tmp_path / "run", rows)
-    wanted = []
-    # precision on average: tau-1 -7.6, tau-0.5 -4.6, topk -5.6, fkl -7.4, rkl -6.8
-    reached = {"tau": ("tau-1", "tau-0.5"), "top-k": ("tau-1", "topk"), "divergence": ("fkl", "rkl")}
-    for gain in GAINS:
-        there = {name: ends for name, ends in reached.items() if gain < 0.8 or name != "divergence"}
-        values = {name: priced(rows, ends, gain) for name, ends in there.items()}
-        order = sorted(values, key=lambda name: values[name].mean())
-        for i, name in enumerate(order):
-            above = shown(values[name] - values[order[0]]) if i else "cheapest"
-            loss, at = f"{gain * values[name].mean():.2f}", f"{-7.6 + gain:.2f}"
-            wanted.append([f"{gain:g}", at, name, loss, shown(values[name]), above])
-    assert cells(source, "Which knob buys precision most cheaply?") == wanted
+    # the divergence gains 0.8 at most
+    values = {g: {name: priced(rows, ends, g) for name, ends in ENDS.items() if g < 0.8 or name != "divergence"}
+              for g in GAINS}  # fmt: skip
+    assert cells(source, "Which knob buys precision most cheaply?") == price_lines(values)
     # tau costs 0.5 and top-k 0.2 nats of recall per nat of precision on average, by more than two standard errors
     assert "At every gain compared, the knob that buys precision most cheaply in recall is top-k." in text
     assert "Gain 2: top-k costs 0.20" in text and "not reached by divergence." in text
+
+
+def test_prices_from_a_knobs_own_unchanged_setting(tmp_path, undrawn):
+    rows = make_rows()
+    source, text = written(tmp_path / "run", rows)
+    neutral = {"tau": "tau-1", "top-k": "tau-1", "divergence": "fkl"}
+    # the divergence gains 0.6 of its own, at twice that in recall
+    values = {g: {name: priced(rows, ENDS[name], g, neutral[name]) for name in ENDS if g < 0.6 or name != "divergence"}
+              for g in GAINS}  # fmt: skip
+    assert values[0.5]["divergence"].mean() == pytest.approx(2.0)
+    wanted = [[line[0], *line[2:]] for line in price_lines(values)]
+    assert cells(source, "And from its own unchanged setting?") == wanted
+    assert "Counted from each knob's own unchanged setting: at every gain compared, the knob that buys" in text
+    assert "tau, top-k from tau-1; divergence from fkl." in text
 
 
 def test_table_has_both_divergences_and_the_text_of_each_entropy(tmp_path, undrawn):
@@ -227,7 +251,7 @@ def test_table_has_both_divergences_and_the_text_of_each_entropy(tmp_path, undra
 
 def test_figure_has_every_setting_and_its_entropy(tmp_path):
     rows = make_rows()
-    found = frontier.read({"frontier": {"knobs": KNOBS, "reference": "tau-1", "gains": GAINS}})
+    found = frontier.read({"frontier": {"knobs": KNOBS, "references": ["tau-1", "fkl"], "gains": GAINS}})
     axes, bar = frontier_report.figure(frontier.curves(found, rows)).axes[:2]
     scatters = [c for c in axes.collections if hasattr(c, "get_sizes")]
     points = {tuple(np.round(point, 6)): colour for c in scatters[:3]
