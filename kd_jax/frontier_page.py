@@ -45,8 +45,8 @@ def prices_of(knobs: Sequence[Knob], reference: dict[str, np.ndarray], gains: Se
 
 
 def figure(
-    knobs: Sequence[Knob], reference: Knob, direct: Knob | None, *, zoom: tuple[float, float] | None = None,
-    unit: str = "nats", entropy_label: str | None = None, values: bool = False,
+    knobs: Sequence[Knob], reference: Knob, direct: Knob | None, *, also: Sequence[Knob] = (),
+    zoom: tuple[float, float] | None = None, unit: str = "nats", entropy_label: str | None = None, values: bool = False,
 ) -> Figure:  # fmt: skip
     """Recall against precision of every knob's students: a marker per knob, the teacher's entropy as colour.
 
@@ -54,6 +54,7 @@ def figure(
     whose mean is not finite is left out.
 
     Args:
+        also: further references, of one setting each.
         zoom: an inset of what lies up to this much recall below, and precision above, the reference. It is at the lower
             left, where a frontier has no points.
         unit: of precision and recall.
@@ -63,7 +64,9 @@ def figure(
     drawn = canvas(8.6, 6.4)
     axes = drawn.add_subplot()
     norm = _norm(np.concatenate([_means(knob, "teacher_entropy")[0] for knob in [*knobs, reference]]))
-    handles = _draw(axes, knobs, reference, direct, norm)
+    marked = [(reference, "o", "none", INK, 170), *((knob, "H", "none", INK, 230) for knob in also)]
+    marked += [] if direct is None else [(direct, "*", DIRECT, "white", 190)]
+    handles = _draw(axes, knobs, marked, norm)
     if values:
         _write_values(axes, knobs)
     bar = drawn.colorbar(ScalarMappable(norm, _ENTROPY_MAP), ax=axes, pad=0.02, aspect=30)
@@ -75,7 +78,7 @@ def figure(
     tidy(axes)
     if zoom is not None:
         inset = axes.inset_axes((0.09, 0.07, 0.44, 0.38))
-        _draw(inset, knobs, reference, direct, norm)
+        _draw(inset, knobs, marked, norm)
         x, y = (_means(reference, name)[0][0] for name in ("recall", "precision"))
         left, bottom = x - zoom[0], y - 0.15 * zoom[1]
         inset.set(xlim=(left, x + 0.08 * zoom[0]), ylim=(bottom, y + zoom[1]))
@@ -86,8 +89,11 @@ def figure(
     return drawn
 
 
-def _draw(axes, knobs, reference, direct, norm: Normalize) -> list[Line2D]:
-    """All points and lines; returns the legend's entries."""
+def _draw(axes, knobs, marked: Sequence[tuple], norm: Normalize) -> list[Line2D]:
+    """All points and lines; returns the legend's entries.
+
+    `marked` are (knob of one setting, marker, colour, edge, size).
+    """
     handles = []
     for index, knob in enumerate(knobs):
         marker, line = MARKERS[index % len(MARKERS)], LINES[index % len(LINES)]
@@ -100,9 +106,7 @@ def _draw(axes, knobs, reference, direct, norm: Normalize) -> list[Line2D]:
         span = knob.values[0] if len(knob.values) == 1 else f"{knob.values[0]} to {knob.values[-1]}"
         label = f"{knob.name}: {span}"
         handles.append(Line2D([], [], marker=marker, linestyle=line, linewidth=1.0, label=label, **style))
-    for knob, marker, colour, edge, size in ((reference, "o", "none", INK, 170), (direct, "*", DIRECT, "white", 190)):
-        if knob is None:
-            continue
+    for knob, marker, colour, edge, size in marked:
         (x, xerr), (y, yerr) = _means(knob, "recall"), _means(knob, "precision")
         axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5, zorder=4)
         axes.scatter(x, y, marker=marker, s=size, facecolors=colour, edgecolors=edge, linewidths=1.2, zorder=5)

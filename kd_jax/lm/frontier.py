@@ -64,6 +64,7 @@ class Curves(NamedTuple):
     Attributes:
         knobs: as frontier_page draws them; a setting without students is left out.
         reference, direct: their one setting; `direct` is None where there are no direct students.
+        also: the other references.
         own: the same knobs, their precision and recall counted from each one's own unchanged setting.
         arms: arm -> metrics [seed], by COLUMNS; the reference first, "direct" among them.
         seeds: which.
@@ -73,6 +74,7 @@ class Curves(NamedTuple):
     own: list[frontier_page.Knob]
     reference: frontier_page.Knob
     direct: frontier_page.Knob | None
+    also: list[frontier_page.Knob]
     arms: dict[str, dict[str, np.ndarray]]
     seeds: list[int]
 
@@ -162,6 +164,8 @@ def curves(frontier: Frontier, rows: list[dict]) -> Curves | None:
             with np.errstate(invalid="ignore"):  # of two infinite values; a setting that is not finite has no price
                 less = {name: knobs[-1].metrics[name] - neutral[name] for name in ("precision", "recall")}
             own.append(knobs[-1]._replace(metrics=knobs[-1].metrics | less))
-    reference = stacked(f"reference: {frontier.reference}, the unchanged teacher's text", [("", frontier.reference)])
+    first, *others = frontier.references
+    reference = stacked(f"reference: {first}", [("", first)])
+    also = [stacked(f"unchanged too: {arm}", [("", arm)]) for arm in others if arm in arms]
     direct = stacked("direct: p*'s text, no teacher", [("", "direct")]) if "direct" in arms else None
-    return Curves(knobs, own, reference, direct, arms, seeds)
+    return Curves(knobs, own, reference, direct, also, arms, seeds)

@@ -89,16 +89,17 @@ def missing(found: Frontier | None, rows: list[dict]) -> list[str]:
 def figure(curves: Curves) -> Figure:
     """All knobs on one recall-precision figure."""
     return frontier_page.figure(
-        curves.knobs, curves.reference, curves.direct, unit=UNIT, entropy_label=ENTROPY, values=True
+        curves.knobs, curves.reference, curves.direct, also=curves.also, unit=UNIT, entropy_label=ENTROPY, values=True
     )
 
 
 def _caption(found: Frontier, curves: Curves) -> str:
     return (
         f"Every setting of every knob, mean over {len(curves.seeds)} seed(s); bars are standard errors over seeds, "
-        f"lines join a knob's settings in order. The ring is the reference, {found.reference}; the star the direct "
-        "student. Colour is the entropy of what is learnt from: of the sampled text, or of the teacher's distribution "
-        "at the temperature in the loss (the table says which)."
+        f"lines join a knob's settings in order. The ring is the reference, {found.reference}, from which all are "
+        "counted; a hexagon another student for which no knob is turned; the star the direct student. Colour is the "
+        "entropy of what is learnt from: of the sampled text, or of the teacher's distribution at the temperature in "
+        "the loss (the table says which)."
     )
 
 
