@@ -12,7 +12,7 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from configs import lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
+from configs import lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
 from kd_jax import stages
 from kd_jax.lm import arms, experiment
 from kd_jax.lm import corpus as corpus_lib
@@ -104,6 +104,7 @@ def test_a_changed_knob_redoes_its_arm():
     assert folders(lm_laptop.get_config("smoke")).items() <= before.items()
     assert changed({"arms.rkl.loss_temperature": 3.0}) == seeds("rkl")
     assert changed({"distill.hard_weight": 0.5}) == seeds("rkl", "gkd", "stored")
+    assert changed({"distill.teacher_temperature": 0.5}) == seeds("rkl", "gkd", "stored")
     assert changed({"distill.on_policy_fraction": 0.9}) == seeds("gkd")
     assert changed({"distill.tail": "renormalise"}) == seeds("stored")
     assert changed({"arms.stored.record_top_k": 9}) == {"top_k-9/samples/tau-1"} | seeds("stored")
@@ -153,7 +154,7 @@ def test_faults_before_any_work(changes, message):
         experiment.validate(config)
 
 
-@pytest.mark.parametrize("module", [lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick])
+@pytest.mark.parametrize("module", [lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick])
 def test_configs_are_valid(module):
     experiment.validate(module.get_config())
 
