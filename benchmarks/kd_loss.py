@@ -12,7 +12,8 @@ them; "torch float32" makes them float32 first; jax likewise); "liger" is LigerF
 comes (compiled, chunks of 1024), "liger eager" the same without torch.compile; "trl" is the chunked loss of its
 DistillationTrainer.
 
-The time is the least of some runs after one that does not count and is shown as the first: compiling is in it. Extra
+The time is the least of three runs (beyond 2048 tokens of one) after one that does not count and is shown as the first:
+compiling is in it. Extra
 memory is the peak of the process while it runs, after the first, above what it held with the inputs loaded. The share
 is that of the four matrix products, at the rate of a product of 2048 x 576 and 576 x 8192 in the same process, in the
 time. A size that would not fit into memory, by the size before it, is left out.
@@ -155,13 +156,15 @@ def measure(name: str, tokens: int) -> dict:
     def once():
         values.append(float(run(*arrays)[0]))
 
+    def timed():
+        began = time.perf_counter()
+        once()
+        return time.perf_counter() - began
+
     held = memory()
-    began = time.perf_counter()
-    once()
-    first = time.perf_counter() - began
+    first = timed()
     memory()  # the peak starts anew
-    # one of these, too, is not counted
-    took = seconds(once, 3 if tokens <= 2048 else 1)[1]
+    took = min(timed() for _ in range(3 if tokens <= 2048 else 1))
     share = 4 * 2 * tokens * WIDTH * VOCAB / ceiling / took
     return {
         "side": name, "tokens": tokens, "seconds": took, "first": first, "extra_mib": memory(peak=True) - held,

@@ -1,8 +1,7 @@
 """A student's loss against a teacher from both models' hidden states and heads, in chunks of positions.
 
 The gradient with respect to the student's hidden states and head is worked out in the forward pass, while a chunk's
-logits are there: every divergence is a sum of terms of (log p, log q) (see `terms.py`), so what is needed of it is the
-terms' slope in log q, element by element. The teacher and all settings get no gradient.
+logits are there (see `slopes.py`). The teacher and all settings get no gradient.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kd_jax import losses, terms
+from kd_jax import losses, slopes, terms
 from kd_jax.chunks import chunk_tokens, cut, dot, join, project
 from kd_jax.losses import masked_mean
 from kd_jax.metrics import Mean
@@ -221,12 +220,11 @@ def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, sca
     logits = _real(project(_selected(tokens.hidden, tokens.mask), head), plan)
     if plan.tail is None:
         teacher = _real(project(_selected(tokens.teacher, tokens.mask), teacher_head), plan)
-        soft, entropies, gradient = _soft(plan, settings, teacher, logits)
-        agreement = _agreement(teacher, logits)
+        soft, entropies, agreement, gradient = _soft(plan, settings, teacher, logits)
     else:
         ids, teacher = tokens.teacher[0], _selected(tokens.teacher[1], tokens.mask)
         outcomes, pull = jax.vjp(lambda logits: losses.top_k_student(logits, ids, plan.tail), logits)
-        soft, entropies, gradient = _soft(plan, settings, teacher, outcomes)
+        soft, entropies, _, gradient = _soft(plan, settings, teacher, outcomes)
         (gradient,) = pull(gradient)
         agreement = _top_k_agreement(teacher[..., : ids.shape[-1]], outcomes[..., : ids.shape[-1]], logits)
     statistics = Statistics(soft, None, *entropies, agreement)
@@ -253,32 +251,38 @@ def _real(logits, plan):
 
 
 def _soft(plan, settings: _Settings, teacher, student):
-    """The divergence, both entropies, and the weighted gradient with respect to the student's logits.
+    """The divergence, both entropies, where a most probable token is the same, and the weighted gradient.
 
-    log q = z / T - log sum exp(z / T), so with w the slope of each term in its log q the gradient is
-    (w - q sum w) / T.
+    That is with respect to the student's logits. What the sums are of is made anew in each: to keep it takes longer.
     """
-    log_p = terms.log_softmax(teacher, settings.teacher_temperature)
-    log_q = terms.log_softmax(student, settings.temperature)
-    values, slope = jax.jvp(
-        lambda log_q: terms.TERMS[plan.divergence](log_p, log_q, settings.parameter),
-        (log_q,), (jnp.ones_like(log_q),),
-    )  # fmt: skip
-    divergence = terms.total(values)
-    gradient = slope - jnp.exp(log_q) * terms.total(slope)[..., None]
+    temperatures = settings.teacher_temperature, settings.temperature
+    tops = terms.largest(teacher), terms.largest(student)
+
+    def below(*both):
+        return [(logits - top) / t for logits, top, t in zip(both, tops, temperatures, strict=True)]
+
+    logs = [
+        jnp.log(one)[..., None] for one in terms.sums(lambda *both: tuple(map(jnp.exp, below(*both))), teacher, student)
+    ]
+
+    def log_softmaxes(*both):
+        return [x - log for x, log in zip(below(*both), logs, strict=True)]
+
+    def parts(*both):
+        log_p, log_q = log_softmaxes(*both)
+        same = (both[0] == tops[0]) & (both[1] == tops[1])
+        terms_of = terms.TERMS[plan.divergence](log_p, log_q, settings.parameter)
+        return terms_of, _entropy(log_q), _entropy(log_p), same.astype(jnp.float32)
+
+    divergence, *entropies, agreement = terms.sums(parts, teacher, student)
+    gradient = slopes.gradient(plan.divergence, *log_softmaxes(teacher, student), settings.parameter)
     gradient = gradient * (settings.soft_weight / settings.temperature)
-    return divergence, (_entropy(log_q), _entropy(log_p)), gradient
+    return divergence, entropies, jnp.minimum(agreement, 1), gradient
 
 
 def _entropy(log_probs):
     probs = jnp.exp(log_probs)
-    return -terms.total(probs * jnp.where(probs > 0, log_probs, 0))
-
-
-def _agreement(teacher, student):
-    """1 where a token that is the teacher's most probable is the student's too, else 0."""
-    both = [logits == logits.max(axis=-1, keepdims=True) for logits in (teacher, student)]
-    return jnp.minimum(terms.total((both[0] & both[1]).astype(jnp.float32)), 1)
+    return -probs * jnp.where(probs > 0, log_probs, 0)
 
 
 def _top_k_agreement(teacher, student, logits):
@@ -290,6 +294,12 @@ def _top_k_agreement(teacher, student, logits):
 
 def _hard(logits, labels):
     """Cross-entropy at temperature 1 and its gradient with respect to the logits."""
-    log_q = terms.log_softmax(logits)
-    one_hot = jnp.arange(logits.shape[-1]) == labels[..., None]
-    return -terms.total(jnp.where(one_hot, log_q, 0)), jnp.exp(log_q) - one_hot
+    top, ids = terms.largest(logits), jnp.arange(logits.shape[-1])
+
+    def parts(logits, ids):
+        below = logits - top
+        return jnp.exp(below), jnp.where(ids == labels[..., None], below, 0)
+
+    total, chosen = terms.sums(parts, logits, ids)
+    log_total = jnp.log(total)
+    return log_total - chosen, jnp.exp(logits - top - log_total[..., None]) - (ids == labels[..., None])

@@ -8,7 +8,7 @@ stops the teacher's.
 A token whose logit is -inf has probability 0. Where a divergence is then infinite (in KL(p, q): p > 0 and q = 0), so is
 the value. Logits that are all -inf, or NaN, give NaN.
 
-The formulas are in `terms.py`; here they are given their softmax, their sum, and a signature.
+The formulas are in `terms.py`, their derivatives in `slopes.py`; here they are given a softmax and a signature.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kd_jax import terms
+from kd_jax import slopes, terms
 from kd_jax.metrics import Mean
 from kd_jax.terms import PARAMETER, Scalar, log_softmax
 
@@ -145,7 +145,7 @@ def divergence(
     terms.check_vocabulary(teacher_logits.shape[-1], student_logits.shape[-1], num_tokens)
     log_p = log_softmax(teacher_logits[..., :num_tokens], teacher_temperature)
     log_q = log_softmax(student_logits[..., :num_tokens], temperature)
-    return terms.total(terms.TERMS[name](log_p, log_q, parameter))
+    return slopes.divergence(name, log_p, log_q, parameter)
 
 
 _divergence = divergence  # for functions with an argument of that name

@@ -19,6 +19,8 @@ import numpy as np
 from kd_jax.chunks import dot
 
 Scalar = float | jax.Array
+LOG_2 = math.log(2)
+SUM_BLOCK = 1024  # of these, for some hundred tokens, a core's cache holds what `sums` adds to
 
 # The name and default of the parameter of those divergences that have one.
 PARAMETER: dict[str, tuple[str, float]] = {
@@ -29,47 +31,26 @@ PARAMETER: dict[str, tuple[str, float]] = {
 }
 
 
-@jax.custom_jvp
 def kl(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
     """a log(a / b) - a + b; b where a is 0, infinite where b is 0 and a is not."""
-    ratio = _ratio(log_a, log_b)
+    ratio = log_ratio(log_a, log_b)
     return _less_the_difference(jnp.exp(log_a), jnp.exp(log_b), ratio, ratio, 0.0)
 
 
-@kl.defjvp
-def _kl_slope(primals, tangents):
-    # what autodiff would find by way of the series, in one step
-    a, b = map(jnp.exp, primals)
-    return kl(*primals), a * _ratio(*primals) * tangents[0] + (b - a) * tangents[1]
-
-
-@jax.custom_jvp
 def kl_to_mixture(log_a: jax.Array, log_b: jax.Array, own: Scalar, other: Scalar) -> jax.Array:
-    """`kl` of a and m = own a + other b, where own + other = 1; for own = 0 of a and b. No gradient to the shares."""
-    a, m, ratio = _mixture(log_a, log_b, own, other)
+    """`kl` of a and m = own a + other b, where own + other = 1; for own = 0 of a and b."""
+    a, m, ratio = mixture(log_a, log_b, own, other)
     return _less_the_difference(a, m, ratio, ratio, 0.0)
 
 
-@kl_to_mixture.defjvp
-def _kl_to_mixture_slope(primals, tangents):
-    log_a, log_b, own, other = primals
-    a, m, ratio = _mixture(*primals)
-    b = jnp.exp(log_b)
-    safe = jnp.where(m > 0, m, 1)
-    by_a, by_b = own * a / safe, jnp.where(own == 0, 1, other * b / safe)  # slopes of log m
-    return kl_to_mixture(*primals), (
-        (a * ratio + other * (b - a) * by_a) * tangents[0] + other * (b - a) * by_b * tangents[1]
-    )
-
-
-def _ratio(log_a, log_b):
-    # where a is 0, log a - log b may be -inf + inf
+def log_ratio(log_a: jax.Array, log_b: jax.Array) -> jax.Array:
+    """log(a / b), 0 where a is 0."""
     return jnp.where(jnp.exp(log_a) > 0, log_a - log_b, 0)
 
 
-def _mixture(log_a, log_b, own, other):
+def mixture(log_a: jax.Array, log_b: jax.Array, own: Scalar, other: Scalar) -> tuple[jax.Array, jax.Array, jax.Array]:
     """a, m = own a + other b, and log(a / m), which is exact also where m is nearly a."""
-    a, ratio = jnp.exp(log_a), _ratio(log_a, log_b)
+    a, ratio = jnp.exp(log_a), log_ratio(log_a, log_b)
     # -log(own + other b / a); below -40 it is a straight line, and b / a might overflow
     share = jnp.where(own == 0, 0.5, other)
     to_mixture = jnp.minimum(ratio + 40, 0) - jnp.log1p(share * jnp.expm1(-jnp.maximum(ratio, -40)))
@@ -103,7 +84,7 @@ def alpha_divergence(log_p: jax.Array, log_q: jax.Array, alpha: Scalar) -> jax.A
     swap = alpha < 0.5
     log_a, log_b = jnp.where(swap, log_q, log_p), jnp.where(swap, log_p, log_q)
     power = jnp.where(swap, -alpha, alpha - 1)
-    ratio = _ratio(log_a, log_b)
+    ratio = log_ratio(log_a, log_b)
     safe = jnp.where(power == 0, -1.0, power)
     raised = jnp.where(power == 0, ratio, jnp.expm1(safe * ratio) / safe)
     return _less_the_difference(jnp.exp(log_a), jnp.exp(log_b), ratio, raised, power)
@@ -138,12 +119,58 @@ def total(values: jax.Array) -> jax.Array:
     return dot(values, jnp.ones(values.shape[-1:], values.dtype), (values.ndim - 1, 0), values.dtype)
 
 
+def sums(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Sums over the last axis of what `function` makes of arrays [..., vocab], element by element.
+
+    On one CPU they are gone through in blocks, and the terms never written out: that is where the time would go.
+    """
+    size = arrays[0].shape[-1]
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or size < SUM_BLOCK:
+        return tuple(map(total, function(*arrays)))
+
+    def block(start, length=SUM_BLOCK):
+        return function(*(jax.lax.dynamic_slice_in_dim(array, start, length, axis=-1) for array in arrays))
+
+    def add(i, found):
+        return jax.tree.map(jnp.add, found, block(i * SUM_BLOCK))
+
+    count, rest = divmod(size, SUM_BLOCK)
+    empty = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(block, 0))
+    found = jax.tree.map(total, jax.lax.fori_loop(0, count, add, empty))
+    return jax.tree.map(jnp.add, found, jax.tree.map(total, block(size - rest, rest))) if rest else found
+
+
+def largest(values: jax.Array) -> jax.Array:
+    """Maximum over the last axis, which is kept."""
+    *rest, size = values.shape
+    if jax.default_backend() != "cpu" or size % 8:
+        return values.max(axis=-1, keepdims=True)
+    # In two steps, the second a minimum: XLA would make one of them, and on CPUs that a part of the product before it,
+    # which takes longer with it.
+    lanes = values.reshape(*rest, 8, size // 8).max(axis=-2)
+    return -(-lanes).min(axis=-1, keepdims=True)
+
+
 def log_softmax(logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
     """log softmax(logits / temperature) over the last axis, in float32 or wider."""
     logits = wide(logits)
     # the largest taken off first: the logarithm of the sum is then small, and rounded by little
-    below = (logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))) / temperature
-    return below - jnp.log(total(jnp.exp(below)))[..., None]
+    below = (logits - jax.lax.stop_gradient(largest(logits))) / temperature
+    return _normalised(below)
+
+
+@jax.custom_jvp
+def _normalised(logits):
+    return logits - jnp.log(total(jnp.exp(logits)))[..., None]
+
+
+@_normalised.defjvp
+def _normalised_slope(primals, tangents):
+    log_q = _normalised(*primals)
+    # Relative to a token that has most of q: backwards, it gets minus the sum of what the others get, see slopes.py.
+    most = log_q > -LOG_2
+    rest = jnp.where(most, 0, tangents[0] - total(jnp.where(most, tangents[0], 0))[..., None])
+    return log_q, rest - total(jnp.exp(log_q) * rest)[..., None]
 
 
 def log_sum(logits: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import fused, losses
+from kd_jax import fused, losses, terms
 from tests import divergences as definition
 from tests.divergences import PARAMETERS
 from tests.test_losses import P, Q, of_values, outcomes, top_k
@@ -61,10 +61,11 @@ def run(
 ):  # fmt: skip
     """The same; one program for a name, a chunk and a shape."""
     given = {"student": inputs.student, "teacher": inputs.teacher, "labels": inputs.labels, **other}
+    if given["labels"] is not None:
+        given["hard_weight"] = weight
     return _run(
         **given, mask=mask, divergence=name, parameter=PARAMETERS[name][0] if parameter is None else parameter,
-        temperature=temperature, teacher_temperature=teacher_temperature or temperature, hard_weight=weight,
-        num_tokens=REAL, chunk=chunk,
+        temperature=temperature, teacher_temperature=teacher_temperature or temperature, num_tokens=REAL, chunk=chunk,
     )  # fmt: skip
 
 
@@ -172,6 +173,40 @@ def test_statistics():
     assert same.cross_entropy.count == same.cross_entropy.mean == 0
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "alpha_divergence"])
+def test_a_vocabulary_that_is_summed_in_blocks(name):
+    random, vocab = np.random.default_rng(0), 2 * terms.SUM_BLOCK + 452
+    student, teacher = (
+        (random.standard_normal((2, 3, 8), np.float32), random.standard_normal((vocab, 8), np.float32))
+        for _ in range(2)
+    )
+    labels, mask = random.integers(0, vocab, (2, 3)), np.ones((2, 3), bool)
+    # the rest beyond whole blocks counts too
+    labels[0, 0] = vocab - 1
+    z, other = (wide(hidden) @ wide(head).T for hidden, head in (student, teacher))
+    # where both have the same most probable token
+    teacher[1][z[1, 1].argmax()] += 5 * teacher[0][1, 1]
+    other = wide(teacher[0]) @ wide(teacher[1]).T
+    mean, statistics, gradients = _run(
+        student, teacher, labels, mask, divergence=name, parameter=PARAMETERS[name][0], temperature=2.0,
+        teacher_temperature=0.7, hard_weight=0.3, chunk=4,
+    )  # fmt: skip
+    args = name, other, z, PARAMETERS[name][0], 2.0, 0.7
+    soft, gradient = definition.value(*args), definition.gradient(*args)
+    hard, hard_gradient = definition.cross_entropy(z, labels)
+    wanted = {
+        "divergence": soft, "cross_entropy": hard, "student_entropy": definition.entropy(z, 2.0),
+        "teacher_entropy": definition.entropy(other, 0.7), "agreement": 1.0 * (z.argmax(-1) == other.argmax(-1)),
+    }  # fmt: skip
+    assert 0 < wanted["agreement"].mean() < 1
+    np.testing.assert_allclose(mean.mean, (0.7 * 4 * soft + 0.3 * hard).mean(), rtol=1e-5)
+    for one, values in wanted.items():
+        np.testing.assert_allclose(getattr(statistics, one).mean, values.mean(), rtol=1e-5, err_msg=one)
+    by_logits = (0.7 * 4 * gradient + 0.3 * hard_gradient) / 6
+    assert_close(gradients[0], by_logits @ wide(student[1]))
+    assert_close(gradients[1], by_logits.reshape(6, -1).T @ wide(student[0]).reshape(6, -1))
+
+
 def test_statistics_and_settings_carry_no_gradient():
     inputs = Inputs()
 
@@ -265,7 +300,7 @@ def test_padded_vocabularies_of_other_sizes():
 
 def test_nothing_to_learn_from_is_0_and_moves_nothing():
     inputs = Inputs(dtype=jnp.bfloat16)
-    for labels in (inputs.labels - 100,):
+    for labels in (inputs.labels - 100, None):
         mean, statistics, gradients = run(inputs, np.zeros(SHAPE, bool), labels=labels)
         assert mean.mean == mean.count == statistics.divergence.mean == 0
         assert not any(wide(leaf).any() for leaf in gradients)
