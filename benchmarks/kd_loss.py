@@ -243,7 +243,9 @@ def figure(found: list[dict], path: Path) -> None:
             time_axes.plot(tokens, [1e3 * one["seconds"] / one["tokens"] for one in some], **style)
             memory_axes.plot(tokens, [one["extra_mib"] for one in some], **style)
     time_axes.set(ylabel="time per token (ms)", ylim=(0, None))
-    memory_axes.set(ylabel="extra memory (MiB)", yscale="log")
+    memory_axes.set_yscale("log", base=2)
+    held = [256 * 2**i for i in range(7)]
+    memory_axes.set(ylabel="extra memory (MiB)", yticks=held, yticklabels=held, ylim=(held[0], held[5]))
     for axes in (time_axes, memory_axes):
         axes.set_xscale("log", base=2)
         axes.set(xlabel="tokens", xticks=CURVE, xticklabels=CURVE)
