@@ -94,8 +94,8 @@ def _lead(seeds: int) -> str:
     return (
         "A student can be made selective through its teacher (weights to the power beta, or the lightest components "
         "dropped: top-k, top-p) or through its loss (a divergence between forward and reverse KL). All of these trade "
-        f"recall for precision. Over {seeds} {'seed' if seeds == 1 else 'seeds'}, each with its own data and teacher, this "
-        "page puts them on one frontier and compares what they cost at the same precision."
+        f"recall for precision. Over {seeds} {'seed' if seeds == 1 else 'seeds'}, each with its own data and teacher, "
+        "this page puts them on one frontier and compares what they cost at the same precision."
     )
 
 
