@@ -51,7 +51,21 @@ def _at_equal_precision(found: Frontier, curves: Curves) -> tuple:
     """Title, verdict, head and rows of prices, and note: all knobs counted from the reference."""
     reference = {name: curves.reference.metrics[name][0] for name in ("precision", "recall")}
     verdict, head, rows = _priced(curves.knobs, reference, found.gains)
+    both = _more_of_both(found, curves)
+    if both:
+        verdict.append(f"Clearly more precision and more recall than {found.reference} have: {', '.join(both)}.")
     return "Which knob buys precision most cheaply?", verdict, head, rows, _price_note(found, curves)
+
+
+def _more_of_both(found: Frontier, curves: Curves) -> list[str]:
+    """The arms that beat the reference in precision and in recall by more than two standard errors, paired by seed."""
+    reference, better = curves.arms[found.reference], []
+    for arm in found.arms:
+        if arm in curves.arms:
+            with np.errstate(invalid="ignore"):  # of two infinite values; what is not finite is not better
+                apart = [mean_se(curves.arms[arm][name] - reference[name]) for name in ("precision", "recall")]
+            better += [arm] if all(mean > 2 * error for mean, error in apart) else []
+    return better
 
 
 def _from_own(found: Frontier, curves: Curves) -> tuple:
