@@ -69,6 +69,22 @@ def test_values_and_gradients_are_the_definition(name, parameter):
         np.testing.assert_allclose(gradients, wanted, rtol=1e-5, atol=5e-6 * abs(wanted).max())
 
 
+@pytest.mark.parametrize("name, parameter", CASES)
+def test_gradients_in_the_teachers_logits_are_finite_differences_of_the_definition(name, parameter):
+    teacher, student = pairs((1, 7))
+
+    def total(teacher):
+        return losses.divergence(
+            name, teacher, student, temperature=2.5, teacher_temperature=0.7,
+            parameter=PARAMETERS[name][0] if parameter is None else parameter,
+        ).sum()  # fmt: skip
+
+    found = jax.grad(total)(teacher)[0]
+    one, step = np.asarray(teacher[0], np.float64), 1e-6 * np.eye(7)
+    up, down = (definition.value(name, one + s, np.asarray(student[0]), parameter, 2.5, 0.7) for s in (step, -step))
+    np.testing.assert_allclose(found, (up - down) / 2e-6, rtol=1e-4, atol=2e-6)
+
+
 def test_public_functions_are_these_by_name():
     teacher, student = pairs()
     assert list(losses.DIVERGENCES) == list(PARAMETERS)
