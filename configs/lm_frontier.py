@@ -6,6 +6,10 @@
 p* is the real SmolLM2-135M-Instruct, the teacher a small model trained on its text. Text that the teacher samples at a
 tau, top-p or top-k is learnt beside its distributions on p*'s text, with a temperature of the teacher's own, a
 temperature in the loss, other divergences, or a share of updates on text that the student samples (lambda).
+
+Cost: 69 minutes on two cores for 2 seeds, with much other work beside it. Result: a temperature of the teacher's own
+costs the least recall from 1 nat of precision on: at 2 it gains 0.14 +- 0.01 a nat, where tau loses 0.06 +- 0.01. At
+0.8 its students have more of both than those of the unchanged teacher's text.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +25,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.student.update(layers=2, width=64, heads=4, kv_heads=2, mlp=192)
     # one epoch: of as many updates, those on text that was not seen before teach most
     config.train.update(epochs=1, batch_size=8, learning_rate=3e-3, validations=3)
+    config.seeds = 2
     config.frontier.gains = (0.5, 1.0, 2.0, 3.0)
     if arg == "smoke":
         config.p_star.update(source="", architecture="tiny")

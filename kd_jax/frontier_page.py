@@ -103,8 +103,7 @@ def _draw(axes, knobs, marked: Sequence[tuple], norm: Normalize) -> list[Line2D]
         axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="0.65", elinewidth=0.8, capsize=1.5, zorder=2)
         axes.scatter(x, y, c=colours, marker=marker, s=58, edgecolors=INK, linewidths=0.7, zorder=3)
         style = {"color": "0.5", "markerfacecolor": "0.88", "markeredgecolor": INK, "markersize": 8}
-        span = knob.values[0] if len(knob.values) == 1 else f"{knob.values[0]} to {knob.values[-1]}"
-        label = f"{knob.name}: {span}"
+        label = f"{knob.name}: {_span(knob.values)}"
         handles.append(Line2D([], [], marker=marker, linestyle=line, linewidth=1.0, label=label, **style))
     for knob, marker, colour, edge, size in marked:
         (x, xerr), (y, yerr) = _means(knob, "recall"), _means(knob, "precision")
@@ -115,15 +114,26 @@ def _draw(axes, knobs, marked: Sequence[tuple], norm: Normalize) -> list[Line2D]
     return handles
 
 
+def _span(values: Sequence[str]) -> str:
+    """First and last of numbers; of words, which points have no room for, all."""
+    if all(map(_is_short, values)):
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+    return ", ".join(values)
+
+
+def _is_short(value: str) -> bool:
+    return len(value) <= 5
+
+
 def _write_values(axes, knobs: Sequence[Knob]) -> None:
-    """The value of each setting beside its point, where the point is one knob's alone."""
+    """The value of each setting beside its point, where the point is one knob's alone and the value is short."""
     texts: dict[tuple[float, float], list[str]] = {}
     for knob in knobs:
         x, y = (_means(knob, name)[0] for name in ("recall", "precision"))
         for *point, value in zip(x, y, knob.values, strict=True):
             texts.setdefault(tuple(point), []).append(value)
     for point, found in texts.items():
-        if len(found) == 1 and np.isfinite(point).all():
+        if len(found) == 1 and _is_short(found[0]) and np.isfinite(point).all():
             axes.annotate(found[0], point, (5, 5), textcoords="offset points", fontsize=7.5, color=INK, zorder=6)
 
 
