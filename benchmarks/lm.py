@@ -4,7 +4,7 @@
     python -m benchmarks.lm train            loss and gradients of 8 x 512 tokens
     python -m benchmarks.lm sample           from "The" to 128 tokens, batch 64
     python -m benchmarks.lm sample_long      to 512 tokens: 512 samples of ours at batch 128, a batch of 64 of theirs,
-                                             which is their best (151 tokens/s; at 128 they made 123)
+                                             their best (151 tokens/s; at 128 they made 123)
 
 Ratios are above 1 where kd_jax is quicker. Extra memory is the peak of the process above what it held with the weights
 loaded. The share is of the product of two 4096 x 1536 x 576 matrices per second, measured in the same process. Compiled
