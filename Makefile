@@ -9,7 +9,7 @@ STAMP := $(VENV)/.stamp-dev
 .PHONY: gmm laptop test parity lint bench clean
 .DEFAULT_GOAL := test
 
-$(STAMP): requirements.txt requirements-dev.txt requirements-bench.txt requirements-bench-no-deps.txt pyproject.toml
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	@set -e; \
 	check='import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; \
 	if [ -x $(PY) ] && $(PY) -c "$$check" 2>/dev/null && [ -z "$(PYTHON)" ]; then \
@@ -31,7 +31,7 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-bench.txt requireme
 
 # torch, transformers, TRL and Liger; the last line fails where a test would skip for want of one
 PEERS := $(VENV)/.stamp-peers
-$(PEERS): $(STAMP)
+$(PEERS): $(STAMP) requirements-bench.txt requirements-bench-no-deps.txt
 	$(PY) -m pip install -q -r requirements-bench.txt
 	$(PY) -m pip install -q --no-deps -r requirements-bench-no-deps.txt
 	$(PY) -c "import torch, transformers, liger_kernel.chunked_loss, trl.trainer.distillation_trainer"

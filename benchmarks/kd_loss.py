@@ -13,10 +13,9 @@ comes (compiled, chunks of 1024), "liger eager" the same without torch.compile; 
 DistillationTrainer.
 
 The time is the least of three runs (beyond 2048 tokens of one) after one that does not count and is shown as the first:
-compiling is in it. Extra
-memory is the peak of the process while it runs, after the first, above what it held with the inputs loaded. The share
-is that of the four matrix products, at the rate of a product of 2048 x 576 and 576 x 8192 in the same process, in the
-time. A size that would not fit into memory, by the size before it, is left out.
+compiling is in it. Extra memory is the peak of the process while it runs, after the first, above what it held with the
+inputs loaded. The share is that of the four matrix products, at the rate of a product of 2048 x 576 and 576 x 8192 in
+the same process, in the time. A size that would not fit into memory, by the size before it, is left out.
 """
 
 import argparse

@@ -6,12 +6,12 @@
     .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --length 512
     .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --batches 1 --kd_jax_batches 1 --samples 8
 
-Building llama.cpp takes a compiler, CMake and many minutes, so it stays out of .venv. A libllama that is there already
-does too: CMAKE_ARGS="-DLLAMA_BUILD=OFF" for the Python part, and LLAMA_CPP_LIB_PATH=its folder when this is run. It is
-driven through its low-level interface: one token of every sequence a call; where a sequence ends, the next sample starts
-at once, and when none is left the batch shrinks. Each of --batches and --draws is tried, and its best counts. First, greedy
-continuations of a few prompts are compared. Both sides draw from the whole softmax at temperature 1; ours also keeps
-log-probabilities, which llama.cpp is not asked for.
+Building llama.cpp takes a compiler, CMake and many minutes, so it stays out of .venv. A libllama that is there
+already does too: CMAKE_ARGS="-DLLAMA_BUILD=OFF" for the Python part, and LLAMA_CPP_LIB_PATH=its folder when this is
+run. It is driven through its low-level interface: one token of every sequence a call; where a sequence ends, the next
+sample starts at once, and when none is left the batch shrinks. Each of --batches and --draws is tried, and its best
+counts. First, greedy continuations of a few prompts are compared. Both sides draw from the whole softmax at
+temperature 1; ours also keeps log-probabilities, which llama.cpp is not asked for.
 """
 
 import argparse

@@ -30,7 +30,6 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg == "smoke":
         config.p_star.update(source="", architecture="tiny")
         config.num_train, config.num_validation, config.num_recall, config.num_samples = 96, 16, 64, 64
-        config.seeds = 2
         config.sampling.update(prompt="", prompt_ids=(1,), max_length=16, batch_size=16, shard_size=32)
         config.teacher.update(layers=2, width=32, heads=2, kv_heads=1, mlp=64)
         config.student.update(layers=1, width=16, heads=2, kv_heads=1, mlp=32)

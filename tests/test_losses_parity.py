@@ -14,7 +14,7 @@ gkd = pytest.importorskip("trl.experimental.gkd.gkd_trainer")
 trl = pytest.importorskip("trl.trainer.distillation_trainer")
 liger = pytest.importorskip("liger_kernel.chunked_loss")
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("one_torch_thread")]
 
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 SHAPE, VOCAB, WIDTHS = (3, 11), 97, (16, 24)
@@ -29,15 +29,6 @@ TEACHER = (
 )
 MASK = random.random(SHAPE) < 0.6
 LABELS = np.where(MASK, random.integers(0, VOCAB, SHAPE), -100)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Torch's threads wait for each other by spinning: with JAX's beside them, or a busy machine, minutes go by."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def theirs(function, *leaves):

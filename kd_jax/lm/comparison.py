@@ -21,8 +21,7 @@ def table(groups: list[Group]) -> list[list[str]]:
     """A line for each kind of student that learns from the teacher; none where there are no arms by name."""
     if not named(groups):
         return []
-    direct = next((group for group in groups if group.arm == "direct" and group.rows), None)
-    lines = []
+    direct, lines = _direct(groups), []
     for group in groups:
         if not summary.is_student(group) or not group.rows or group is direct:
             continue
@@ -35,7 +34,7 @@ def table(groups: list[Group]) -> list[list[str]]:
 
 def headline(groups: list[Group]) -> str:
     """How many arms by name clearly differ from the direct student, in one sentence."""
-    arms, direct = named(groups), next((group for group in groups if group.arm == "direct" and group.rows), None)
+    arms, direct = named(groups), _direct(groups)
     if direct is None:
         return "Students of the teacher cannot be compared with the direct student yet: it is not there."
     ends = {}
@@ -48,6 +47,10 @@ def headline(groups: list[Group]) -> str:
         f"and {ends['lower', 'precision']} lower; {ends['higher', 'recall']} have clearly higher recall and "
         f"{ends['lower', 'recall']} lower."
     )
+
+
+def _direct(groups: list[Group]) -> Group | None:
+    return next((group for group in groups if group.arm == "direct" and group.rows), None)
 
 
 def _shown(found: Difference) -> str:

@@ -45,6 +45,7 @@ def cost(rows: list[dict], manifest: dict) -> dict[str, Any]:
 
 
 def settings(config: dict) -> list[tuple[str, str]]:
+    """A config as (setting, value in text), one for each leaf."""
     return [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in flatten(config).items()]
 
 

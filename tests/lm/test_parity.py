@@ -16,21 +16,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 make = pytest.importorskip("tests.golden.make")
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("one_torch_thread")]
 
 # the longest sequences are left to the golden values
 NAMES = (
     "story", "python", "json", "chinese", "arabic", "emoji", "numbers", "whitespace", "random", "first and last ids"
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Torch's threads wait for each other by spinning: with JAX's beside them, or a busy machine, minutes go by."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
