@@ -20,7 +20,7 @@ from kd_jax.chunks import dot
 
 Scalar = float | jax.Array
 LOG_2 = math.log(2)
-SUM_BLOCK = 1024  # of these, for some hundred tokens, a core's cache holds what `sums` adds to
+SUM_BLOCK = 1024  # ids that `sums` goes through at a time; 512 to 4096 take the same time
 
 # The name and default of the parameter of those divergences that have one.
 PARAMETER: dict[str, tuple[str, float]] = {
@@ -122,7 +122,8 @@ def total(values: jax.Array) -> jax.Array:
 def sums(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Sums over the last axis of what `function` makes of arrays [..., vocab], element by element.
 
-    On one CPU they are gone through in blocks, and the terms never written out: that is where the time would go.
+    On one CPU they are gone through in blocks, so that the terms are never written out: some 5 % of a loss' time, which
+    is within the noise of one run.
     """
     size = arrays[0].shape[-1]
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or size < SUM_BLOCK:
