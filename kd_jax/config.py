@@ -9,20 +9,25 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from kd_jax import cluster
+
 USAGE = (
     "usage: {prog} --config FILE.py --workdir FOLDER [--overwrite] [--stages A,B] [--dry_run] [--flagfile FILE] "
+    "[--coordinator_address HOST:PORT --num_processes N --process_id I] [--initialization_timeout SECONDS] "
     "[--config.KEY=VALUE ...]"
 )
 
 
 class Args(NamedTuple):
-    """What the command line asked for; `config` is locked."""
+    """What the command line asked for; `config` is locked, and `processes` is for kd_jax.cluster.find."""
 
     config: ml_collections.ConfigDict
     workdir: str
     overwrite: bool
     stages: tuple[str, ...] = ()
     dry_run: bool = False
+    processes: dict[str, Any] = {}
+    initialization_timeout: int = 300
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -52,7 +57,11 @@ def parse(argv: Sequence[str]) -> Args:
     _check_tuples(before, flatten(values.config.to_dict()))
     if not values.workdir:
         _fail("--workdir is missing (for example --workdir runs/gmm)")
-    return Args(values.config, values.workdir, values.overwrite, tuple(values.stages), values.dry_run)
+    processes = {name: values[name].value for name in cluster.NAMES}
+    return Args(
+        values.config, values.workdir, values.overwrite, tuple(values.stages), values.dry_run, processes,
+        values.initialization_timeout,
+    )  # fmt: skip
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -82,6 +91,12 @@ def _values(argv: list[str], overrides: bool) -> flags.FlagValues:
     flags.DEFINE_bool("overwrite", False, "Start the run in this folder again.", flag_values=values)
     flags.DEFINE_list("stages", [], "Of an experiment in stages, run these alone.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Show what there is to do and what it costs.", flag_values=values)
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=values)
+    flags.DEFINE_integer(
+        "initialization_timeout", 300, "Seconds to wait for all processes.", lower_bound=1, flag_values=values
+    )
     values.set_gnu_getopt(True)
     try:
         rest = values(argv, known_only=not overrides)
@@ -112,6 +127,8 @@ def _check_names(argv: list[str], fields: dict[str, Any]) -> None:
         "stages",
         "dry_run",
         "nodry_run",
+        *cluster.NAMES,
+        "initialization_timeout",
         *(f"config.{key}" for key in fields),
     ]
     known += [f"noconfig.{key}" for key, value in fields.items() if isinstance(value, bool)]

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_jax import cluster
+
 _LEAST = {"num_samples": 1, "num_recall": 1, "seed": 0, "batch_size": 1, "max_length": 2, "sample_temperature": 0}
 # p*'s samples have another seed than anyone's training data is likely to: what a model has seen says nothing of recall.
 _DATA_SEED = 2**31
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kd_jax.run import RunError
 
     try:
+        cluster.check_alone("kd_jax.evaluate")
         return _evaluate(args, argv)
     except (ValueError, OSError, RunError) as error:
         return _fail(error)

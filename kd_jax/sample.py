@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_jax import cluster
+
 # What a flag is where it is not given, by what is asked for. A flag of the other group is refused.
 _SAMPLING = {
     "model": None, "num_samples": None, "out": None, "sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 0,
@@ -39,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kd_jax.run import RunError
 
     try:
+        cluster.check_alone("kd_jax.sample")
         return _read(args) if "read" in args else _sample(args, argv)
     except (ValueError, OSError, RunError) as error:
         return _fail(error)

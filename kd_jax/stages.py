@@ -4,6 +4,8 @@
 
 The key is a digest of the stage's settings and of the keys of its inputs. So a stage that is done is not done again, a
 changed setting makes new folders for exactly what depends on it, and changing it back finds the old ones.
+
+Of several processes all run each stage, and process 0 writes what is said of it here.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kd_jax import distributed
 from kd_jax.run import RunError, read_json, write_json
 
 
@@ -74,18 +77,22 @@ def run(workdir: Path, stages: Sequence[Stage], only: Sequence[str] = ()) -> Non
         if name not in groups:
             raise ValueError(f"--stages: {name!r} is not one of {', '.join(groups)}")
     where = folders(workdir, stages)
-    chosen = [stage for stage in stages if not finished(where[stage.name]) and (not only or stage.group in only)]
+    # as process 0 finds them: another could look when a stage has just been finished
+    done = distributed.once(lambda: [stage.name for stage in stages if finished(where[stage.name])], "what is finished")
+    chosen = [stage for stage in stages if stage.name not in done and (not only or stage.group in only)]
     to_run = {stage.name for stage in chosen}
     for stage in chosen:
-        missing = [name for name in stage.inputs if name not in to_run and not finished(where[name])]
+        missing = [name for name in stage.inputs if name not in to_run and name not in done]
         if missing:
             group = missing[0].split("/")[0]
             raise RunError(
                 f"stage {stage.name} needs {missing[0]}, which is not finished; run it too (--stages {group})"
             )
     for number, stage in enumerate(chosen, start=1):
-        print(f"stage {number} of {len(chosen)}: {stage.name}", flush=True)
+        if distributed.leads():
+            print(f"stage {number} of {len(chosen)}: {stage.name}", flush=True)
         _run(stage, where)
+        distributed.wait(f"the end of {stage.name}")
 
 
 def _run(stage: Stage, where: dict[str, Path]) -> None:
@@ -96,7 +103,7 @@ def _run(stage: Stage, where: dict[str, Path]) -> None:
         "status": "running", "seconds": 0.0, "starts": 0,
     }  # fmt: skip
     there["starts"] += 1
-    write_json(folder / "stage.json", there)
+    _write(folder, there)
     began = time.perf_counter()
     try:
         there["result"] = stage.work(folder, {name: where[name] for name in stage.inputs})
@@ -104,6 +111,11 @@ def _run(stage: Stage, where: dict[str, Path]) -> None:
     finally:
         # of a run that was killed outright the time is not known, and not counted
         there["seconds"] = round(there["seconds"] + time.perf_counter() - began, 3)
+        _write(folder, there)
+
+
+def _write(folder: Path, there: dict[str, Any]) -> None:
+    if distributed.leads():
         write_json(folder / "stage.json", there)
 
 

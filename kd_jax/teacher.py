@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from kd_jax import cluster
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, of which the first word is the program's name, and returns the exit code."""
@@ -21,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kd_jax.run import RunError
 
     try:
+        cluster.check_alone("kd_jax.teacher")
         return _record(args, argv)
     except (ValueError, OSError, RunError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

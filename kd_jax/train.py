@@ -1,11 +1,17 @@
-"""Runs one experiment from its config file to its report: python -m kd_jax.train --config C.py --workdir FOLDER."""
+"""Runs one experiment from its config file to its report: python -m kd_jax.train --config C.py --workdir FOLDER.
+
+The same command in several processes is one run over the devices of all (kd_jax.cluster says how they find each other;
+launch/ has scripts that start them). FOLDER is then on a file system that all of them share.
+"""
 
 import importlib
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from kd_jax import cluster
 from kd_jax import config as config_lib
 
 # Modules by name, so that one experiment's run does not import the others. Each has validate(config), which raises
@@ -24,60 +30,84 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv if argv is None else argv)
     args = config_lib.parse(argv)
     # after the command line is known to be good: JAX takes a moment to import, and a typing error need not wait for it
+    from kd_jax import distributed
     from kd_jax import run as run_lib
 
+    processes = None
     try:
-        return _run(args, argv)
+        processes = cluster.find(args.processes)
+        _run(args, argv, processes)
+        distributed.end()
+        return 0
     except (ValueError, OSError, FloatingPointError, run_lib.RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        code, said = 2, f"error: {distributed.name()}{error}"
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command carries on", file=sys.stderr)
-        return 130
+        code, said = 130, f"\n{distributed.name()}interrupted; the same command carries on"
+    except Exception:
+        if processes is None:
+            raise
+        code, said = 1, f"{distributed.name()}{traceback.format_exc()}"
+    print(said, file=sys.stderr)
+    if processes is not None:
+        distributed.leave(code)  # JAX would wait for the others, which wait for this one
+    return code
 
 
-def _run(args: config_lib.Args, argv: list[str]) -> int:
-    from kd_jax import report
+def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | None) -> None:
+    from kd_jax import distributed, report
     from kd_jax import run as run_lib
 
     start = time.perf_counter()
     config, name = args.config, args.config.get("experiment")
     if name not in EXPERIMENTS:
         raise ValueError(f"config.experiment is {name!r}; it has to be one of: {', '.join(sorted(EXPERIMENTS))}")
+    if processes is not None and not args.dry_run:
+        distributed.start(processes, args.initialization_timeout)
     experiment = importlib.import_module(EXPERIMENTS[name])
     experiment.validate(config)
     staged = name in STAGED
     if not staged and (args.stages or args.dry_run):
         raise ValueError(f"--stages and --dry_run are for experiments in stages ({', '.join(STAGED)}), not for {name}")
     if args.dry_run:
-        experiment.run(config, Path(args.workdir), dry_run=True)
-        return 0
+        if processes is None or not processes.process_id:
+            experiment.run(config, Path(args.workdir), dry_run=True)
+        return
 
-    run = run_lib.open_run(args.workdir, config, argv=argv, overwrite=args.overwrite, staged=staged)
+    def open_run() -> tuple[str, bool, bool]:
+        run = run_lib.open_run(args.workdir, config, argv=argv, overwrite=args.overwrite, staged=staged)
+        return str(run.folder), run.resumed, run.finished
+
+    folder, *state = distributed.once(open_run, "opening the run folder")
+    run = run_lib.Run(Path(folder), *state)
     if run.finished:
         page = run.folder / "report.html"
-        print(f"{run.folder}: finished, nothing left to do (report: {page}; --overwrite starts again)")
-        return 0
+        _say(f"{run.folder}: finished, nothing left to do (report: {page}; --overwrite starts again)")
+        return
     if run.resumed:
-        print(f"{run.folder}: carrying on")
+        _say(f"{run.folder}: carrying on")
 
     ready = time.perf_counter()
-    if staged:
-        extra = experiment.run(config, run.folder, only=args.stages)
-        if extra is None:
-            print(f"{run.folder}: stages {', '.join(args.stages)} are finished")
-            return 0
-    else:
-        extra = experiment.run(config, run.folder) or {}
+    extra = experiment.run(config, run.folder, **({"only": args.stages} if staged else {}))
+    if staged and extra is None:
+        _say(f"{run.folder}: stages {', '.join(args.stages)} are finished")
+        return
     ran = time.perf_counter()
-    page = report.write(run.folder)
+    page = distributed.once(lambda: str(report.write(run.folder)), "writing the report")
     done = time.perf_counter()
 
     seconds = {"start": ready - start, "experiment": ran - ready, "report": done - ran, "total": done - start}
-    run_lib.finish(run, **{**extra, "seconds": {key: round(value, 3) for key, value in seconds.items()}})
-    print("time: " + ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items()))
-    print(f"report: {page}")
-    return 0
+    if distributed.leads():
+        run_lib.finish(run, **{**(extra or {}), "seconds": {key: round(value, 3) for key, value in seconds.items()}})
+    _say("time: " + ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items()))
+    _say(f"report: {page}")
+
+
+def _say(text: str) -> None:
+    """Prints, once for all processes."""
+    from kd_jax import distributed
+
+    if distributed.leads():
+        print(text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from kd_jax import mesh
+from kd_jax import distributed, mesh
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.run import append_rows, write_rows
 
@@ -31,15 +31,18 @@ def run(
     with Checkpoints(folder / "checkpoints" / "chunks") as saved:
         done = saved.steps()
         # Written anew from the checkpoints: a kill may have left half a row, or rows that no checkpoint has.
-        write_rows(rows_path, _chain(rows(c, saved.load(c, like(c))) for c in done))
-        if done:
+        held = _chain(rows(c, saved.load(c, like(c))) for c in done)
+        if distributed.leads():
+            write_rows(rows_path, held)
+        if done and distributed.leads():
             print(f"resuming: {len(done)} of {count} chunks are done")
-        for c in tqdm(range(count), unit="chunk", disable=None):
+        for c in tqdm(range(count), unit="chunk", disable=None if distributed.leads() else True):
             if c in done:
                 continue
             arrays = compute(c)
             saved.save(c, arrays)
-            append_rows(rows_path, rows(c, arrays))
+            if distributed.leads():
+                append_rows(rows_path, rows(c, arrays))
 
 
 def _chain(parts: Iterable[list[dict]]) -> list[dict]:
@@ -57,6 +60,6 @@ def over_seeds(program: Callable[..., Any], seeds, numbers: Any, devices=None) -
     padded = np.concatenate([seeds, np.full(-len(seeds) % seed_mesh.size, seeds[-1], np.uint32)])
     spread = NamedSharding(seed_mesh, PartitionSpec("seeds"))
     whole = NamedSharding(seed_mesh, PartitionSpec())
-    numbers = jax.tree.map(lambda value: jax.device_put(np.asarray(value, np.float32), whole), numbers)
-    found = program(jax.device_put(padded, spread), numbers)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[: len(seeds)], found)
+    numbers = jax.tree.map(lambda value: distributed.spread(np.asarray(value, np.float32), whole), numbers)
+    found = distributed.fetch(program(distributed.spread(padded, spread), numbers))
+    return jax.tree.map(lambda leaf: leaf[: len(seeds)], found)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax import distributed
 from kd_jax.gmm import chunks, em
 from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
 from kd_jax.metrics import Mean
@@ -316,7 +317,7 @@ def run(config, folder: Path) -> dict:
 
     chunks.run(folder, len(plan), compute, lambda c, trees: _rows(plan[c], betas, trees), like)
     swept = time.perf_counter()
-    if config.dim == 2:
+    if config.dim == 2 and distributed.leads():
         _write_panels(folder / "checkpoints" / "panels.npz", panels(config))
     return {"sweep_seconds": swept - began, "panels_seconds": time.perf_counter() - swept}
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import kv_cache, sampling
 from kd_jax.lm import model as model_lib
@@ -151,7 +152,8 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         elif not bool(state.active.any()):
             return
         taken = time.perf_counter() - began
-        num_steps = int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096))
+        # the clocks of several processes differ, what they run must not
+        num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
 
 
 def _fit(state: _State, settings: _Settings, least: int) -> _State:
@@ -228,7 +230,10 @@ def _start(model, params, prompts, first, batch_size, max_length, compute, mesh)
     )  # fmt: skip
     # Committed to where the parameters are, as what `_run` returns is: otherwise the second call compiles again.
     where = next(iter(cache.owner.devices())) if mesh is None else _shardings(mesh, state)
-    return jax.device_put(state, where)
+    if not distributed.several():
+        return jax.device_put(state, where)
+    place = {True: jax.device_put, False: distributed.spread}  # from the devices, from every host
+    return jax.tree.map(lambda leaf, to: place[isinstance(leaf, jax.Array)](leaf, to), state, where)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
@@ -384,7 +389,7 @@ def _retire(state: _State, settings: _Settings) -> _State:
 def _collect(state: _State, prompts: list[list[int]], width: int) -> tuple[_State, Samples]:
     """Empties the pool."""
     count, steps, active_steps = (int(x) for x in (state.num_done, state.steps, state.active_steps))
-    rows = jax.tree.map(lambda leaf: np.asarray(leaf)[:count, ...], state.done)
+    rows = jax.tree.map(lambda leaf: leaf[:count, ...], distributed.fetch(state.done))
     index = rows.index.astype(np.int64)
     part = Samples(
         index=index, tokens=rows.tokens[:, :width], lengths=rows.length,

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from kd_jax import distributed
 from kd_jax.lm import agreement, estimates, resumable, weights
 from kd_jax.lm.corpus import Corpus, Rows
 from kd_jax.lm.model import Compute, Model
@@ -146,7 +147,7 @@ def plan(
 def carry_out(plan: Plan) -> list[dict[str, Any]]:
     """The rest of `evaluate`."""
     p_star, data, tasks, settings, folder = plan
-    rows = [_finished_row(task) for task in tasks]
+    rows = distributed.once(lambda: [_finished_row(task) for task in tasks], "what is evaluated")
     if None in rows and not data.from_p_star:
         data = data._replace(log_prob=_score(folder / "p_star.npz", p_star, data.p_star, data, settings, "p*: data"))
     return [row or _evaluate(p_star, task, data, settings) for row, task in zip(rows, tasks, strict=True)]
@@ -312,7 +313,8 @@ def _evaluate(p_star: Model, task: _Task, data: _Data, settings: Settings) -> di
     numbers = estimates.numbers(samples.rows, precision, recall_tokens, recall, data.log_prob, data.from_p_star)
     row = {**_names(task), **numbers, "teacher_entropy": None, "teacher_entropy_se": None}
     result = {"key": task.key, "row": row, "seconds": round(time.perf_counter() - start, 3)}
-    write_rows(task.home / "result.json", [result])
+    if distributed.leads():
+        write_rows(task.home / "result.json", [result])
     return row
 
 

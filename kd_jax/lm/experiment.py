@@ -13,7 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kd_jax import cache, stages
+from kd_jax import cache, distributed, stages
+from kd_jax import mesh as mesh_lib
 from kd_jax.lm import arms, cost, distill, documents, estimates, evaluation, ingest, resumable, top_k, training, weights
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import model as model_lib
@@ -266,13 +267,17 @@ def _sample(config, model: Model, folder: Path, settings: dict[str, Any], label:
 def _ingest(config, folder: Path, first: int, num_samples: int) -> dict[str, Any]:
     """Rows of the data set as the corpus of a stage. What their entropy is, nobody knows."""
     data = config.data
-    held = ingest.from_dataset(
-        data.source, folder / "corpus", config.p_star.source, split=data.split, first=first, num_samples=num_samples,
-        text_column=data.text_column or None, ids_column=data.ids_column or None, seed=config.seed,
-        max_length=config.sampling.max_length, prompt_ids=config.sampling.prompt_ids,
-        shard_size=config.sampling.shard_size,
-    )  # fmt: skip
-    return {**held.manifest["counts"], "entropy": None, "entropy_se": None}
+
+    def read() -> dict[str, Any]:
+        held = ingest.from_dataset(
+            data.source, folder / "corpus", config.p_star.source, split=data.split, first=first,
+            num_samples=num_samples, text_column=data.text_column or None, ids_column=data.ids_column or None,
+            seed=config.seed, max_length=config.sampling.max_length, prompt_ids=config.sampling.prompt_ids,
+            shard_size=config.sampling.shard_size,
+        )  # fmt: skip
+        return held.manifest["counts"]
+
+    return {**distributed.once(read, f"reading {data.source}"), "entropy": None, "entropy_se": None}
 
 
 # p*
@@ -289,7 +294,11 @@ def _p_star(config) -> Model:
 def _load_p_star(source: str, preset: str, seed: int, dtype: str, over) -> Model:
     if source:
         return weights.load(source, dtype=dtype, mesh=over)
-    params = jax.jit(model_lib.init, static_argnums=(1, 2))(jax.random.key(seed), PRESETS[preset], jnp.dtype(dtype))
+    shape, kind, where = PRESETS[preset], jnp.dtype(dtype), None
+    if over is not None:
+        where = mesh_lib.shardings(model_lib.logical_axes(shape), model_lib.abstract(shape, kind), over)
+    init = jax.jit(model_lib.init, static_argnums=(1, 2), out_shardings=where)
+    params = init(jax.random.key(seed), shape, kind)
     # such a model says any id as soon as any other; one of them ends a sequence
     return Model(PRESETS[preset], params, eos_ids=(0,))
 
@@ -339,6 +348,13 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         batch_size=config.sampling.batch_size, mesh=settings_lib.mesh(config),
     )  # fmt: skip
     rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation")
+    gather = functools.partial(_gather, config, folder, chain, rows, entries, p_star, validation)
+    return distributed.once(gather, "gathering the rows")
+
+
+def _gather(config, folder: Path, chain: list[Stage], rows, entries, p_star: Model, validation: Corpus):
+    """Writes the rows of the whole run; returns what the manifest is to say of its stages."""
+    where = stages.folders(folder, chain)
     rows = [row | results_lib.learnt_from(config, row, chain, where) for row in rows]
     seconds = evaluation.seconds(folder / "evaluation", entries)
     trained = [read_rows(home / "metrics.jsonl") for _, home in results_lib.trained(chain, where)]

@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from kd_jax import distributed
 
 
 def fingerprint(params: Any) -> str:
@@ -19,7 +20,7 @@ def fingerprint(params: Any) -> str:
 def line(path: tuple, leaf: jax.Array) -> str:
     """What of the fingerprint comes from one weight; `path` is where it is in the tree, as JAX has it."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return f"{name} {leaf.shape} {leaf.dtype} {np.asarray(_sums(leaf)).tolist()}"
+    return f"{name} {leaf.shape} {leaf.dtype} {distributed.fetch(_sums(leaf)).tolist()}"
 
 
 def digest(lines: Iterable[str]) -> str:

@@ -2,10 +2,13 @@
 
 Samples are made a shard at a time and rows are scored in batches that depend on their lengths alone. What ran beside a
 sample or a row, which enters its numbers through the rounding of floats, is therefore the same after a restart.
+
+Of several processes, all draw and score, each on its own devices, and process 0 writes.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
@@ -22,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import decode, score
@@ -43,6 +47,31 @@ def sample(
     another name of the same weights. Raises RunError for a folder of other things. `label` is that of the progress bar.
     """
     folder = Path(folder)
+    held = Corpus(folder, distributed.once(lambda: _open(folder, settings, command), f"opening {folder}"))
+    if held.finished:
+        return held
+    wanted = held.manifest["settings"]
+
+    def stream() -> Iterator[decode.Samples]:
+        for first in range(held.num_rows, wanted["num_samples"], wanted["shard_size"]):
+            yield from decode.stream(
+                model, wanted["prompt_ids"], min(first + wanted["shard_size"], wanted["num_samples"]),
+                first=first, max_length=wanted["max_length"], sample_temperature=wanted["sample_temperature"],
+                top_k=wanted["top_k"], top_p=wanted["top_p"], seed=wanted["seed"], batch_size=batch_size,
+                compute=compute, mesh=mesh,
+            )  # fmt: skip
+
+    with _sampling_bar(label, held.num_rows, wanted["num_samples"]) as progress:
+        if distributed.leads():
+            corpus_lib.write(held, stream(), progress)
+        else:
+            collections.deque(stream(), maxlen=0)
+    distributed.wait(f"{folder} is written")
+    return corpus_lib.open(folder)
+
+
+def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any]:
+    """The manifest of the corpus folder, made or opened again."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists():  # from a run that was killed
         shutil.rmtree(old)
@@ -55,21 +84,7 @@ def sample(
             # first out of the way: half removed, it would be neither a corpus nor an empty folder
             os.replace(folder, old)
             shutil.rmtree(old)
-    held = corpus_lib.create_or_resume(folder, settings, command=command)
-    if held.finished:
-        return held
-
-    def stream() -> Iterator[decode.Samples]:
-        for first in range(held.num_rows, settings["num_samples"], settings["shard_size"]):
-            yield from decode.stream(
-                model, settings["prompt_ids"], min(first + settings["shard_size"], settings["num_samples"]),
-                first=first, max_length=settings["max_length"], sample_temperature=settings["sample_temperature"],
-                top_k=settings["top_k"], top_p=settings["top_p"], seed=settings["seed"], batch_size=batch_size,
-                compute=compute, mesh=mesh,
-            )  # fmt: skip
-
-    with _sampling_bar(label, held.num_rows, settings["num_samples"]) as progress:
-        return corpus_lib.write(held, stream(), progress)
+    return corpus_lib.create_or_resume(folder, settings, command=command).manifest
 
 
 def log_probs(
@@ -82,6 +97,7 @@ def log_probs(
     which rows these are. Raises RunError where a row's log-probability is NaN, or the file is damaged.
     """
     path = Path(path)
+    # several processes read the same: process 0 does not write before all have scored a batch with it
     sums = _read(path, key, len(rows.index))
     tokens, lengths = corpus_lib.padded(rows)
     generated = lengths - rows.prompt_length
@@ -127,6 +143,8 @@ def _read(path: Path, key: dict[str, Any], count: int) -> np.ndarray:
 
 def _write(path: Path, key: dict[str, Any], sums: np.ndarray) -> None:
     """Writes the file whole or not at all."""
+    if not distributed.leads():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(path.name + ".tmp")
     with tmp.open("wb") as file:
@@ -146,8 +164,9 @@ def _bar(label: str, first: int, total: int, unit: str) -> tqdm:
     often = 0.1 if sys.stderr.isatty() else 30
     scale = unit == "token"
     return tqdm(
-        desc=label, initial=first, total=total, unit=unit, unit_scale=scale, mininterval=often, dynamic_ncols=True
-    )
+        desc=label, initial=first, total=total, unit=unit, unit_scale=scale, mininterval=often, dynamic_ncols=True,
+        disable=not distributed.leads(),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

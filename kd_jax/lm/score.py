@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax import fused
+from kd_jax import distributed, fused
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
@@ -48,10 +48,13 @@ def log_prob(
         batch = np.zeros(shape, np.int32)
         longest = min(shape[1], tokens.shape[1])
         batch[: len(chosen), :longest] = tokens[chosen, :longest]
-        batch = jnp.asarray(batch) if mesh is None else jax.device_put(batch, mesh_lib.sharding(("batch", None), mesh))
-        scores = _score(model.params, model.architecture, batch, model.num_tokens, entropy, compute)
+        if mesh is None:
+            batch = jnp.asarray(batch)
+        else:
+            batch = distributed.spread(batch, mesh_lib.sharding(("batch", None), mesh))
+        scores = distributed.fetch(_score(model.params, model.architecture, batch, model.num_tokens, entropy, compute))
         for whole, part in zip(out, scores, strict=False):
-            whole[chosen, : longest - 1] = np.asarray(part)[: len(chosen), : longest - 1]
+            whole[chosen, : longest - 1] = part[: len(chosen), : longest - 1]
     cut = slice(max(0, len(prefix) - 1), None)
     return tuple([np.where(mask, out[0], 0)[:, cut], mask[:, cut], *(np.where(mask, x, 0)[:, cut] for x in out[1:])])
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kd_jax import fused
+from kd_jax import distributed, fused
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.batches import Batch
@@ -201,7 +201,7 @@ def make_evaluate(
         return jax.tree.map(jnp.sum, sums), counts.sum()
 
     def run(params: Any, batches: Iterable[Batch], guide: Any = None) -> dict[str, float]:
-        parts = [jax.device_get(one_batch(params, batch, guide)) for batch in batches]
+        parts = [distributed.fetch(one_batch(params, batch, guide)) for batch in batches]
         count = sum(float(part[1]) for part in parts)
         return {name: sum(float(part[0][name]) for part in parts) / count for name in parts[0][0]}
 
@@ -229,7 +229,7 @@ def place(batch: Batch, mesh: Mesh | None) -> Batch:
 
     def one(a):
         sharding = mesh_lib.sharding((None,) * rows + ("batch",) + (None,) * (a.ndim - rows - 1), mesh)
-        return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+        return distributed.spread(a, sharding)
 
     return jax.tree.map(one, batch)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax import fused
+from kd_jax import distributed, fused
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
@@ -97,7 +97,8 @@ def over_mesh(
     def call(*arrays):
         count, arrays = _fill(arrays, mesh_lib.batch_devices(mesh))
         placed = [
-            jax.device_put(array, rows if array.ndim == 2 else mesh_lib.sharding(("batch",), mesh)) for array in arrays
+            distributed.spread(array, rows if array.ndim == 2 else mesh_lib.sharding(("batch",), mesh))
+            for array in arrays
         ]
         return jax.tree.map(lambda leaf: leaf[:count], run(params, *placed))
 

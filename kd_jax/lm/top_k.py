@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import agreement, score, shards, weights
 from kd_jax.lm import corpus as corpus_lib
@@ -104,7 +105,7 @@ def recorder(
             tokens, counts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
             for place, i in enumerate(chosen):
                 tokens[place, : lengths[i]], counts[place] = rows[i]["tokens"], lengths[i]
-            found = jax.tree.map(np.asarray, run(tokens, counts))
+            found = distributed.fetch(run(tokens, counts))
             for place, i in enumerate(chosen):
                 rows[i] = columns(rows[i], found, place)
         return rows
@@ -146,9 +147,12 @@ def score_corpus(
     """
     check(source, model, about["source"])
     folder = Path(folder)
-    held = corpus_lib.create_or_resume(
-        folder, {**source.manifest["settings"], "teacher": about}, command=command, kind=source.kind
-    )
+    settings = {**source.manifest["settings"], "teacher": about}
+
+    def open_folder() -> dict[str, Any]:
+        return corpus_lib.create_or_resume(folder, settings, command=command, kind=source.kind).manifest
+
+    held = Corpus(folder, distributed.once(open_folder, f"opening {folder}"))
     if held.finished:
         return held
 
@@ -160,7 +164,14 @@ def score_corpus(
             listed = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             yield Arrival(listed, int((rows.length - rows.prompt_length).sum()))
 
-    with tqdm(desc=label, initial=held.num_rows, total=source.num_rows, unit="row", dynamic_ncols=True) as bar:
-        return corpus_lib.write_rows(
-            held, arrivals(), lambda rows, _: bar.update(rows), recorder(model, about, compute=compute, mesh=mesh)
-        )
+    record, leads = recorder(model, about, compute=compute, mesh=mesh), distributed.leads()
+    with tqdm(
+        desc=label, initial=held.num_rows, total=source.num_rows, unit="row", dynamic_ncols=True, disable=not leads
+    ) as bar:
+        if leads:
+            corpus_lib.write_rows(held, arrivals(), lambda rows, _: bar.update(rows), record)
+        else:
+            for arrival in arrivals():  # each is a shard
+                record(arrival.rows)
+    distributed.wait(f"{folder} is written")
+    return corpus_lib.open(folder)

@@ -11,6 +11,9 @@ function of the state and of its own number.
 What overlaps: batches are read ahead in threads, updates are queued and their numbers fetched two updates later, and
 checkpoints are written in the background. A rollout (kd_jax.lm.rollouts) needs the parameters of the update before it,
 and the update after it its tokens, so these three wait for one another; the time of each is told apart.
+
+Several processes train together: each has every batch, sends the rows of its own devices, and takes part in each
+checkpoint; process 0 writes the rest. A signal to any of them stops all after the same update.
 """
 
 from __future__ import annotations
@@ -30,8 +33,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax import optim, trackers
+from kd_jax import distributed, optim, trackers
 from kd_jax.checkpoint import Checkpoints
+from kd_jax.distributed import Agreement
 from kd_jax.lm import agreement, batches, cost, distill, step, training_data, weights
 from kd_jax.lm.batches import Updates
 from kd_jax.lm.corpus import Corpus
@@ -144,10 +148,11 @@ def train(
     Raises: ValueError or RunError for a corpus or a folder that cannot be used; FloatingPointError for a loss that is
     not finite, with the batch saved.
     """
-    results = [_finished(member) for member in members]
+    results = distributed.once(lambda: [_finished(member) for member in members], "what is trained")
     if None in results:
         _check(model, members, distillation)
         results = _train(settings, model, members, compute, mesh, stop or Stop(), distillation)
+    distributed.wait("the end of a training")  # nobody reads what is removed now
     for member in members:
         _tidy(settings, member.folder)
     return results
@@ -191,8 +196,7 @@ def _train(settings, model, members, compute, mesh, stop, distillation) -> list[
             keep = settings.keep if len(members) == 1 else max(2, settings.keep)
             saved = Checkpoints(member.folder / "checkpoints", keep=keep, best="loss", background=True)
             stack.enter_context(saved)
-            if jax.process_index() == 0:
-                weights.save_about(model, member.folder / "checkpoints")
+            weights.save_about(model, member.folder / "checkpoints")
             runs.append(_Run(settings, model, *data, member, saved, compute, mesh, clock))
         states = _loop(runs, stop, distillation)
         results = [run.choose(state) for run, state in zip(runs, states, strict=True)]
@@ -202,14 +206,15 @@ def _train(settings, model, members, compute, mesh, stop, distillation) -> list[
         result |= {"seconds": seconds, "seed": member.seed, "together": len(members)}
         if "rollouts" in seconds:
             result["share_of_rollouts"] = round(seconds["rollouts"] / seconds["total"], 4)
-        write_json(member.folder / "training.json", result)
+        if distributed.leads():
+            write_json(member.folder / "training.json", result)
     return results
 
 
 def _tidy(settings: Settings, folder: Path) -> None:
     """Removes what nobody needs once the model is there."""
     unwanted = ["arrow"] if settings.keep_checkpoints else ["arrow", "checkpoints"]
-    for name in unwanted if jax.process_index() == 0 else ():
+    for name in unwanted if distributed.leads() else ():
         if (folder / name).exists():
             shutil.rmtree(folder / name)
 
@@ -233,7 +238,7 @@ def _loop(runs: list[_Run], stop: Stop, distillation: Distillation | None) -> li
     validate_at = {-(-total * (i + 1) // settings.validations) for i in range(settings.validations)}
     with one.clock("logging"):
         logs = [run.log(first, total, distillation, quiet=run is not one) for run in runs]
-    sources, pending = [run.data.start(first) for run in runs], collections.deque()
+    sources, pending, agreed = [run.data.start(first) for run in runs], collections.deque(), Agreement(_BEHIND)
     for done in range(first + 1, total + 1):
         with one.clock("data"):
             found = [next(source) for source in sources]
@@ -244,7 +249,7 @@ def _loop(runs: list[_Run], stop: Stop, distillation: Distillation | None) -> li
         with one.clock("updates"):
             state, metrics = update(state, step.place(batch, one.mesh), guide)
         pending.append((done, tokens, found, metrics))
-        validate, halt = done in validate_at, stop.asked and done < total
+        validate, halt = done in validate_at, agreed(stop.asked) and done < total
         save = validate or halt or (settings.save_every and done % settings.save_every == 0)
         while pending and (save or len(pending) > _BEHIND):
             _fetch(runs, logs, *pending.popleft())
@@ -262,7 +267,7 @@ def _fetch(
 ) -> None:
     """Takes the numbers of an update from the device, waiting for it."""
     with runs[0].clock("updates"):
-        numbers = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64).reshape(-1), jax.device_get(metrics))
+        numbers = jax.tree.map(lambda leaf: leaf.astype(np.float64).reshape(-1), distributed.fetch(metrics))
     for i, (run, log) in enumerate(zip(runs, logs, strict=True)):
         own = jax.tree.map(lambda leaf, i=i: float(leaf[i]), numbers)
         run.check(done, own, found[i])
@@ -346,7 +351,8 @@ class _Run:
         if not math.isfinite(metrics.loss) or not math.isfinite(metrics.gradient_norm):
             path = self.member.folder / f"batch-{done}.npz"
             arrays = batch._asdict() | ({} if batch.targets is None else batch.targets._asdict())
-            np.savez(path, rows=self.data.rows(done - 1), **{k: v for k, v in arrays.items() if k != "targets"})
+            if distributed.leads():
+                np.savez(path, rows=self.data.rows(done - 1), **{k: v for k, v in arrays.items() if k != "targets"})
             raise FloatingPointError(
                 f"update {done} has loss {metrics.loss} and gradient norm {metrics.gradient_norm}; "
                 f"its batch is in {path}"
@@ -369,7 +375,7 @@ class _Run:
 
     def choose(self, state: step.State) -> dict[str, Any]:
         """Writes FOLDER/model: the weights that RULE says."""
-        rows = read_rows(self.member.folder / "metrics.jsonl")
+        rows = distributed.once(lambda: read_rows(self.member.folder / "metrics.jsonl"), "the rows of a training")
         validations = {row["step"]: row for row in rows if row["kind"] == "validation"}
         losses = {number: row["loss"] for number, row in validations.items()}
         with self.clock("checkpoints"):
@@ -381,7 +387,8 @@ class _Run:
                 params = self.saved.load(chosen, {"weights": like.params})["weights"]
             weights.save(self.model._replace(params=params), self.member.folder / "model", overwrite=True)
         rows = [row | {"chosen": row["step"] == chosen} if row["kind"] == "validation" else row for row in rows]
-        write_rows(self.member.folder / "metrics.jsonl", rows)
+        if distributed.leads():
+            write_rows(self.member.folder / "metrics.jsonl", rows)
         return {
             "rule": RULE, "chosen": chosen, "updates": len(self.data),
             "tokens": self.tokens, "validation_loss": losses[chosen],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import batches, distill
 from kd_jax.lm.batches import Layout, Sequences, Updates
@@ -73,7 +74,8 @@ def _sequences(settings: Settings, member: Member, how: distill.Settings | None)
 
 
 def _halves(settings: Settings, corpus: Corpus, folder: Path, targets: bool = False) -> tuple[Sequences, Sequences]:
-    sequences, held = Sequences.of(corpus, str(folder / "arrow"), targets), settings.num_validation
+    with distributed.first_alone("Arrow files"):
+        sequences, held = Sequences.of(corpus, str(folder / "arrow"), targets), settings.num_validation
     if not held < len(sequences):
         raise ValueError(f"{corpus.folder} has {len(sequences)} rows; {held} of them would be held out for validation")
     return sequences.part(0, len(sequences) - held), sequences.part(len(sequences) - held, len(sequences))

@@ -11,13 +11,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kd_jax import trackers
+from kd_jax import distributed, trackers
 from kd_jax.lm import step
 from kd_jax.run import Clock, append_rows, read_rows, write_rows
 
 
 class Log:
-    """Rows of metrics.jsonl, the progress bar, and whatever else the settings ask for.
+    """Rows of metrics.jsonl, the progress bar, and whatever else the settings ask for; process 0's alone.
 
     Args:
         folder: of the training.
@@ -35,15 +35,17 @@ class Log:
         tokens_at_ceiling: float, clock: Clock, quiet: bool,
     ):  # fmt: skip
         self._path, self._tags, self._total, self._every = folder / "metrics.jsonl", tags, total, log_every
-        write_rows(self._path, [row for row in read_rows(self._path) if row["step"] <= first])
-        self._track = trackers.start(names, folder)
+        self._leads = distributed.leads()
+        if self._leads:
+            write_rows(self._path, [row for row in read_rows(self._path) if row["step"] <= first])
+        self._track = trackers.start(names if self._leads else (), folder)
         self._ceiling, self._clock = tokens_at_ceiling, clock
         # tokens, time, and seconds of rollouts at the row before; the speed that was shown
         self._before, self._speed = None, ""
         often = 0.1 if sys.stderr.isatty() else 30  # into a log file, a line now and then
         self._bar = tqdm(
             total=total, initial=first, unit="update", desc=tags["name"], mininterval=often, dynamic_ncols=True,
-            disable=quiet,
+            disable=quiet or not self._leads,
         )  # fmt: skip
 
     def update(self, done: int, tokens: int, metrics: step.Metrics, on_policy: bool | None = None) -> None:
@@ -73,7 +75,8 @@ class Log:
         self._before = None  # the next row's time would have the validation in it
 
     def _row(self, kind: str, done: int, values: dict[str, Any]) -> None:
-        append_rows(self._path, [{"kind": kind, **self._tags, "step": done, **values}])
+        if self._leads:
+            append_rows(self._path, [{"kind": kind, **self._tags, "step": done, **values}])
         self._track(done, {f"{kind}/{name}": value for name, value in values.items() if value is not None})
 
     def close(self) -> None:
