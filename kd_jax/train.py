@@ -79,6 +79,11 @@ def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | No
 
     folder, *state = distributed.once(open_run, "opening the run folder")
     run = run_lib.Run(Path(folder), *state)
+    if not (run.folder / "config.json").exists():
+        raise run_lib.RunError(
+            f"process 0 has made {run.folder.absolute()}, which this process does not see: a run of several processes "
+            "needs a --workdir on a file system that all of them share"
+        )
     if run.finished:
         page = run.folder / "report.html"
         _say(f"{run.folder}: finished, nothing left to do (report: {page}; --overwrite starts again)")

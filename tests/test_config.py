@@ -73,6 +73,9 @@ def test_override_sets_field_and_its_type(parse, word, key, value):
         ("--overwrite=maybe", ["--overwrite"]),
         ("--flagfile=absent.txt", ["absent.txt"]),
         ("stray", ["stray"]),
+        ("--num_process=2", ["did you mean --num_processes?"]),
+        ("--process_id=first", ["--process_id", "first"]),
+        ("--initialization_timeout=0", ["--initialization_timeout"]),
     ],
 )
 def test_bad_flag_is_one_line_naming_it_and_exit_2(parse, word, parts, capsys, tmp_path):
@@ -116,3 +119,10 @@ def test_absent_config_file_is_named(capsys):
         config_lib.parse(["train", "--config=absent.py", "--workdir=w"])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "--config" in error and "absent.py" in error
+
+
+def test_processes_are_those_of_the_flags(parse):
+    assert parse().processes == {"coordinator_address": None, "num_processes": None, "process_id": None}
+    args = parse("--coordinator_address=a:1", "--num_processes=2", "--process_id=1", "--initialization_timeout=9")
+    assert args.processes == {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
+    assert args.initialization_timeout == 9
