@@ -38,8 +38,8 @@ def free_port():
 
 
 def environment(devices):
-    flags = f"{_PATIENT} --xla_force_host_platform_device_count={devices}"
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    number = {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": _PATIENT, "PYTHONPATH": str(ROOT)} | number
 
 
 def spawn(command, devices=1, **options):
