@@ -248,7 +248,12 @@ def _manifest(config: ml_collections.ConfigDict, argv: Sequence[str]) -> dict[st
             "numpy": np.__version__,
             "kd_jax": kd_jax.__version__,
         },
-        "device": {"kind": devices[0].device_kind, "platform": devices[0].platform, "count": len(devices)},
+        "device": {
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "count": len(devices),
+            "processes": jax.process_count(),
+        },
         "git_commit": _git_commit(),
     }
 

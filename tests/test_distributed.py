@@ -358,7 +358,8 @@ def test_mixtures_in_two_processes(tmp_path):
         for key, value in one.items():
             if isinstance(value, float):
                 assert two[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
-    assert json.loads((tmp_path / "two/manifest.json").read_text())["device"]["count"] == 6
+    device = json.loads((tmp_path / "two/manifest.json").read_text())["device"]
+    assert (device["count"], device["processes"]) == (6, 2)
 
 
 @pytest.mark.slow
