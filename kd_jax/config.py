@@ -14,7 +14,7 @@ from kd_jax import cluster
 USAGE = (
     "usage: {prog} --config FILE.py --workdir FOLDER [--overwrite] [--stages A,B] [--dry_run] [--flagfile FILE] "
     "[--coordinator_address HOST:PORT --num_processes N --process_id I] [--initialization_timeout SECONDS] "
-    "[--config.KEY=VALUE ...]"
+    "[--heartbeat_timeout SECONDS] [--config.KEY=VALUE ...]"
 )
 
 
@@ -28,6 +28,7 @@ class Args(NamedTuple):
     dry_run: bool = False
     processes: dict[str, Any] = {}
     initialization_timeout: int = 300
+    heartbeat_timeout: int = 60
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -60,7 +61,7 @@ def parse(argv: Sequence[str]) -> Args:
     processes = {name: values[name].value for name in cluster.NAMES}
     return Args(
         values.config, values.workdir, values.overwrite, tuple(values.stages), values.dry_run, processes,
-        values.initialization_timeout,
+        values.initialization_timeout, values.heartbeat_timeout,
     )  # fmt: skip
 
 
@@ -97,6 +98,9 @@ def _values(argv: list[str], overrides: bool) -> flags.FlagValues:
     flags.DEFINE_integer(
         "initialization_timeout", 300, "Seconds to wait for all processes.", lower_bound=1, flag_values=values
     )
+    flags.DEFINE_integer(
+        "heartbeat_timeout", 60, "Seconds of silence after which a process is dead.", lower_bound=1, flag_values=values
+    )
     values.set_gnu_getopt(True)
     try:
         rest = values(argv, known_only=not overrides)
@@ -129,6 +133,7 @@ def _check_names(argv: list[str], fields: dict[str, Any]) -> None:
         "nodry_run",
         *cluster.NAMES,
         "initialization_timeout",
+        "heartbeat_timeout",
         *(f"config.{key}" for key in fields),
     ]
     known += [f"noconfig.{key}" for key, value in fields.items() if isinstance(value, bool)]

@@ -6,7 +6,7 @@ be the same everywhere though it comes from the outside (`Agreement`, `same`). W
 anything. Files are to be on a file system that all processes share.
 
 How it ends where something goes wrong: a process that fails says why and leaves at once, without waiting for the others
-(`leave`); JAX's coordination service sees that it is gone, at once or after HEARTBEAT seconds, and ends the others.
+(`leave`); JAX's coordination service sees that it is gone, at once or after HEARTBEAT seconds, and ends the others. (A process that is only stopped is gone as well.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from kd_jax.cluster import Cluster
 from kd_jax.run import RunError
 
-# Seconds after which a process that has not been heard of is taken for dead, and every other one is ended.
+# Seconds after which a process that has not been heard of is taken for dead, unless the run says otherwise.
 HEARTBEAT = 60
 # Seconds that the others wait for what one process does for all: opening the run folder, reading data, the report.
 WORK = 3600
@@ -41,10 +41,11 @@ _started = False
 _calls = itertools.count()
 
 
-def start(cluster: Cluster, timeout: int = 300) -> None:
+def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> None:
     """Waits until all processes of the cluster are there; before anything else is asked of JAX, and once.
 
-    Raises RunError where they are not within `timeout` seconds, or where the coordinator's port is taken.
+    A process that is not heard of for `heartbeat` seconds later on is taken for dead, which ends the others. Raises
+    RunError where not all are there within `timeout` seconds, or where the coordinator's port is taken.
     """
     global _started
     if cluster.process_id == 0:
@@ -56,7 +57,7 @@ def start(cluster: Cluster, timeout: int = 300) -> None:
     try:
         jax.distributed.initialize(
             cluster.coordinator_address, None if not given else cluster.num_processes, cluster.process_id,
-            cluster.local_devices, initialization_timeout=timeout, heartbeat_timeout_seconds=HEARTBEAT,
+            cluster.local_devices, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=SHUTDOWN, **given,
         )  # fmt: skip
     except RuntimeError as error:

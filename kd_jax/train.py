@@ -62,7 +62,7 @@ def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | No
     if name not in EXPERIMENTS:
         raise ValueError(f"config.experiment is {name!r}; it has to be one of: {', '.join(sorted(EXPERIMENTS))}")
     if processes is not None and not args.dry_run:
-        distributed.start(processes, args.initialization_timeout)
+        distributed.start(processes, args.initialization_timeout, args.heartbeat_timeout)
     experiment = importlib.import_module(EXPERIMENTS[name])
     experiment.validate(config)
     staged = name in STAGED

@@ -18,10 +18,10 @@ import sys
 from kd_jax import cluster, distributed
 
 address, count, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+arguments = json.loads(sys.argv[4])
 found = cluster.find({"coordinator_address": address, "num_processes": count, "process_id": index}, {})
 if found is not None:
-    distributed.start(found, timeout=120)
-arguments = json.loads(sys.argv[4])
+    distributed.start(found, 600, arguments.get("heartbeat", 600))
 
 
 def say(**values):

@@ -125,4 +125,4 @@ def test_processes_are_those_of_the_flags(parse):
     assert parse().processes == {"coordinator_address": None, "num_processes": None, "process_id": None}
     args = parse("--coordinator_address=a:1", "--num_processes=2", "--process_id=1", "--initialization_timeout=9")
     assert args.processes == {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
-    assert args.initialization_timeout == 9
+    assert args.initialization_timeout == 9 and args.heartbeat_timeout == 60
