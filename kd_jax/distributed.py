@@ -6,7 +6,8 @@ be the same everywhere though it comes from the outside (`Agreement`, `same`). W
 anything. Files are to be on a file system that all processes share.
 
 How it ends where something goes wrong: a process that fails says why and leaves at once, without waiting for the others
-(`leave`); JAX's coordination service sees that it is gone, at once or after HEARTBEAT seconds, and ends the others. (A process that is only stopped is gone as well.)
+(`leave`); JAX's coordination service sees that it is gone, at once or after HEARTBEAT seconds, and ends the others. (One
+that is only stopped, as by SIGSTOP, is gone as well.)
 """
 
 from __future__ import annotations
