@@ -5,9 +5,9 @@ goes beyond that is here: process 0 alone writes (`leads`), work that one proces
 be the same everywhere though it comes from the outside (`Agreement`, `same`). With one process none of this does
 anything. Files are to be on a file system that all processes share.
 
-How it ends where something goes wrong: a process that fails says why and leaves at once, without waiting for the others
-(`leave`); JAX's coordination service sees that it is gone, at once or after HEARTBEAT seconds, and ends the others. (One
-that is only stopped, as by SIGSTOP, is gone as well.)
+How it ends where something goes wrong: a process that fails says why and leaves, without waiting for the others
+(`leave`); JAX's coordination service sees that it is gone, at once or after HEARTBEAT seconds, and ends the others.
+(One that is only stopped, as by SIGSTOP, is gone as well.)
 """
 
 from __future__ import annotations
