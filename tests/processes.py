@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 # Virtual devices that share a core may be long in coming to a collective.
-_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=600 --xla_cpu_collective_timeout_seconds=600"
+_PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=3600 --xla_cpu_collective_timeout_seconds=3600"
 _START = """
 import json
 import sys
@@ -21,7 +21,7 @@ address, count, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 arguments = json.loads(sys.argv[4])
 found = cluster.find({"coordinator_address": address, "num_processes": count, "process_id": index}, {})
 if found is not None:
-    distributed.start(found, 600, arguments.get("heartbeat", 600))
+    distributed.start(found, 3600, arguments.get("heartbeat", 3600))
 
 
 def say(**values):
@@ -57,7 +57,7 @@ def start(script, count, devices=1, arguments=None):
     return [spawn([sys.executable, "-c", text, address, count, i, tail], devices) for i in range(count)]
 
 
-def results(processes, timeout=900):
+def results(processes, timeout=3600):
     """What each has said, a dict; all have to end well."""
     try:
         ended = [process.communicate(timeout=timeout) for process in processes]
@@ -70,5 +70,5 @@ def results(processes, timeout=900):
     return [json.loads(found[-1].removeprefix("RESULT ")) for found in lines]
 
 
-def run(script, count, devices=1, arguments=None, timeout=900):
+def run(script, count, devices=1, arguments=None, timeout=3600):
     return results(start(script, count, devices, arguments), timeout)

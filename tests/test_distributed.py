@@ -25,7 +25,7 @@ def train_command(folder, *flags, config="configs/gmm.py:smoke"):
 
 
 # a machine that is busy with other things may stop everything for a while
-PATIENT = ("--initialization_timeout=600", "--heartbeat_timeout=600")
+PATIENT = ("--initialization_timeout=3600", "--heartbeat_timeout=3600")
 
 
 def cluster_flags(port, count, index, timeout=120):
@@ -344,7 +344,7 @@ def local(count, devices, *flags):
     """Exit code of launch/local.sh, and what was said."""
     command = [ROOT / "launch/local.sh", count, "--cpu", "--devices", devices, "--", *flags, *PATIENT]
     launcher = spawn(command, devices, env={"PYTHON": sys.executable})
-    out, err = launcher.communicate(timeout=900)
+    out, err = launcher.communicate(timeout=3600)
     return launcher.returncode, out + err
 
 
