@@ -198,8 +198,10 @@ def unstack(params: dict[str, Any]) -> dict[str, Any]:
 
     It is a copy. Taking a layer out of the stack at each step of decoding would copy it each time.
     """
-    names, stacks = zip(*params["layers"].items(), strict=True)
-    return {**params, "layers": tuple(dict(zip(names, layer, strict=True)) for layer in zip(*stacks, strict=True))}
+    stacks = params["layers"]
+    count = len(next(iter(stacks.values())))
+    # by number: what lies on the devices of several processes cannot be gone through
+    return {**params, "layers": tuple({name: stack[i] for name, stack in stacks.items()} for i in range(count))}
 
 
 def forward(
