@@ -19,6 +19,7 @@ import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TypeVar
 
@@ -45,8 +46,8 @@ _calls = itertools.count()
 def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> None:
     """Waits until all processes of the cluster are there; before anything else is asked of JAX, and once.
 
-    A process that is not heard of for `heartbeat` seconds later on is taken for dead, which ends the others. Raises
-    RunError where not all are there within `timeout` seconds, or where the coordinator's port is taken.
+    A process that is not heard of for `heartbeat` seconds later on is taken for dead, which ends the others. Where not
+    all are there within `timeout` seconds this one ends, with code 2. Raises RunError where the port is taken.
     """
     global _started
     if cluster.process_id == 0:
@@ -55,23 +56,34 @@ def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> N
     jax.config.update("jax_enable_preemption_service", False)
     given = {"cluster_detection_method": "deactivate"} if cluster.coordinator_address else {}
     who = f"process {cluster.process_id} of {cluster.num_processes} ({cluster.launcher})"
+    missing = (
+        f"error: {who}: not all processes were at {cluster.coordinator_address or 'the coordinator'} within {timeout} s"
+    )
+    watch = threading.Timer(timeout, _give_up, [missing])
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(
             cluster.coordinator_address, None if not given else cluster.num_processes, cluster.process_id,
-            cluster.local_devices, initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat,
+            cluster.local_devices, initialization_timeout=timeout + GRACE, heartbeat_timeout_seconds=heartbeat,
             shutdown_timeout_seconds=SHUTDOWN, **given,
         )  # fmt: skip
     except RuntimeError as error:
-        raise RunError(
-            f"{who}: not all processes were at {cluster.coordinator_address or 'the coordinator'} within {timeout} s, "
-            f"or two have one process_id: {error}"
-        ) from error
+        raise RunError(f"{who} could not join the others (do two have one process_id?): {error}") from error
+    finally:
+        watch.cancel()
     _started = True
     if jax.process_count() != cluster.num_processes:
         raise RunError(
             f"{who}: the devices are those of {jax.process_count()} processes, not of {cluster.num_processes}; "
             f"is JAX's build for them installed? (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r})"
         )
+
+
+def _give_up(missing: str) -> NoReturn:
+    # JAX's own end to this wait is an abort that says neither who waits nor where
+    print(missing, file=sys.stderr)
+    leave(2)
 
 
 def _check_port(address: str) -> None:
