@@ -57,8 +57,8 @@ def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> N
     given = {"cluster_detection_method": "deactivate"} if cluster.coordinator_address else {}
     who = f"process {cluster.process_id} of {cluster.num_processes} ({cluster.launcher})"
     missing = (
-        f"error: {who}: not all processes were at {cluster.coordinator_address or 'the coordinator'} within {timeout} s; "
-        "are all of them started, and has each its own process_id?"
+        f"error: {who}: not all processes were at {cluster.coordinator_address or 'the coordinator'} within "
+        f"{timeout} s; are all of them started, and has each its own process_id?"
     )
     watch = threading.Timer(timeout, _give_up, [missing])
     watch.daemon = True
