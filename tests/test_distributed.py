@@ -166,7 +166,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_any_number_of_processes_gives_the_same_numbers(corpus, tmp_path):
     found = {}
     for count, devices in LAYOUTS:
@@ -235,7 +235,7 @@ STOPPED = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_signal_to_one_stops_all_and_any_layout_goes_on(corpus, tmp_path):
     arguments = {"corpus": str(corpus)}
     (whole,) = run(STOPPED, 1, 1, {**arguments, "folder": str(tmp_path / "whole")})
@@ -319,7 +319,7 @@ ENDLESS = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("how", ["killed", "raises"])
 @pytest.mark.parametrize("who", [0, 1])
 def test_the_end_of_one_is_the_end_of_all(who, how):
@@ -366,7 +366,7 @@ def test_mixtures_in_two_processes(tmp_path):
     assert (device["count"], device["processes"]) == (6, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_language_models_in_two_processes(tmp_path):
     flags = ["--config", "configs/lm_laptop.py:smoke", "--config.seeds=1", "--config.taus=(0.5,)"]
     command = train_command(tmp_path / "one", *flags[2:], config=flags[1])
@@ -396,7 +396,7 @@ def test_local_says_which_process_failed(tmp_path):
     assert "all processes have been ended" in said
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_local_ends_all_when_one_is_killed(tmp_path):
     command = [
         ROOT / "launch/local.sh", "2", "--cpu", "--", "--config", "configs/gmm.py", "--workdir", tmp_path / "run",

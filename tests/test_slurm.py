@@ -1,7 +1,7 @@
 """launch/slurm on a real SLURM of this one machine, where it is installed and may be started:
 
 sudo apt-get install slurmctld slurmd slurm-client munge
-sudo .venv/bin/python -m pytest -m slow tests/test_slurm.py
+sudo .venv/bin/python -m pytest -m cluster tests/test_slurm.py
 """
 
 import os
@@ -20,7 +20,7 @@ from tests.processes import ROOT, free_port
 
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scancel", "squeue", "scontrol")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.cluster,
     pytest.mark.skipif(not all(map(shutil.which, NEEDED)) or os.geteuid() != 0, reason="needs SLURM, as root"),
 ]
 
