@@ -10,14 +10,22 @@ import functools
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from kd_jax import cache, distributed, stages
-from kd_jax import mesh as mesh_lib
-from kd_jax.lm import arms, cost, distill, documents, estimates, evaluation, ingest, resumable, top_k, training, weights
+from kd_jax.lm import (
+    arms,
+    cost,
+    distill,
+    documents,
+    estimates,
+    evaluation,
+    ingest,
+    resumable,
+    roles,
+    top_k,
+    training,
+    weights,
+)
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import model as model_lib
 from kd_jax.lm import results as results_lib
 from kd_jax.lm import settings as settings_lib
 from kd_jax.lm.corpus import Corpus
@@ -44,7 +52,7 @@ def run(config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = Fal
         _show(config, folder)
         return None
     settings_lib.check_teacher(config)
-    chain = plan(config, _identity(config))
+    chain = plan(config, roles.p_star_identity(config))
     cache.enable_compilation_cache()
     groups = {stage.group for stage in chain}
     unknown = set(only) - groups - {"evaluation"}
@@ -59,7 +67,7 @@ def run(config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = Fal
 
 def _show(config, folder: Path) -> None:
     try:
-        identity = _identity(config)
+        identity = roles.p_star_identity(config)
     except (RunError, OSError) as error:
         print(f"p* is not here yet, so everything is shown as to do ({error})")
         identity = config.p_star.source
@@ -101,7 +109,7 @@ def _p_star_corpus(config, identity: str, name: str, num_samples: int, purpose: 
         settings |= {"data": dict(config.data), "data_identity": documents.identity(config.data.source)}
 
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
-        model = _p_star(config)
+        model = roles.p_star(config)
         weights.save_about(model, folder)
         if config.data.source:
             # the two corpora of p* share no document: one begins where the other ends
@@ -121,21 +129,21 @@ def _teacher_corpus(config, samples: arms.Samples) -> Stage:
     settings |= {key: getattr(samples, key) for key in ("top_k", "top_p") if getattr(samples, key) is not None}
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
-        model = _teacher(config, inputs, config.sampling.dtype, settings_lib.mesh(config))
+        model = roles.teacher(config, inputs, config.sampling.dtype, settings_lib.mesh(config))
         return _sample(config, model, folder, settings, samples.name)
 
     price = cost.sampling(config, settings_lib.shape(config, "teacher"), settings["num_samples"])
-    return Stage(samples.name, settings | _teacher_identity(config), _teacher_inputs(config), work, price)
+    return Stage(samples.name, settings | roles.teacher_identity(config), roles.teacher_inputs(config), work, price)
 
 
 def _recorded(config, recording: arms.Recording, text: str) -> Stage:
     """A corpus once more, with the teacher's likeliest tokens at each position."""
-    settings = recording._asdict() | _teacher_identity(config)
+    settings = recording._asdict() | roles.teacher_identity(config)
     name, dtype = recording.name(text), recording.teacher_dtype
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         over = settings_lib.teacher_mesh(config)
-        model, source = _teacher(config, inputs, dtype, over), corpus_lib.open(inputs[text] / "corpus")
+        model, source = roles.teacher(config, inputs, dtype, over), corpus_lib.open(inputs[text] / "corpus")
         about = top_k.settings(
             model, config.teacher.source or "teacher", recording.top_k, recording.log_prob_format, dtype,
             corpus_lib.fingerprint(source),
@@ -147,7 +155,7 @@ def _recorded(config, recording: arms.Recording, text: str) -> Stage:
         return {**held.manifest["counts"], "entropy": None, "entropy_se": None}
 
     price = cost.scoring(config, settings_lib.shape(config, "teacher"), recording.top_k)
-    return Stage(name, settings, (text, *_teacher_inputs(config)), work, price)
+    return Stage(name, settings, (text, *roles.teacher_inputs(config)), work, price)
 
 
 def _students(config, arm: arms.Arm) -> list[Stage]:
@@ -178,7 +186,7 @@ def _training(config, name: str, arm: arms.Arm, shape, students: list[results_li
     taught = arm.settings is not None and arm.policy != "offline"
     if arm.settings is not None:
         settings["distill"] = arm.knobs
-        settings |= _teacher_identity(config) if taught else {}
+        settings |= roles.teacher_identity(config) if taught else {}
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         like = weights.about(inputs[arms.TRAIN])
@@ -203,7 +211,7 @@ def _training(config, name: str, arm: arms.Arm, shape, students: list[results_li
     role = "teacher" if name == "teacher" else "student"
     teacher = settings_lib.shape(config, "teacher") if taught else None
     price = cost.training(config, settings_lib.shape(config, role), len(students), teacher, arm.rollouts)
-    inputs = dict.fromkeys([arms.TRAIN, *arm.corpora, *(_teacher_inputs(config) if taught else ())])
+    inputs = dict.fromkeys([arms.TRAIN, *arm.corpora, *(roles.teacher_inputs(config) if taught else ())])
     return Stage(name, settings, tuple(inputs), work, price, tuple(students))
 
 
@@ -213,26 +221,11 @@ def _distillation(config, arm: arms.Arm, inputs: dict[str, Path]) -> distill.Dis
     if arm.policy == "offline":
         return distill.Distillation(arm.settings)
     dtype = arm.knobs["teacher_dtype"]
-    teacher = _teacher(config, inputs, dtype, settings_lib.teacher_mesh(config))
+    teacher = roles.teacher(config, inputs, dtype, settings_lib.teacher_mesh(config))
     return distill.Distillation(arm.settings, teacher, Compute(**{**config.compute, "dtype": dtype, "remat": False}))
 
 
-# The teacher: a stage of the chain, or a model that is there already
-
-
-def _teacher(config, inputs: dict[str, Path], dtype: str, over) -> Model:
-    source = config.teacher.source
-    if source and source == config.p_star.source:
-        return _load_p_star(source, config.p_star.architecture, config.seed, dtype, over)
-    return weights.load(source or inputs["teacher"], dtype=dtype, mesh=over)
-
-
-def _teacher_inputs(config) -> tuple[str, ...]:
-    return () if config.teacher.source else ("teacher",)
-
-
-def _teacher_identity(config) -> dict[str, Any]:
-    return {"teacher": _source_identity(config.teacher.source)} if config.teacher.source else {}
+# Corpora: drawn from a model, or read
 
 
 def _sampling(config, num_samples: int, tau: float, purpose: int) -> dict[str, Any]:
@@ -280,38 +273,6 @@ def _ingest(config, folder: Path, first: int, num_samples: int) -> dict[str, Any
     return {**distributed.once(read, f"reading {data.source}"), "entropy": None, "entropy_se": None}
 
 
-# p*
-
-
-def _p_star(config) -> Model:
-    """p* with its weights; a random one where the config has no source."""
-    return _load_p_star(
-        config.p_star.source, config.p_star.architecture, config.seed, config.sampling.dtype, settings_lib.mesh(config)
-    )
-
-
-@functools.lru_cache(maxsize=1)
-def _load_p_star(source: str, preset: str, seed: int, dtype: str, over) -> Model:
-    if source:
-        return weights.load(source, dtype=dtype, mesh=over)
-    shape, kind, where = PRESETS[preset], jnp.dtype(dtype), None
-    if over is not None:
-        where = mesh_lib.shardings(model_lib.logical_axes(shape), model_lib.abstract(shape, kind), over)
-    init = jax.jit(model_lib.init, static_argnums=(1, 2), out_shardings=where)
-    params = init(jax.random.key(seed), shape, kind)
-    # such a model says any id as soon as any other; one of them ends a sequence
-    return Model(PRESETS[preset], params, eos_ids=(0,))
-
-
-@functools.lru_cache(maxsize=2)
-def _source_identity(source: str) -> str:
-    return weights.identity(source)
-
-
-def _identity(config) -> str:
-    return _source_identity(config.p_star.source) if config.p_star.source else f"random, seed {config.seed}"
-
-
 # Evaluation
 
 
@@ -337,7 +298,7 @@ def evaluate(config, folder: Path, chain: list[Stage]) -> dict[str, Any]:
     missing = [stage.name for stage in chain if not stages.finished(where[stage.name])]
     if missing:
         raise RunError(f"the evaluation needs {missing[0]}, which is not finished; run it first")
-    p_star = _p_star(config)
+    p_star = roles.p_star(config)
     validation = corpus_lib.open(where["p_star/validation"] / "corpus")
     entries = _teachers(config, where, validation)
     for student, home in results_lib.trained(chain, where):
