@@ -2,6 +2,13 @@
 
 import pytest
 
+from kd_jax import cache
+
+
+def pytest_configure():
+    # Many tests run the same programs, and nearly all the time of most is their compilation.
+    cache.enable_compilation_cache()
+
 
 @pytest.fixture(scope="module")
 def one_torch_thread():
