@@ -2,16 +2,28 @@
 
 A step's number says how much is finished; steps are ordered as numbers, never by name or time. What a step holds are
 named items, a folder each: trees of arrays, which can be restored onto other devices than they were saved from, and
-plain values as JSON, which can be read without any.
+plain values as JSON, which can be read without any. Beside them a step has the fingerprint of each item, to which what
+is read is held: bytes that have changed on the disk are no weights.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+
+from kd_jax.errors import RunError, number
+from kd_jax.fingerprint import fingerprint
+
+# The item of a step that has the fingerprints of the others.
+_SUMS = "sums"
 
 
 class Checkpoints:
@@ -36,8 +48,13 @@ class Checkpoints:
             create=True, enable_async_checkpointing=background, cleanup_tmp_directories=True,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         )  # fmt: skip
-        # orbax refuses relative paths.
-        self._manager = ocp.CheckpointManager(Path(folder).absolute(), options=options)
+        if best is not None:
+            options.best_fn = self._goodness  # else the metrics stay in memory, and after a restart no step is the best
+        self._folder = Path(folder).absolute()  # orbax refuses relative paths
+        for there in self._folder.glob("[0-9]*"):
+            _check_metrics(there)
+        with _writing(self._folder):
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def _goodness(self, metrics: dict[str, float]) -> float:
         return -metrics[self._best]
@@ -46,14 +63,16 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        try:
-            self.wait()
-        finally:
-            self._manager.close()
+        with _writing(self._folder):
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                self._manager.close()
 
     def wait(self) -> None:
         """Returns once all that was saved is written; raises what went wrong with it."""
-        self._manager.wait_until_finished()
+        with _writing(self._folder):
+            self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """Steps that were saved whole, ascending. What a killed save left behind is not among them."""
@@ -67,7 +86,7 @@ class Checkpoints:
 
     def folder(self, step: int) -> Path:
         """Where a step is, or will be."""
-        return Path(self._manager.directory) / str(step)
+        return self._folder / str(step)
 
     def save(self, step: int, trees: dict[str, Any], values: dict[str, Any] | None = None, metrics=None) -> None:
         """Save pytrees of arrays, and plain values as the item `about`, as `step`. Raises where it cannot be written.
@@ -76,16 +95,80 @@ class Checkpoints:
             metrics: a dict of floats to go by in what stays.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        sums = {name: fingerprint(tree) for name, tree in trees.items()}
         if values is not None:
-            items["about"] = ocp.args.JsonSave(values)
-        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
-            raise OSError(f"checkpoint {step} was not written to {self._manager.directory}")
+            items["about"], sums["about"] = ocp.args.JsonSave(values), _digest(values)
+        if metrics is not None:
+            sums["metrics"] = _digest(metrics)
+        items[_SUMS] = ocp.args.JsonSave(sums)
+        with _writing(self._folder):
+            if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
+                raise OSError(f"checkpoint {step} was not written to {self._folder}")
 
     def load(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """Items of `step`; each of `like` is a tree of arrays, or abstract arrays, of its structure and shardings."""
+        """Items of `step`; each of `like` is a tree of arrays, or abstract arrays, of its structure and shardings.
+
+        Raises RunError where they are not what was saved.
+        """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        with _reading(self.folder(step)):
+            found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        self._check(step, {name: fingerprint(tree) for name, tree in found.items()})
+        return found
 
     def values(self, step: int) -> dict[str, Any]:
-        """The plain values that were saved with `step`."""
-        return self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        """The plain values that were saved with `step`. Raises RunError where they are not those."""
+        with _reading(self.folder(step)):
+            found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+        self._check(step, {"about": _digest(found)})
+        return found
+
+    def _check(self, step: int, found: dict[str, str]) -> None:
+        with _reading(self.folder(step)):
+            saved = sums(self.folder(step))
+        for name, value in found.items() if saved is not None else ():
+            if saved.get(name) != value:
+                raise _damaged(self.folder(step), f"{name} is not what was saved")
+
+
+def sums(folder: Path) -> dict[str, str] | None:
+    """The fingerprint of each item of a step that was saved in `folder`; None where it was saved without any."""
+    path = folder / _SUMS / "metadata"  # orbax's name for an item that is JSON
+    return json.loads(path.read_bytes()) if path.exists() else None
+
+
+def _check_metrics(folder: Path) -> None:
+    """Raises RunError where the metrics of a step are not those it was saved with: by them steps stay or go."""
+    path = folder / "metrics" / "metrics"  # orbax's name
+    with _reading(folder):
+        saved, there = sums(folder), json.loads(path.read_bytes()) if path.exists() else None
+    if saved is not None and there is not None and saved.get("metrics") != _digest(there):
+        raise _damaged(folder, "its metrics are not what was saved")
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What went wrong in the block becomes an error that names the folder, with the operating system's number."""
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise no narrower class
+        code = number(error)
+        if code is None:
+            raise
+        raise OSError(code, os.strerror(code), str(folder)) from error
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # orbax and tensorstore raise no narrower class
+        raise _damaged(folder, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _damaged(folder: Path, why: str) -> RunError:
+    return RunError(f"the checkpoint {folder} is damaged ({why}); remove it, and the same command makes it again")

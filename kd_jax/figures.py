@@ -10,6 +10,8 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kd_jax.run import replacing
+
 CMAP = "viridis"
 DIRECT = "#d1495b"
 DISTILLED = "#2b5d8a"
@@ -33,6 +35,8 @@ def tidy(axes) -> None:
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Write `name`.png (150 dpi) and `name`.pdf into `folder` and return the PNG's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    figure.savefig(folder / f"{name}.pdf")
-    return folder / f"{name}.png"
+    for kind, dpi in (("pdf", "figure"), ("png", 150)):
+        path = folder / f"{name}.{kind}"
+        with replacing(path) as file:
+            figure.savefig(file, format=kind, dpi=dpi)
+    return path

@@ -107,10 +107,7 @@ def read_rows(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no metrics.jsonl in {folder}")
-    try:
-        rows = run.read_rows(path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+    rows = run.read_rows(path)
     if not rows:
         raise ValueError(f"metrics.jsonl in {folder} is empty")
     return rows

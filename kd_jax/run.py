@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import jaxlib
@@ -23,6 +23,7 @@ import numpy as np
 
 import kd_jax
 from kd_jax.config import flatten, to_dict
+from kd_jax.errors import RunError, writing
 
 # All that a run writes into its folder, and so all that --overwrite removes.
 NAMES = (
@@ -34,10 +35,6 @@ _AGAIN = "; --overwrite starts the run again"
 
 # JSON has no such numbers; Python's own NaN token is not JSON, and other readers refuse the line.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-class RunError(Exception):
-    """Something the user can put right; the message says what."""
 
 
 class Run(NamedTuple):
@@ -152,15 +149,30 @@ def finish(run: Run, **extra: Any) -> None:
     write_json(path, {**read_json(path, hint=_AGAIN), **extra, "status": "finished", "finished": _now()})
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, partial: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to fill, which takes the place of `path` once the block is through; else nothing is left of it.
+
+    `partial` is where it is until then, by default beside it with .tmp at the end. Raises OSError that names the file.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".tmp") if partial is None else partial
+    with writing(path):
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except Exception:
+            partial.unlink(missing_ok=True)  # a full disk needs the room
+            raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -187,17 +199,24 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Adds rows at the end of a JSON lines file."""
     text = _lines(rows)  # all of it first: a row that cannot be written adds nothing
-    with open(path, "a", encoding="utf-8") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file, none where there is no file; RunError names a line that is broken."""
+def read_rows(path: Path, *, cut: bool = False) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, none where there is no file; RunError names a line that is broken.
+
+    With `cut` a last line without an end is left out: it is what a kill or a full disk leaves of an `append_rows`.
+    """
     path = Path(path)
     if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    data, rows = path.read_bytes(), []
+    try:
+        text = (data[: data.rfind(b"\n") + 1] if cut else data).decode()
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is not UTF-8 text ({error})") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -20,6 +20,7 @@ from kd_jax import distributed
 from kd_jax.gmm import chunks, em
 from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
 from kd_jax.metrics import Mean
+from kd_jax.run import replacing
 
 # What a random key is for: fold_in(key(seed), purpose).
 DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL = range(7)
@@ -340,6 +341,5 @@ def panels(config, grid_size: int = 160) -> dict[str, np.ndarray]:
 
 
 def _write_panels(path: Path, arrays: dict) -> None:
-    partial_file = path.with_suffix(".tmp.npz")
-    np.savez(partial_file, **arrays)
-    partial_file.replace(path)
+    with replacing(path) as file:
+        np.savez(file, **arrays)

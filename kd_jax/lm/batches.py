@@ -15,6 +15,7 @@ import grain
 import jax
 import numpy as np
 
+from kd_jax.errors import writing
 from kd_jax.lm import shards
 from kd_jax.lm.corpus import Corpus
 
@@ -104,7 +105,12 @@ class Sequences:
         corpus.verify()
         files = [str(corpus.folder / shard["file"]) for shard in corpus.manifest["shards"]]
         columns = ["tokens", "length", "prompt_length", *(shards.TOP_K if targets else ())]
-        return cls(datasets.Dataset.from_parquet(files, cache_dir=cache_dir, columns=columns))
+        with writing(cache_dir):
+            try:
+                table = datasets.Dataset.from_parquet(files, cache_dir=cache_dir, columns=columns)
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise (error.__cause__ or error) from None  # its own text says nothing
+        return cls(table)
 
     def part(self, start: int, stop: int) -> Sequences:
         """Rows start .. stop - 1."""

@@ -31,7 +31,7 @@ from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import decode, score
 from kd_jax.lm.corpus import Corpus, Rows
 from kd_jax.lm.model import DEFAULT, Compute, Model
-from kd_jax.run import RunError
+from kd_jax.run import RunError, replacing
 
 # What has been scored is saved about this often.
 _SAVE_SECONDS = 10.0
@@ -146,12 +146,8 @@ def _write(path: Path, key: dict[str, Any], sums: np.ndarray) -> None:
     if not distributed.leads():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("wb") as file:
+    with replacing(path) as file:
         np.savez(file, key=np.array(_dump(key)), log_prob=sums)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
 
 
 def _dump(key: dict[str, Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_jax.run import RunError
+from kd_jax.errors import again
+from kd_jax.run import RunError, replacing
 
 SCHEMA = pa.schema(
     {
@@ -64,19 +64,20 @@ def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) 
     path = check_file(folder, shard)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-        raise RunError(f"{path} is damaged: its sha256 is not the one in the manifest")
+        raise RunError(f"{path} is damaged: its sha256 is not the one in the manifest{again(folder)}")
     table = pq.ParquetFile(pa.BufferReader(data)).read(columns)
     if table.num_rows != shard["rows"]:
-        raise RunError(f"{path} has {table.num_rows} rows, where the manifest says {shard['rows']}")
+        raise RunError(f"{path} has {table.num_rows} rows, where the manifest says {shard['rows']}{again(folder)}")
     return table
 
 
 def check_file(folder: Path, shard: dict[str, Any]) -> Path:
     path = folder / shard["file"]
     if not path.is_file():
-        raise RunError(f"{path} is missing; the manifest lists it with {shard['rows']} rows")
+        raise RunError(f"{path} is missing; the manifest lists it with {shard['rows']} rows{again(folder)}")
     if path.stat().st_size != shard["bytes"]:
-        raise RunError(f"{path} is damaged: {path.stat().st_size} bytes, where the manifest says {shard['bytes']}")
+        size = path.stat().st_size
+        raise RunError(f"{path} is damaged: {size} bytes, where the manifest says {shard['bytes']}{again(folder)}")
     return path
 
 
@@ -110,9 +111,5 @@ def _write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
     path.parent.mkdir(exist_ok=True)
     # without ".parquet" in the name: `datasets` takes any file that has it for data
-    tmp = path.with_suffix(".tmp")
-    with tmp.open("wb") as file:
+    with replacing(path, path.with_suffix(".tmp")) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)

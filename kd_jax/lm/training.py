@@ -44,7 +44,7 @@ from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.recipe import Settings
 from kd_jax.lm.rollouts import Rollouts
 from kd_jax.lm.training_log import Log
-from kd_jax.run import Clock, RunError, Stop, read_json, read_rows, write_json, write_rows
+from kd_jax.run import Clock, RunError, Stop, read_json, read_rows, replacing, write_json, write_rows
 
 RULE = "the least validation loss (nats a token, padding not counted)"
 # Updates whose numbers have not been fetched yet; the device is kept busy, and a bad loss is seen this much later.
@@ -295,7 +295,8 @@ class _Run:
             path = self.member.folder / f"batch-{done}.npz"
             arrays = batch._asdict() | ({} if batch.targets is None else batch.targets._asdict())
             if distributed.leads():
-                np.savez(path, rows=self.data.rows(done - 1), **{k: v for k, v in arrays.items() if k != "targets"})
+                with replacing(path) as file:
+                    np.savez(file, rows=self.data.rows(done - 1), **{k: v for k, v in arrays.items() if k != "targets"})
             raise FloatingPointError(
                 f"update {done} has loss {metrics.loss} and gradient norm {metrics.gradient_norm}; "
                 f"its batch is in {path}"

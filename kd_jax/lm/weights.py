@@ -15,13 +15,14 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
-from kd_jax import folders
+from kd_jax import checkpoint, folders
+from kd_jax import fingerprint as fingerprint_lib
 from kd_jax import mesh as mesh_lib
 from kd_jax import run as run_lib
-from kd_jax.lm import fingerprint as fingerprint_lib
+from kd_jax.errors import again
+from kd_jax.fingerprint import fingerprint
 from kd_jax.lm import gguf_file, hf_config, hf_files, sources
 from kd_jax.lm import model as model_lib
-from kd_jax.lm.fingerprint import fingerprint
 from kd_jax.lm.model import Architecture, Model
 from kd_jax.lm.sources import SOURCES, WHEELS, fetch, identity, tokenizer
 from kd_jax.lm.tokenizer import FILES as TOKENIZER_FILES
@@ -232,8 +233,10 @@ def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) ->
     shapes, shardings = _layout(model.architecture, dtype, mesh)
     params, found = _restore_params(path, folder / "model.json", shapes, shardings)
     stored = sources.fingerprint_of(folder, path)
+    if stored is None:  # a training's
+        stored = (checkpoint.sums(path.parent) or {}).get("weights")
     if stored not in (None, found):
-        raise ValueError(f"{path} is damaged: the weights are not those whose fingerprint {folder / 'model.json'} has")
+        raise ValueError(f"{path} is damaged: the weights are not those that were saved{again(path.parent)}")
     return model._replace(params=params)
 
 
@@ -246,7 +249,10 @@ def _restore_params(path: Path, about: Path, shapes: Any, shardings: Any) -> tup
     largest = max(leaf.size * max(leaf.dtype.itemsize, 4) for leaf in jax.tree.leaves(shapes))
     lines = []
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest / 1e9))) as checkpointer:
-        there = checkpointer.metadata(path).item_metadata
+        try:
+            there = checkpointer.metadata(path).item_metadata
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"{path} is damaged: {error!r}{again(path.parent)}") from error
         wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)
         if there is None or jax.tree.map(lambda leaf: tuple(leaf.shape), there.tree) != wanted:
             raise ValueError(f"{path} does not hold the weights that {about} describes")
@@ -260,7 +266,7 @@ def _restore_params(path: Path, about: Path, shapes: Any, shardings: Any) -> tup
             try:
                 (leaf,) = jax.tree.leaves(checkpointer.restore(path, args=arguments))
             except Exception as error:  # the library raises no narrower class
-                raise ValueError(f"{path} is damaged: {str(error)[:200]}") from error
+                raise ValueError(f"{path} is damaged: {str(error)[:200]}{again(path.parent)}") from error
             lines.append(fingerprint_lib.line(keys, leaf))
             return jax.block_until_ready(leaf.astype(shape.dtype))
 
