@@ -1,9 +1,11 @@
-"""Errors that a user can put right: which file they are about, and what is to be done."""
+"""How programs end: errors that a user can put right, and signals."""
 
 import contextlib
 import errno
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +53,12 @@ def explain(error: BaseException) -> str:
     """The error's text, with what is to be done if that is known."""
     remedy = _REMEDIES.get(number(error))
     return str(error) if remedy is None else f"{error}; {remedy}, and the same command goes on"
+
+
+def end_on_terminate() -> None:
+    """From now on SIGTERM is what Ctrl-C is, KeyboardInterrupt: the program says so and ends with code 130."""
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody ask for signals
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def again(folder: str | os.PathLike) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax import cluster
+from kd_jax import cluster, errors
 
 _LEAST = {"num_samples": 1, "num_recall": 1, "seed": 0, "batch_size": 1, "max_length": 2, "sample_temperature": 0}
 # p*'s samples have another seed than anyone's training data is likely to: what a model has seen says nothing of recall.
@@ -35,13 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv[1:])
     except ValueError as error:
         return _fail(error)
-    # after the command line is known to be good: JAX takes a moment to import, and a typing error need not wait for it
-    from kd_jax.run import RunError
-
     try:
+        errors.end_on_terminate()
         cluster.check_alone("kd_jax.evaluate")
         return _evaluate(args, argv)
-    except (ValueError, OSError, RunError) as error:
+    except (ValueError, OSError, errors.RunError) as error:
         return _fail(error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {' '.join(errors.explain(error).split())}", file=sys.stderr)
     return 2
 
 

@@ -47,7 +47,7 @@ def replacing(folder: str | os.PathLike, overwrite: bool, ours: tuple[str, ...])
             os.replace(folder, old)
         os.replace(partial, folder)
         _sync(folder.parent)
-        if there:
+        if old.exists():
             shutil.rmtree(old)
     multihost_utils.sync_global_devices(f"{folder} is there")
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax import page, run
+from kd_jax import errors, page
 
 # Modules by the experiment's name, so that one experiment's report does not import the others. Each has
 # write(folder), which returns the page's path.
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for path in write_all(parser.parse_args(argv).folders):
             print(path)
-    except (OSError, ValueError, run.RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, errors.RunError) as error:
+        print(f"error: {errors.explain(error)}", file=sys.stderr)
         return 2
     return 0
 

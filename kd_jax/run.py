@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -227,6 +228,15 @@ def read_rows(path: Path, *, cut: bool = False) -> list[dict[str, Any]]:
             raise RunError(f"{path}, line {number}: not a row (a JSON object)")
         rows.append(_decode(row))
     return rows
+
+
+def read_arrays(path: Path, *, hint: str = "") -> dict[str, np.ndarray]:
+    """The arrays of an .npz. Raises RunError, which names the file and ends in `hint`, where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (ValueError, KeyError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path} is damaged ({error}){hint}") from error
 
 
 def _reopen(folder: Path, config: ml_collections.ConfigDict, argv: Sequence[str]) -> Run:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax import cluster
+from kd_jax import cluster, errors
 
 # What a flag is where it is not given, by what is asked for. A flag of the other group is refused.
 _SAMPLING = {
@@ -37,13 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(argv[1:])
     except ValueError as error:
         return _fail(error)
-    # after the command line is known to be good: JAX takes a moment to import, and a typing error need not wait for it
-    from kd_jax.run import RunError
-
     try:
+        errors.end_on_terminate()
         cluster.check_alone("kd_jax.sample")
         return _read(args) if "read" in args else _sample(args, argv)
-    except (ValueError, OSError, RunError) as error:
+    except (ValueError, OSError, errors.RunError) as error:
         return _fail(error)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)
@@ -51,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {' '.join(errors.explain(error).split())}", file=sys.stderr)
     return 2
 
 

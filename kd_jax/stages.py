@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax import distributed
+from kd_jax.errors import again
 from kd_jax.run import RunError, read_json, write_json
 
 
@@ -59,7 +60,7 @@ def folders(workdir: Path, stages: Iterable[Stage]) -> dict[str, Path]:
 def about(folder: Path) -> dict[str, Any] | None:
     """What stage.json says of a stage; None where it has not begun."""
     path = folder / "stage.json"
-    return read_json(path) if path.exists() else None
+    return read_json(path, hint=again(folder)) if path.exists() else None
 
 
 def finished(folder: Path) -> bool:

@@ -13,20 +13,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax import cluster
+from kd_jax import cluster, errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, of which the first word is the program's name, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
     args = _parser().parse_args(argv[1:])
-    from kd_jax.run import RunError
-
     try:
+        errors.end_on_terminate()
         cluster.check_alone("kd_jax.teacher")
         return _record(args, argv)
-    except (ValueError, OSError, RunError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, errors.RunError) as error:
+        print(f"error: {' '.join(errors.explain(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax import cluster
+from kd_jax import cluster, errors
 from kd_jax import config as config_lib
 
 # Modules by name, so that one experiment's run does not import the others. Each has validate(config), which raises
@@ -31,16 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = config_lib.parse(argv)
     # after the command line is known to be good: JAX takes a moment to import, and a typing error need not wait for it
     from kd_jax import distributed
-    from kd_jax import run as run_lib
 
     processes = None
     try:
         processes = cluster.find(args.processes)
+        if processes is None:
+            errors.end_on_terminate()  # one of several may be waiting for another, where it cannot be interrupted
         _run(args, argv, processes)
         distributed.end()
         return 0
-    except (ValueError, OSError, FloatingPointError, run_lib.RunError) as error:
-        code, said = 2, f"error: {distributed.name()}{error}"
+    except (ValueError, OSError, FloatingPointError, errors.RunError) as error:
+        code, said = 2, f"error: {distributed.name()}{errors.explain(error)}"
     except KeyboardInterrupt:
         code, said = 130, f"\n{distributed.name()}interrupted; the same command carries on"
     except Exception:

@@ -179,8 +179,8 @@ def write(folder: str | Path) -> Path:
     drawn = {"frontier": figures.frontier(base_summary), "curves": figures.curves(base_summary)}
     arrays = folder / "checkpoints" / "panels.npz"
     if arrays.is_file():
-        with np.load(arrays) as loaded:
-            drawn["panels"] = figures.panels(dict(loaded))
+        hint = "; remove it, and the page is written without its figure"
+        drawn["panels"] = figures.panels(run.read_arrays(arrays, hint=hint))
     compared = figures.comparison(summary)
     if compared is not None:
         drawn["settings"] = compared

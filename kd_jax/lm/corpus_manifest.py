@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 import kd_jax
+from kd_jax.errors import again
 from kd_jax.run import RunError, read_json
 
 FORMAT = 1
@@ -38,7 +39,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; a corpus is a folder")
     try:
-        manifest = read_json(path)
+        manifest = read_json(path, hint=again(folder))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -50,7 +51,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         _check(manifest)
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+        raise RunError(f"{path} is damaged: {type(error).__name__}: {error}{again(folder)}") from error
     return manifest
 
 

@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import decode, score
 from kd_jax.lm.corpus import Corpus, Rows
 from kd_jax.lm.model import DEFAULT, Compute, Model
-from kd_jax.run import RunError, replacing
+from kd_jax.run import RunError, read_arrays, replacing
 
 # What has been scored is saved about this often.
 _SAVE_SECONDS = 10.0
@@ -131,13 +130,12 @@ def _sums(log_probs: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray
 def _read(path: Path, key: dict[str, Any], count: int) -> np.ndarray:
     """The sums that are in the file, NaN for others."""
     if path.exists():
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                same, sums = str(arrays["key"]) == _dump(key), arrays["log_prob"]
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile) as error:
-            raise RunError(f"{path} is damaged ({error}); delete it, and it is made again") from error
-        if same:
-            return sums
+        hint = "; remove it, and the same command makes it again"
+        arrays = read_arrays(path, hint=hint)
+        if arrays.keys() != {"key", "log_prob"}:
+            raise RunError(f"{path} does not hold what is kept in it{hint}")
+        if str(arrays["key"]) == _dump(key):
+            return arrays["log_prob"]
     return np.full(count, np.nan)
 
 

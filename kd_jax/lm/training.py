@@ -36,6 +36,7 @@ from jax.sharding import Mesh
 from kd_jax import distributed
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.distributed import Agreement
+from kd_jax.errors import again
 from kd_jax.lm import agreement, batches, cost, distill, step, training_data, weights
 from kd_jax.lm.batches import Updates
 from kd_jax.lm.corpus import Corpus
@@ -105,7 +106,7 @@ def _finished(member: Member) -> dict[str, Any] | None:
     path = member.folder / "training.json"
     if not path.exists():
         return None
-    result = read_json(path)
+    result = read_json(path, hint=again(member.folder))
     if result["seed"] != member.seed:
         raise RunError(
             f"{path} is of another training (seed {result['seed']}, not {member.seed}); choose another folder"

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from kd_jax import checkpoint, folders
@@ -111,7 +112,7 @@ def export(
         for file, pieces in zip(files, shards, strict=True):
             tensors = {hf_files.tensor_name(*piece): _host(model.params, *piece) for piece in pieces}
             if jax.process_index() == 0:
-                save_file(tensors, partial / file, metadata={"format": "pt"})
+                _save_tensors(tensors, partial / file)
                 # safetensors makes files that nobody else can read
                 (partial / file).chmod(partial.stat().st_mode & 0o666)
         if jax.process_index() == 0:
@@ -124,6 +125,13 @@ def export(
             run_lib.write_json(partial / "generation_config.json", generation)
             if model.tokenizer is not None:
                 model.tokenizer.save(partial)
+
+
+def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
 def _write_about(model: Model, folder: Path, **more: Any) -> None:
