@@ -240,11 +240,13 @@ def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) ->
     model = about(folder)
     shapes, shardings = _layout(model.architecture, dtype, mesh)
     params, found = _restore_params(path, folder / "model.json", shapes, shardings)
-    stored = sources.fingerprint_of(folder, path)
+    stored, said_by = sources.fingerprint_of(folder, path), folder / "model.json"
     if stored is None:  # a training's
-        stored = (checkpoint.sums(path.parent) or {}).get("weights")
+        stored, said_by = (checkpoint.sums(path.parent) or {}).get("weights"), path.parent
     if stored not in (None, found):
-        raise ValueError(f"{path} is damaged: the weights are not those that were saved{again(path.parent)}")
+        raise ValueError(
+            f"{path} is damaged: the weights are not those whose fingerprint {said_by} has{again(path.parent)}"
+        )
     return model._replace(params=params)
 
 

@@ -6,14 +6,19 @@ A round is a start that is killed (SIGKILL) at a moment drawn at random: after s
 at one of the program's own writes, renamings or removals of files, or a few milliseconds later. Once a start comes to
 the end, all numbers of the run, the rows of its corpora and its weights are held to those of the run that was left
 alone, and the next round begins a new run. The same seed draws the same moments.
+
+    --moments cpu term     only such moments; `term` is SIGTERM, after which a run has to save what it has and end
+    --clocks               the clock jumps by years within each start, and files get times in the past and the future
 """
 
 import argparse
+import functools
 import json
 import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +30,7 @@ from tests.faults import runs
 # The share of a run that one start gets through at the most: so a run is killed several times before it ends.
 SHARE = 0.35
 MOMENTS = ("cpu", "any", "rename", "remove")
+YEARS = 1e8
 
 
 class Subject:
@@ -51,6 +57,7 @@ class Subject:
         assert done.returncode in code, f"{workdir}: code {done.returncode}, with {faults}\n{done.stdout[-6000:]}"
         return done.returncode
 
+    @functools.cached_property
     def straight(self):
         """The run that is left alone: its numbers, its events by kind, and its CPU seconds."""
         workdir, count = self.home / "straight", self.home / "events.json"
@@ -69,29 +76,41 @@ def cpu_seconds():
     return used.ru_utime + used.ru_stime
 
 
-def moment(rng, workdir, events, spent, share):
+def moment(rng, workdir, events, spent, moments):
     """Orders for a kill at a random moment."""
-    kind = rng.choice([name for name in MOMENTS if name in ("cpu", "any") or events.get(name)])
+    kind = rng.choice([name for name in moments if name in ("cpu", "term", "any") or events.get(name)])
     first, counts = events["cpu"], {name: n for name, n in events.items() if name != "cpu"}
-    if kind == "cpu":
-        return {"kill_cpu": round(rng.uniform(0.5 * first, first + share * (spent - first)), 3)}
+    if kind in ("cpu", "term"):
+        least = first if kind == "term" else 0.5 * first  # before that Python itself takes SIGTERM, as it always does
+        orders = {"kill_cpu": round(rng.uniform(least, first + SHARE * (spent - first)), 3)}
+        return orders | ({"signal": int(signal.SIGTERM)} if kind == "term" else {})
     total = sum(counts.values()) if kind == "any" else counts[kind]
-    orders = {"folder": str(workdir), "kill_at": rng.randint(1, max(1, round(share * total)))}
+    orders = {"folder": str(workdir), "kill_at": rng.randint(1, max(1, round(SHARE * total)))}
     orders |= {} if kind == "any" else {"events": [kind]}
     return orders | {"delay": round(rng.choice([0, rng.uniform(0, 0.03), rng.uniform(0, 0.3)]), 4)}
 
 
-def soak(subject, rounds, seed, say=print, share=SHARE):
+def move_times(rng, workdir):
+    """Every file of a run gets a time of its own, years away."""
+    for path in workdir.rglob("*"):
+        then = time.time() + rng.uniform(-YEARS, YEARS)
+        os.utime(path, (then, then))
+
+
+def soak(subject, rounds, seed, moments=MOMENTS, clocks=False):
     """So many rounds; returns how many runs they ended as. Raises AssertionError where anything differs."""
-    began, rng = time.monotonic(), random.Random(seed)
-    wanted, events, spent = subject.straight()
-    say(f"left alone: {spent:.0f} s of CPU; {events}", flush=True)
+    began, rng, say = time.monotonic(), random.Random(seed), functools.partial(print, flush=True)
+    wanted, events, spent = subject.straight
+    say(f"left alone: {spent:.0f} s of CPU; {events}")
     kills = ends = in_a_row = 0
     workdir, finished = subject.home / "killed-0", {}
     while kills < rounds or in_a_row:
         # once all rounds are through, the last run is left to end
-        faults = moment(rng, workdir, events, spent, share) if kills < rounds else None
-        code = subject.start(workdir, faults, [0, -9])
+        faults = moment(rng, workdir, events, spent, moments) if kills < rounds else {}
+        faults |= {"jump": rng.choice([-YEARS, YEARS])} if clocks else {}
+        code = subject.start(workdir, faults, [0, 130 if "signal" in faults else -signal.SIGKILL])
+        if clocks and workdir.exists():
+            move_times(rng, workdir)
         if code:
             kills, in_a_row = kills + 1, in_a_row + 1
             now = runs.finished_stages(workdir)
@@ -110,7 +129,7 @@ def soak(subject, rounds, seed, say=print, share=SHARE):
             f"{workdir}, after {in_a_row} kills: other {different} than in {subject.home / 'straight'}"
         )
         ends, in_a_row, finished = ends + 1, 0, {}
-        say(f"run {ends} has ended, with the numbers of the one left alone", flush=True)
+        say(f"run {ends} has ended, with the numbers of the one left alone")
         shutil.rmtree(workdir)
         workdir = subject.home / f"killed-{ends}"
     return ends
@@ -121,12 +140,15 @@ def main():
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--config", default="configs/lm_laptop.py:smoke")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--moments", nargs="+", choices=(*MOMENTS, "term"), default=MOMENTS)
+    parser.add_argument("--clocks", action="store_true")
     parser.add_argument("--home", type=Path, help="a new folder, which stays; by default a temporary one")
     args, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         home = args.home or Path(temporary)
         os.makedirs(home, exist_ok=True)
-        ends = soak(Subject(home.absolute(), [args.config, *flags]), args.rounds, args.seed)
+        subject = Subject(home.absolute(), [args.config, *flags])
+        ends = soak(subject, args.rounds, args.seed, args.moments, args.clocks)
     print(f"{args.rounds} kills, {ends} runs ended: all numbers are those of the run that was left alone")
 
 

@@ -7,6 +7,7 @@ FAULTS is a JSON object:
     events: which kinds of events (values of EVENTS) kill_at counts; all of them by default.
     delay: seconds from that event to the kill, which then falls into what comes after it.
     kill_cpu: the seconds of CPU time after which it is killed, whatever it does then.
+    signal: the signal for that, by default SIGKILL.
     jump: seconds by which time.time() jumps ahead, and back again, at every other call.
 
 An event is what the interpreter itself tells before it does something (sys.addaudithook), whichever library asks.
@@ -74,10 +75,10 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_after(seconds):
+def kill_after(seconds, number):
     while time.process_time() < seconds:
         time.sleep(0.002)
-    kill()
+    os.kill(os.getpid(), number)
 
 
 def jump(seconds):
@@ -90,6 +91,7 @@ if "FAULTS" in os.environ:
     if "jump" in orders:
         jump(orders["jump"])
     if "kill_cpu" in orders:
-        threading.Thread(target=kill_after, args=[orders["kill_cpu"]], daemon=True).start()
+        number = orders.get("signal", signal.SIGKILL)
+        threading.Thread(target=kill_after, args=[orders["kill_cpu"], number], daemon=True).start()
     if "folder" in orders:
         sys.addaudithook(Hook(orders))
