@@ -88,7 +88,7 @@ def paged(
     slots, heads, width = q.shape
     pages, groups = k.shape[:2]
     q = (q * width**-0.5).reshape(slots, groups, heads // groups, width)
-    asked = _rows(q, jnp.minimum(owner, slots - 1))
+    asked = _rows(apart(q), jnp.minimum(owner, slots - 1))
     scores = _einsum("pgqd,pgdk->pgqk", asked, k.astype(q.dtype))
     weights, total, top = _softmax(_hide(scores, visible[:, None, None]))
     out = _einsum("pgqk,pgkd->pgqd", weights.astype(q.dtype), v.astype(q.dtype))
@@ -100,6 +100,14 @@ def paged(
     # A product, not a sum: XLA's CPU code would work that out anew for each tile of the product that comes next.
     out = _einsum("sogq,sogqd->sgqd", share, out)
     return out.astype(q.dtype).reshape(slots, heads * width)
+
+
+def apart(x: jax.Array) -> jax.Array:
+    """x, as an array of its own: XLA's CPU code else works it out anew for each row of what is gathered from it.
+
+    (It drops optimization barriers before it puts operations together, but leaves a scatter alone.)
+    """
+    return jnp.zeros_like(x).at[jnp.arange(len(x))].set(x)
 
 
 def _rows(x, index):

@@ -19,13 +19,18 @@ from jax.sharding import Mesh
 
 from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
-from kd_jax.lm import kv_cache, sampling
+from kd_jax.lm import kv_cache
 from kd_jax.lm import model as model_lib
+from kd_jax.lm import slots as slots_lib
 from kd_jax.lm.kv_cache import PAGE, Pages
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
+from kd_jax.lm.slots import Rows, Settings, State
 
 # One call of the device program is to take about so long: progress moves, and Ctrl-C answers.
 _SECONDS_PER_CALL = 1.0
+# Operations that take a CPU as long as having one more program does, which is on disk already. An accelerator reads the
+# weights and is no quicker with fewer rows.
+_PROGRAM = 3e11
 
 
 class Samples(NamedTuple):
@@ -39,7 +44,7 @@ class Samples(NamedTuple):
         finished: bool [n]; ended with an EOS id, else cut at max_length.
         log_probs: float32 [n, max_length], of each generated token under the model itself (temperature 1); else 0.
         sample_log_probs: the same under the distribution it was drawn from.
-        utilisation: share of the slots' steps so far that ran a sample.
+        utilisation: share of the slots' steps so far that ran a sample; there are fewer slots towards the end.
         steps: how many steps were run so far.
     """
 
@@ -52,44 +57,6 @@ class Samples(NamedTuple):
     sample_log_probs: np.ndarray
     utilisation: float
     steps: int
-
-
-class _Rows(NamedTuple):
-    """Samples on the device: those in the slots, or those that are done. [row, ...]"""
-
-    index: jax.Array
-    tokens: jax.Array
-    log_probs: jax.Array
-    sample_log_probs: jax.Array
-    length: jax.Array
-    finished: jax.Array
-
-
-class _State(NamedTuple):
-    cache: Pages
-    slots: _Rows
-    active: jax.Array  # bool [slot]
-    done: _Rows  # the first num_done rows are filled
-    num_done: jax.Array
-    next_index: jax.Array  # the next sample to start
-    steps: jax.Array
-    active_steps: jax.Array  # of all slots together
-
-
-class _Settings(NamedTuple):
-    """What a run of the loop depends on beside the state; all traced."""
-
-    prompts: jax.Array  # int32 [prompt, longest]
-    prompt_lengths: jax.Array
-    start: jax.Array  # the position where samples start: what is before, of a prompt for all, is in every slot for good
-    num_samples: jax.Array
-    max_length: jax.Array
-    seed: jax.Array
-    temperature: jax.Array
-    eos_ids: jax.Array  # padded with -1
-    num_tokens: jax.Array  # ids from here on do not exist
-    top_k: jax.Array | None
-    top_p: jax.Array | None
 
 
 def generate(
@@ -127,7 +94,8 @@ def stream(
         max_length: longest sample, prompt included.
         sample_temperature: tau; 0 takes the most probable token.
         top_k, top_p: None for off. Both are exact, and top_p applies after top_k.
-        batch_size: how many samples run at a time; rounded up to a multiple of the devices they are split over.
+        batch_size: how many samples run at a time; rounded up to a multiple of the devices they are split over. On
+            CPUs there are fewer where no more samples are left to start, if that is quicker.
         mesh: where the parameters lie, if on more than one device (see kd_jax.mesh.make).
     Raises: ValueError for a value that cannot work, before anything is run.
     """
@@ -137,37 +105,26 @@ def stream(
 
 
 def _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh) -> Iterator[Samples]:
-    if first == num_samples:
+    left = num_samples - first
+    if not left:
         return
     params = model_lib.unstack(model.params)
-    state = _start(model, params, prompts, first, batch_size, max_length, compute, mesh)
-    least, num_steps = state.cache.num_pages, 8
-    while True:
-        began = time.perf_counter()
-        state = _run(state, params, settings, model.architecture, compute, num_steps)
-        state = _fit(state, settings, least)
-        state, part = _collect(state, prompts, max_length)
-        if len(part.index):
-            yield part
-        elif not bool(state.active.any()):
-            return
+    state = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
+    pages, num_steps = state.cache.num_pages // state.cache.num_slots, 8
+    steps = slot_steps = active_steps = 0
+    while left:
+        began, slots = time.perf_counter(), state.active.shape[0]
+        state = slots_lib.run(state, params, settings, model.architecture, compute, num_steps)
+        taken_steps, ran = int(state.steps), int(state.active_steps)
+        steps, slot_steps, active_steps = steps + taken_steps, slot_steps + taken_steps * slots, active_steps + ran
+        state, rows = _collect(state)
+        state = slots_lib.fit(state, settings, pages)
         taken = time.perf_counter() - began
+        left -= len(rows.index)
+        if len(rows.index):
+            yield _samples(rows, prompts, max_length, active_steps / slot_steps, steps)
         # the clocks of several processes differ, what they run must not
         num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
-
-
-def _fit(state: _State, settings: _Settings, least: int) -> _State:
-    """Makes the pool of pages larger where the next step could find too few, and smaller where many are idle.
-
-    Attention reads all of it. Each size is a program of its own, so there are few, and none is left for the next one.
-    """
-    pages, needed = state.cache, int(_needed(state, settings))
-    _, slots, most = pages.table.shape
-    step = -(-slots * most // 8)
-    enough = max(least, min(-(-needed // step) * step, slots * most))
-    if needed > pages.num_pages or enough < pages.num_pages - 2 * step:
-        state = state._replace(cache=kv_cache.resize(pages, enough))
-    return state
 
 
 def _check(model, prompt, num_samples, max_length, temperature, top_k, top_p, first, batch_size, seed):
@@ -200,32 +157,34 @@ def _check(model, prompt, num_samples, max_length, temperature, top_k, top_p, fi
     return prompts
 
 
-def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p, seed) -> _Settings:
+def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p, seed) -> Settings:
     longest = max(map(len, prompts))
+    worth = _PROGRAM / (2 * model.architecture.num_parameters) if jax.default_backend() == "cpu" else np.inf
     eos = [*model.eos_ids, *[-1] * (-len(model.eos_ids) % 4)] or [-1] * 4
-    return _Settings(
+    return Settings(
         prompts=jnp.asarray([ids + [0] * (longest - len(ids)) for ids in prompts], jnp.int32),
         prompt_lengths=jnp.asarray([len(ids) for ids in prompts], jnp.int32),
         start=jnp.int32(longest - 1 if len(prompts) == 1 else 0),
-        num_samples=jnp.int32(num_samples), max_length=jnp.int32(max_length), seed=jnp.uint32(seed),
-        temperature=jnp.float32(temperature), eos_ids=jnp.asarray(eos, jnp.int32),
-        num_tokens=jnp.int32(model.num_tokens),
+        num_samples=jnp.int32(num_samples), max_length=jnp.int32(max_length),
+        worth=jnp.int32(min(worth + 1, 2**31 - 1)), seed=jnp.uint32(seed), temperature=jnp.float32(temperature),
+        eos_ids=jnp.asarray(eos, jnp.int32), num_tokens=jnp.int32(model.num_tokens),
         top_k=None if top_k is None else jnp.int32(min(top_k, 2**31 - 1)),
         top_p=None if top_p is None else jnp.float32(top_p),
     )  # fmt: skip
 
 
-def _start(model, params, prompts, first, batch_size, max_length, compute, mesh) -> _State:
+def _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh) -> State:
     """Idle slots, and nothing done; with one prompt, its keys and values already lie in every slot."""
     devices = mesh_lib.batch_devices(mesh)
-    slots = -(-batch_size // devices) * devices
+    each, wanted = (-(-rows // devices) for rows in (batch_size, int(settings.num_samples) - first))
+    slots = devices * int(slots_lib.enough(each, wanted, max_length, settings.worth))
     # a prompt for all is run through once; of several, each slot runs its own, and starts with nothing
     prompt = np.asarray(prompts[0] if len(prompts) == 1 else prompts[0][:1], np.int32)
     # rows are rounded up so that other lengths find the same program compiled
     width = -(-max_length // PAGE) * PAGE
     cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
-    state = _State(
-        cache=cache, slots=_rows(slots, width), active=np.zeros(slots, bool), done=_rows(8 * slots, width),
+    state = State(
+        cache=cache, slots=_rows(slots, width), active=np.zeros(slots, bool), done=_rows(slots_lib.DONE * slots, width),
         num_done=np.int32(0), next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
     )  # fmt: skip
     # Committed to where the parameters are, as what `_run` returns is: otherwise the second call compiles again.
@@ -241,7 +200,7 @@ def _prefill(
     params, prompt, architecture: Architecture, groups: int, slots: int, length: int, compute: Compute
 ) -> Pages:  # fmt: skip
     """A pool whose slots all hold this prompt (but for its last token, which is written again)."""
-    kept = _prompt_pages(len(prompt) - 1)
+    kept = slots_lib.prompt_pages(len(prompt) - 1)
     cache = model_lib.empty_cache(architecture, 1, kept * PAGE, jnp.dtype(compute.dtype))
     if len(prompt) > 1:
         positions = jnp.arange(len(prompt))[None]
@@ -250,20 +209,15 @@ def _prefill(
     return kv_cache.paged(cache, groups, slots, slots * min(kept + 1, length // PAGE), length)
 
 
-def _prompt_pages(start):
-    """How many pages hold the positions before `start`."""
-    return -(-start // PAGE)
-
-
-def _rows(rows: int, length: int) -> _Rows:
+def _rows(rows: int, length: int) -> Rows:
     def zeros(dtype, *shape):
         return np.zeros((rows, *shape), dtype)  # each its own: donated buffers must not be shared
 
     wide = zeros(np.int32, length), zeros(np.float32, length), zeros(np.float32, length)
-    return _Rows(zeros(np.int32), *wide, zeros(np.int32), zeros(bool))
+    return Rows(zeros(np.int32), *wide, zeros(np.int32), zeros(bool))
 
 
-def _shardings(mesh: Mesh, state: _State) -> _State:
+def _shardings(mesh: Mesh, state: State) -> State:
     """Slots are split over the devices, what is done lies on all."""
     replicated = mesh_lib.sharding((), mesh)
     everywhere = jax.tree.map(lambda _: replicated, state)
@@ -274,127 +228,19 @@ def _shardings(mesh: Mesh, state: _State) -> _State:
     return everywhere._replace(cache=split(state.cache), slots=split(state.slots), active=split(state.active))
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
-def _run(
-    state: _State, params, settings: _Settings, architecture: Architecture, compute: Compute,
-    num_steps: jax.Array,
-) -> _State:  # fmt: skip
-    """Up to num_steps steps; fewer where all is done, or where the next could find no room or too few pages."""
-    slots, pool = state.active.shape[0], state.done.index.shape[0]
-    last = state.steps + num_steps
-
-    def goes_on(state: _State):
-        left = state.active.any() | (state.next_index < settings.num_samples)
-        fits = (state.num_done + slots <= pool) & (_needed(state, settings) <= state.cache.num_pages)
-        return left & (state.steps < last) & fits
-
-    def step(state: _State) -> _State:
-        state = _refill(state, settings)
-        state = _advance(state, params, settings, architecture, compute)
-        return _retire(state, settings)
-
-    return jax.lax.while_loop(goes_on, step, state)
-
-
-@jax.jit
-def _needed(state: _State, settings: _Settings) -> jax.Array:
-    """How many pages a group has in use after the next step, at the most: an idle slot may start and need one."""
-    runs = state.active | (state.next_index < settings.num_samples)
-    positions = jnp.where(state.active, state.slots.length - 1, settings.start)
-    new = kv_cache.missing(state.cache, jnp.where(runs, positions, state.cache.length)).sum(axis=1)
-    return (state.cache.num_pages - kv_cache.free(state.cache) + new).max()
-
-
-def _refill(state: _State, settings: _Settings) -> _State:
-    """Gives idle slots the next samples."""
-    wanted = ~state.active
-    index = state.next_index + jnp.cumsum(wanted) - 1
-    begins = wanted & (index < settings.num_samples)
-    which = index % settings.prompts.shape[0]
-    # A shared prompt's keys are in the slot already, and stay: what a sample writes comes after them. All but its last
-    # token is thereby done. With several prompts, a slot runs through its own.
-    length = jnp.full_like(index, settings.start + 1)
-    prompt = settings.prompts[which]
-    width = state.slots.tokens.shape[1]
-    tokens = jnp.pad(prompt, ((0, 0), (0, width - prompt.shape[1])))
-    slots = state.slots
-    slots = _Rows(
-        index=jnp.where(begins, index, slots.index),
-        tokens=jnp.where(begins[:, None], tokens, slots.tokens),
-        log_probs=jnp.where(begins[:, None], 0, slots.log_probs),
-        sample_log_probs=jnp.where(begins[:, None], 0, slots.sample_log_probs),
-        length=jnp.where(begins, length, slots.length),
-        finished=slots.finished,  # of each step: `_advance` sets it
-    )
-    return state._replace(
-        slots=slots, active=state.active | begins, next_index=state.next_index + begins.sum(dtype=jnp.int32)
-    )
-
-
-def _advance(state: _State, params, settings: _Settings, architecture: Architecture, compute: Compute) -> _State:
-    """One token for every slot; what idle slots compute is thrown away."""
-    slots = state.slots
-    rows = jnp.arange(slots.length.shape[0])
-    newest = slots.tokens[rows, slots.length - 1]  # the input of this step
-    positions = jnp.where(state.active, slots.length - 1, state.cache.length)  # of an idle slot: none
-    cache = kv_cache.open_pages(state.cache, positions)
-    hidden, cache = model_lib.extend(
-        params, architecture, cache, newest[:, None], positions[:, None], compute=compute
-    )  # fmt: skip
-    logits = model_lib.logits(params, hidden[:, 0])
-    logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)
-    drawn = sampling.sample(
-        _uniforms(settings.seed, slots.index, slots.length), logits, settings.temperature, settings.top_k,
-        settings.top_p,
-    )  # fmt: skip
-
-    # inside the prompt the next token is known
-    given = slots.length < settings.prompt_lengths[slots.index % settings.prompts.shape[0]]
-    put = jnp.where(state.active, slots.length, slots.tokens.shape[1])  # beyond the row: dropped
-    token = jnp.where(given, slots.tokens[rows, jnp.minimum(put, slots.tokens.shape[1] - 1)], drawn.token)
-    slots = slots._replace(
-        tokens=slots.tokens.at[rows, put].set(token, mode="drop"),
-        log_probs=slots.log_probs.at[rows, put].set(jnp.where(given, 0, drawn.log_prob), mode="drop"),
-        sample_log_probs=slots.sample_log_probs.at[rows, put].set(
-            jnp.where(given, 0, drawn.sample_log_prob), mode="drop"
-        ),
-        length=slots.length + state.active,
-        finished=~given & (token[:, None] == settings.eos_ids).any(axis=-1),
-    )
-    return state._replace(
-        cache=cache, slots=slots, steps=state.steps + 1, active_steps=state.active_steps + state.active.sum()
-    )
-
-
-def _uniforms(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
-    """Two uniforms [slot, 2] for the token of sample `index` at `position`."""
-
-    def one(index, position):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position), (2,))
-
-    return jax.vmap(one)(index, position)
-
-
-def _retire(state: _State, settings: _Settings) -> _State:
-    """Moves samples that are done from their slots to those that are, and gives their pages back."""
-    done = state.active & (state.slots.finished | (state.slots.length >= settings.max_length))
-    # a place beyond the pool is dropped
-    place = jnp.where(done, state.num_done + jnp.cumsum(done) - 1, state.done.index.shape[0])
-    pool = jax.tree.map(lambda pool, slot: pool.at[place].set(slot, mode="drop"), state.done, state.slots)
-    cache = kv_cache.release(state.cache, done, _prompt_pages(settings.start))
-    num_done = state.num_done + done.sum(dtype=jnp.int32)
-    return state._replace(cache=cache, done=pool, active=state.active & ~done, num_done=num_done)
-
-
-def _collect(state: _State, prompts: list[list[int]], width: int) -> tuple[_State, Samples]:
-    """Empties the pool."""
-    count, steps, active_steps = (int(x) for x in (state.num_done, state.steps, state.active_steps))
+def _collect(state: State) -> tuple[State, Rows]:
+    """Empties the pool of samples that are done, and counts from 0 again."""
+    count = int(state.num_done)
     rows = jax.tree.map(lambda leaf: leaf[:count, ...], distributed.fetch(state.done))
+    counts = {name: jnp.zeros_like(getattr(state, name)) for name in ("num_done", "steps", "active_steps")}
+    return state._replace(**counts), rows
+
+
+def _samples(rows: Rows, prompts: list[list[int]], width: int, utilisation: float, steps: int) -> Samples:
     index = rows.index.astype(np.int64)
-    part = Samples(
+    return Samples(
         index=index, tokens=rows.tokens[:, :width], lengths=rows.length,
         prompt_lengths=np.array([len(prompts[i % len(prompts)]) for i in index], np.int32), finished=rows.finished,
         log_probs=rows.log_probs[:, :width], sample_log_probs=rows.sample_log_probs[:, :width],
-        utilisation=active_steps / max(1, steps * state.active.shape[0]), steps=steps,
+        utilisation=utilisation, steps=steps,
     )  # fmt: skip
-    return state._replace(num_done=jnp.zeros_like(state.num_done)), part

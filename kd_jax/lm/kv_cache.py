@@ -182,6 +182,18 @@ def resize(pages: Pages, num_pages: int) -> Pages:
     return Pages(move(pages.keys), move(pages.values), *index)
 
 
+def keep(pages: Pages, slots: jax.Array) -> Pages:
+    """The same with these slots alone [group, slot], in this order; the pages of all others are free.
+
+    Args:
+        slots: int, the number of slots now for one that is to have no pages. Others come once.
+    """
+    owner, table = _keep(pages.owner, pages.table, slots)
+    return pages._replace(
+        owner=jax.device_put(owner, pages.owner.sharding), table=jax.device_put(table, pages.table.sharding)
+    )
+
+
 def _attend(keys, values, owner, order, table, q, k, v, position):
     """`Pages.attend` in one group; q, k, v [slot, head, width], position [slot]."""
     nth = position // PAGE
@@ -203,6 +215,18 @@ def _open(owner, order, table, nth, wanted):
     order = order.at[page].set(nth, mode="drop")
     table = table.at[jnp.arange(slots), jnp.where(wanted, nth, most)].set(page, mode="drop")
     return owner, order, table
+
+
+@jax.jit
+def _keep(owner, table, slots):
+    (_, pages), (_, old, _), new = owner.shape, table.shape, slots.shape[1]
+
+    def one(owner, table, slots):
+        # where each went; no slot's pages stay no slot's
+        place = jnp.full(old + 1, new).at[slots].set(jnp.where(slots < old, jnp.arange(new), new))
+        return place[owner], jnp.take(table, slots, axis=0, mode="fill", fill_value=pages)
+
+    return jax.tree.map(lambda index: index.astype(jnp.int32), jax.vmap(one)(owner, table, slots))
 
 
 @functools.partial(jax.jit, static_argnums=1)

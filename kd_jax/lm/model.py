@@ -251,15 +251,23 @@ def extend(
     Returns: hidden states [row, new, hidden_size] and the cache, in place if it is donated.
     """
     layers = params["layers"] if isinstance(params["layers"], tuple) else unstack(params)["layers"]
-    phases = _phases(positions, architecture)
+    phases = jax.tree.map(attention.apart, _phases(positions, architecture))
     x = params["embedding"][tokens].astype(compute.dtype)
     keys, values = list(cache.keys), list(cache.values)
     for i, w in enumerate(layers):
-        q, k, v = _project(w, x, phases, architecture, compute)
-        keys[i], values[i], seen = cache.attend(i, q, k, v, positions)
-        x = x + _linear(seen, w["o"], compute)
-        x = _mlp(w, x, architecture, compute)
+        one = cache._replace(keys=(keys[i],), values=(values[i],))
+        x, keys[i], values[i] = _extend_layer(w, x, one, positions, phases, architecture, compute)
     return _norm(x, params["norm"], architecture, compute), cache._replace(keys=tuple(keys), values=tuple(values))
+
+
+# Jitted so that it is traced once for all layers; XLA gets the same program.
+@functools.partial(jax.jit, static_argnums=(5, 6))
+def _extend_layer(w, x, cache, positions, phases, architecture, compute):
+    """Of a cache of one layer -> the layer's output, its keys and values."""
+    q, k, v = _project(w, x, phases, architecture, compute)
+    keys, values, seen = cache.attend(0, q, k, v, positions)
+    x = x + _linear(seen, w["o"], compute)
+    return _mlp(w, x, architecture, compute), keys, values
 
 
 def head(params: dict[str, Any]) -> jax.Array:

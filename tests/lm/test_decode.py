@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kd_jax.lm import decode, model
+from kd_jax.lm import decode, kv_cache, model
+from kd_jax.lm import slots as slots_lib
 from kd_jax.lm.model import PRESETS, Architecture, Model
 
 # two layers compile quicker; two blocks of 128 ids
@@ -160,11 +161,12 @@ import jax
 import numpy as np
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import decode, model
+from kd_jax.lm import slots as slots_lib
 from tests.lm import test_decode as here
 
 assert jax.device_count() == 8
 one = np.load(sys.argv[1])
-inner, held = decode._run, []
+inner, held = slots_lib.run, []
 
 def watch(state, *rest):
     state = inner(state, *rest)
@@ -172,7 +174,7 @@ def watch(state, *rest):
     assert state.cache.keys[0].shape[0] * held[-1][1] == state.active.shape[0]
     return state
 
-decode._run = watch
+slots_lib.run = watch
 # the slots are 8 on every mesh, since they are rounded up to a multiple of the devices they are split over
 for sizes, embedding, batch_size, slots in [
     ((8, 1, 1), (160, 48), 5, 1), ((2, 2, 2), (80, 24), 8, 2), ((4, 1, 2), (80, 48), 8, 2)
@@ -190,6 +192,19 @@ for sizes, embedding, batch_size, slots in [
     for name in ("log_probs", "sample_log_probs"):
         np.testing.assert_allclose(getattr(samples, name), one[name], atol=1e-4, err_msg=str(sizes))
     print("same", *sizes)
+
+# twenty samples at once; the slots become fewer as they end
+decode._PROGRAM = 0
+for sizes, most in [((1, 1, 8), {20, 8}), ((2, 1, 4), {10, 8})]:
+    mesh = mesh_lib.make(*sizes)
+    params = here.small().params
+    params = jax.device_put(params, mesh_lib.shardings(model.logical_axes(here.SMALL), params, mesh))
+    held.clear()
+    samples = here.run(here.small()._replace(params=params), batch_size=20, mesh=mesh)
+    assert {slots for _, slots in held} >= most, held
+    for name in ("tokens", "lengths", "finished"):
+        np.testing.assert_array_equal(getattr(samples, name), one[name], err_msg=str(sizes))
+    print("same with fewer slots", *sizes)
 """
 
 
@@ -202,7 +217,9 @@ def test_sample_does_not_depend_on_the_devices(tmp_path):
         [sys.executable, "-c", DEVICES, tmp_path / "one.npz"], env=os.environ | flags, capture_output=True, text=True,
         timeout=300, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
-    assert done.stdout.splitlines() == ["same 8 1 1", "same 2 2 2", "same 4 1 2"], done.stderr
+    assert done.stdout.splitlines() == [
+        "same 8 1 1", "same 2 2 2", "same 4 1 2", "same with fewer slots 1 1 8", "same with fewer slots 2 1 4"
+    ], done.stderr  # fmt: skip
 
 
 def test_seeds_rows_positions_and_batches_differ():
@@ -354,6 +371,94 @@ def test_slots_are_kept_busy():
     assert_same(rows_of(samples, slice(NUM_SAMPLES)), usual())
 
 
+@pytest.fixture
+def slots_held(monkeypatch):
+    """How many slots each step had, in a list that grows; here fewer of them always pay."""
+    held, inner = [], slots_lib.run
+
+    def watch(state, *rest):
+        slots = state.active.shape[0]
+        state = inner(state, *rest)
+        held.extend([slots] * int(state.steps))
+        return state
+
+    monkeypatch.setattr(slots_lib, "run", watch)
+    monkeypatch.setattr(decode, "_PROGRAM", 0)
+    return held
+
+
+def test_slots_become_fewer_when_no_more_samples_start(slots_held):
+    # From token t it is 5 - t steps to the EOS, modulo 24. All but two samples begin at once.
+    steps = [4] * 16 + [10] * 8 + [20] * 8 + [23] * 2
+    prompts = [[(5 - count) % 24] for count in steps]
+    samples = run(chain(COUNT_UP, eos_ids=(5,)), prompts, 34, batch_size=32, max_length=50)
+    assert (samples.lengths - 1).tolist() == steps and samples.finished.all()
+    # 32 run for 4 steps, when 16 of them end and the last two begin: 18, known after a step. 8 end after 10 steps and 8
+    # after 20, when there are 10 and 2; the last two after 4 + 23.
+    assert slots_held == [32] * 5 + [24] * 5 + [12] * 10 + [8] * 7 and samples.steps == 27
+    np.testing.assert_allclose(samples.utilisation, sum(steps) / (5 * 32 + 5 * 24 + 10 * 12 + 7 * 8), rtol=1e-9)
+
+
+def test_no_more_slots_than_samples_where_that_pays(slots_held, monkeypatch):
+    run(chain(COUNT_UP), [1], 9, batch_size=32, max_length=30)
+    assert slots_held == [12] * 29
+    slots_held.clear()
+    # 20 slots saved for 30 steps, each of two operations with every weight
+    monkeypatch.setattr(decode, "_PROGRAM", 600 * 2 * CHAIN.num_parameters)
+    run(chain(COUNT_UP), [1], 9, batch_size=32, max_length=30)
+    assert slots_held == [32] * 29
+
+
+SEVERAL = [np.arange(40, 69), [3], [3, 100, 159, 5, 0]]
+
+
+@pytest.mark.parametrize(
+    "prompt, eos_ids, max_length",
+    [(PROMPT, tuple(range(0, 160, 8)), 40), (np.arange(70) + 40, EOS, 140), (SEVERAL, (), 40)],
+    ids=["mostly ended early", "a shared prompt of two pages", "full length, of several prompts"],
+)
+def test_same_samples_in_fewer_slots(prompt, eos_ids, max_length, slots_held):
+    of = small()._replace(eos_ids=eos_ids)
+    expected = run(of, prompt, 36, batch_size=8, max_length=max_length)
+    assert set(slots_held) == {8}
+    for batch_size in (24, 40):
+        slots_held.clear()
+        assert_same(run(of, prompt, 36, batch_size=batch_size, max_length=max_length), expected)
+        assert slots_held[0] == batch_size and slots_held[-1] < batch_size
+
+
+def test_active_slots_are_what_is_left():
+    """Two groups of 12 slots, cut down to 8 each, beside loops in NumPy."""
+    random = np.random.RandomState(0)
+    cache = model.empty_cache(SMALL, 1, 64)
+    cache = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(np.float32), cache)
+    cache = kv_cache.open_pages(kv_cache.paged(cache, 2, 12, 30, 192), np.full(24, 64))
+    rows, done = (
+        slots_lib.Rows(
+            index=random.randint(0, 99, n), tokens=random.randint(0, 160, (n, 192)), length=random.randint(0, 9, n),
+            log_probs=random.rand(n, 192), sample_log_probs=random.rand(n, 192), finished=random.rand(n) < 0.5,
+        )
+        for n in (24, 8 * 24)
+    )  # fmt: skip
+    active = np.isin(np.arange(24), [1, 4, 5, 11, 12, 13, 17, 19, 20, 22, 23])
+    state = slots_lib.State(cache, rows, active, done, *(np.int32(i) for i in (0, 7, 3, 70)))
+    state = jax.device_put(state)
+    less = jax.device_get(slots_lib._shrink(state, 8))
+
+    expected = [1, 4, 5, 11], [12, 13, 17, 19, 20, 22, 23]
+    assert less.active.tolist() == [True] * 4 + [False] * 4 + [True] * 7 + [False]
+    for name in slots_lib.Rows._fields:
+        there = np.asarray(getattr(state.slots, name))
+        np.testing.assert_array_equal(getattr(less.slots, name)[less.active], [there[i] for i in sum(expected, [])])
+        np.testing.assert_array_equal(getattr(less.done, name), np.asarray(getattr(state.done, name))[: 8 * 16])
+    for group, slots in enumerate(expected):
+        for place in range(8):
+            pages = cache.table[group, slots[place] % 12] if place < len(slots) else [30] * 3
+            np.testing.assert_array_equal(less.cache.table[group, place], pages)
+        assert (less.cache.owner[group] == 8).sum() == 30 - 2 * len(slots)
+    assert (less.next_index, less.steps, less.active_steps) == (7, 3, 70)
+
+
 def test_frequencies_of_the_first_token():
     samples = run(small(), num_samples=4000, batch_size=64, max_length=2, seed=0)
     logits = forward_logits(np.array([PROMPT]))[0, 0]
@@ -365,18 +470,18 @@ def test_frequencies_of_the_first_token():
 
 
 def test_other_values_do_not_compile_again(monkeypatch):
-    traced, advance = [], decode._advance
-    monkeypatch.setattr(decode, "_advance", lambda *args: traced.append(1) or advance(*args))
+    traced, advance = [], slots_lib._advance
+    monkeypatch.setattr(slots_lib, "_advance", lambda *args: traced.append(1) or advance(*args))
     # no other test has this many slots
     run(chain(COUNT_UP), [1], 9, batch_size=7, top_k=5, top_p=0.9)
-    once, programs = len(traced), decode._run._cache_size()
+    once, programs = len(traced), slots_lib.run._cache_size()
     assert once > 0
     for _ in range(2):
         run(
             chain(COUNT_UP[::-1], eos_ids=(3, 4)), [2], 17, batch_size=7, first=2, seed=SEED + 1, max_length=20,
             sample_temperature=0.5, top_k=2, top_p=0.3,
         )  # fmt: skip
-    assert len(traced) == once and decode._run._cache_size() == programs
+    assert len(traced) == once and slots_lib.run._cache_size() == programs
 
 
 def test_second_call_compiles_nothing():

@@ -25,7 +25,7 @@ def owned(pages):
     by_table = [[[p for p in slot if p < pages.num_pages] for slot in group] for group in np.asarray(pages.table)]
     by_owner = []
     for owner, order in zip(np.asarray(pages.owner), np.asarray(pages.order), strict=True):
-        held = [np.flatnonzero(owner == slot) for slot in range(SLOTS)]
+        held = [np.flatnonzero(owner == slot) for slot in range(pages.num_slots)]
         by_owner.append([held[np.argsort(order[held])].tolist() for held in held])
     return by_table, by_owner
 
@@ -108,6 +108,39 @@ def test_a_prompt_for_all_stays():
         pages = kv_cache.release(pages, positions < LENGTH, 2)
         assert owned(pages)[0] == by_table
         assert_consistent(pages)
+
+
+def test_some_slots_are_kept():
+    """Slots of known lengths, then some of them alone, in another order and in a smaller pool."""
+    lengths = np.array([70, 1, 130, 64, 0, 200])
+    _, pages = pool(num_pages=8)
+    seen = [[] for _ in lengths]
+    for at in range(lengths.max()):
+        positions = np.where(at < lengths, at, LENGTH)
+        pages = kv_cache.open_pages(pages, positions)
+        k, v = normal(at, 2, GROUPS * SLOTS, 1, HEADS, WIDTH)
+        q = np.zeros((GROUPS * SLOTS, 1, QUERIES, WIDTH), np.float32)
+        keys, values, _ = step(pages, 1, q, k, v, positions[:, None])
+        pages = pages._replace(keys=(pages.keys[0], keys), values=(pages.values[0], values))
+        for i in np.flatnonzero(at < lengths):
+            seen[i].append((k[i, 0], v[i, 0]))
+    before, _ = owned(pages)
+    assert [[len(slot) for slot in group] for group in before] == [[2, 1, 3], [1, 0, 4]]
+
+    pages = kv_cache.keep(pages, np.array([[2, 0], [2, SLOTS]]))  # the last has none
+    assert owned(pages)[0] == [[before[0][2], before[0][0]], [before[1][2], []]]
+    assert_consistent(pages)
+    pages = kv_cache.resize(pages, 6)
+    assert_consistent(pages)
+    kept, positions = [2, 0, 5], np.array([130, 70, 200, LENGTH])
+    pages = kv_cache.open_pages(pages, positions)
+    q, k, v = normal(5, 4, 1, QUERIES, WIDTH), *normal(6, 2, 4, 1, HEADS, WIDTH)
+    _, _, out = step(pages, 1, q, k, v, positions[:, None])
+    for place, slot in enumerate(kept):
+        rows = [*seen[slot], (k[place, 0], v[place, 0])]
+        expected = reference(q[place, 0], *(np.array(x, np.float64) for x in zip(*rows, strict=True)))
+        np.testing.assert_allclose(out[place, 0], expected, atol=1e-5)
+    assert not np.asarray(out[3]).any()
 
 
 def test_slot_without_pages_gets_zeros():
