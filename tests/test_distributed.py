@@ -174,7 +174,7 @@ def test_any_number_of_processes_gives_the_same_numbers(corpus, tmp_path):
         each = run(NUMBERS, count, devices, {"folder": str(folder), "corpus": str(corpus)})
         assert all(one == each[0] for one in each)  # every process has it all
         found[count, devices] = each[0]
-    alone = found.pop(1, 1)
+    alone = found.pop((1, 1))
     assert len(alone["text"]["loss"]) == 20 and alone["text"]["loss"][-1] < alone["text"]["loss"][0]
     for layout, one in found.items():
         assert one["fingerprint"] == alone["fingerprint"], layout  # the start, to the bit
