@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,12 +53,13 @@ class Checkpoints:
             options.best_fn = self._goodness  # else the metrics stay in memory, and after a restart no step is the best
         self._folder = Path(folder).absolute()  # orbax refuses relative paths
         for there in self._folder.glob("[0-9]*"):
-            _check_metrics(there)
+            if there.name.isdigit():  # else it is what a kill has left
+                _check_metrics(there)
         with _writing(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def _goodness(self, metrics: dict[str, float]) -> float:
-        return -metrics[self._best]
+        return -metrics.get(self._best, math.inf)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -98,7 +100,8 @@ class Checkpoints:
         sums = {name: fingerprint(tree) for name, tree in trees.items()}
         if values is not None:
             items["about"], sums["about"] = ocp.args.JsonSave(values), _digest(values)
-        if metrics is not None:
+        if self._best is not None:
+            metrics = metrics or {}  # orbax warns of none at all
             sums["metrics"] = _digest(metrics)
         items[_SUMS] = ocp.args.JsonSave(sums)
         with _writing(self._folder):

@@ -45,7 +45,7 @@ def number(error: BaseException | None) -> int | None:
             return error.errno
         if found:
             return int(found[1])
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return None
 
 
