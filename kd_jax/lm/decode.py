@@ -118,9 +118,10 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         taken_steps, ran = int(state.steps), int(state.active_steps)
         steps, slot_steps, active_steps = steps + taken_steps, slot_steps + taken_steps * slots, active_steps + ran
         state, rows = _collect(state)
-        state = slots_lib.fit(state, settings, pages)
-        taken = time.perf_counter() - began
         left -= len(rows.index)
+        if left:
+            state = slots_lib.fit(state, settings, pages)
+        taken = time.perf_counter() - began
         if len(rows.index):
             yield _samples(rows, prompts, max_length, active_steps / slot_steps, steps)
         # the clocks of several processes differ, what they run must not
