@@ -4,12 +4,12 @@
     python -m benchmarks.lm train            loss and gradients of 8 x 512 tokens
     python -m benchmarks.lm sample           from "The" to 128 tokens, batch 64
     python -m benchmarks.lm sample_long      to 512 tokens: 512 samples of ours at batch 128, a batch of 64 of theirs,
-                                             their best (151 tokens/s; at 128 they made 123)
+                                             their best (134 to 151 tokens/s in three runs; at 128 they made 123)
 
 Ratios are above 1 where kd_jax is quicker. Extra memory is the peak of the process above what it held with the weights
 loaded. The share is of the product of two 4096 x 1536 x 576 matrices per second, measured in the same process. Compiled
 programs are warm (one run before those that count; its time is shown); those of sample_long come from the disk, where
-its first run on a machine leaves them.
+its first run on a machine leaves them: some 15 of 5 s each.
 """
 
 import json

@@ -103,11 +103,13 @@ def paged(
 
 
 def apart(x: jax.Array) -> jax.Array:
-    """x, as an array of its own: XLA's CPU code else works it out anew for each row of what is gathered from it.
+    """x, as an array of its own on CPUs: XLA's code there would work it out anew wherever it is used.
 
     (It drops optimization barriers before it puts operations together, but leaves a scatter alone.)
     """
-    return jnp.zeros_like(x).at[jnp.arange(len(x))].set(x)
+    return jax.lax.platform_dependent(
+        x, cpu=lambda x: jnp.zeros_like(x).at[jnp.arange(len(x))].set(x), default=lambda x: x
+    )
 
 
 def _rows(x, index):

@@ -28,8 +28,8 @@ from kd_jax.lm.slots import Rows, Settings, State
 
 # One call of the device program is to take about so long: progress moves, and Ctrl-C answers.
 _SECONDS_PER_CALL = 1.0
-# Operations that take a CPU as long as having one more program does, which is on disk already. An accelerator reads the
-# weights and is no quicker with fewer rows.
+# How many operations of a model take a CPU as long as it takes to have one more program, from disk. An accelerator has
+# no use for fewer slots: a step there is reading the weights.
 _PROGRAM = 3e11
 
 

@@ -421,10 +421,9 @@ def test_same_samples_in_fewer_slots(prompt, eos_ids, max_length, slots_held):
     of = small()._replace(eos_ids=eos_ids)
     expected = run(of, prompt, 36, batch_size=8, max_length=max_length)
     assert set(slots_held) == {8}
-    for batch_size in (24, 40):
-        slots_held.clear()
-        assert_same(run(of, prompt, 36, batch_size=batch_size, max_length=max_length), expected)
-        assert slots_held[0] == batch_size and slots_held[-1] < batch_size
+    slots_held.clear()
+    assert_same(run(of, prompt, 36, batch_size=24, max_length=max_length), expected)
+    assert slots_held[0] == 24 and slots_held[-1] < 24
 
 
 def test_active_slots_are_what_is_left():
@@ -485,8 +484,7 @@ def test_other_values_do_not_compile_again(monkeypatch):
 
 
 def test_second_call_compiles_nothing():
-    # Fails: the program that fills the caches with a shared prompt is compiled anew by each call. On two cores that
-    # takes about 0.2 s with a prompt of one id, and 2 s with a longer one and 30 layers.
+    # among them the program that fills the cache with a shared prompt
     compiled = []
 
     def listen(name, seconds, **_):
@@ -524,7 +522,6 @@ def test_second_call_compiles_nothing():
         ([3], {"batch_size": 0}, "batch_size=0"),
         ([3], {"seed": -1}, "seed=-1"),
         ([3], {"seed": 2**32}, "seed=4294967296"),
-        # Fails: `generate` makes its arrays before it checks, and NumPy's own message names nothing.
         ([3], {"num_samples": -1}, "num_samples=-1"),
     ],
 )
