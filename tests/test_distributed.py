@@ -319,7 +319,7 @@ ENDLESS = """
 """
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "raises"])
 @pytest.mark.parametrize("who", [0, 1])
 def test_the_end_of_one_is_the_end_of_all(who, how):
