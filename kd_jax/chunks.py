@@ -12,16 +12,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kd_jax import mesh as mesh_lib
 
 
-def chunk_tokens() -> int:
-    """How many tokens' logits are held at a time: few on a CPU, where they should stay in its caches."""
-    return 256 if jax.default_backend() == "cpu" else 4096
+def chunk_tokens(mesh: Mesh | None = None, each: int | None = None) -> int:
+    """How many tokens' logits are held at a time: few on a CPU, where they should stay in its caches.
+
+    Over a mesh, as many (or `each`) for each part of the rows: the number of chunks does not grow with that of devices.
+    """
+    return (each or (256 if jax.default_backend() == "cpu" else 4096)) * mesh_lib.batch_devices(mesh)
 
 
 def linear_map(
-    function: Callable[..., Any], hidden: jax.Array, head: jax.Array, *arrays: jax.Array, chunk: int | None = None
-) -> Any:
+    function: Callable[..., Any], hidden: jax.Array, head: jax.Array, *arrays: jax.Array, chunk: int | None = None,
+    mesh: Mesh | None = None,
+) -> Any:  # fmt: skip
     """function(logits, *pieces) for chunks of positions, put together again.
 
     Args:
@@ -31,8 +38,10 @@ def linear_map(
         head: [vocab, width].
         arrays: [..., position] each.
         chunk: tokens at a time, by default `chunk_tokens()`.
+        mesh: what the rows and the head are split over.
     """
-    size, pieces = cut((hidden, *arrays), hidden.shape[:-1], chunk)
+    size, pieces = cut((hidden, *arrays), hidden.shape[:-1], chunk or chunk_tokens(mesh))
+    head = whole(head, hidden, mesh)
     out = jax.lax.map(lambda piece: function(project(piece[0], head), *piece[1:]), pieces)
     return jax.tree.map(lambda parts: join(parts, size, hidden.ndim - 2), out)
 
@@ -40,6 +49,41 @@ def linear_map(
 def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
     """float32 logits [..., vocab] of hidden [..., width] and head [vocab, width]."""
     return dot(hidden, head.astype(hidden.dtype), (hidden.ndim - 1, 1))
+
+
+def whole(head: jax.Array, hidden: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The head as hidden states are multiplied by it: where fsdp splits it, gathered once for all chunks."""
+    if mesh is None:
+        return head
+    return mesh_lib.constrain(head.astype(hidden.dtype), ("vocab", None), mesh)
+
+
+def groups(hidden: jax.Array, mesh: Mesh | None) -> int:
+    """In how many parts of the rows of hidden states [row, position, width] the head's gradient is summed up.
+
+    Each device keeps a sum of its own while it goes through the chunks; the sums are put together at the end, once.
+    """
+    devices = mesh_lib.batch_devices(mesh)
+    return devices if hidden.ndim > 2 and hidden.shape[0] % devices == 0 else 1
+
+
+def no_gradient(head: jax.Array, groups: int, mesh: Mesh | None) -> jax.Array:
+    """Zeros to add each chunk's `head_gradient` to, float32 [vocab, width], or [group, vocab, width] of several."""
+    if groups == 1:
+        return jnp.zeros(head.shape, jnp.float32)
+    return mesh_lib.constrain(jnp.zeros((groups, *head.shape), jnp.float32), ("batch", "vocab", None), mesh)
+
+
+def head_gradient(gradient: jax.Array, hidden: jax.Array, groups: int) -> jax.Array:
+    """Of a chunk's gradient in the logits [..., vocab] and hidden states [..., width]; shaped as `no_gradient`."""
+    leading = () if groups == 1 else (groups,)
+    rows = (array.reshape(*leading, -1, array.shape[-1]) for array in (gradient, hidden))
+    return dot(*rows, (len(leading), len(leading)), batch=len(leading))
+
+
+def summed(gradient: jax.Array, groups: int, mesh: Mesh | None) -> jax.Array:
+    """The sum over the groups, split over the devices as the head is."""
+    return gradient if groups == 1 else mesh_lib.constrain(gradient.sum(axis=0), ("vocab", "embed"), mesh)
 
 
 def cut(arrays, shape, chunk):
@@ -64,9 +108,13 @@ def join(parts, size, axis):
     return jax.lax.slice_in_dim(parts, 0, size, axis=axis)
 
 
-def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], out_dtype=jnp.float32) -> jax.Array:
-    """Contracts one axis of each; products of float32 are real float32 on GPUs and TPUs too."""
-    dims = (((axes[0],), (axes[1],)), ((), ()))
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], out_dtype=jnp.float32, batch: int = 0) -> jax.Array:
+    """Contracts one axis of each; products of float32 are real float32 on GPUs and TPUs too.
+
+    The first `batch` axes of both are the same, and stay.
+    """
+    same = tuple(range(batch))
+    dims = (((axes[0],), (axes[1],)), (same, same))
     return jax.lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=out_dtype)
 
 

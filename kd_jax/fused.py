@@ -10,8 +10,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from kd_jax.chunks import chunk_tokens, cut, dot, join, linear_map, precision, project
+from kd_jax.chunks import (
+    chunk_tokens,
+    cut,
+    dot,
+    groups,
+    head_gradient,
+    join,
+    linear_map,
+    no_gradient,
+    precision,
+    project,
+    summed,
+    whole,
+)
 from kd_jax.fused_divergence import Statistics, linear_distillation, linear_divergence, linear_top_k_distillation
 from kd_jax.losses import masked_mean
 from kd_jax.metrics import Mean
@@ -23,8 +37,9 @@ __all__ = [
 
 
 def linear_log_prob(
-    hidden: jax.Array, head: jax.Array, labels: jax.Array, *, entropy: bool = False, chunk: int | None = None
-) -> tuple[jax.Array, jax.Array | None]:
+    hidden: jax.Array, head: jax.Array, labels: jax.Array, *, entropy: bool = False, chunk: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """Log-probability of each label [..., position], and on request the entropy in nats of each prediction."""
 
     def score(logits, labels):
@@ -36,12 +51,13 @@ def linear_log_prob(
         # a token that cannot be has no part in it: 0 * -inf is NaN
         return log_prob, -jnp.where(below > -jnp.inf, jnp.exp(below) * below, 0).sum(axis=-1)
 
-    return linear_map(score, hidden, head, labels, chunk=chunk)
+    return linear_map(score, hidden, head, labels, chunk=chunk, mesh=mesh)
 
 
 def linear_cross_entropy(
-    hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array, *, chunk: int | None = None
-) -> Mean:
+    hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array, *, chunk: int | None = None,
+    mesh: Mesh | None = None,
+) -> Mean:  # fmt: skip
     """Cross-entropy in nats of the labels that the mask selects, as a Mean over all of them.
 
     The gradient of its `mean` with respect to hidden and head is worked out in the forward pass, chunk by chunk, in
@@ -52,6 +68,7 @@ def linear_cross_entropy(
         head: [vocab, width].
         labels: int [..., position]; what the mask leaves out may be anything, but its hidden states must be finite.
         mask: bool [..., position].
+        mesh: what the rows and the head are split over.
     Returns: the Mean; its `mean` and the gradient are NaN where a label that counts is not an id of the head.
     Raises: ValueError for shapes that do not go together, or no tokens at all.
     """
@@ -59,25 +76,26 @@ def linear_cross_entropy(
         raise ValueError(f"shapes do not go together: {hidden.shape}, labels {labels.shape}, mask {mask.shape}")
     mask = mask.astype(bool)
     labels = jnp.where(mask, labels, 0)
-    mean = _cross_entropy(hidden, head, labels, mask, chunk or chunk_tokens())
+    mean = _cross_entropy(hidden, head, labels, mask, chunk or chunk_tokens(mesh), mesh)
     wrong = (labels < 0) | (labels >= head.shape[0])
     # a product, so that the gradient is NaN as well
     return mean._replace(mean=mean.mean * jnp.where(wrong.any(), jnp.nan, 1.0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(hidden, head, labels, mask, chunk):
-    log_prob, _ = linear_log_prob(hidden, head, labels, chunk=chunk)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden, head, labels, mask, chunk, mesh):
+    log_prob, _ = linear_log_prob(hidden, head, labels, chunk=chunk, mesh=mesh)
     return masked_mean(-log_prob, mask)
 
 
-def _cross_entropy_forward(hidden, head, labels, mask, chunk):
-    width = hidden.shape[-1]
+def _cross_entropy_forward(hidden, head, labels, mask, chunk, mesh):
+    dtype, parts = head.dtype, groups(hidden, mesh)
+    head = whole(head, hidden, mesh)
     count = mask.sum()
     scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
     size, pieces = cut((hidden, labels, mask), labels.shape, chunk)
 
-    def step(head_gradient, piece):
+    def step(so_far, piece):
         h, label, keep = piece
         logits = project(h, head)
         top = logits.max(axis=-1, keepdims=True)
@@ -88,21 +106,16 @@ def _cross_entropy_forward(hidden, head, labels, mask, chunk):
         gradient = (weights / total - one_hot) * jnp.where(keep, scale, 0)[..., None]
         gradient = gradient.astype(hidden.dtype)
         h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
-        rows = (gradient.reshape(-1, head.shape[0]), h.reshape(-1, width))
-        return head_gradient + dot(*rows, (0, 0)), (value, h_gradient)
+        return so_far + head_gradient(gradient, h, parts), (value, h_gradient)
 
-    head_gradient, (values, h_gradient) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), pieces)
+    so_far, (values, h_gradient) = jax.lax.scan(step, no_gradient(head, parts, mesh), pieces)
     values, h_gradient = (join(parts, size, labels.ndim - 1) for parts in (values, h_gradient))
-    return masked_mean(values, mask), (h_gradient, head_gradient.astype(head.dtype))
+    return masked_mean(values, mask), (h_gradient, summed(so_far, parts, mesh).astype(dtype))
 
 
-def _cross_entropy_backward(chunk, gradients, cotangent):
-    hidden_gradient, head_gradient = gradients
-    scale = cotangent.mean
-    return (
-        (hidden_gradient * scale).astype(hidden_gradient.dtype), (head_gradient * scale).astype(head_gradient.dtype),
-        None, None,
-    )  # fmt: skip
+def _cross_entropy_backward(chunk, mesh, gradients, cotangent):
+    hidden, head = ((gradient * cotangent.mean).astype(gradient.dtype) for gradient in gradients)
+    return hidden, head, None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

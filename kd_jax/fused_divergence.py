@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kd_jax import losses, slopes, terms
-from kd_jax.chunks import chunk_tokens, cut, dot, join, project
+from kd_jax.chunks import chunk_tokens, cut, dot, groups, head_gradient, join, no_gradient, project, summed, whole
 from kd_jax.losses import masked_mean
 from kd_jax.metrics import Mean
 from kd_jax.terms import Scalar
@@ -40,7 +41,7 @@ def linear_distillation(
     student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
     labels: jax.Array | None, mask: jax.Array, *, divergence: str = "forward_kl", temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, parameter: Scalar | None = None, hard_weight: Scalar = 0.0,
-    num_tokens: int | None = None, chunk: int | None = None,
+    num_tokens: int | None = None, chunk: int | None = None, mesh: Mesh | None = None,
 ) -> tuple[Mean, Statistics]:  # fmt: skip
     """(1 - hard_weight) T^2 D(p, q) + hard_weight CE, as `losses.distillation_loss` of the projected hidden states.
 
@@ -56,6 +57,8 @@ def linear_distillation(
         divergence, temperature, teacher_temperature, parameter, num_tokens: as in `losses`; all but `num_tokens` and
             the name are traced.
         chunk: tokens at a time, by default `chunk_tokens()`.
+        mesh: what the rows and the student's head are split over. The teacher's head is laid out so too, wherever it
+            was: both models' logits are then on the same devices, and none of them are sent.
     Returns: the loss, a Mean whose `mean` is 0 where the mask selects nothing and NaN where a label that counts is not
         an id; and the statistics.
     Raises: ValueError for shapes that do not go together, no tokens at all, or settings out of range.
@@ -65,7 +68,7 @@ def linear_distillation(
     soft_weight = (1 - hard_weight) * temperatures[0] ** 2
     settings = _settings(divergence, temperatures, parameter, soft_weight, hard_weight)
     tokens = _Tokens(student_hidden, teacher_hidden, labels, mask)
-    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk)
+    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk, mesh)
 
 
 def linear_divergence(
@@ -77,7 +80,7 @@ def linear_divergence(
     temperatures = terms.checked_temperatures(temperature, teacher_temperature)
     settings = _settings(divergence, temperatures, parameter, 1.0, 0.0)
     tokens = _Tokens(student_hidden, teacher_hidden, None, mask)
-    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk)[0]
+    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk, None)[0]
 
 
 def linear_top_k_distillation(
@@ -85,7 +88,7 @@ def linear_top_k_distillation(
     teacher_tail_log_prob: jax.Array | None, labels: jax.Array | None, mask: jax.Array, *,
     divergence: str = "forward_kl", temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
     parameter: Scalar | None = None, tail: str = "bucket", hard_weight: Scalar = 0.0, num_tokens: int | None = None,
-    chunk: int | None = None,
+    chunk: int | None = None, mesh: Mesh | None = None,
 ) -> tuple[Mean, Statistics]:  # fmt: skip
     """`linear_distillation` from the teacher's K most probable tokens: `losses.top_k_divergence` in place of D.
 
@@ -102,7 +105,7 @@ def linear_top_k_distillation(
     vocab = student_head.shape[0]
     terms.check_vocabulary(vocab, vocab, num_tokens)
     tail = losses.checked_tail(tail, teacher_ids.shape[-1], num_tokens or vocab)
-    plan = _Plan(divergence, tail, num_tokens or vocab, chunk or chunk_tokens())
+    plan = _Plan(divergence, tail, num_tokens or vocab, chunk or chunk_tokens(mesh), mesh)
     teacher = losses.top_k_teacher(teacher_log_probs, teacher_tail_log_prob, tail)
     tokens = _Tokens(student_hidden, (teacher_ids, teacher), labels, mask)
     _check_shapes(tokens, teacher_ids=teacher_ids, teacher_log_probs=teacher)
@@ -116,6 +119,7 @@ class _Plan(NamedTuple):
     tail: str | None  # None: the teacher is hidden states and a head
     num_tokens: int
     chunk: int
+    mesh: Mesh | None
 
 
 class _Settings(NamedTuple):
@@ -143,11 +147,11 @@ def _settings(divergence, temperatures, parameter, soft_weight, hard_weight) -> 
     return _Settings(*(jnp.asarray(value, jnp.float32) for value in values))
 
 
-def _from_hidden(tokens: _Tokens, head, teacher_head, divergence, settings, num_tokens, chunk):
+def _from_hidden(tokens: _Tokens, head, teacher_head, divergence, settings, num_tokens, chunk, mesh):
     _check_shapes(tokens, teacher_hidden=tokens.teacher)
     sizes = teacher_head.shape[0], head.shape[0]
     terms.check_vocabulary(*sizes, num_tokens)
-    plan = _Plan(divergence, None, num_tokens or min(sizes), chunk or chunk_tokens())
+    plan = _Plan(divergence, None, num_tokens or min(sizes), chunk or chunk_tokens(mesh), mesh)
     # padding beyond the shorter head is cut off here; what both have is masked later, where nothing has to move
     head, teacher_head = head[: min(sizes)], teacher_head[: min(sizes)]
     return _labelled(plan, tokens, head, teacher_head, settings)
@@ -177,6 +181,7 @@ def _labelled(plan, tokens: _Tokens, head, teacher_head, settings) -> tuple[Mean
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _distil(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
     size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
+    head, teacher_head = _whole(plan, hidden, head, teacher, teacher_head)
     values = jax.lax.map(lambda piece: _compare(plan, _Tokens(*piece), head, teacher_head, settings)[0], pieces)
     return _means(values, size, mask)
 
@@ -185,16 +190,17 @@ def _distil_forward(plan, hidden, head, teacher_head, teacher, labels, mask, set
     count = mask.sum()
     scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
     size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
+    dtype, parts = head.dtype, groups(hidden, plan.mesh)
+    head, teacher_head = _whole(plan, hidden, head, teacher, teacher_head)
 
-    def step(head_gradient, piece):
+    def step(so_far, piece):
         values, gradient = _compare(plan, _Tokens(*piece), head, teacher_head, settings, scale)
         gradient, h = gradient.astype(hidden.dtype), _selected(piece[0], piece[-1])
         h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
-        rows = (gradient.reshape(-1, head.shape[0]), h.reshape(-1, hidden.shape[-1]))
-        return head_gradient + dot(*rows, (0, 0)), (values, h_gradient)
+        return so_far + head_gradient(gradient, h, parts), (values, h_gradient)
 
-    head_gradient, (values, h_gradient) = jax.lax.scan(step, jnp.zeros(head.shape, jnp.float32), pieces)
-    gradients = join(h_gradient, size, mask.ndim - 1), head_gradient.astype(head.dtype)
+    so_far, (values, h_gradient) = jax.lax.scan(step, no_gradient(head, parts, plan.mesh), pieces)
+    gradients = join(h_gradient, size, mask.ndim - 1), summed(so_far, parts, plan.mesh).astype(dtype)
     return _means(values, size, mask), gradients
 
 
@@ -205,6 +211,11 @@ def _distil_backward(plan, gradients, cotangent):
 
 
 _distil.defvjp(_distil_forward, _distil_backward)
+
+
+def _whole(plan, hidden, head, teacher, teacher_head):
+    theirs = None if teacher_head is None else whole(teacher_head, teacher, plan.mesh)
+    return whole(head, hidden, plan.mesh), theirs
 
 
 def _means(values, size, mask):

@@ -1,7 +1,13 @@
-"""Device meshes, and which mesh axis each named axis of an array is split over."""
+"""Device meshes, and which mesh axis each named axis of an array is split over.
+
+Inside a jitted function `constrain` and `gather` say where arrays lie: rows stay where the batch put them, and a weight
+that is split to save memory (fsdp) is gathered to be used. Left to itself, the compiler may follow the weights instead
+and add up activations, or whole logits, over the devices.
+"""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -60,6 +66,34 @@ def spec(axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
 def sharding(axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
     """`spec` on its mesh."""
     return NamedSharding(mesh, spec(axes, mesh))
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
+    """An array inside a jitted function, laid out by its logical axes; as it is on one device."""
+    return x if mesh is None or mesh.size == 1 else jax.lax.with_sharding_constraint(x, sharding(axes, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather(weight: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
+    """A weight as it is computed with: whole along "embed". Its gradient is split again, as the weight itself is."""
+    return constrain(weight, tuple(None if axis == "embed" else axis for axis in axes), mesh)
+
+
+def _gather_forward(weight, axes, mesh):
+    return gather(weight, axes, mesh), None
+
+
+def _gather_backward(axes, mesh, _, gradient):
+    return (constrain(gradient, axes, mesh),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
+
+
+def of(tree: Any) -> Mesh | None:
+    """The mesh that a tree of arrays (or their shapes, with shardings) lies on; None where it is on one device."""
+    found = {getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")}
+    return found.pop() if len(found) == 1 else None
 
 
 def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import fused, losses, terms
+from kd_jax import mesh as mesh_lib
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import top_k
 from kd_jax.lm.batches import Batch
@@ -118,8 +119,8 @@ def loss(distillation: Distillation, student: Model, compute: Compute, *, packed
     """The loss of a part of a batch: (1 - hard_weight) T^2 divergence + hard_weight cross-entropy.
 
     Its statistics are those of kd_jax.fused: divergence, cross-entropy, both models' entropies (nats a token) and how
-    often their likeliest tokens agree. `packed` says that a row may hold several sequences; attention is quicker where
-    none does.
+    often their likeliest tokens agree. `compute` says over which mesh the student lies. `packed` says that a row may
+    hold several sequences; attention is quicker where none does.
     """
     run = _from_records if distillation.settings.policy == "offline" else _from_teacher
 
@@ -132,6 +133,7 @@ def loss(distillation: Distillation, student: Model, compute: Compute, *, packed
             "divergence": distillation.settings.divergence, "parameter": guide.parameter,
             "temperature": guide.loss_temperature, "teacher_temperature": guide.teacher_temperature,
             "hard_weight": guide.hard_weight, "num_tokens": student.num_tokens,
+            "chunk": compute.chunk, "mesh": compute.mesh,
         }  # fmt: skip
         found, statistics = run(distillation, guide, hidden, model_lib.head(params), labels, part, how)
         return found, statistics._asdict()
@@ -147,7 +149,11 @@ def _hidden(params: Any, architecture: Architecture, part: Batch, compute: Compu
 
 def _from_teacher(distillation: Distillation, guide: Guide, hidden, head, labels, part: Batch, how):
     teacher = jax.lax.stop_gradient(guide.teacher)
-    theirs = _hidden(teacher, distillation.teacher.architecture, part, distillation.compute)
+    # wherever the teacher lies; its hidden states are then brought to the student's
+    over = mesh_lib.of(distillation.teacher.params)
+    compute = dataclasses.replace(distillation.compute, mesh=over)
+    theirs = _hidden(teacher, distillation.teacher.architecture, part, compute)
+    theirs = mesh_lib.constrain(theirs, ("batch", None, None), how["mesh"])
     return fused.linear_distillation(hidden, head, theirs, model_lib.head(teacher), labels, part.mask, **how)
 
 

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from kd_jax import fused
+from kd_jax import mesh as mesh_lib
 from kd_jax.lm import attention, kv_cache
 from kd_jax.lm.kv_cache import Cache, Pages
 
@@ -103,6 +105,20 @@ class Model(NamedTuple):
         return self.architecture.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
 
 
+# Logical axes of the weights of a layer.
+_AXES = {
+    "attention_norm": ("embed",),
+    "q": ("heads", "embed"),
+    "k": ("heads", "embed"),
+    "v": ("heads", "embed"),
+    "o": ("embed", "heads"),
+    "mlp_norm": ("embed",),
+    "gate": ("mlp", "embed"),
+    "up": ("mlp", "embed"),
+    "down": ("embed", "mlp"),
+}
+
+
 class _Weights(nn.Module):
     """Declares each weight once: name, shape, logical axes, initialiser."""
 
@@ -115,21 +131,21 @@ class _Weights(nn.Module):
         # 0.041666 for a width of 576, as published for SmolLM2: 1 / sqrt(width)
         normal, ones = nn.initializers.normal(a.hidden_size**-0.5), nn.initializers.ones
         layers = {
-            "attention_norm": (("embed",), (a.hidden_size,), ones),
-            "q": (("heads", "embed"), (queries, a.hidden_size), normal),
-            "k": (("heads", "embed"), (keys, a.hidden_size), normal),
-            "v": (("heads", "embed"), (keys, a.hidden_size), normal),
-            "o": (("embed", "heads"), (a.hidden_size, queries), normal),
-            "mlp_norm": (("embed",), (a.hidden_size,), ones),
-            "gate": (("mlp", "embed"), (a.intermediate_size, a.hidden_size), normal),
-            "up": (("mlp", "embed"), (a.intermediate_size, a.hidden_size), normal),
-            "down": (("embed", "mlp"), (a.hidden_size, a.intermediate_size), normal),
+            "attention_norm": ((a.hidden_size,), ones),
+            "q": ((queries, a.hidden_size), normal),
+            "k": ((keys, a.hidden_size), normal),
+            "v": ((keys, a.hidden_size), normal),
+            "o": ((a.hidden_size, queries), normal),
+            "mlp_norm": ((a.hidden_size,), ones),
+            "gate": ((a.intermediate_size, a.hidden_size), normal),
+            "up": ((a.intermediate_size, a.hidden_size), normal),
+            "down": ((a.hidden_size, a.intermediate_size), normal),
         }
         weights = {
             "embedding": self._declare("embedding", ("vocab", "embed"), (a.vocab_size, a.hidden_size), normal),
             "layers": {
-                name: self._declare(f"layers.{name}", ("layer", *axes), (a.num_hidden_layers, *shape), init)
-                for name, (axes, shape, init) in layers.items()
+                name: self._declare(f"layers.{name}", ("layer", *_AXES[name]), (a.num_hidden_layers, *shape), init)
+                for name, (shape, init) in layers.items()
             },
             "norm": self._declare("norm", ("embed",), (a.hidden_size,), ones),
         }
@@ -169,12 +185,17 @@ class Compute:
         dtype: of activations and products. Norms, rotary phases, softmax and logits are float32 whatever it is.
         attention, query_block: see kd_jax.lm.attention.causal.
         remat: recompute each layer in the backward pass instead of keeping its activations.
+        mesh: what rows and weights are split over, if they are: then each device keeps its rows, and weights are
+            gathered for them (see kd_jax.mesh). The programs that take a mesh put it in here.
+        chunk_tokens: whose logits a device holds at a time; None for what suits it (kd_jax.fused.chunk_tokens).
     """
 
     dtype: str = "float32"
     attention: str = "auto"
     query_block: int = 128
     remat: bool = False
+    mesh: Mesh | None = None
+    chunk_tokens: int | None = None
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -182,6 +203,11 @@ class Compute:
         if self.query_block < 1:
             raise ValueError(f"query_block={self.query_block} must be at least 1")
         attention.check(self.attention, self.dtype)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of all devices whose logits are held at a time."""
+        return fused.chunk_tokens(self.mesh, self.chunk_tokens)
 
 
 DEFAULT = Compute()
@@ -220,15 +246,19 @@ def forward(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     phases = _phases(positions, architecture)
-    x = params["embedding"][tokens].astype(compute.dtype)
+    # The lookup's gradient is summed up in the weights' own dtype, and on each device first (which `constrain` is for:
+    # else the gradients of all rows are sent to wherever a piece of the width lies).
+    embedding = mesh_lib.gather(params["embedding"], ("vocab", "embed"), compute.mesh)
+    embedding = mesh_lib.constrain(embedding, ("vocab", None), compute.mesh)
+    x = _rows(embedding[tokens].astype(compute.dtype), compute)
 
     def attend(q, k, v):
         return attention.causal(q, k, v, segments, compute.attention, compute.query_block)
 
     def layer(x, w):
         q, k, v = _project(w, x, phases, architecture, compute)
-        x = x + _linear(attend(q, k, v), w["o"], compute)
-        return _mlp(w, x, architecture, compute), None
+        x = x + _out(w, attend(q, k, v), compute)
+        return _rows(_mlp(w, x, architecture, compute), compute), None
 
     x, _ = jax.lax.scan(jax.checkpoint(layer) if compute.remat else layer, x, params["layers"])
     return _norm(x, params["norm"], architecture, compute)
@@ -266,7 +296,7 @@ def _extend_layer(w, x, cache, positions, phases, architecture, compute):
     """Of a cache of one layer -> the layer's output, its keys and values."""
     q, k, v = _project(w, x, phases, architecture, compute)
     keys, values, seen = cache.attend(0, q, k, v, positions)
-    x = x + _linear(seen, w["o"], compute)
+    x = x + _out(w, seen, compute)
     return _mlp(w, x, architecture, compute), keys, values
 
 
@@ -280,17 +310,24 @@ def logits(params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     return fused.project(hidden, head(params))
 
 
-def _linear(x, weight, compute):
-    """x [..., in] times a weight [out, in] -> [..., out]"""
+def _rows(x, compute):
+    """Activations [row, position, width] stay where their rows are."""
+    return mesh_lib.constrain(x, ("batch", None, None), compute.mesh)
+
+
+def _linear(x, w, name, compute):
+    """x [..., in] times a layer's weight [out, in] -> [..., out]"""
+    weight = mesh_lib.gather(w[name].astype(compute.dtype), _AXES[name], compute.mesh)
     # One leading axis: the weight's gradient would contract several, for which XLA's CPU code transposes both sides.
-    out = fused.dot(x.reshape(-1, x.shape[-1]), weight.astype(compute.dtype), (1, 1), out_dtype=compute.dtype)
+    out = fused.dot(x.reshape(-1, x.shape[-1]), weight, (1, 1), out_dtype=compute.dtype)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _norm(x, gain, architecture, compute):
     x = x.astype(jnp.float32)
     x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + architecture.rms_norm_eps)
-    return (x * gain.astype(jnp.float32)).astype(compute.dtype)
+    gain = mesh_lib.gather(gain.astype(jnp.float32), ("embed",), compute.mesh)
+    return (x * gain).astype(compute.dtype)
 
 
 def _phases(positions, architecture):
@@ -308,8 +345,8 @@ def _rotate(x, phases):
 
 
 # Checkpointed: what lies between the products (norms, SwiGLU) is cheaper to make again in the backward pass than to
-# keep.
-# The products themselves are not made again, as nothing there needs what comes out of these functions.
+# keep, and a weight that fsdp splits is gathered again. The products themselves are not made again, as nothing there
+# needs what comes out of these functions.
 
 
 @functools.partial(jax.checkpoint, static_argnums=(3, 4))
@@ -317,10 +354,15 @@ def _project(w, x, phases, architecture, compute):
     """Rotated queries [row, position, head, head_dim], rotated keys and values (with their fewer heads)."""
     a = architecture
     h = _norm(x, w["attention_norm"], a, compute)
-    q = _linear(h, w["q"], compute).reshape(*x.shape[:2], a.num_attention_heads, a.head_dim)
-    k = _linear(h, w["k"], compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
-    v = _linear(h, w["v"], compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
+    q = _linear(h, w, "q", compute).reshape(*x.shape[:2], a.num_attention_heads, a.head_dim)
+    k = _linear(h, w, "k", compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
+    v = _linear(h, w, "v", compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
     return _rotate(q, phases), _rotate(k, phases), v
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _out(w, x, compute):
+    return _linear(x, w, "o", compute)
 
 
 def _mlp(w, x, architecture, compute):
@@ -331,9 +373,9 @@ def _mlp(w, x, architecture, compute):
 @functools.partial(jax.checkpoint, static_argnums=(2, 3))
 def _gate_up(w, x, architecture, compute):
     h = _norm(x, w["mlp_norm"], architecture, compute)
-    return _linear(h, w["gate"], compute), _linear(h, w["up"], compute)
+    return _linear(h, w, "gate", compute), _linear(h, w, "up", compute)
 
 
 @functools.partial(jax.checkpoint, static_argnums=3)
 def _down(w, gate, up, compute):
-    return _linear(jax.nn.silu(gate) * up, w["down"], compute)
+    return _linear(jax.nn.silu(gate) * up, w, "down", compute)

@@ -6,6 +6,7 @@ in, the batches and the padding do not enter the result (but through the roundin
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -40,6 +41,7 @@ def log_prob(
     Raises: ValueError for ids, lengths or shapes that cannot be.
     """
     tokens, lengths = _check(model, np.asarray(tokens), np.asarray(lengths), list(prefix))
+    compute = dataclasses.replace(compute, mesh=mesh)
     rows, width = tokens.shape[0], tokens.shape[1] - 1
     mask = np.arange(width) < lengths[:, None] - 1
     mask[:, : max(0, len(prefix) - 1)] = False
@@ -111,8 +113,13 @@ def _check(model, tokens, lengths, prefix):
     return tokens, lengths
 
 
+def lower(model: Model, tokens: jax.ShapeDtypeStruct, compute: Compute) -> jax.stages.Lowered:
+    """The program for a batch of these tokens [row, position], for a plan; `model.params` are shapes, too."""
+    return _score.lower(model.params, model.architecture, tokens, model.num_tokens, False, compute)
+
+
 @functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
 def _score(params, architecture: Architecture, tokens, num_tokens: int, entropy: bool, compute: Compute):
     hidden = model_lib.forward(params, architecture, tokens[:, :-1], compute=compute)
     head = model_lib.head(params)[:num_tokens]
-    return fused.linear_log_prob(hidden, head, tokens[:, 1:], entropy=entropy)
+    return fused.linear_log_prob(hidden, head, tokens[:, 1:], entropy=entropy, chunk=compute.chunk, mesh=compute.mesh)

@@ -7,6 +7,7 @@ rows or devices: sums and counts are put together before anything is divided. It
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def make(
     have a leading axis over them. `loss` is the cross-entropy by default; `guide` is what else it takes: a teacher's
     weights, say, which get no gradient, are not taken over, and may lie on the devices otherwise than the state does.
     """
-    loss = loss or cross_entropy(architecture, compute)
+    loss = loss or cross_entropy(architecture, dataclasses.replace(compute, mesh=mesh))
 
     def update(state: State, batch: Batch, guide: Any = None) -> tuple[State, Metrics]:
         found, gradient, count = _loss_and_gradient(loss, state.params, batch, guide)
@@ -177,7 +178,9 @@ def cross_entropy(architecture: Architecture, compute: Compute) -> Loss:
         )
         # what follows each token; of the last of a row nothing is learnt, so what rolls in does not matter
         labels = jnp.roll(part.tokens, -1, axis=-1)
-        return fused.linear_cross_entropy(hidden, model_lib.head(params), labels, part.mask), {}
+        head = model_lib.head(params)
+        found = fused.linear_cross_entropy(hidden, head, labels, part.mask, chunk=compute.chunk, mesh=compute.mesh)
+        return found, {}
 
     return loss
 

@@ -6,6 +6,7 @@ differentiated: outputs carry no gradient.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -61,7 +62,9 @@ def forward(
         chosen = jnp.take_along_axis(hidden, positions[..., None], axis=1)
         out = jnp.where((positions < lengths[:, None])[..., None], fused.project(chosen, head), 0)
     else:
-        log_probs, ids, tail = fused.linear_map(lambda logits: _top_k(logits, k), hidden, head)
+        log_probs, ids, tail = fused.linear_map(
+            lambda logits: _top_k(logits, k), hidden, head, chunk=compute.chunk, mesh=compute.mesh
+        )
         out = TopK(jnp.where(inside[..., None], log_probs, -jnp.inf), ids, jnp.where(inside, tail, -jnp.inf))
     return jax.lax.stop_gradient(out)
 
@@ -87,7 +90,7 @@ def over_mesh(
 
     Rows are filled up to a multiple of the devices they are split over, and cut again.
     """
-    run = jax.jit(_bound(model, want, k, compute))
+    run = jax.jit(_bound(model, want, k, dataclasses.replace(compute, mesh=mesh)))
     architecture = model.architecture
     params = jax.device_put(
         model.params, mesh_lib.shardings(model_lib.logical_axes(architecture), model_lib.abstract(architecture), mesh)

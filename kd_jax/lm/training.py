@@ -172,7 +172,8 @@ def _loop(runs: list[_Run], stop: Stop, distillation: Distillation | None) -> li
     with one.clock("checkpoints"):
         first = max(set.intersection(*(set(run.saved.steps()) for run in runs)), default=0)
         state = _stack([run.restore(first, optimizer) for run in runs])
-    architecture, compute, loss, guide = one.model.architecture, one.compute, None, None
+    architecture, loss, guide = one.model.architecture, None, None
+    compute = dataclasses.replace(one.compute, mesh=one.mesh)
     evaluate = step.evaluator(architecture, compute)
     if distillation is not None:
         guide = distill.guide(distillation)
