@@ -1,0 +1,90 @@
+"""What devices send each other in an update, by mesh: bytes of each kind of collective, from the compiled program.
+
+    python -m benchmarks.collectives [--json] [training|online [DATA,FSDP,TENSOR ...]]
+
+Virtual CPU devices, a small model, two rows for each device of data x fsdp. A number is the size of what one device has
+after the collectives, all rounds of a loop together; a ring sends about twice that for all-reduce, once for the others.
+XLA's CPU compiler makes no reduce-scatter: where a GPU or TPU has one (gradients over fsdp), there is an all-reduce of
+which each device takes its part.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from kd_jax import collectives, optim
+from kd_jax import mesh as mesh_lib
+from kd_jax.lm import batches, distill, step
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.model import Architecture, Compute, Model
+
+# Every axis has a size of its own, also when it is split over 2, 4 or 8 devices.
+STUDENT = Architecture(
+    vocab_size=2560, hidden_size=96, intermediate_size=224, num_hidden_layers=3, num_attention_heads=8,
+    num_key_value_heads=8, head_dim=12, rope_theta=10000.0,
+)  # fmt: skip
+TEACHER = dataclasses.replace(STUDENT, hidden_size=176, intermediate_size=464, num_hidden_layers=2)
+ROWS, LENGTH = 2, 36
+MESHES = (
+    (1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 2, 1), (4, 2, 1),
+    (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 2), (1, 4, 2),
+)  # fmt: skip
+POLICIES = ("training", "online")
+
+
+def compiled(policy: str, sizes: tuple[int, int, int], teacher_sizes: tuple[int, int, int] | None = None):
+    """The update of a student, learning text or from a teacher, over a mesh of these sizes."""
+    mesh = mesh_lib.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    compute = Compute(mesh=mesh, chunk_tokens=16)  # so that there are several chunks of logits
+    schedule = optim.wsd(1e-3, 100, 0.0, 0.0)
+    optimizer = optim.adamw(schedule)
+    rows = ROWS * mesh_lib.batch_devices(mesh)
+    where = mesh_lib.sharding((None, "batch", None), mesh)
+    dtypes = np.int32, np.int32, np.int32, bool
+    batch = batches.Batch(*(jax.ShapeDtypeStruct((1, rows, LENGTH), dtype, sharding=where) for dtype in dtypes))
+    arguments: list[Any] = [step.abstract(STUDENT, optimizer, mesh), batch]
+    loss = None
+    if policy == "online":
+        over = mesh_lib.make(*(teacher_sizes or sizes), devices=list(mesh.devices.flat))
+        distillation = distill.Distillation(distill.Settings("online"), Model(TEACHER, _weights(TEACHER, over)))
+        loss = distill.loss(distillation, Model(STUDENT, {}), compute)
+        arguments.append(distill.guide(distillation))
+    update = step.make(STUDENT, optimizer, schedule, compute, mesh, loss=loss)
+    return update.lower(*arguments).compile()
+
+
+def _weights(architecture: Architecture, mesh) -> Any:
+    shapes = model_lib.abstract(architecture)
+    where = mesh_lib.shardings(model_lib.logical_axes(architecture), shapes, mesh)
+    return jax.tree.map(lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, where)
+
+
+def main(argv: list[str]) -> None:
+    as_json = "--json" in argv
+    policies, meshes = [], []
+    for word in argv:
+        if word in POLICIES:
+            policies.append(word)
+        elif word != "--json":
+            meshes.append(tuple(map(int, word.split(","))))
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    if not as_json:
+        print(f"{'KiB a device and update':20}" + "".join(f"{kind:>20}" for kind in collectives.KINDS))
+    for policy in policies or POLICIES:
+        for sizes in meshes or MESHES:
+            # three more numbers are the teacher's mesh
+            found = collectives.read(compiled(policy, sizes[:3], sizes[3:] or None).as_text())
+            if as_json:
+                print(json.dumps([policy, sizes, [one._asdict() for one in found]]), flush=True)
+                continue
+            numbers = "".join(f"{size / 1024:20.1f}" for size in collectives.totals(found).values())
+            print(f"{policy:9} {','.join(map(str, sizes)):10}{numbers}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
