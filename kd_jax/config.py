@@ -12,7 +12,8 @@ from ml_collections import config_flags
 from kd_jax import cluster
 
 USAGE = (
-    "usage: {prog} --config FILE.py --workdir FOLDER [--overwrite] [--stages A,B] [--dry_run] [--flagfile FILE] "
+    "usage: {prog} --config FILE.py --workdir FOLDER [--overwrite] [--stages A,B] [--flagfile FILE] "
+    "[--dry_run [--device 8xH100] [--mfu 0.4] [--price_per_hour X]] "
     "[--coordinator_address HOST:PORT --num_processes N --process_id I] [--initialization_timeout SECONDS] "
     "[--heartbeat_timeout SECONDS] [--config.KEY=VALUE ...]"
 )
@@ -29,6 +30,9 @@ class Args(NamedTuple):
     processes: dict[str, Any] = {}
     initialization_timeout: int = 300
     heartbeat_timeout: int = 60
+    device: str = ""
+    mfu: float = 0.4
+    price_per_hour: float | None = None
 
 
 def parse(argv: Sequence[str]) -> Args:
@@ -58,10 +62,12 @@ def parse(argv: Sequence[str]) -> Args:
     _check_tuples(before, flatten(values.config.to_dict()))
     if not values.workdir:
         _fail("--workdir is missing (for example --workdir runs/gmm)")
+    if values.device and not values.dry_run:
+        _fail("--device is what --dry_run is to reckon with; a run takes the devices that are there")
     processes = {name: values[name].value for name in cluster.NAMES}
     return Args(
         values.config, values.workdir, values.overwrite, tuple(values.stages), values.dry_run, processes,
-        values.initialization_timeout, values.heartbeat_timeout,
+        values.initialization_timeout, values.heartbeat_timeout, values.device, values.mfu, values.price_per_hour,
     )  # fmt: skip
 
 
@@ -92,6 +98,9 @@ def _values(argv: list[str], overrides: bool) -> flags.FlagValues:
     flags.DEFINE_bool("overwrite", False, "Start the run in this folder again.", flag_values=values)
     flags.DEFINE_list("stages", [], "Of an experiment in stages, run these alone.", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "Show what there is to do and what it costs.", flag_values=values)
+    flags.DEFINE_string("device", "", "Show it for these devices, such as 8xH100.", flag_values=values)
+    flags.DEFINE_float("mfu", 0.4, "Share of their peak that training reaches.", flag_values=values)
+    flags.DEFINE_float("price_per_hour", None, "Of one of them.", flag_values=values)
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=values)
@@ -131,6 +140,9 @@ def _check_names(argv: list[str], fields: dict[str, Any]) -> None:
         "stages",
         "dry_run",
         "nodry_run",
+        "device",
+        "mfu",
+        "price_per_hour",
         *cluster.NAMES,
         "initialization_timeout",
         "heartbeat_timeout",

@@ -16,7 +16,7 @@ from kd_jax import config as config_lib
 
 # Modules by name, so that one experiment's run does not import the others. Each has validate(config), which raises
 # ValueError on bad values, and run(config, folder), which returns what to add to the manifest. Those in STAGED run in
-# stages: run also takes `only` (names) and `dry_run`, and returns None where the run is not at its end yet.
+# stages: run also takes `only` (names), `dry_run` and `target`, and returns None where the run is not at its end yet.
 EXPERIMENTS = {
     "gmm": "kd_jax.gmm.experiment",
     "gmm_frontier": "kd_jax.gmm.frontier",
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | None) -> None:
-    from kd_jax import distributed, report
+    from kd_jax import devices, distributed, report
     from kd_jax import run as run_lib
 
     start = time.perf_counter()
@@ -65,13 +65,17 @@ def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | No
     if processes is not None and not args.dry_run:
         distributed.start(processes, args.initialization_timeout, args.heartbeat_timeout)
     experiment = importlib.import_module(EXPERIMENTS[name])
-    experiment.validate(config)
     staged = name in STAGED
     if not staged and (args.stages or args.dry_run):
         raise ValueError(f"--stages and --dry_run are for experiments in stages ({', '.join(STAGED)}), not for {name}")
+    target = None
+    if args.device:
+        target = devices.target(args.device, args.mfu, args.price_per_hour)
+        devices.pretend(target.devices)
+    experiment.validate(config)
     if args.dry_run:
         if processes is None or not processes.process_id:
-            experiment.run(config, Path(args.workdir), dry_run=True)
+            experiment.run(config, Path(args.workdir), dry_run=True, target=target)
         return
 
     def open_run() -> tuple[str, bool, bool]:

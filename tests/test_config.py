@@ -126,3 +126,12 @@ def test_processes_are_those_of_the_flags(parse):
     args = parse("--coordinator_address=a:1", "--num_processes=2", "--process_id=1", "--initialization_timeout=9")
     assert args.processes == {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
     assert args.initialization_timeout == 9 and args.heartbeat_timeout == 60
+
+
+def test_devices_are_for_dry_runs(parse, capsys):
+    found = parse("--dry_run", "--device=8xH100", "--mfu=0.3", "--price_per_hour", "2.5")
+    assert (found.device, found.mfu, found.price_per_hour) == ("8xH100", 0.3, 2.5)
+    assert (parse().device, parse().mfu, parse().price_per_hour) == ("", 0.4, None)
+    with pytest.raises(SystemExit):
+        parse("--device=8xH100")
+    assert "--dry_run" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def arrange(
         raise ValueError(f"a sequence of {longest} ids is longer than max_length={layout.max_length}")
     length = layout.row_length or layout.max_length
     bins = _first_fit([len(ids) for ids in tokens], length) if layout.row_length else [[i] for i in range(len(tokens))]
-    rows = _num_rows(len(bins), layout)
+    rows = num_rows(len(bins), layout)
     batch = Batch(*(np.zeros((rows, length), dtype) for dtype in (np.int32, np.int32, np.int32, bool)))
     if targets is not None:
         like = targets[0]
@@ -228,7 +228,13 @@ def _first_fit(lengths: list[int], room: int) -> list[list[int]]:
     return bins
 
 
-def _num_rows(filled: int, layout: Layout) -> int:
+def most_rows(layout: Layout) -> int:
+    """Rows of an update, all parts together, whose sequences are as long as they can be."""
+    together = layout.row_length // layout.max_length if layout.row_length else 1
+    return num_rows(-(-layout.sequences // together), layout)
+
+
+def num_rows(filled: int, layout: Layout) -> int:
     """Rows of all parts together: at least `filled`, and one of a few numbers."""
     unit = layout.parts * layout.row_multiple
     most = -(-layout.sequences // unit) * unit

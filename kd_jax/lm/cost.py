@@ -64,28 +64,36 @@ def sampling(config, shape: Architecture | None, num_samples: int) -> dict[str, 
 def training(
     config, shape: Architecture | None, count: int, teacher: Architecture | None = None, rollouts: float = 0.0
 ) -> dict[str, Any]:
-    """Of `count` models; with a teacher that is run on all that is learnt, and a share of updates that sample first."""
+    """Of `count` models; with a teacher that is run on all that is learnt, and a share of updates that sample first.
+
+    Validation counts as operations, not as tokens.
+    """
     tokens = count * config.num_train * config.sampling.max_length * config.train.epochs
+    validated = count * config.num_validation * config.sampling.max_length * config.train.validations
     held = count * (4 + 12 * (config.train.keep + 1) * config.train.keep_checkpoints)
     # a rollout runs the student forward once more, at the pace of sampling
     passes = 3 + rollouts * SHARES["training"] / SHARES["sampling"]
     found = _cost("training", shape, tokens, passes, config, 0 if shape is None else held * shape.num_parameters)
-    if "flops" in found and teacher is not None:
-        found["flops"] += forward_flops(teacher, config.sampling.max_length) * tokens
+    found |= {"count": count, "teacher": teacher}
+    if shape is not None:
+        found["flops"] += forward_flops(shape, config.sampling.max_length) * validated
+    if shape is not None and teacher is not None:
+        found["flops"] += forward_flops(teacher, config.sampling.max_length) * (tokens + validated)
     return found
 
 
 def scoring(config, shape: Architecture | None, top_k: int) -> dict[str, Any]:
     """Of a corpus, its teacher's top_k ids recorded at each position."""
     tokens = (config.num_train + config.num_validation) * config.sampling.max_length
-    return _cost("scoring", shape, tokens, 1, config, 4 * tokens * (1 + top_k))
+    return _cost("scoring", shape, tokens, 1, config, 4 * tokens * (1 + top_k)) | {"top_k": top_k}
 
 
 def _cost(kind: str, shape: Architecture | None, tokens: int, passes: int, config, disk: float) -> dict[str, Any]:
     if shape is None:
-        return {"kind": kind, "tokens": tokens}
+        return {"kind": kind, "tokens": tokens, "shape": None}
     flops = passes * forward_flops(shape, config.sampling.max_length) * tokens
-    return {"kind": kind, "parameters": shape.num_parameters, "tokens": tokens, "flops": flops, "disk": disk}
+    about = {"kind": kind, "parameters": shape.num_parameters, "tokens": tokens, "flops": flops, "disk": disk}
+    return about | {"shape": shape}
 
 
 def evaluation(config, shape: Architecture | None) -> dict[str, Any]:

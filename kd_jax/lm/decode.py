@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
@@ -174,6 +174,46 @@ def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p
     )  # fmt: skip
 
 
+def lower(
+    model: Model, prompt_length: int, *, max_length: int, batch_size: int, compute: Compute = DEFAULT,
+    mesh: Mesh | None = None,
+) -> jax.stages.Lowered:  # fmt: skip
+    """The device program of `stream` where every slot has all of its pages, for a plan; nothing is run.
+
+    `model.params` are shapes, with shardings over the mesh if there is one.
+    """
+    prompts = [[0] * prompt_length]
+    devices = mesh_lib.batch_devices(mesh)
+    slots = -(-batch_size // devices) * devices
+    width = -(-max_length // PAGE) * PAGE
+    params = _unstacked(model.params)
+
+    def prefill(params, prompt):
+        return _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
+
+    pages = jax.eval_shape(prefill, params, jax.ShapeDtypeStruct((prompt_length,), jnp.int32))
+    state = _empty(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0)
+    if mesh is not None:
+        state = jax.tree.map(
+            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, _shardings(mesh, state)
+        )
+    settings = _settings(model, prompts, 1, max_length, 1.0, None, None, 0)
+    return slots_lib.run.lower(state, params, settings, model.architecture, compute, 1)
+
+
+def _unstacked(params):
+    """The shapes that `model_lib.unstack` makes, each layer split as the stack is."""
+
+    def one(leaf):
+        sharding = leaf.sharding
+        if isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+
+    count = len(next(iter(params["layers"].values())))
+    return {**params, "layers": (jax.tree.map(one, params["layers"]),) * count}
+
+
 def _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh) -> State:
     """Idle slots, and nothing done; with one prompt, its keys and values already lie in every slot."""
     devices = mesh_lib.batch_devices(mesh)
@@ -184,16 +224,20 @@ def _start(model, params, prompts, settings, first, batch_size, max_length, comp
     # rows are rounded up so that other lengths find the same program compiled
     width = -(-max_length // PAGE) * PAGE
     cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
-    state = State(
-        cache=cache, slots=_rows(slots, width), active=np.zeros(slots, bool), done=_rows(slots_lib.DONE * slots, width),
-        num_done=np.int32(0), next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
-    )  # fmt: skip
+    state = _empty(cache, slots, width, first)
     # Committed to where the parameters are, as what `_run` returns is: otherwise the second call compiles again.
     where = next(iter(cache.owner.devices())) if mesh is None else _shardings(mesh, state)
     if not distributed.several():
         return jax.device_put(state, where)
     place = {True: jax.device_put, False: distributed.spread}  # from the devices, from every host
     return jax.tree.map(lambda leaf, to: place[isinstance(leaf, jax.Array)](leaf, to), state, where)
+
+
+def _empty(cache: Pages, slots: int, width: int, first: int) -> State:
+    return State(
+        cache=cache, slots=_rows(slots, width), active=np.zeros(slots, bool), done=_rows(slots_lib.DONE * slots, width),
+        num_done=np.int32(0), next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
+    )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax import cache, distributed, stages
+from kd_jax.devices import Target
 from kd_jax.lm import (
     arms,
     cost,
@@ -19,6 +20,7 @@ from kd_jax.lm import (
     estimates,
     evaluation,
     ingest,
+    planning,
     resumable,
     roles,
     top_k,
@@ -42,14 +44,17 @@ def validate(config) -> None:
     settings_lib.validate(config)
 
 
-def run(config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = False) -> dict[str, Any] | None:
+def run(
+    config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = False, target: Target | None = None
+) -> dict[str, Any] | None:
     """Runs the chain into the run folder, or what is left of it; returns what to add to the manifest.
 
     With `only`, the stages of these groups; without "evaluation" among them there is no report yet, and None is
-    returned. With `dry_run` the stages are shown, nothing is written, and None is returned.
+    returned. With `dry_run` the stages are shown, nothing is written, and None is returned; `target` are the devices to
+    reckon with, of which kd_jax.devices.pretend has been told.
     """
     if dry_run:
-        _show(config, folder)
+        _show(config, folder, target)
         return None
     settings_lib.check_teacher(config)
     chain = plan(config, roles.p_star_identity(config))
@@ -65,7 +70,7 @@ def run(config, folder: Path, *, only: tuple[str, ...] = (), dry_run: bool = Fal
     return evaluate(config, folder, chain)
 
 
-def _show(config, folder: Path) -> None:
+def _show(config, folder: Path, target: Target | None) -> None:
     try:
         identity = roles.p_star_identity(config)
     except (RunError, OSError) as error:
@@ -75,7 +80,14 @@ def _show(config, folder: Path) -> None:
     where = stages.folders(folder, chain)
     costs = {stage.name: stage.cost for stage in chain}
     costs["evaluation"] = cost.evaluation(config, PRESETS.get(config.p_star.architecture))
-    cost.show(config.compute.dtype, costs, lambda name: name in where and stages.finished(where[name]))
+
+    def finished(name: str) -> bool:
+        return name in where and stages.finished(where[name])
+
+    if target is None:
+        cost.show(config.compute.dtype, costs, finished)
+    else:
+        planning.show(config, costs, finished, target)
 
 
 # The chain

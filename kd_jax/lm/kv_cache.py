@@ -194,6 +194,15 @@ def keep(pages: Pages, slots: jax.Array) -> Pages:
     )
 
 
+def resized(pages: Pages, num_pages: int) -> Pages:
+    """The shapes of a pool of another size, from the shapes of one."""
+
+    def one(leaf):
+        return jax.ShapeDtypeStruct((leaf.shape[0], num_pages, *leaf.shape[2:]), leaf.dtype)
+
+    return jax.tree.map(one, pages)._replace(table=pages.table)
+
+
 def _attend(keys, values, owner, order, table, q, k, v, position):
     """`Pages.attend` in one group; q, k, v [slot, head, width], position [slot]."""
     nth = position // PAGE

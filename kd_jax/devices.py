@@ -1,0 +1,151 @@
+"""Accelerators by name: what a plan reckons with (`--dry_run --device 8xH100`)."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import NamedTuple
+
+import jax
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """One device, as JAX counts them.
+
+    Attributes:
+        memory: GiB.
+        bfloat16: peak FLOP/s of dense products of bfloat16 (float16 is the same).
+        float32: the same of real float32, which is what kd_jax asks for where arrays are float32.
+        bandwidth: bytes a second of its memory.
+        usable: the share of the memory that JAX takes for itself unless it is told otherwise.
+        cpu: whether it is this machine.
+    """
+
+    memory: float
+    bfloat16: float
+    float32: float
+    bandwidth: float
+    usable: float = 0.75  # of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION
+    cpu: bool = False
+
+
+def _tpu(memory: float, bfloat16: float, bandwidth: float) -> Chip:
+    # float32 is six products of bfloat16 there (jax.lax.Precision.HIGHEST)
+    return Chip(memory, bfloat16, bfloat16 / 6, bandwidth, usable=0.97)
+
+
+# From NVIDIA's data sheets (those titled "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "HGX
+# B200", "L4", "L40S" and the Ada GPU architecture white paper). Tensor cores without sparsity, where a sheet gives the
+# number with sparsity half of it; float32 is that of the ordinary cores; SXM boards unless the name says PCIe.
+GPUS = {
+    "A100-40GB": Chip(40, 312e12, 19.5e12, 1.555e12),
+    "A100-80GB": Chip(80, 312e12, 19.5e12, 2.039e12),
+    "H100": Chip(80, 989e12, 67e12, 3.35e12),
+    "H100-PCIe": Chip(80, 756e12, 51e12, 2.0e12),
+    "H200": Chip(141, 989e12, 67e12, 4.8e12),
+    "B200": Chip(180, 2250e12, 80e12, 8.0e12),
+    "L4": Chip(24, 121e12, 30.3e12, 0.3e12),
+    "L40S": Chip(48, 362e12, 91.6e12, 0.864e12),
+    "RTX4090": Chip(24, 165e12, 82.6e12, 1.008e12),
+}
+# From Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e": a chip. JAX takes a chip for one device.
+TPUS = {
+    "v4": _tpu(32, 275e12, 1.2e12),
+    "v5e": _tpu(16, 197e12, 0.819e12),
+    "v5p": _tpu(95, 459e12, 2.765e12),
+    "v6e": _tpu(32, 918e12, 1.64e12),
+}
+# The number in such a name counts TensorCores, of which a chip has two; in the others it counts chips.
+_COUNTS_CORES = ("v4", "v5p")
+_SLICES = (1, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Devices(NamedTuple):
+    """So many of one kind; `name` is as it was asked for."""
+
+    name: str
+    count: int
+    chip: Chip
+
+
+class Target(NamedTuple):
+    """What a plan is for.
+
+    Attributes:
+        devices: those that there would be.
+        mfu: the share of their peak that training and scoring reach (model FLOPs utilisation).
+        price_per_hour: of one device, in whatever currency; None where it is not known.
+    """
+
+    devices: Devices
+    mfu: float = 0.4
+    price_per_hour: float | None = None
+
+
+def target(text: str, mfu: float, price_per_hour: float | None) -> Target:
+    """The same from the command line. Raises ValueError for a number that cannot be, and as `parse` does."""
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu={mfu} must be above 0 and at most 1")
+    if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
+        raise ValueError(f"--price_per_hour={price_per_hour} must be 0 or above and finite")
+    return Target(parse(text), mfu, price_per_hour)
+
+
+def parse(text: str) -> Devices:
+    """What --device means: "8xH100", "H200", "v5e-64" (or "v5litepod-64"), "v4-32", "1xCPU" for this machine.
+
+    Raises ValueError, with all that is known, for another name, and for a number that there is no TPU slice of.
+    """
+    words = re.fullmatch(r"(?:([1-9]\d*)x)?([\w-]+)", text)
+    count, name = (int(words[1] or 1), words[2]) if words else (1, text)
+    if name.lower() == "cpu":
+        if count != 1:
+            raise ValueError(f"--device={text}: the CPU is that of this machine, 1xCPU")
+        return Devices(text, 1, _this_machine())
+    for known, chip in GPUS.items():
+        if name.lower() == known.lower():
+            return Devices(text, count, chip)
+    kind, _, number = name.lower().replace("v5litepod", "v5e").partition("-")
+    if kind not in TPUS or not number.isdecimal():
+        raise ValueError(f"--device={text} is not known. These are:\n{known_devices()}")
+    return _slice(text, kind, int(number), count)
+
+
+def _slice(text: str, kind: str, number: int, count: int) -> Devices:
+    if count != 1:
+        raise ValueError(f"--device={text}: several TPU slices in one run are not reckoned with; name one")
+    if kind not in _COUNTS_CORES:
+        if number not in _SLICES:
+            raise ValueError(f"--device={text}: a {kind} slice has {', '.join(map(str, _SLICES))} chips, not {number}")
+        return Devices(text, number, TPUS[kind])
+    if number < 8 or number % 8:
+        raise ValueError(
+            f"--device={text}: the number of a {kind} counts TensorCores, two a chip and four chips a host: 8, 16, ..."
+        )
+    return Devices(text, number // 2, TPUS[kind])
+
+
+def known_devices() -> str:
+    """A line for each."""
+    lines = [f"  {'NxNAME':14} {'memory, GiB':>11} {'bf16 TFLOP/s':>13}"]
+    lines += [f"  {'8x' + name:14} {chip.memory:11.0f} {chip.bfloat16 / 1e12:13.0f}" for name, chip in GPUS.items()]
+    for name, chip in TPUS.items():
+        counts = "TensorCores" if name in _COUNTS_CORES else "chips"
+        lines.append(f"  {name + '-N':14} {chip.memory:11.0f} {chip.bfloat16 / 1e12:13.0f}  a chip; N counts {counts}")
+    return "\n".join([*lines, "  1xCPU          this machine, measured"])
+
+
+def pretend(devices: Devices) -> None:
+    """Makes JAX see as many CPU devices as there are, so that programs for them can be compiled here.
+
+    Raises RuntimeError where JAX has started already.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices.count)
+
+
+def _this_machine() -> Chip:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return Chip(memory, float("nan"), float("nan"), float("nan"), usable=1.0, cpu=True)
