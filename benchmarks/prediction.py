@@ -1,0 +1,138 @@
+"""What `--dry_run --device 1xCPU` says of a training, beside that training: memory of an update, and time.
+
+    python -m benchmarks.prediction [CASE ...]
+
+Three processes for each case: what is predicted; by how much an update (weights and moments included, the compiler not)
+makes the peak memory of its process grow; and the training itself on rows of random ids, twice, as the first compiles.
+Time is that of all updates, validations and reading of data, and beside it the whole with checkpoints.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.lm import memory
+from configs import lm
+from kd_jax import cache, devices
+from kd_jax.lm import batches, corpus, cost, footprint, planning, step, training
+from kd_jax.lm import settings as settings_lib
+from kd_jax.lm.model import Compute, Model
+
+# Student, rows of an update, length, updates. The vocabulary is SmolLM2's, 49152.
+CASES = {
+    "smollm2-135m": ({"preset": "smollm2-135m"}, 8, 64, 5),
+    "2 layers x 128": ({"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}, 24, 48, 30),
+}
+
+
+def config_of(name: str):
+    student, rows, length, updates = CASES[name]
+    config = lm.get_config()
+    config.p_star.architecture = "smollm2-135m"
+    config.student.update(student)
+    config.num_train, config.num_validation, config.sampling.max_length = rows * updates, 2 * rows, length
+    config.train.update(epochs=1, batch_size=rows, validations=1, log_every=1)
+    return config
+
+
+def predicted(name: str) -> dict:
+    config = config_of(name)
+    target = devices.target("1xCPU", 0.4, None)
+    about = cost.training(config, settings_lib.shape(config, "student"), 1)
+    program = footprint.programs(config, {name: about}, {}, target)[name]
+    by_share = planning.seconds(config, about, target)
+    return {
+        "memory": program.memory.total,
+        "seconds": planning.seconds(config, about, target, program),
+        "by_share": by_share,
+    }
+
+
+def update(name: str) -> dict:
+    """Growth of the peak by a state and two updates."""
+    config = config_of(name)
+    shape, settings = settings_lib.shape(config, "student"), settings_lib.training_settings(config)
+    optimizer, schedule = settings.optimizer(100), settings.schedule(100)
+    layout = footprint.layout(config, None)
+    tokens = list(_tokens(layout.sequences, layout.max_length))
+    batch = batches.arrange(tokens, np.ones(len(tokens), int), layout)
+    make = step.make(shape, optimizer, schedule, Compute(**config.compute))
+    compiled = make.lower(step.abstract(shape, optimizer), jax.tree.map(jnp.asarray, batch)).compile()
+    step.init(jax.random.key(0), shape, optimizer)  # compiled, too, and freed again
+    held = memory()
+    state = step.init(jax.random.key(0), shape, optimizer)
+    for _ in range(2):
+        state, _ = jax.block_until_ready(compiled(state, step.place(batch, None)))
+    return {"memory": (memory(peak=True) - held) * 2**20}
+
+
+def trained(name: str) -> dict:
+    """Where the time of the training goes, by training.json."""
+    cache.enable_compilation_cache()
+    config = config_of(name)
+    shape, settings = settings_lib.shape(config, "student"), settings_lib.training_settings(config)
+    with tempfile.TemporaryDirectory() as folder:
+        held = _corpus(Path(folder) / "corpus", config)
+        for run in ("first", "second"):
+            members = [training.Member(held, 0, Path(folder) / run)]
+            found = training.train(settings, Model(shape, {}), members, compute=Compute(**config.compute))[0]
+    return found["seconds"]
+
+
+def _tokens(rows: int, length: int) -> np.ndarray:
+    """Ids without an EOS (0), after a prompt (1)."""
+    tokens = np.random.default_rng(0).integers(2, 49152, (rows, length)).astype(np.int32)
+    tokens[:, 0] = 1
+    return tokens
+
+
+def _corpus(folder: Path, config) -> corpus.Corpus:
+    rows, length = config.num_train + config.num_validation, config.sampling.max_length
+    about = {
+        "source": "random", "model_fingerprint": "0", "tokenizer_fingerprint": None, "dtype": "float32", "prompt": None,
+        "prompt_ids": [1], "eos_ids": [0], "sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 0,
+        "max_length": length, "num_samples": rows, "shard_size": 4096,
+    }  # fmt: skip
+    zeros = np.zeros((rows, length), np.float32)
+    samples = SimpleNamespace(
+        index=np.arange(rows), tokens=_tokens(rows, length), lengths=np.full(rows, length, np.int32),
+        prompt_lengths=np.ones(rows, np.int32), finished=np.zeros(rows, bool), log_probs=zeros,
+        sample_log_probs=zeros, utilisation=1.0, steps=1,
+    )  # fmt: skip
+    return corpus.write(corpus.create_or_resume(folder, about, command="benchmarks.prediction"), [samples])
+
+
+PARTS = {"predicted": predicted, "update": update, "trained": trained}
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) == 2 and argv[0] in PARTS:
+        print(json.dumps(PARTS[argv[0]](argv[1])))
+        return
+    for name in argv or CASES:
+        found = {}
+        for part in PARTS:
+            command = [sys.executable, "-m", "benchmarks.prediction", part, name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[part] = json.loads(done.stdout.strip().splitlines()[-1])
+        said, took = found["predicted"], found["trained"]
+        need, work = found["update"]["memory"], took["updates"] + took["validation"] + took["data"]
+        print(
+            f"{name}: memory {said['memory'] / 2**20:.0f} MiB predicted, {need / 2**20:.0f} measured "
+            f"({said['memory'] / need - 1:+.0%}); time {said['seconds']:.1f} s predicted, {work:.1f} measured "
+            f"({said['seconds'] / work - 1:+.0%}), with checkpoints and logging {took['total']:.1f} "
+            f"({said['seconds'] / took['total'] - 1:+.0%}); by the share of cost.SHARES it would be "
+            f"{said['by_share']:.1f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
