@@ -144,7 +144,8 @@ def sums(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> 
 def largest(values: jax.Array) -> jax.Array:
     """Maximum over the last axis, which is kept."""
     *rest, size = values.shape
-    if jax.default_backend() != "cpu" or size % 8:
+    # over several devices the lanes would be on different ones, which then would send an eighth of the logits
+    if jax.default_backend() != "cpu" or jax.device_count() > 1 or size % 8:
         return values.max(axis=-1, keepdims=True)
     # In two steps, the second a minimum: XLA would make one of them, and on CPUs that a part of the product before it,
     # which takes longer with it.
