@@ -1,4 +1,4 @@
-# make gmm | laptop | test | cluster | parity | lint | bench | clean. The first one called builds .venv.
+# make gmm | laptop | test | cluster | fuzz | parity | lint | bench | clean. The first one called builds .venv.
 # PYTHON=/path/to/python picks the interpreter; otherwise the first that really runs and is 3.11 to 3.13
 # (a version manager's shim can exist on PATH and still refuse to run, so each is tried).
 PYTHON ?=
@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-dev
 
-.PHONY: gmm laptop test cluster parity lint bench clean
+.PHONY: gmm laptop test cluster fuzz parity lint bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
@@ -50,6 +50,11 @@ test: $(STAMP)
 # several processes, and long rounds of faults: half an hour on two cores; SLURM's need it installed, and root
 cluster: $(STAMP)
 	$(PY) -m pytest -q -m cluster tests
+
+# damaged files for every loader, by seed; `make test` has a short form of it
+SEED ?= 0
+fuzz: $(STAMP)
+	$(PY) -m tests.faults.fuzz --seconds 300 --seed $(SEED)
 
 parity: $(PEERS)
 	$(PY) -m pytest -q -m parity tests

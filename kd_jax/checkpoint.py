@@ -20,6 +20,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from kd_jax import untrusted
 from kd_jax.errors import RunError, number
 from kd_jax.fingerprint import fingerprint
 
@@ -55,7 +56,7 @@ class Checkpoints:
         for there in self._folder.glob("[0-9]*"):
             if there.name.isdigit():  # else it is what a kill has left
                 _check_metrics(there)
-        with _writing(self._folder):
+        with _opening(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def _goodness(self, metrics: dict[str, float]) -> float:
@@ -115,6 +116,7 @@ class Checkpoints:
         """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
         with _reading(self.folder(step)):
+            untrusted.check_json(self.folder(step))
             found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
         self._check(step, {name: fingerprint(tree) for name, tree in found.items()})
         return found
@@ -122,7 +124,10 @@ class Checkpoints:
     def values(self, step: int) -> dict[str, Any]:
         """The plain values that were saved with `step`. Raises RunError where they are not those."""
         with _reading(self.folder(step)):
+            untrusted.check_json(self.folder(step) / "about")
             found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
+            if not isinstance(found, dict):
+                raise ValueError("about is not a JSON object")
         self._check(step, {"about": _digest(found)})
         return found
 
@@ -137,14 +142,14 @@ class Checkpoints:
 def sums(folder: Path) -> dict[str, str] | None:
     """The fingerprint of each item of a step that was saved in `folder`; None where it was saved without any."""
     path = folder / _SUMS / "metadata"  # orbax's name for an item that is JSON
-    return json.loads(path.read_bytes()) if path.exists() else None
+    return untrusted.parse_json(untrusted.text(path)) if path.exists() else None
 
 
 def _check_metrics(folder: Path) -> None:
     """Raises RunError where the metrics of a step are not those it was saved with: by them steps stay or go."""
     path = folder / "metrics" / "metrics"  # orbax's name
     with _reading(folder):
-        saved, there = sums(folder), json.loads(path.read_bytes()) if path.exists() else None
+        saved, there = sums(folder), untrusted.parse_json(untrusted.text(path)) if path.exists() else None
     if saved is not None and there is not None and saved.get("metrics") != _digest(there):
         raise _damaged(folder, "its metrics are not what was saved")
 
@@ -163,6 +168,18 @@ def _writing(folder: Path) -> Iterator[None]:
         if code is None:
             raise
         raise OSError(code, os.strerror(code), str(folder)) from error
+
+
+@contextlib.contextmanager
+def _opening(folder: Path) -> Iterator[None]:
+    """As `_writing`; what the operating system has no part in is damage."""
+    try:
+        with _writing(folder):
+            yield
+    except OSError:
+        raise
+    except Exception as error:  # orbax and tensorstore raise no narrower class
+        raise _damaged(folder, f"{type(error).__name__}: {str(error)[:200]}") from error
 
 
 @contextlib.contextmanager

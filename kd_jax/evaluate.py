@@ -6,7 +6,6 @@ python -m kd_jax.evaluate --p_star SOURCE --model [NAME=]SOURCE ... --corpus FOL
 
 import argparse
 import datetime
-import json
 import math
 import platform
 import re
@@ -192,7 +191,7 @@ def _arm(name: str) -> tuple[str, float | None, int | None]:
 
 def _check_folder(out: Path) -> None:
     """Raises RunError for a folder that holds other things: a run's, say, whose metrics.jsonl would be replaced."""
-    from kd_jax.run import RunError
+    from kd_jax.run import RunError, read_json
 
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; it has to be a folder")
@@ -201,8 +200,8 @@ def _check_folder(out: Path) -> None:
     if not there:
         return
     try:
-        ours = json.loads((out / "manifest.json").read_text(encoding="utf-8")).get("kind") == "evaluation"
-    except (FileNotFoundError, ValueError, AttributeError):
+        ours = read_json(out / "manifest.json").get("kind") == "evaluation"
+    except (FileNotFoundError, RunError):
         ours = False
     if not ours:
         raise RunError(f"--out {out} holds something else than an evaluation ({there[0]}); choose another folder")

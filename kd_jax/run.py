@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -23,6 +22,7 @@ import ml_collections
 import numpy as np
 
 import kd_jax
+from kd_jax import untrusted
 from kd_jax.config import flatten, to_dict
 from kd_jax.errors import RunError, writing
 
@@ -181,15 +181,33 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, _dump(value, indent=2) + "\n")
 
 
-def read_json(path: Path, error: type[Exception] = RunError, *, hint: str = "") -> dict[str, Any]:
-    """The object in a JSON file. Raises `error`, which names the file and ends in `hint`, where it holds no object."""
+def read_json(
+    path: Path, error: type[Exception] = RunError, *, needs: dict[str, Any] | None = None, hint: str = ""
+) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises `error`, which names the file and ends in `hint`, where it holds no object, or one without a value of the
+    type that `needs` has for a key; OSError for one that cannot be read.
+    """
+    path = Path(path)
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = untrusted.parse_json(untrusted.text(path))
     except ValueError as reason:
         raise error(f"{path} is not JSON ({reason}){hint}") from reason
     if not isinstance(value, dict):
         raise error(f"{path} is not a JSON object{hint}")
+    problem = _lack(value, needs or {})
+    if problem:
+        raise error(f"{path} {problem}{hint}")
     return value
+
+
+def _lack(value: dict[str, Any], needs: dict[str, Any]) -> str | None:
+    """What an object does not have of a value of each of these types."""
+    for key, kind in needs.items():
+        if not isinstance(value.get(key), kind):
+            return f"has no {key}" if key not in value else f"has {key}={value[key]!r:.40}, which it cannot be"
+    return None
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -204,39 +222,43 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write(text)
 
 
-def read_rows(path: Path, *, cut: bool = False) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file, none where there is no file; RunError names a line that is broken.
+def read_rows(path: Path, needs: dict[str, Any] | None = None, *, cut: bool = False) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, none where there is no file.
 
     With `cut` a last line without an end is left out: it is what a kill or a full disk leaves of an `append_rows`.
+    RunError names a line that is broken, or has no value of the type that `needs` has for a key.
     """
     path = Path(path)
     if not path.exists():
         return []
-    data, rows = path.read_bytes(), []
-    try:
-        text = (data[: data.rfind(b"\n") + 1] if cut else data).decode()
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path} is not UTF-8 text ({error})") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RunError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise RunError(f"{path}, line {number}: not a row (a JSON object)")
-        rows.append(_decode(row))
+    rows = []
+    # not the whole at once, and not by splitlines: U+2028 ends a line for it, and may be in a JSON string as it is
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip() and not (cut and not line.endswith(b"\n")):
+                rows.append(_row(line, f"{path}, line {number}", needs or {}))
     return rows
+
+
+def _row(line: bytes, where: str, needs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        row = untrusted.parse_json(str(line, "utf-8"))
+    except ValueError as error:
+        raise RunError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise RunError(f"{where}: not a row (a JSON object)")
+    problem = _lack(row, needs)
+    if problem:
+        raise RunError(f"{where} {problem}")
+    return _decode(row)
 
 
 def read_arrays(path: Path, *, hint: str = "") -> dict[str, np.ndarray]:
     """The arrays of an .npz. Raises RunError, which names the file and ends in `hint`, where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (ValueError, KeyError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} is damaged ({error}){hint}") from error
+        return untrusted.arrays(path)
+    except ValueError as error:
+        raise RunError(f"{error}{hint}") from error
 
 
 def _reopen(folder: Path, config: ml_collections.ConfigDict, argv: Sequence[str]) -> Run:

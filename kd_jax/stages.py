@@ -58,9 +58,14 @@ def folders(workdir: Path, stages: Iterable[Stage]) -> dict[str, Path]:
 
 
 def about(folder: Path) -> dict[str, Any] | None:
-    """What stage.json says of a stage; None where it has not begun."""
+    """What stage.json says of a stage; None where it has not begun. RunError where the file is damaged."""
     path = folder / "stage.json"
-    return read_json(path, hint=again(folder)) if path.exists() else None
+    if not path.exists():
+        return None
+    there = read_json(path, needs={"status": str, "starts": int, "seconds": int | float}, hint=again(folder))
+    if there["status"] == "finished" and "result" not in there:
+        raise RunError(f"{path} says that the stage is finished, and has no result{again(folder)}")
+    return there
 
 
 def finished(folder: Path) -> bool:

@@ -47,7 +47,7 @@ def test_mixture_stands_beside_the_language_model_when_both_are_given(tmp_path):
         ({"config.json": '{"experiment": "lm"}', "metrics.jsonl": '{"kind": \n'}, "metrics.jsonl, line 1: not JSON"),
         ({"config.json": '{"experiment": "gmm"}', "metrics.jsonl": '{"kind": "stage"}'}, "row 1: no dim"),
         ({"config.json": '{"experiment": "lm"}', "metrics.jsonl": '{"beta": 1.0}'}, "row 1: no kind"),
-        ({"config.json": '{"experiment": "lm"}', "metrics.jsonl": b"\xff"}, "metrics.jsonl is not UTF-8"),
+        ({"config.json": '{"experiment": "lm"}', "metrics.jsonl": b"\xff"}, "metrics.jsonl, line 1: not JSON ('utf-8'"),
     ],
 )
 def test_bad_folder_is_one_line_naming_it_and_code_2(tmp_path, capsys, files, said):

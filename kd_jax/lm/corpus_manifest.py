@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 import kd_jax
+from kd_jax import untrusted
 from kd_jax.errors import again
 from kd_jax.run import RunError, read_json
 
@@ -31,6 +32,7 @@ DATA_SETTINGS = (
 KINDS = {"samples": SETTINGS, "data": DATA_SETTINGS}
 # Of either kind, where a teacher was recorded: what the columns of it are a function of (kd_jax.lm.top_k.settings).
 OPTIONAL = ("teacher",)
+_SHARD = {"file": str, "first": int, "rows": int, "tokens": int, "finished": int, "bytes": int, "sha256": str}
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -49,20 +51,21 @@ def read(folder: Path) -> dict[str, Any] | None:
     if manifest.get("format") != FORMAT:
         raise RunError(f"{path} is of format {manifest.get('format')}; this version reads format {FORMAT}")
     try:
-        _check(manifest)
-    except (KeyError, TypeError, ValueError) as error:
+        _check(folder, manifest)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {type(error).__name__}: {error}{again(folder)}") from error
     return manifest
 
 
-def _check(manifest: dict[str, Any]) -> None:
+def _check(folder: Path, manifest: dict[str, Any]) -> None:
     settings = manifest["settings"]
     check_settings(settings, manifest["kind"])
     first = 0
     for shard in manifest["shards"]:
-        path = PurePosixPath(shard["file"])
-        if path.is_absolute() or ".." in path.parts or "\\" in shard["file"]:
-            raise ValueError(f"shard {shard['file']!r} lies outside the folder")
+        untrusted.inside(folder, shard["file"])
+        wrong = [key for key, kind in _SHARD.items() if type(shard[key]) is not kind]
+        if wrong:
+            raise ValueError(f"shard {shard['file']!r} has {wrong[0]}={shard[wrong[0]]!r:.40}")
         due = first, min(settings["shard_size"], settings["num_samples"] - first)
         if (shard["first"], shard["rows"]) != due:
             raise ValueError(f"shard {shard['file']!r} is not the {due[1]} rows from row {first} on")
@@ -78,7 +81,7 @@ def check_settings(settings: dict[str, Any], kind: str) -> None:
     if wrong:
         raise ValueError(f"settings of {kind} are to be exactly {', '.join(KINDS[kind])}; not so: {', '.join(wrong)}")
     for key in ("num_samples", "shard_size", "max_length"):
-        if not (isinstance(settings[key], int) and settings[key] >= 1):
+        if type(settings[key]) is not int or settings[key] < 1:
             raise ValueError(f"{key}={settings[key]!r} must be an integer from 1")
     # the lists in a shard have 32-bit offsets
     if settings["shard_size"] * settings["max_length"] >= 2**31:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import collections
 import glob
+import gzip
 import hashlib
+import itertools
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +21,7 @@ import pyarrow as pa
 from huggingface_hub import errors as hub_errors
 from tqdm import tqdm
 
+from kd_jax import untrusted
 from kd_jax.lm import shards
 from kd_jax.lm.tokenizer import Tokenizer
 from kd_jax.run import RunError
@@ -30,6 +34,9 @@ SOURCES = (
 _READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 _BATCH = 1000
+_DEEPEST, _LONGEST_LINE = 500, 1 << 28
+# Of a line of JSON: strings (empty in what findall gives), brackets, and null.
+_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([\[\]{}]|null)')
 
 
 class Documents(NamedTuple):
@@ -103,19 +110,66 @@ def load(source: str, *, split: str, subset: str | None, streaming: bool, revisi
         where = {"path": repository, "name": subset, "split": split, "revision": revision or asked}
     else:
         where = {"path": str(Path(source).expanduser()), "name": subset, "split": split}
+    for file in files or map(str, Path(source).expanduser().rglob("*")):
+        if _reader(file) == "json" and Path(file).is_file():
+            _check_json(file)
     try:
+        listed = datasets.load_dataset_builder(**{key: value for key, value in where.items() if key != "split"})
+        _check_places(where["path"], None if files else listed.config.data_files)
         return datasets.load_dataset(**where, streaming=streaming)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        # where the library failed to read a file, the reason is what made it fail
-        reason = error.__cause__ or error
-        raise RunError(f"cannot read {source} as data: {type(reason).__name__}: {reason}") from error
+    except RunError:
+        raise
+    except Exception as error:  # the library raises no narrower class
+        raise _unreadable(source, error) from error
+
+
+def _check_places(source: str, listed: dict[str, list[str]] | None) -> None:
+    """RunError where the README of a folder, or of a data set on the hub, names files that lie elsewhere here."""
+    here = Path(source).is_dir()
+    roots = (Path(source).absolute(), Path(source).resolve()) if here else ()
+    for file in itertools.chain.from_iterable((listed or {}).values()):
+        root = next((root for root in roots if Path(file).is_relative_to(root)), None)
+        try:
+            if root is not None:
+                untrusted.inside(root, Path(file).relative_to(root).as_posix())
+            elif here or "://" not in file:
+                raise ValueError(f"{file!r} lies outside the folder")
+        except ValueError as error:
+            raise RunError(f"{source}: what it names as its data, {error}") from error
+
+
+def _check_json(file: str) -> None:
+    """RunError for JSON that the library dies of, and the process with it: nested too deep, or null in place of a row.
+
+    Quicker by far than parsing: strings and what is between them are passed over.
+    """
+    depth = 0
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as content:
+            for number, line in enumerate(iter(lambda: content.readline(_LONGEST_LINE), b""), start=1):
+                if len(line) == _LONGEST_LINE:
+                    raise RunError(f"{file}, line {number}: longer than {_LONGEST_LINE - 1} bytes")
+                for token in _TOKENS.findall(line):
+                    depth += 1 if token in (b"[", b"{") else -1 if depth and token in (b"]", b"}") else 0
+                    if depth > _DEEPEST:
+                        raise RunError(f"{file}, line {number}: nested more than {_DEEPEST} deep")
+                    if not depth and token == b"null":
+                        raise RunError(f"{file}, line {number}: null in place of a row")
+    except (OSError, EOFError, zlib.error) as error:
+        raise RunError(f"cannot read {file}: {error}") from error
+
+
+def _unreadable(source: str, error: Exception) -> RunError:
+    # where the library failed to read a file, the reason is what made it fail
+    reason = error.__cause__ or error
+    return RunError(f"cannot read {source} as data: {type(reason).__name__}: {reason}")
 
 
 def select(data: Any, source: str, column: str | None, of_text: bool, tokenizer: Tokenizer) -> Documents:
     """A column of the data, `text` by default. Raises ValueError, naming the columns there are, where it has none."""
     names = data.column_names
     if names is None:  # of a stream that does not say, and nothing where it is empty
-        names = next((table.column_names for table in data.with_format("arrow").iter(1)), [])
+        names = next((table.column_names for table in _tables(data.with_format("arrow"), source, 1)), [])
     column = column or "text"
     if column not in names:
         raise ValueError(
@@ -133,7 +187,7 @@ def survey(documents: Documents) -> tuple[np.ndarray, str, dict[str, int]]:
     digest, skipped, usable = hashlib.sha256(), collections.Counter(), []
     digest.update(b"text" if documents.of_text else b"ids")
     with tqdm(total=len(documents.data), unit="document", desc="reading", mininterval=1, dynamic_ncols=True) as bar:
-        for table in documents.data.iter(_BATCH):
+        for table in _tables(documents.data, documents.source, _BATCH):
             rows = _rows(documents, table)
             for row in rows:
                 content = b"" if row is None else row.encode() if documents.of_text else row.astype("<i8").tobytes()
@@ -154,7 +208,7 @@ def take(documents: Documents, indices: np.ndarray) -> list[str] | list[np.ndarr
 def stream(documents: Documents, skipped: collections.Counter) -> Iterator[str | np.ndarray]:
     """The documents that can be used, as they come; `skipped` is told how many cannot, by why."""
     index = 0
-    for table in documents.data.iter(_BATCH):
+    for table in _tables(documents.data, documents.source, _BATCH):
         for row in _rows(documents, table):
             problem = _problem(documents, row, index)
             if problem is None:
@@ -179,6 +233,19 @@ def _problem(documents: Documents, row: str | np.ndarray | None, index: int) -> 
                 f"{documents.tokenizer.vocab_size - 1}"
             )
     return None
+
+
+def _tables(data: Any, source: str, size: int) -> Iterator[pa.Table]:
+    """The data, so many documents at a time; a stream is read from its files only here."""
+    tables = data.iter(size)
+    while True:
+        try:
+            table = next(tables, None)
+        except Exception as error:  # the library raises no narrower class
+            raise _unreadable(source, error) from error
+        if table is None:
+            return
+        yield table
 
 
 def _rows(documents: Documents, table: pa.Table) -> list[str | None] | list[np.ndarray]:

@@ -40,6 +40,8 @@ from kd_jax.run import RunError, read_rows, write_rows
 # Of a result; one of another format is made again.
 FORMAT = 1
 _NAME = re.compile(r"[\w.@+-]+(/[\w.@+-]+)*")
+# what a result.json has, beside the numbers
+_RESULT = {"key": dict, "row": dict, "seconds": int | float}
 # A shard of samples: large beside a batch, since slots idle while the last samples of a shard are drawn.
 _SHARD_ROWS, _SHARD_BATCHES = 1024, 16
 
@@ -155,7 +157,7 @@ def carry_out(plan: Plan) -> list[dict[str, Any]]:
 
 def seconds(folder: str | os.PathLike, names: Iterable[str]) -> float:
     """What the finished evaluations of these models took, each in the start that ended it."""
-    found = [result for name in names for result in read_rows(Path(folder) / name / "result.json")]
+    found = [result for name in names for result in read_rows(Path(folder) / name / "result.json", _RESULT)]
     return round(sum(result["seconds"] for result in found), 3)
 
 
@@ -280,7 +282,7 @@ def _fingerprint(held: Corpus, count: int) -> str:
 
 
 def _finished_row(task: _Task) -> dict[str, Any] | None:
-    for result in read_rows(task.home / "result.json"):
+    for result in read_rows(task.home / "result.json", _RESULT):
         if result["key"] == task.key:
             # what the model is called is no part of the key
             return {**result["row"], **_names(task)}

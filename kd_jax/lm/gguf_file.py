@@ -6,11 +6,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from kd_jax.lm.gguf_reader import Reader
 from kd_jax.lm.hf_files import Stored
 from kd_jax.lm.model import Architecture, Model
 from kd_jax.lm.tokenizer import Tokenizer
@@ -35,15 +34,12 @@ def open_file(path: Path) -> Stored:
     Raises ValueError, naming the file and the key or tensor, where it is damaged or describes something other than
     this Llama. Where only the tokenizer is not supported, there is a warning, and none in the model.
     """
-    reader = _open(path)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for tensor in tensors.values():
-        if tensor.tensor_type.name not in TYPES:
-            raise ValueError(
-                f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}; known are {', '.join(TYPES)}"
-            )
-    # dimensions are listed innermost first
-    shapes = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    reader = Reader(path)
+    tensors = reader.tensors
+    for name, tensor in tensors.items():
+        if tensor.kind.name not in TYPES:
+            raise ValueError(f"{path}: {name} is stored as {tensor.kind.name}; known are {', '.join(TYPES)}")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     architecture = _architecture(reader, shapes, path)
 
     def read(weight, layer, index):
@@ -52,8 +48,8 @@ def open_file(path: Path) -> Stored:
         if weight in ("q", "k"):
             rows = stored_rows(np.arange(rows.start, rows.stop), architecture.head_dim)
         if len(index) == 1:
-            return dequantize(tensor.data, tensor.tensor_type)[rows]
-        return dequantize(tensor.data[rows], tensor.tensor_type)[:, *index[1:]]
+            return dequantize(tensor.data, tensor.kind)[rows]
+        return dequantize(tensor.data[rows], tensor.kind)[:, *index[1:]]
 
     ids = _special_ids(reader, path, architecture.vocab_size)
     try:
@@ -69,7 +65,7 @@ def tokenizer(path: Path) -> Tokenizer | None:
 
     Raises ValueError, naming the file, where that is damaged or the tokenizer is not supported.
     """
-    reader = _open(path)
+    reader = Reader(path)
     try:
         return _tokenizer(reader)
     except ValueError as error:
@@ -86,33 +82,11 @@ def stored_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return rows // head_dim * head_dim + within[rows % head_dim]
 
 
-class _Reader(GGUFReader):
-    """Stops at the end of the file; the library reads nothing there, as often as a damaged list claims items."""
-
-    def _get(self, offset, dtype, count=1, override_order=None):
-        end = int(offset) + int(count) * np.dtype(dtype).itemsize
-        if end > self.data.size:
-            raise ValueError(f"it says that there is something up to byte {end}")
-        return super()._get(offset, dtype, count, override_order)
-
-
-def _open(path: Path) -> GGUFReader:
-    try:
-        reader = _Reader(path)
-    except (ValueError, IndexError, KeyError, OverflowError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is no GGUF file, or cut short or damaged; fetch it again: {error}"
-        ) from error
-    if reader.endianess != gguf.GGUFEndian.LITTLE:
-        raise ValueError(f"{path} is a big-endian GGUF file; only little-endian ones are known")
-    return reader
-
-
-def _architecture(reader: GGUFReader, shapes: dict[str, tuple[int, ...]], path: Path) -> Architecture:
+def _architecture(reader: Reader, shapes: dict[str, tuple[int, ...]], path: Path) -> Architecture:
     _refuse_other_models(reader, shapes, path)
 
     def value(key: str, default: Any = None):
-        found = _value(reader, f"llama.{key}", default)
+        found = reader.get(f"llama.{key}", default)
         if found is None:
             raise ValueError(f"{path} lacks llama.{key}")
         if isinstance(found, bool) or not isinstance(found, int | float):
@@ -125,7 +99,7 @@ def _architecture(reader: GGUFReader, shapes: dict[str, tuple[int, ...]], path: 
     if value("vocab_size", vocab_size) != vocab_size:
         raise ValueError(f"{path}: llama.vocab_size is {value('vocab_size')}, but the embedding has {vocab_size} rows")
     width, heads = value("embedding_length"), value("attention.head_count")
-    if _value(reader, "llama.rope.freq_base") is None:
+    if reader.get("llama.rope.freq_base") is None:
         warnings.warn(f"{path} has no llama.rope.freq_base; 10000 is taken", stacklevel=2)
     head_dim = value("attention.key_length", width // max(heads, 1))
     for key in ("rope.dimension_count", "attention.value_length"):
@@ -149,17 +123,17 @@ def _architecture(reader: GGUFReader, shapes: dict[str, tuple[int, ...]], path: 
         raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
 
 
-def _refuse_other_models(reader: GGUFReader, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+def _refuse_other_models(reader: Reader, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
     """A model that would load, and then compute something else."""
-    if _value(reader, "general.architecture") != "llama":
+    if reader.get("general.architecture") != "llama":
         raise ValueError(
-            f"{path}: general.architecture is {_value(reader, 'general.architecture')!r}; only 'llama' is known"
+            f"{path}: general.architecture is {reader.get('general.architecture')!r}; only 'llama' is known"
         )
     known = {
         "llama.rope.scaling.type": "none", "llama.rope.scale_linear": 1, "llama.expert_count": 0, "split.count": 1,
     }  # fmt: skip
     for key, only in known.items():
-        found = _value(reader, key, only)
+        found = reader.get(key, only)
         # a file that is not split may say 0 parts
         if found != only and not (key == "split.count" and found == 0):
             raise ValueError(f"{path}: {key} is {found!r}, which is not supported; it has to be {only!r} or absent")
@@ -167,28 +141,21 @@ def _refuse_other_models(reader: GGUFReader, shapes: dict[str, tuple[int, ...]],
         raise ValueError(f"{path}: rope_freqs.weight means a scaled rotary embedding, which is not supported")
 
 
-def _special_ids(reader: GGUFReader, path: Path, vocab_size: int) -> tuple[tuple[int, ...], int | None, int | None]:
+def _special_ids(reader: Reader, path: Path, vocab_size: int) -> tuple[tuple[int, ...], int | None, int | None]:
     """(eos_ids, bos_id, pad_id); what ends a turn of a chat ends a sequence too."""
     ids = {}
     for name in ("eos", "eot", "bos", "padding"):
         key = f"tokenizer.ggml.{name}_token_id"
-        ids[name] = _value(reader, key)
-        if ids[name] is not None and not 0 <= ids[name] < vocab_size:
-            raise ValueError(f"{path}: {key} is {ids[name]}, not among the ids 0 to {vocab_size - 1}")
+        ids[name] = reader.get(key)
+        found = ids[name]
+        if found is not None and (type(found) is not int or not 0 <= found < vocab_size):
+            raise ValueError(f"{path}: {key} is {found!r:.40}, not among the ids 0 to {vocab_size - 1}")
     eos = dict.fromkeys(ids[name] for name in ("eos", "eot") if ids[name] is not None)
     return tuple(eos), ids["bos"], ids["padding"]
 
 
-def _tokenizer(reader: GGUFReader) -> Tokenizer | None:
-    return None if _value(reader, "tokenizer.ggml.model") is None else Tokenizer.from_gguf(reader)
-
-
-def _value(reader: GGUFReader, key: str, default: Any = None) -> Any:
-    field = reader.get_field(key)
-    try:
-        return default if field is None else field.contents()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{reader.data.filename} is damaged: {key} is not UTF-8 ({error})") from error
+def _tokenizer(reader: Reader) -> Tokenizer | None:
+    return None if reader.get("tokenizer.ggml.model") is None else Tokenizer.from_gguf(reader)
 
 
 def _decimal(value: float) -> float:

@@ -8,6 +8,8 @@ import gguf
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
+from kd_jax.lm.gguf_reader import Reader
+
 _IDS = {
     "bos": "tokenizer.ggml.bos_token_id",
     "eos": "tokenizer.ggml.eos_token_id",
@@ -36,7 +38,7 @@ _PRE_TOKENIZERS = {
 }
 
 
-def read(reader: gguf.GGUFReader) -> dict[str, Any]:
+def read(reader: Reader) -> dict[str, Any]:
     """The fields of a kd_jax.lm.tokenizer.Tokenizer; ValueError names a key that is missing, wrong or not supported."""
     backend = _byte_level_bpe(reader)
     architecture = _metadata(reader, "general.architecture", str, required=False)
@@ -48,7 +50,7 @@ def read(reader: gguf.GGUFReader) -> dict[str, Any]:
     }
 
 
-def _byte_level_bpe(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
+def _byte_level_bpe(reader: Reader) -> tokenizers.Tokenizer:
     model = _metadata(reader, "tokenizer.ggml.model", str)
     if model != "gpt2":
         raise ValueError(f"tokenizer.ggml.model is {model!r}; only 'gpt2' is read, so use a folder with tokenizer.json")
@@ -56,12 +58,12 @@ def _byte_level_bpe(reader: gguf.GGUFReader) -> tokenizers.Tokenizer:
     if pre not in _PRE_TOKENIZERS:
         known = ", ".join(_PRE_TOKENIZERS)
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; only {known} are read, so use a folder with tokenizer.json")
-    tokens = _metadata(reader, "tokenizer.ggml.tokens", list)
-    types = _metadata(reader, "tokenizer.ggml.token_type", list)
+    tokens = _metadata(reader, "tokenizer.ggml.tokens", list, of=str)
+    types = _metadata(reader, "tokenizer.ggml.token_type", list, of=int)
     if len(types) != len(tokens):
         raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     vocab = _vocabulary(tokens, types)
-    merges = _merges(_metadata(reader, "tokenizer.ggml.merges", list), vocab)
+    merges = _merges(_metadata(reader, "tokenizer.ggml.merges", list, of=str), vocab)
     # Llama 3 takes a word that is a token as it stands, without merging it up
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
@@ -104,19 +106,20 @@ def _merges(lines: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
     return merges
 
 
-def _metadata(reader: gguf.GGUFReader, key: str, kind: type, *, required: bool = True) -> Any:
-    field = reader.fields.get(key)
-    if field is None:
+def _metadata(reader: Reader, key: str, kind: type, *, of: type = object, required: bool = True) -> Any:
+    """A value of a type; in a list, all members are `of` a type."""
+    value = reader.get(key)
+    if value is None:
         if required:
             raise ValueError(f"the GGUF file has no {key}; use a folder with tokenizer.json")
         return None
-    value = field.contents()
-    if not isinstance(value, kind):
+    # all members of a list have one type
+    if type(value) is not kind or (kind is list and value and not isinstance(value[0], of)):
         raise ValueError(f"{key} in the GGUF file is not a {kind.__name__} but {str(value)[:40]}")
     return value
 
 
-def _id(reader: gguf.GGUFReader, key: str, backend: tokenizers.Tokenizer) -> int | None:
+def _id(reader: Reader, key: str, backend: tokenizers.Tokenizer) -> int | None:
     i = _metadata(reader, key, int, required=False)
     if i is not None and (i < 0 or backend.id_to_token(i) is None):
         raise ValueError(f"{key} is {i}, which is not the id of a token")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -88,13 +89,17 @@ def _number(config: dict[str, Any], key: str, path: Path) -> int | float:
     if value is None:
         raise ValueError(f"{path} lacks {key}")
     whole = key not in ("rope_theta", "rms_norm_eps")
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        raise ValueError(f"{path}: {key}={value!r} has to be a {'whole ' if whole else ''}number")
+    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    # JSON's whole numbers have any size
+    if not number or abs(value) > sys.float_info.max:
+        raise ValueError(f"{path}: {key}={value!r:.40} has to be a {'whole ' if whole else ''}number")
     return value if whole else float(value)
 
 
 def _refuse_other_models(config: dict[str, Any], path: Path) -> None:
     """A model that would load, and then compute something else."""
+    if config.get("auto_map") is not None:
+        raise ValueError(f"{path}: auto_map={config['auto_map']} names code that comes with the model; none is run")
     if config.get("model_type") != "llama":
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; only 'llama' is known")
     if config.get("architectures") not in (None, ["LlamaForCausalLM"]):
@@ -124,6 +129,7 @@ def _rope_theta(config: dict[str, Any], path: Path) -> Any:
     if not found:
         warnings.warn(f"{path} has no rope_theta, nor rope_parameters.rope_theta; 10000 is taken", stacklevel=2)
         return 10000.0
-    if len(set(found.values())) > 1:
+    first, *others = found.values()
+    if any(other != first for other in others):
         raise ValueError(f"{path} says two things: {', '.join(f'{key}={value}' for key, value in found.items())}")
-    return next(iter(found.values()))
+    return first

@@ -16,6 +16,7 @@ import safetensors
 from huggingface_hub import errors as hub_errors
 
 from kd_jax import run as run_lib
+from kd_jax import untrusted
 from kd_jax.lm import hf_config
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import Architecture, Model
@@ -75,7 +76,7 @@ def open_folder(folder: Path) -> Stored:
     """
     config = read_json(folder / "config.json")
     files = _files(folder)
-    shapes = {name: _shape(file, name) for name, file in files.items()}
+    shapes = {name: _shape(folder, file, name) for name, file in files.items()}
     architecture = hf_config.architecture(config, folder / "config.json")
 
     def read(weight, layer, index):
@@ -164,8 +165,8 @@ def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
     else:
         where, shards = {}, ["model.safetensors"]
     for shard in shards:
-        if Path(shard).name != shard:
-            raise ValueError(f"{folder / INDEX} names {shard!r}, which is not a file of this folder")
+        if where:
+            _check_name(folder, shard)
         if not (folder / shard).is_file():
             if not where:
                 raise FileNotFoundError(
@@ -174,6 +175,16 @@ def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
                 )
             raise FileNotFoundError(f"{folder / shard} is missing; {INDEX} names it")
     return where, shards
+
+
+def _check_name(folder: Path, shard: str) -> None:
+    """Before the file is looked at: it lies in the folder itself, by its name and wherever that may be a link to."""
+    try:
+        path = untrusted.inside(folder, shard)
+    except ValueError as error:
+        raise ValueError(f"{folder / INDEX} names what is not a file of this folder: {error}") from error
+    if path.parent != folder:
+        raise ValueError(f"{folder / INDEX} names {shard!r}, which is not a file of this folder")
 
 
 def _files(folder: Path) -> dict[str, Any]:
@@ -201,16 +212,18 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _shape(file: Any, name: str) -> tuple[int, ...]:
+def _shape(folder: Path, file: Any, name: str) -> tuple[int, ...]:
     part = file.get_slice(name)
     if part.get_dtype() not in FLOATS:
-        raise ValueError(f"{name} is stored as {part.get_dtype()}; weights have to be one of {', '.join(FLOATS)}")
+        raise ValueError(
+            f"{folder}: {name} is stored as {part.get_dtype()}; weights have to be one of {', '.join(FLOATS)}"
+        )
     return tuple(part.get_shape())
 
 
 def _check_tied(folder: Path, shapes: dict[str, tuple[int, ...]], read: Callable) -> None:
     embedding, head = (shapes[OUTSIDE[weight]] for weight in ("embedding", "head"))
-    equal = embedding == head
+    equal = embedding == head and len(embedding) == 2
     for first in range(0, embedding[0] if equal else 0, 4096):
         rows = (slice(first, min(first + 4096, embedding[0])), slice(0, embedding[1]))
         equal = equal and np.array_equal(read("embedding", None, rows), read("head", None, rows))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ from kd_jax import fused
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import attention, kv_cache
 from kd_jax.lm.kv_cache import Cache, Pages
+
+_KINDS = {"int": (int, np.integer), "float": (int, float, np.integer, np.floating), "bool": bool}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +47,14 @@ class Architecture:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name != "tie_word_embeddings" and not value > 0:
+            value, kind = getattr(self, field.name), field.type
+            if isinstance(value, bool) != (kind == "bool") or not isinstance(value, _KINDS[kind]):
+                raise ValueError(f"{field.name}={value!r} has to be of type {kind}")
+            if kind != "bool" and not value > 0:
                 raise ValueError(f"{field.name}={value} must be above 0")
+            # ids and positions are int32, and no model has any size near that
+            if kind != "bool" and not value < (2**31 if kind == "int" else math.inf):
+                raise ValueError(f"{field.name}={value} is too large")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

@@ -11,7 +11,8 @@ from kd_jax.lm import arms
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.model import Model
-from kd_jax.run import read_rows
+from kd_jax.lm.training_log import ROW
+from kd_jax.run import RunError, read_rows
 from kd_jax.stages import Stage
 
 
@@ -54,7 +55,11 @@ def stage_rows(chain, where, evaluation_seconds: float) -> list[dict[str, Any]]:
 
 
 def _last(folder: Path) -> dict[str, Any]:
-    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == "training"][-1]
+    path = folder / "metrics.jsonl"
+    rows = [row for row in read_rows(path, ROW) if row["kind"] == "training" and "tokens" in row]
+    if not rows:
+        raise RunError(f"{path} is damaged: it has no row of a training")
+    return rows[-1]
 
 
 def _results(stage: Stage, result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -95,12 +100,20 @@ def learnt_from(config, row: dict[str, Any], chain, where) -> dict[str, Any]:
         text = arm.texts[-1]
     if arm is not None and arm.settings is not None:
         home = next(home for student, home in trained(chain, where) if student.name == row["name"])
-        chosen = next(row for row in read_rows(home / "metrics.jsonl") if row.get("chosen"))
+        chosen = _chosen(home / "metrics.jsonl")
         entropy = None if arm.policy == "offline" else chosen["teacher_entropy"]
         return {"teacher_entropy": entropy, "distill": {**arm.knobs, **_sampled(arm)}}
     about = stages.about(where[text])["result"]
     more = {"distill": {**arm.knobs, **_sampled(arm)}} if arm is not None and arm.knobs else {}
     return {"teacher_entropy": about["entropy"], "teacher_entropy_se": about["entropy_se"], **more}
+
+
+def _chosen(path: Path) -> dict[str, Any]:
+    """The validation by which a training's checkpoint was chosen."""
+    rows = [row for row in read_rows(path, ROW) if row.get("chosen")]
+    if not rows:
+        raise RunError(f"{path} is damaged: it has no row of the checkpoint that was chosen")
+    return rows[0]
 
 
 def _sampled(arm: arms.Arm) -> dict[str, Any]:

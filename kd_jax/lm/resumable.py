@@ -135,7 +135,10 @@ def _read(path: Path, key: dict[str, Any], count: int) -> np.ndarray:
         if arrays.keys() != {"key", "log_prob"}:
             raise RunError(f"{path} does not hold what is kept in it{hint}")
         if str(arrays["key"]) == _dump(key):
-            return arrays["log_prob"]
+            sums = arrays["log_prob"]
+            if (sums.shape, sums.dtype) != ((count,), np.float64):
+                raise RunError(f"{path} is damaged: it has {sums.dtype} {sums.shape}, not {count} float64{hint}")
+            return sums.copy()  # a view of what was read cannot be written to
     return np.full(count, np.nan)
 
 

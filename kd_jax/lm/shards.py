@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_jax.errors import again
@@ -60,15 +61,71 @@ def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str
 
 
 def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) -> pa.Table:
-    """A shard, or some columns of it. RunError, naming the file, unless it is to the byte what was written."""
+    """A shard, or some columns of it.
+
+    RunError, naming the file, unless it is to the byte what was written, and its rows go together: a stranger's corpus
+    has the checksums of a stranger's shards.
+    """
     path = check_file(folder, shard)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard["sha256"]:
         raise RunError(f"{path} is damaged: its sha256 is not the one in the manifest{again(folder)}")
-    table = pq.ParquetFile(pa.BufferReader(data)).read(columns)
-    if table.num_rows != shard["rows"]:
-        raise RunError(f"{path} has {table.num_rows} rows, where the manifest says {shard['rows']}{again(folder)}")
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data))
+        _check_sizes(file.metadata, shard)
+        table = file.read(columns)
+        table.validate(full=True)
+        _check_rows(table, shard)
+    except (pa.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
+        raise RunError(f"{path} is damaged: {error}{again(folder)}") from error
     return table
+
+
+def _check_sizes(metadata: pq.FileMetaData, shard: dict[str, Any]) -> None:
+    """Before the columns are read: that there is as much in them as the manifest says."""
+    rows, tokens = shard["rows"], shard["tokens"]
+    if metadata.num_rows != rows:
+        raise ValueError(f"it has {metadata.num_rows} rows, where the manifest says {rows}")
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            name, _, of_lists = column.path_in_schema.partition(".")
+            if name not in TOP_K and column.num_values > (tokens if of_lists else rows):
+                raise ValueError(f"column {name!r} has {column.num_values} values")
+
+
+def _check_rows(table: pa.Table, shard: dict[str, Any]) -> None:
+    """That the columns have their types, and that what they say of a row agrees."""
+    for name in table.column_names:
+        kind = table.schema.field(name).type
+        if name not in TOP_K and (name not in SCHEMA.names or kind != SCHEMA.field(name).type):
+            raise ValueError(f"column {name!r} is of type {kind}")
+        if table[name].null_count and not name.endswith("log_prob"):
+            raise ValueError(f"column {name!r} has rows without a value")
+    held = {name: table[name].combine_chunks() for name in table.column_names}
+    index, length, prompt = (
+        held[name].to_numpy() if name in held else None for name in ("index", "length", "prompt_length")
+    )
+    if index is not None and not np.array_equal(index, shard["first"] + np.arange(shard["rows"])):
+        raise ValueError(f"its rows are not those from {shard['first']} on")
+    if length is None:
+        return
+    if length.min() < 1 or length.sum(dtype=np.int64) != shard["tokens"]:
+        raise ValueError(f"its lengths are not those of {shard['tokens']} ids")
+    if "tokens" in held:
+        _check_lists("tokens", held["tokens"], length)
+        if held["tokens"].flatten().to_numpy().min() < 0:
+            raise ValueError("it has an id below 0")
+    if prompt is not None:
+        if prompt.min() < 0 or (prompt > length).any():
+            raise ValueError("it has a prompt that is longer than its row")
+        for name in TOP_K:
+            if name in held:
+                _check_lists(name, held[name], length - np.maximum(1, prompt))
+
+
+def _check_lists(name: str, lists: pa.ListArray, lengths: np.ndarray) -> None:
+    if lists.flatten().null_count or not np.array_equal(pc.list_value_length(lists).to_numpy(), lengths):
+        raise ValueError(f"column {name!r} does not have the lengths that its rows have")
 
 
 def check_file(folder: Path, shard: dict[str, Any]) -> Path:

@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import tokenizers
 from tokenizers import decoders, models
 
 from kd_jax import run as run_lib
 from kd_jax.lm import gguf_tokenizer
+from kd_jax.lm.gguf_reader import Reader
 
 # What a folder's tokenizer is read from.
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -65,35 +65,30 @@ class Tokenizer:
                 f"there is no tokenizer.json in {folder}; save the tokenizer there with transformers "
                 "(AutoTokenizer.from_pretrained(...).save_pretrained(folder)), which converts older formats"
             )
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"{path} is not a tokenizer ({error})") from error
+        backend = _backend(path)
         # both are settings of whoever saved the file, and would cut or fill up ids unasked
         backend.no_truncation()
         backend.no_padding()
         config = _read_json(folder / "tokenizer_config.json")
         # where both files name a token, tokenizer_config.json is the newer format; its null means none
         names = {**_read_json(folder / "special_tokens_map.json"), **config}
-        template = folder / "chat_template.jinja"
         limit = config.get("model_max_length")
         return cls(
             backend,
             **{f"{name}_id": _named_id(backend, names, f"{name}_token", folder) for name in _SPECIAL},
-            chat_template=template.read_text(encoding="utf-8") if template.is_file() else config.get("chat_template"),
+            chat_template=_chat_template(folder, config),
             # transformers writes 1e30 for "no limit known"
-            model_max_length=limit if isinstance(limit, int) and limit < 10**20 else None,
+            model_max_length=limit if type(limit) is int and 0 < limit < 10**20 else None,
         )
 
     @classmethod
-    def from_gguf(cls, source: str | os.PathLike | gguf.GGUFReader) -> Tokenizer:
+    def from_gguf(cls, source: str | os.PathLike | Reader) -> Tokenizer:
         """Builds the tokenizer from a GGUF file (its path, or a reader of it); only byte-level BPE is supported.
 
         Ids that the file marks unused fill up the model's vocabulary and are no tokens. Raises FileNotFoundError, or
         ValueError that names the metadata key which is missing, wrong or not supported.
         """
-        reader = source if isinstance(source, gguf.GGUFReader) else gguf.GGUFReader(source)
-        return cls(**gguf_tokenizer.read(reader))
+        return cls(**gguf_tokenizer.read(source if isinstance(source, Reader) else Reader(source)))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -224,15 +219,41 @@ def check_same(a: Tokenizer, b: Tokenizer, names: tuple[str, str] = ("teacher", 
             raise ValueError(f"the {part} of {of_a} is {json.dumps(left)}, that of {of_b} {json.dumps(right)}{must}")
 
 
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        if not backend.get_vocab_size():
+            raise ValueError("it has no tokens")
+        unknown = getattr(backend.model, "unk_token", None)
+        if unknown is not None and backend.model.token_to_id(unknown) is None:
+            raise ValueError(f"its unk_token {unknown!r:.40} is not in its vocabulary")
+        return backend
+    except BaseException as error:  # the library raises no narrower class, and a panic of it is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{path} is not a tokenizer ({error})") from error
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
+    """The chat template as it is found; it is never rendered here."""
+    path = folder / "chat_template.jinja"
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+
+
 def _named_id(backend: tokenizers.Tokenizer, names: dict[str, Any], key: str, folder: Path) -> int | None:
     token = names.get(key)
     if isinstance(token, dict):
         token = token.get("content")
     if token is None:
         return None
-    i = backend.token_to_id(token)
+    i = backend.token_to_id(token) if isinstance(token, str) else None
     if i is None:
-        raise ValueError(f"{folder}: {key} is {token!r}, which tokenizer.json does not have; add it there or drop it")
+        raise ValueError(
+            f"{folder}: {key} is {token!r:.80}, which tokenizer.json does not have; add it there or drop it"
+        )
     return i
 
 

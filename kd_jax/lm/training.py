@@ -44,7 +44,7 @@ from kd_jax.lm.distill import Distillation
 from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.recipe import Settings
 from kd_jax.lm.rollouts import Rollouts
-from kd_jax.lm.training_log import Log
+from kd_jax.lm.training_log import ROW, Log
 from kd_jax.run import Clock, RunError, Stop, read_json, read_rows, replacing, write_json, write_rows
 
 RULE = "the least validation loss (nats a token, padding not counted)"
@@ -106,7 +106,7 @@ def _finished(member: Member) -> dict[str, Any] | None:
     path = member.folder / "training.json"
     if not path.exists():
         return None
-    result = read_json(path, hint=again(member.folder))
+    result = read_json(path, needs={"seed": int}, hint=again(member.folder))
     if result["seed"] != member.seed:
         raise RunError(
             f"{path} is of another training (seed {result['seed']}, not {member.seed}); choose another folder"
@@ -284,7 +284,7 @@ class _Run:
             key = jax.random.key(self.member.seed)
             return step.init(key, self.model.architecture, optimizer, self.mesh)
         about = self.saved.values(first)
-        if (about["seed"], about["updates"]) != (self.member.seed, len(self.data)):
+        if (about.get("seed"), about.get("updates")) != (self.member.seed, len(self.data)) or "tokens" not in about:
             raise RunError(f"{self.saved.folder(first)} is of another training: {about}; choose another folder")
         like = step.abstract(self.model.architecture, optimizer, self.mesh)
         found = self.saved.load(first, {"weights": like.params, "optimizer": like.optimizer})
@@ -321,7 +321,7 @@ class _Run:
 
     def choose(self, state: step.State) -> dict[str, Any]:
         """Writes FOLDER/model: the weights that RULE says."""
-        rows = distributed.once(lambda: read_rows(self.member.folder / "metrics.jsonl"), "the rows of a training")
+        rows = distributed.once(lambda: read_rows(self.member.folder / "metrics.jsonl", ROW), "the rows of a training")
         validations = {row["step"]: row for row in rows if row["kind"] == "validation"}
         losses = {number: row["loss"] for number, row in validations.items()}
         with self.clock("checkpoints"):

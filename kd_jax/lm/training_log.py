@@ -15,6 +15,9 @@ from kd_jax import distributed, trackers
 from kd_jax.lm import step
 from kd_jax.run import Clock, append_rows, read_rows, write_rows
 
+# What every row of it has.
+ROW = {"kind": str, "step": int}
+
 
 class Log:
     """Rows of metrics.jsonl, the progress bar, and whatever else the settings ask for; process 0's alone.
@@ -37,7 +40,7 @@ class Log:
         self._path, self._tags, self._total, self._every = folder / "metrics.jsonl", tags, total, log_every
         self._leads = distributed.leads()
         if self._leads:
-            write_rows(self._path, [row for row in read_rows(self._path, cut=True) if row["step"] <= first])
+            write_rows(self._path, [row for row in read_rows(self._path, ROW, cut=True) if row["step"] <= first])
         self._track = trackers.start(names if self._leads else (), folder)
         self._ceiling, self._clock = tokens_at_ceiling, clock
         # tokens, time, and seconds of rollouts at the row before; the speed that was shown

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from kd_jax import checkpoint, folders
+from kd_jax import checkpoint, folders, untrusted
 from kd_jax import fingerprint as fingerprint_lib
 from kd_jax import mesh as mesh_lib
 from kd_jax import run as run_lib
@@ -165,6 +165,9 @@ def _layout(architecture: Architecture, dtype, mesh: jax.sharding.Mesh | None) -
 
 def _check_tensors(stored: hf_files.Stored, path: Path) -> None:
     """Before anything is read: the tensors this architecture needs, in their shapes, and no others."""
+    layers = stored.model.architecture.num_hidden_layers
+    if layers > len(stored.shapes):  # else as many names would be made as a damaged file claims layers
+        raise ValueError(f"{path} has {len(stored.shapes)} tensors, too few for the {layers} layers it speaks of")
     wanted = {stored.name(weight, layer): shape for weight, layer, shape in hf_files.pieces(stored.model.architecture)}
     missing = [name for name in wanted if name not in stored.shapes]
     if missing:
@@ -221,14 +224,18 @@ def about(folder: str | os.PathLike) -> Model:
     Raises FileNotFoundError or ValueError that name the file and what is wrong in it.
     """
     folder = Path(folder)
-    said = hf_files.read_json(folder / "model.json")
+    path = folder / "model.json"
+    said = hf_files.read_json(path)
     if said.get("format") != FORMAT:
-        raise ValueError(f"{folder / 'model.json'}: format is {said.get('format')!r}; only {FORMAT} is known")
+        raise ValueError(f"{path}: format is {said.get('format')!r}; only {FORMAT} is known")
     try:
         architecture = Architecture(**said["architecture"])
         ids = tuple(said["eos_ids"]), said["bos_id"], said["pad_id"]
+        for i in (*ids[0], *(i for i in ids[1:] if i is not None)):
+            if type(i) is not int or not 0 <= i < architecture.vocab_size:
+                raise ValueError(f"{i!r:.40} is not among the ids 0 to {architecture.vocab_size - 1}")
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'model.json'} is damaged: {error!r}") from error
+        raise ValueError(f"{path} is damaged: {error!r}") from error
     tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
     model = Model(architecture, {}, *ids, tokenizer)
     _check_tokenizer(model, folder)
@@ -258,11 +265,12 @@ def _restore_params(path: Path, about: Path, shapes: Any, shardings: Any) -> tup
     # whole GB: orbax waits for room of the size of a weight, and by default for none
     largest = max(leaf.size * max(leaf.dtype.itemsize, 4) for leaf in jax.tree.leaves(shapes))
     lines = []
+    untrusted.check_json(path)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest / 1e9))) as checkpointer:
         try:
             there = checkpointer.metadata(path).item_metadata
         except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"{path} is damaged: {error!r}{again(path.parent)}") from error
+            raise ValueError(f"{path} is damaged: {str(error)[:200]}{again(path.parent)}") from error
         wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)
         if there is None or jax.tree.map(lambda leaf: tuple(leaf.shape), there.tree) != wanted:
             raise ValueError(f"{path} does not hold the weights that {about} describes")

@@ -440,6 +440,9 @@ def hub(tmp_path, monkeypatch):
             raise huggingface_hub.errors.OfflineModeIsEnabled("no network")
         return SimpleNamespace(sha=COMMIT)
 
+    listed = {"train": [f"hf://datasets/org/data@{COMMIT}/train.jsonl"]}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=listed))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, *, name, revision: builder)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     return calls

@@ -47,8 +47,8 @@ def reader(smollm2_file):
 
 
 @pytest.fixture(scope="module")
-def smollm2(reader):
-    return Tokenizer.from_gguf(reader)
+def smollm2(smollm2_file):
+    return Tokenizer.from_gguf(smollm2_file)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,160 @@
+"""Strategies that damage a file: any bytes, the values of a JSON file, and the headers of safetensors and GGUF."""
+
+import copy
+import json
+import struct
+
+from hypothesis import strategies as st
+
+from tests.faults import formats
+
+# What breaks arithmetic on sizes and offsets.
+_INTEGERS = [0, 1, 2, 3, 7, 31, 32, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60, 2**62,
+             2**63 - 1, 2**63, 2**64 - 1]  # fmt: skip
+_HUGE = "\0huge\0"  # stands for a number that json.dumps does not write
+_DEEP = "\0deep\0"
+_TWICE = "\0twice\0"  # in front of a key that is there already
+_NAMES = ["../x", "/etc/passwd", "a/../../x", "..", ".", "", "C:\\x", "..\\x", "a\0b", "\ud800", "x" * 5000, "é"]
+_VALUES = st.one_of(
+    st.sampled_from([None, True, False, [], {}, [[]], [None], {"a": 1}, float("nan"), float("inf"), -float("inf")]),
+    st.sampled_from([0, -1, 1, 2, 3, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**400]),
+    st.sampled_from([_HUGE, _DEEP, *_NAMES, "1", "NaN", "Infinity", "true", "x" * 100000]),
+    st.text(max_size=4),
+    st.integers(),
+    st.floats(),
+)
+
+
+@st.composite
+def any_bytes(draw, data):
+    """One to three changes of bytes: flipped bits, others in their place, some in between, some out, the end off."""
+    data = bytearray(data)
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
+        if not data:
+            break
+        # headers are at the front, or at the end
+        at = draw(st.integers(0, min(draw(st.sampled_from([64, 1024, 2**40])), len(data)) - 1))
+        at = len(data) - 1 - at if draw(st.booleans()) else at
+        change = draw(st.sampled_from(["flip", "flip", "write", "insert", "remove", "cut", "number", "repeat"]))
+        if change == "flip":
+            data[at] ^= 1 << draw(st.integers(0, 7))
+        elif change == "write":
+            new = draw(st.binary(min_size=1, max_size=16))
+            data[at : at + len(new)] = new
+        elif change == "insert":
+            data[at:at] = draw(st.binary(min_size=1, max_size=64))
+        elif change == "remove":
+            del data[at : at + draw(st.integers(1, 64))]
+        elif change == "cut":
+            del data[at:]
+        elif change == "number":
+            new = struct.pack("<Q", draw(st.sampled_from(_INTEGERS)))[: draw(st.sampled_from([1, 2, 4, 8]))]
+            data[at : at + len(new)] = new
+        else:
+            data[at:at] = data[at : at + draw(st.integers(1, 256))]
+    return bytes(data)
+
+
+@st.composite
+def json_file(draw, data):
+    """One or two changes of a JSON file's values and keys, or of its bytes."""
+    if draw(st.integers(0, 4)) == 0:
+        return draw(any_bytes(data))
+    tree = json.loads(data)
+    for _ in range(draw(st.integers(1, 2))):
+        tree = draw(_changed(tree))
+    return _dump(tree)
+
+
+@st.composite
+def json_lines(draw, data):
+    """The same of one line, or of the bytes of them all."""
+    lines = data.splitlines(keepends=True)
+    if not lines or draw(st.integers(0, 3)) == 0:
+        return draw(any_bytes(data))
+    at = draw(st.integers(0, len(lines) - 1))
+    lines[at] = draw(json_file(lines[at])) + b"\n"
+    return b"".join(lines)
+
+
+@st.composite
+def safetensors(draw, data):
+    """A changed header (its JSON, its length), or changed bytes."""
+    if draw(st.integers(0, 2)) == 0:
+        return draw(any_bytes(data))
+    (size,) = struct.unpack_from("<Q", data)
+    header, rest = json.loads(data[8 : 8 + size]), data[8 + size :]
+    if draw(st.booleans()):
+        about = header[draw(st.sampled_from(sorted(set(header) - {"__metadata__"})))]
+        key = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
+        if key == "dtype":
+            about[key] = draw(st.sampled_from(["F16", "BF16", "F64", "F8_E4M3", "F4", "I8", "BOOL", "C64", "X", ""]))
+        else:
+            at = draw(st.integers(0, len(about[key]) - 1))
+            about[key][at] = draw(st.sampled_from([*_INTEGERS, -1, -(2**63), 2**64, 10**30]))
+    else:
+        header = draw(_changed(header))
+    text = _dump(header)
+    size = draw(st.sampled_from([len(text)] * 6 + [size, *_INTEGERS]))
+    return struct.pack("<Q", size % 2**64) + text + rest
+
+
+@st.composite
+def gguf(draw, data):
+    """One or two changed integers of the header, or changed bytes."""
+    if draw(st.integers(0, 2)) == 0:
+        return draw(any_bytes(data))
+    fields, data = formats.GGUF(data).fields, bytearray(data)
+    # of the many lengths of tokens fewer than of all else
+    often = [field for field in fields if field.what != "length of a value"] * 3 + fields
+    for _ in range(draw(st.integers(1, 2))):
+        field = draw(st.sampled_from(often))
+        width = struct.calcsize("<" + field.format)
+        value = draw(st.one_of(st.sampled_from(_INTEGERS), st.integers(0, 40)))
+        data[field.offset : field.offset + width] = struct.pack("<Q", value)[:width]
+    if draw(st.integers(0, 5)) == 0:
+        del data[draw(st.integers(0, len(data) - 1)) :]
+    return bytes(data)
+
+
+def _paths(tree, path=()):
+    yield path
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, value in items:
+        yield from _paths(value, (*path, key))
+
+
+@st.composite
+def _changed(draw, tree):
+    """A JSON value with one value in it changed, left out, or under another key."""
+    tree = copy.deepcopy(tree)
+    # first how deep, since most values of a file are in its longest list
+    paths = list(_paths(tree))
+    depth = draw(st.sampled_from(sorted({len(path) for path in paths})))
+    path = draw(st.sampled_from([path for path in paths if len(path) == depth]))
+    if not path:
+        return draw(_VALUES)
+    parent = tree
+    for key in path[:-1]:
+        parent = parent[key]
+    change = draw(st.sampled_from(["value", "value", "value", "remove", "key", "twice", "swap"]))
+    if change == "remove":
+        del parent[path[-1]]
+    elif change == "key" and isinstance(parent, dict):
+        parent[draw(st.one_of(st.sampled_from(_NAMES), st.text(max_size=3)))] = parent.pop(path[-1])
+    elif change == "twice" and isinstance(parent, dict):
+        parent[_TWICE + path[-1]] = draw(_VALUES)
+    elif change == "swap":  # the value of another place
+        value = tree
+        for key in draw(st.sampled_from(paths)):
+            value = value[key]
+        parent[path[-1]] = copy.deepcopy(value)
+    else:
+        parent[path[-1]] = draw(_VALUES)
+    return tree
+
+
+def _dump(tree):
+    text = json.dumps(tree)
+    text = text.replace(json.dumps(_HUGE), "1e999").replace(json.dumps(_DEEP), "[" * 100000 + "]" * 100000)
+    return text.replace(json.dumps(_TWICE)[:-1], '"').encode()

