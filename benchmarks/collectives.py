@@ -10,6 +10,7 @@ which each device takes its part.
 
 import dataclasses
 import json
+import os
 import sys
 from typing import Any
 
@@ -71,6 +72,8 @@ def main(argv: list[str]) -> None:
             policies.append(word)
         elif word != "--json":
             meshes.append(tuple(map(int, word.split(","))))
+    # the programs are not run: no time is spent on making them quick
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     if not as_json:
