@@ -7,6 +7,8 @@ seen those before, so the position in the data is one number. grain reads ahead 
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import grain
 import jax
 import numpy as np
 
-from kd_jax.errors import writing
+from kd_jax.errors import number
 from kd_jax.lm import shards
 from kd_jax.lm.corpus import Corpus
 
@@ -105,12 +107,14 @@ class Sequences:
         corpus.verify()
         files = [str(corpus.folder / shard["file"]) for shard in corpus.manifest["shards"]]
         columns = ["tokens", "length", "prompt_length", *(shards.TOP_K if targets else ())]
-        with writing(cache_dir):
-            try:
-                table = datasets.Dataset.from_parquet(files, cache_dir=cache_dir, columns=columns)
-            except datasets.exceptions.DatasetGenerationError as error:
-                raise (error.__cause__ or error) from None  # its own text says nothing
-        return cls(table)
+        try:
+            return cls(datasets.Dataset.from_parquet(files, cache_dir=cache_dir, columns=columns))
+        except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+            # its own words name a lock's file, or nothing
+            code = errno.ENOSPC if "Not enough disk space" in str(error) else number(error)
+            if code is None:
+                raise
+            raise OSError(code, os.strerror(code), cache_dir) from error
 
     def part(self, start: int, stop: int) -> Sequences:
         """Rows start .. stop - 1."""
