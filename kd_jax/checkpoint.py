@@ -58,6 +58,19 @@ class Checkpoints:
                 _check_metrics(there)
         with _opening(self._folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
+        if keep is not None:
+            self._drop_leftovers(keep)
+
+    def _drop_leftovers(self, keep: int) -> None:
+        """Removes what was to go when a kill came, whole or in part; orbax looks only once it saves again."""
+        steps = self.steps()
+        kept = set(steps[-keep:])
+        if self._best is not None and steps:
+            # of equals orbax keeps the last
+            kept.add(max(steps, key=lambda step: (self._goodness(self._manager.metrics(step) or {}), step)))
+        for step in steps:
+            if step not in kept:
+                self._manager.delete(step)
 
     def _goodness(self, metrics: dict[str, float]) -> float:
         return -metrics.get(self._best, math.inf)
