@@ -222,8 +222,10 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write(text)
 
 
-def read_rows(path: Path, needs: dict[str, Any] | None = None, *, cut: bool = False) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file, none where there is no file.
+def read_rows(
+    path: Path, needs: dict[str, Any] | None = None, *, cut: bool = False, halves: bool = False
+) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file, none where there is no file; `halves` as of `untrusted.parse_json`.
 
     With `cut` a last line without an end is left out: it is what a kill or a full disk leaves of an `append_rows`.
     RunError names a line that is broken, or has no value of the type that `needs` has for a key.
@@ -236,13 +238,13 @@ def read_rows(path: Path, needs: dict[str, Any] | None = None, *, cut: bool = Fa
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip() and not (cut and not line.endswith(b"\n")):
-                rows.append(_row(line, f"{path}, line {number}", needs or {}))
+                rows.append(_row(line, f"{path}, line {number}", needs or {}, halves))
     return rows
 
 
-def _row(line: bytes, where: str, needs: dict[str, Any]) -> dict[str, Any]:
+def _row(line: bytes, where: str, needs: dict[str, Any], halves: bool) -> dict[str, Any]:
     try:
-        row = untrusted.parse_json(str(line, "utf-8"))
+        row = untrusted.parse_json(str(line, "utf-8"), halves=halves)
     except ValueError as error:
         raise RunError(f"{where}: not JSON ({error})") from error
     if not isinstance(row, dict):

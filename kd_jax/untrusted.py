@@ -57,8 +57,11 @@ def text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text; ValueError for one that is none, is nested too deep or has what is no character."""
+def parse_json(text: str, *, halves: bool = False) -> Any:
+    """The value of a JSON text; ValueError for one that is none, is nested too deep or has what is no character.
+
+    With `halves` half of a pair of surrogates may be in it: for texts that are shown as what they are.
+    """
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -71,7 +74,9 @@ def parse_json(text: str) -> Any:
             break
     else:
         raise ValueError(f"it is nested more than {_MAX_JSON_DEPTH} deep")
-    if "\\ud" in text.lower():  # half of a pair is no character, and could be neither printed nor written
+    if (
+        not halves and "\\ud" in text.lower()
+    ):  # half of a pair is no character, and could be neither printed nor written
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

@@ -118,7 +118,7 @@ def _reckoning(target: Target) -> str:
         f"time: {target.mfu:.0%} of the peak (--mfu); of sampling at least what reading weights and cache takes at "
         f"{BANDWIDTH_SHARE:.0%} of the bandwidth; tokens as if all sequences were as long as they can be{price}\n"
         "memory: by XLA's analysis of the programs as it compiles them for as many CPU devices; a GPU's or TPU's "
-        "compiler fuses, lays out and pads otherwise, so it can be a fifth more or less"
+        "compiler fuses, lays out and pads otherwise, and needs more or less"
     )
 
 

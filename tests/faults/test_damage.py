@@ -118,7 +118,7 @@ def test_a_broken_row_is_no_end_of_the_rows(tmp_path):
             tmp_path, {"name": "x"}, 2, 9, 1, (), tokens_at_ceiling=1.0, clock=Clock(), quiet=True
         )  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl is not UTF-8"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: not JSON .*utf-8"):
         run.read_rows(tmp_path / "metrics.jsonl")
 
 

@@ -195,7 +195,7 @@ for sizes, embedding, batch_size, slots in [
 
 # twenty samples at once; the slots become fewer as they end
 decode._PROGRAM = 0
-for sizes, most in [((1, 1, 8), {20, 8}), ((2, 1, 4), {10, 8})]:
+for sizes, most in [((1, 1, 8), {20, 16, 12}), ((2, 1, 4), {10, 8})]:
     mesh = mesh_lib.make(*sizes)
     params = here.small().params
     params = jax.device_put(params, mesh_lib.shardings(model.logical_axes(here.SMALL), params, mesh))
