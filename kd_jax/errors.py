@@ -28,11 +28,12 @@ class RunError(Exception):
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """An operating system's error in the block that says no file becomes one about `path`."""
+    """An operating system's error in the block that says no file, or not where it is, becomes one about `path`."""
     try:
         yield
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        # shutil.rmtree goes by open folders and says the last part of the name alone
+        if error.errno is None or os.path.isabs(error.filename or ""):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

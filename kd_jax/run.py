@@ -88,7 +88,7 @@ def open_run(
         if exists:
             # config.json stays until it is replaced: without it, a kill here would leave a folder that is refused
             for name in NAMES[1:]:
-                _remove(folder / name)
+                remove(folder / name)
         write_json(folder / "config.json", wanted)
         write_json(folder / "manifest.json", _manifest(config, argv))
     except OSError as error:
@@ -168,6 +168,15 @@ def replacing(path: str | os.PathLike, partial: Path | None = None) -> Iterator[
         except Exception:
             partial.unlink(missing_ok=True)  # a full disk needs the room
             raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a whole folder, if it is there. Raises OSError that names it."""
+    with writing(path):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -335,13 +344,6 @@ def _git_commit() -> str | None:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:

@@ -13,7 +13,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import decode, score
 from kd_jax.lm.corpus import Corpus, Rows
 from kd_jax.lm.model import DEFAULT, Compute, Model
-from kd_jax.run import RunError, read_arrays, replacing
+from kd_jax.run import RunError, read_arrays, remove, replacing
 
 # What has been scored is saved about this often.
 _SAVE_SECONDS = 10.0
@@ -72,8 +71,7 @@ def sample(
 def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any]:
     """The manifest of the corpus folder, made or opened again."""
     old = folder.with_name(f".{folder.name}.old")
-    if old.exists():  # from a run that was killed
-        shutil.rmtree(old)
+    remove(old)  # from a run that was killed
     if (folder / "manifest.json").exists():
         there = corpus_lib.open(folder).manifest["settings"]
         names = set(settings) - {"source", "num_samples"}
@@ -82,7 +80,7 @@ def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any
         else:
             # first out of the way: half removed, it would be neither a corpus nor an empty folder
             os.replace(folder, old)
-            shutil.rmtree(old)
+            remove(old)
     return corpus_lib.create_or_resume(folder, settings, command=command).manifest
 
 

@@ -22,7 +22,6 @@ import collections
 import contextlib
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.recipe import Settings
 from kd_jax.lm.rollouts import Rollouts
 from kd_jax.lm.training_log import ROW, Log
-from kd_jax.run import Clock, RunError, Stop, read_json, read_rows, replacing, write_json, write_rows
+from kd_jax.run import Clock, RunError, Stop, read_json, read_rows, remove, replacing, write_json, write_rows
 
 RULE = "the least validation loss (nats a token, padding not counted)"
 # Updates whose numbers have not been fetched yet; the device is kept busy, and a bad loss is seen this much later.
@@ -159,8 +158,7 @@ def _tidy(settings: Settings, folder: Path) -> None:
     """Removes what nobody needs once the model is there."""
     unwanted = ["arrow"] if settings.keep_checkpoints else ["arrow", "checkpoints"]
     for name in unwanted if distributed.leads() else ():
-        if (folder / name).exists():
-            shutil.rmtree(folder / name)
+        remove(folder / name)
 
 
 def _loop(runs: list[_Run], stop: Stop, distillation: Distillation | None) -> list[step.State]:

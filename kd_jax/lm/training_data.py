@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +16,7 @@ from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.distill import Distillation
 from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.rollouts import Rollouts
+from kd_jax.run import remove
 
 if TYPE_CHECKING:
     from kd_jax.lm.training import Member, Settings
@@ -36,8 +36,8 @@ def prepare(
 ) -> Data:  # fmt: skip
     """The data of a member (all arguments as of kd_jax.lm.training.train). Raises ValueError for a corpus too small."""
     how = None if distillation is None else distillation.settings
-    if distributed.leads() and (member.folder / "arrow").exists():
-        shutil.rmtree(member.folder / "arrow")  # of an earlier start: the corpus has checksums, a copy of it has none
+    if distributed.leads():
+        remove(member.folder / "arrow")  # of an earlier start: the corpus has checksums, a copy of it has none
     train, rest = _sequences(settings, member, how)
     own = how is not None and how.policy == "on_policy"
     about = member.corpus.manifest["settings"]
