@@ -33,7 +33,7 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         # shutil.rmtree goes by open folders and says the last part of the name alone
-        if error.errno is None or os.path.isabs(error.filename or ""):
+        if error.errno is None or os.path.isabs(str(error.filename or "")):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 

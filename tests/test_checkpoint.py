@@ -35,6 +35,26 @@ def test_the_last_ones_and_the_best_stay(tmp_path):
         assert saved.values(2) == {"loss": 1.0}
 
 
+def test_the_best_outlives_a_restart(tmp_path):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 1.5)):
+        with Checkpoints(tmp_path / "c", keep=1, best="loss") as saved:
+            metrics = None if loss is None else {"loss": loss}
+            saved.save(step, {"x": {"a": jnp.full(3, step)}}, metrics=metrics)
+    with Checkpoints(tmp_path / "c", keep=1, best="loss") as saved:
+        assert saved.steps() == [2, 5]
+
+
+def test_what_was_half_removed_is_removed_by_the_next_start(tmp_path):
+    with Checkpoints(tmp_path / "c") as saved:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 1.5)):
+            saved.save(step, {"x": {"a": jnp.full(3, step)}}, metrics={"loss": loss})
+    shutil.rmtree(tmp_path / "c" / "3" / "x")
+    (tmp_path / "c" / "1" / "_CHECKPOINT_METADATA").unlink()
+    with Checkpoints(tmp_path / "c", keep=1) as saved:
+        assert saved.steps() == [4]
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["4"]
+
+
 def test_leaving_waits_for_the_last(tmp_path):
     with Checkpoints(tmp_path / "c", background=True) as saved:
         for step in (3, 6, 7):

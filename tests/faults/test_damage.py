@@ -36,6 +36,7 @@ def files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of reads that orbax gives up
 def test_every_file_of_a_checkpoint(tmp_path):
     rng = np.random.default_rng(0)
@@ -122,6 +123,7 @@ def test_a_broken_row_is_no_end_of_the_rows(tmp_path):
         run.read_rows(tmp_path / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_of_the_corpus_is_not_trained_on(straight, corpus, tmp_path):
     folder = tmp_path / "t"
     interrupted(folder, corpus, 5)
@@ -139,6 +141,7 @@ def test_a_damaged_copy_of_the_corpus_is_not_trained_on(straight, corpus, tmp_pa
     assert again["fingerprint"] == straight[0]["fingerprint"] and trainings.numbers(folder) == straight[1]
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_outlives_a_restart(tmp_path):
     """Rows to choose by that are unlike those that are learnt: the first validation is the best."""
     random = trainings.make_corpus(tmp_path / "random")

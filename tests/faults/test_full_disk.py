@@ -101,6 +101,7 @@ def test_a_checkpoint(disk, background):
     assert [path.name for path in folder.iterdir()] == ["1"]
 
 
+@pytest.mark.slow
 def test_a_training(disk, tmp_path):
     corpus = trainings.make_corpus(tmp_path / "c")
     straight = trainings.train(tmp_path / "straight", corpus)
@@ -120,6 +121,7 @@ def test_a_training(disk, tmp_path):
     assert trainings.numbers(folder) == trainings.numbers(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_report(disk, tmp_path):
     gmm.make_run(tmp_path / "w", gmm.make_rows())
     whole = report.write(tmp_path / "w").read_bytes()

@@ -75,6 +75,7 @@ def test_a_checkpoint(folder):
     save(2)
 
 
+@pytest.mark.slow
 def test_a_training(folder, tmp_path):
     corpus = trainings.make_corpus(tmp_path / "c")
     straight = trainings.train(tmp_path / "straight", corpus)
@@ -87,6 +88,7 @@ def test_a_training(folder, tmp_path):
     assert trainings.numbers(folder / "t") == trainings.numbers(tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_a_report(folder):
     gmm.make_run(folder, gmm.make_rows(), with_panels=False)
     (folder / "figures").mkdir()
