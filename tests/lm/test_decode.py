@@ -193,18 +193,21 @@ for sizes, embedding, batch_size, slots in [
         np.testing.assert_allclose(getattr(samples, name), one[name], atol=1e-4, err_msg=str(sizes))
     print("same", *sizes)
 
-# twenty samples at once; the slots become fewer as they end
+# Ten samples in each of two groups: from the tenth step on eight slots of each are enough, as the lengths say.
 decode._PROGRAM = 0
-for sizes, most in [((1, 1, 8), {20, 16, 12}), ((2, 1, 4), {10, 8})]:
-    mesh = mesh_lib.make(*sizes)
-    params = here.small().params
-    params = jax.device_put(params, mesh_lib.shardings(model.logical_axes(here.SMALL), params, mesh))
-    held.clear()
-    samples = here.run(here.small()._replace(params=params), batch_size=20, mesh=mesh)
-    assert {slots for _, slots in held} >= most, held
-    for name in ("tokens", "lengths", "finished"):
-        np.testing.assert_array_equal(getattr(samples, name), one[name], err_msg=str(sizes))
-    print("same with fewer slots", *sizes)
+ends = np.sort(one["lengths"].reshape(2, 10) - 1, axis=1)
+assert ends[:, 1].max() == 9
+sizes = (2, 1, 4)
+mesh = mesh_lib.make(*sizes)
+params = here.small().params
+params = jax.device_put(params, mesh_lib.shardings(model.logical_axes(here.SMALL), params, mesh))
+held.clear()
+samples = here.run(here.small()._replace(params=params), batch_size=20, mesh=mesh)
+assert {slots for _, slots in held} == {10, 8}, held
+np.testing.assert_allclose(samples.utilisation, (one["lengths"] - 1).sum() / (9 * 20 + (samples.steps - 9) * 16))
+for name in ("tokens", "lengths", "finished"):
+    np.testing.assert_array_equal(getattr(samples, name), one[name], err_msg=str(sizes))
+print("same with fewer slots", *sizes)
 """
 
 
@@ -215,11 +218,10 @@ def test_sample_does_not_depend_on_the_devices(tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", DEVICES, tmp_path / "one.npz"], env=os.environ | flags, capture_output=True, text=True,
-        timeout=300, cwd=pathlib.Path(__file__).parents[2],
+        timeout=900, cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
-    assert done.stdout.splitlines() == [
-        "same 8 1 1", "same 2 2 2", "same 4 1 2", "same with fewer slots 1 1 8", "same with fewer slots 2 1 4"
-    ], done.stderr  # fmt: skip
+    lines = ["same 8 1 1", "same 2 2 2", "same 4 1 2", "same with fewer slots 2 1 4"]
+    assert done.stdout.splitlines() == lines, done.stderr
 
 
 def test_seeds_rows_positions_and_batches_differ():
