@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ from kd_jax.fingerprint import fingerprint
 
 # The item of a step that has the fingerprints of the others.
 _SUMS = "sums"
+# What goes wrong in orbax's threads is raised by what waits for them; that it is also logged, with a traceback, helps
+# nobody.
+logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
 
 
 class Checkpoints:

@@ -32,7 +32,7 @@ def test_the_chain_in_short(lm):
     assert soak.soak(lm, 3, seed=0, moments=("cpu", "rename", "term")) >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_the_chain_on_a_full_disk(lm, tmp_path):
     wanted = lm.straight[0]
     with disks.small(tmp_path / "disk", "16m") as disk:
