@@ -158,14 +158,14 @@ def test_an_unknown_device_ends_before_anything_is_compiled(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("word", "message"),
+    ("words", "message"),
     [
-        ("--config.mesh.fsdp=3", "mesh data=-1 x fsdp=3 x tensor=1 does not fit 8 devices"),
-        ("--config.mesh.tensor=8", "cannot be split over tensor = 8 devices"),
+        (["--config.mesh.fsdp=3"], "mesh data=-1 x fsdp=3 x tensor=1 does not fit 8 devices"),
+        (["--config.mesh.tensor=8", "--config.student.mlp=36"], "cannot be split over tensor = 8 devices"),
     ],
 )
-def test_a_mesh_that_cannot_be(tmp_path, word, message):
-    words = command(tmp_path / "w", "--device=8xH100", word)
+def test_a_mesh_that_cannot_be(tmp_path, words, message):
+    words = command(tmp_path / "w", "--device=8xH100", *words)
     done = subprocess.run([sys.executable, "-m", "kd_jax.train", *words], capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and not (tmp_path / "w").exists()
 
