@@ -139,7 +139,7 @@ def test_a_report(disk, tmp_path):
     assert not list(folder.rglob("*.tmp"))
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_run_from_its_command(disk, tmp_path):
     words = ("configs/gmm.py:smoke", "--config.memory_gib=1e-9")
     runs.run(runs.command(tmp_path / "whole", *words))

@@ -98,7 +98,7 @@ def test_a_report(folder):
     assert report.write(folder).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_commands(folder, tmp_path):
     words = runs.command(folder / "run", "configs/gmm.py:smoke")
     with disks.locked(folder):

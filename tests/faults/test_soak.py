@@ -21,7 +21,7 @@ def gmm(tmp_path_factory):
     return soak.Subject(tmp_path_factory.mktemp("gmm"), GMM)
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_mixtures_in_short(gmm):
     assert soak.soak(gmm, 3, seed=0, clocks=True) >= 1
     assert soak.soak(gmm, 2, seed=1, moments=("term",)) >= 1
@@ -60,7 +60,7 @@ def test_fifty_rounds_of_a_sweep(gmm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, stride", [("checkpoints", 7), ("sweep", 7), ("model", 7), ("chain", 3), ("page", 5)])
+@pytest.mark.parametrize("name, stride", [("sweep", 7), ("chain", 3), ("page", 5)])
 def test_killed_at_places_of(name, stride, tmp_path):
     words = [sys.executable, "-m", "tests.faults.everywhere", name, "--stride", stride]
     assert f"{name}: killed at " in runs.run(words)
