@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 
 import jax
 
-from kd_jax.run import RunError, write_text
+from kd_jax.files import write_text
+from kd_jax.run import RunError
 
 
 def folder(*parts: str) -> Path:

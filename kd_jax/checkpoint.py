@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from kd_jax import untrusted
 from kd_jax.errors import RunError, number
+from kd_jax.files import read_json
 from kd_jax.fingerprint import fingerprint
 
 # The item of a step that has the fingerprints of the others.
@@ -157,16 +158,19 @@ class Checkpoints:
 
 
 def sums(folder: Path) -> dict[str, str] | None:
-    """The fingerprint of each item of a step that was saved in `folder`; None where it was saved without any."""
+    """The fingerprint of each item of a step that was saved in `folder`; None where it was saved without any.
+
+    Raises RunError, naming the file, where it holds no object.
+    """
     path = folder / _SUMS / "metadata"  # orbax's name for an item that is JSON
-    return untrusted.parse_json(untrusted.text(path)) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def _check_metrics(folder: Path) -> None:
     """Raises RunError where the metrics of a step are not those it was saved with: by them steps stay or go."""
     path = folder / "metrics" / "metrics"  # orbax's name
     with _reading(folder):
-        saved, there = sums(folder), untrusted.parse_json(untrusted.text(path)) if path.exists() else None
+        saved, there = sums(folder), read_json(path) if path.exists() else None
     if saved is not None and there is not None and saved.get("metrics") != _digest(there):
         raise _damaged(folder, "its metrics are not what was saved")
 

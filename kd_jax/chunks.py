@@ -16,13 +16,16 @@ from jax.sharding import Mesh
 
 from kd_jax import mesh as mesh_lib
 
+# Few on a CPU, where their logits should stay in its caches.
+CPU_TOKENS, TOKENS = 256, 4096
+
 
 def chunk_tokens(mesh: Mesh | None = None, each: int | None = None) -> int:
-    """How many tokens' logits are held at a time: few on a CPU, where they should stay in its caches.
+    """How many tokens' logits are held at a time.
 
     Over a mesh, as many (or `each`) for each part of the rows: the number of chunks does not grow with that of devices.
     """
-    return (each or (256 if jax.default_backend() == "cpu" else 4096)) * mesh_lib.batch_devices(mesh)
+    return (each or (CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS)) * mesh_lib.batch_devices(mesh)
 
 
 def linear_map(

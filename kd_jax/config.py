@@ -62,6 +62,9 @@ def parse(argv: Sequence[str]) -> Args:
     _check_tuples(before, flatten(values.config.to_dict()))
     if not values.workdir:
         _fail("--workdir is missing (for example --workdir runs/gmm)")
+    for name in ("mfu", "price_per_hour"):
+        if values[name].present and not values.device:
+            _fail(f"--{name} is of the devices that --dry_run --device names")
     if values.device and not values.dry_run:
         _fail("--device is what --dry_run is to reckon with; a run takes the devices that are there")
     processes = {name: values[name].value for name in cluster.NAMES}

@@ -140,8 +140,8 @@ def _named(models: Sequence[str]) -> dict[str, str]:
 
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     from kd_jax import cache
+    from kd_jax.files import write_json, write_rows
     from kd_jax.lm import corpus, evaluation, weights
-    from kd_jax.run import write_json, write_rows
 
     start, out = time.perf_counter(), Path(args.out)
     _check_folder(out)
@@ -173,7 +173,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _begin(out: Path, manifest: dict[str, Any]) -> None:
-    from kd_jax.run import write_json
+    from kd_jax.files import write_json
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "manifest.json", manifest)
@@ -191,7 +191,8 @@ def _arm(name: str) -> tuple[str, float | None, int | None]:
 
 def _check_folder(out: Path) -> None:
     """Raises RunError for a folder that holds other things: a run's, say, whose metrics.jsonl would be replaced."""
-    from kd_jax.run import RunError, read_json
+    from kd_jax.files import read_json
+    from kd_jax.run import RunError
 
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; it has to be a folder")

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from kd_jax.run import replacing
+from kd_jax.files import replacing
 
 CMAP = "viridis"
 DIRECT = "#d1495b"

@@ -11,7 +11,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from kd_jax import figures, run
+from kd_jax import figures, files
 
 # A page is _HEAD, the style of its own, _BODY, its own template and _TAIL: one file that loads nothing from elsewhere.
 _HEAD = """<!doctype html>
@@ -107,7 +107,7 @@ def read_rows(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no metrics.jsonl in {folder}")
-    rows = run.read_rows(path)
+    rows = files.read_rows(path)
     if not rows:
         raise ValueError(f"metrics.jsonl in {folder} is empty")
     return rows
@@ -115,7 +115,7 @@ def read_rows(folder: Path) -> list[dict]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object, {} where there is no file; ValueError names a file that is broken."""
-    return run.read_json(path, ValueError) if path.is_file() else {}
+    return files.read_json(path, ValueError) if path.is_file() else {}
 
 
 def _footer(folder: Path) -> list[tuple[str, str]]:

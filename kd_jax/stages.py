@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from kd_jax import distributed
 from kd_jax.errors import again
-from kd_jax.run import RunError, read_json, write_json
+from kd_jax.files import read_json, write_json
+from kd_jax.run import RunError
 
 
 class Stage(NamedTuple):

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from kd_jax import distributed
-from kd_jax.run import RunError, read_rows
+from kd_jax.files import read_rows
+from kd_jax.run import RunError
 from tests import processes
 from tests.processes import ROOT, free_port, run, spawn, start
 
@@ -123,7 +124,7 @@ NUMBERS = """
     from kd_jax.lm import corpus as corpus_lib
     from kd_jax.lm import decode, distill, model as model_lib, score, training, weights
     from kd_jax.lm.model import PRESETS, Compute, Model
-    from kd_jax.run import read_rows
+    from kd_jax.files import read_rows
 
     folder = Path(arguments["folder"])
     mesh = None if jax.device_count() == 1 else mesh_lib.make(fsdp=2)
@@ -197,7 +198,8 @@ STOPPED = """
     from kd_jax import mesh as mesh_lib
     from kd_jax.lm import corpus as corpus_lib, training
     from kd_jax.lm.model import PRESETS, Compute, Model
-    from kd_jax.run import Stop, read_rows
+    from kd_jax.files import read_rows
+    from kd_jax.run import Stop
 
     mesh = None if jax.device_count() == 1 else mesh_lib.make(fsdp=2)
     settings = training.Settings(

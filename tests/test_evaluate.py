@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from kd_jax import cache, evaluate, run
+from kd_jax import cache, evaluate, files
 from kd_jax.lm import corpus, decode, score, weights
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.tokenizer import Tokenizer
@@ -174,7 +174,7 @@ def test_from_models_to_a_table(sources, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--model", f"ours={sources / 'ours'}", "--model", f"itself={sources / 'p_star'}"]
     assert evaluated(sources, out, *words, "--prompt", "The cat", "--seed", 6) == 0
-    rows = run.read_rows(out / "metrics.jsonl")
+    rows = files.read_rows(out / "metrics.jsonl")
     assert [row["name"] for row in rows] == ["student", "ours", "itself"]
     assert {row["kind"] for row in rows} == {"evaluation"} and {row["arm"] for row in rows} == {"model"}
     assert {(row["num_samples"], row["num_recall"]) for row in rows} == {(20, 15)}
@@ -204,14 +204,14 @@ def test_from_models_to_a_table(sources, tmp_path, capsys):
 def test_the_same_command_does_nothing_again_and_another_only_what_it_needs(sources, tmp_path, request):
     out = tmp_path / "out"
     assert evaluated(sources, out) == 0
-    rows = run.read_rows(out / "metrics.jsonl")
+    rows = files.read_rows(out / "metrics.jsonl")
     assert evaluated(sources, out, "--model", f"ours={sources / 'ours'}") == 0
-    both = run.read_rows(out / "metrics.jsonl")
+    both = files.read_rows(out / "metrics.jsonl")
     assert both[0] == rows[0] and [row["name"] for row in both] == ["student", "ours"]
     request.getfixturevalue("no_work")
     (out / "metrics.jsonl").unlink()
     assert evaluated(sources, out) == 0
-    assert run.read_rows(out / "metrics.jsonl") == rows
+    assert files.read_rows(out / "metrics.jsonl") == rows
 
 
 def test_with_a_corpus_of_p_star(sources, tmp_path, capsys):
@@ -219,7 +219,7 @@ def test_with_a_corpus_of_p_star(sources, tmp_path, capsys):
     words = ["--p_star", sources / "p_star", "--model", sources / "student", "--num_samples", 20, "--batch_size", 8]
     words += ["--corpus", tmp_path / "one/p_star"]
     assert call(*words, "--out", tmp_path / "two") == 0
-    assert run.read_rows(tmp_path / "two/metrics.jsonl") == run.read_rows(tmp_path / "one/metrics.jsonl")
+    assert files.read_rows(tmp_path / "two/metrics.jsonl") == files.read_rows(tmp_path / "one/metrics.jsonl")
     assert not (tmp_path / "two/p_star").exists()
     capsys.readouterr()
     text = error_of(capsys, call(*words, "--num_recall", 16, "--out", tmp_path / "three"))
@@ -232,7 +232,7 @@ def test_with_a_corpus_of_p_star(sources, tmp_path, capsys):
 def test_seeds_have_a_mean_and_a_standard_error(sources, tmp_path, capsys):
     models = [f"direct/seed-{seed}={sources / name}" for seed, name in enumerate(("student", "ours"))]
     assert call("--p_star", sources / "p_star", "--model", *models, "--out", tmp_path / "out", *SMALL) == 0
-    rows = run.read_rows(tmp_path / "out/metrics.jsonl")
+    rows = files.read_rows(tmp_path / "out/metrics.jsonl")
     assert [(row["name"], row["arm"], row["seed"]) for row in rows] == [
         ("direct/seed-0", "direct", 0), ("direct/seed-1", "direct", 1)
     ]  # fmt: skip
@@ -246,7 +246,7 @@ def test_seeds_have_a_mean_and_a_standard_error(sources, tmp_path, capsys):
 
 def test_samples_at_another_temperature_have_no_recall(sources, tmp_path, capsys):
     assert evaluated(sources, tmp_path / "out", "--sample_temperature", 0.7) == 0
-    (row,) = run.read_rows(tmp_path / "out/metrics.jsonl")
+    (row,) = files.read_rows(tmp_path / "out/metrics.jsonl")
     assert row["sample_temperature"] == 0.7 and row["recall"] is None and row["kl_data_model"] is None
     text = capsys.readouterr().out
     assert "- : recall is of the model itself" in text
@@ -275,7 +275,7 @@ def test_interrupted_says_how_to_go_on(sources, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out/manifest.json").read_text())["status"] == "running"
     assert evaluated(sources, tmp_path / "out") == 0
     assert evaluated(sources, tmp_path / "whole") == 0
-    a, b = (run.read_rows(tmp_path / name / "metrics.jsonl") for name in ("out", "whole"))
+    a, b = (files.read_rows(tmp_path / name / "metrics.jsonl") for name in ("out", "whole"))
     assert a == b
 
 

@@ -7,6 +7,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from kd_jax import files
 from kd_jax import run as run_lib
 
 ARGV = ["kd_jax/train.py", "--config", "configs/a b.py", "--workdir=run"]
@@ -83,10 +84,10 @@ def test_overwrite_keeps_foreign_files(tmp_path):
 
 def test_rows_come_back_as_written(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert run_lib.read_rows(path) == []
-    run_lib.write_rows(path, [{"loss": np.float32(0.5), "steps": np.int64(3), "sizes": np.arange(2)}])
-    run_lib.append_rows(path, [{"loss": math.nan, "low": -math.inf, "high": math.inf}])
-    first, second = run_lib.read_rows(path)
+    assert files.read_rows(path) == []
+    files.write_rows(path, [{"loss": np.float32(0.5), "steps": np.int64(3), "sizes": np.arange(2)}])
+    files.append_rows(path, [{"loss": math.nan, "low": -math.inf, "high": math.inf}])
+    first, second = files.read_rows(path)
     assert first == {"loss": 0.5, "steps": 3, "sizes": [0, 1]}
     assert math.isnan(second["loss"]) and second["low"] == -math.inf and second["high"] == math.inf
 
@@ -101,20 +102,20 @@ def test_broken_row_is_named_by_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
     with pytest.raises(run_lib.RunError, match="line 2"):
-        run_lib.read_rows(path)
+        files.read_rows(path)
 
 
 def test_object_in_a_file_comes_back_or_the_file_is_named(tmp_path):
     path = tmp_path / "about.json"
-    run_lib.write_json(path, {"steps": [1, 2]})
-    assert run_lib.read_json(path) == {"steps": [1, 2]}
+    files.write_json(path, {"steps": [1, 2]})
+    assert files.read_json(path) == {"steps": [1, 2]}
     for text, message in ('{"steps": ', "about.json is not JSON .*; do this"), ("[1]", "is not a JSON object; do this"):
         path.write_text(text)
         for error in (run_lib.RunError, ValueError):
             with pytest.raises(error, match=message):
-                run_lib.read_json(path, error, hint="; do this")
+                files.read_json(path, error, hint="; do this")
     with pytest.raises(FileNotFoundError):
-        run_lib.read_json(tmp_path / "none.json")
+        files.read_json(tmp_path / "none.json")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(run_lib.RunError, match="config.json is not JSON.*--overwrite starts the run again"):
         open_run(tmp_path)

@@ -15,7 +15,7 @@ import time
 import pytest
 
 from kd_jax import stages
-from kd_jax.run import read_json, read_rows
+from kd_jax.files import read_json, read_rows
 from tests.processes import ROOT, free_port
 
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scancel", "squeue", "scontrol")

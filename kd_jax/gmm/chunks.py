@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from kd_jax import distributed, mesh
 from kd_jax.checkpoint import Checkpoints
-from kd_jax.run import append_rows, write_rows
+from kd_jax.files import append_rows, write_rows
 
 
 def run(

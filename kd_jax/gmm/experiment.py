@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import distributed
+from kd_jax.files import replacing
 from kd_jax.gmm import chunks, em
 from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
 from kd_jax.metrics import Mean
-from kd_jax.run import replacing
 
 # What a random key is for: fold_in(key(seed), purpose).
 DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL = range(7)

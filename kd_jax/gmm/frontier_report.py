@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_jax import frontier_page, page, run
+from kd_jax import files, frontier_page, page
 from kd_jax.frontier_page import Knob
 from kd_jax.gmm.frontier import DIRECT, DIVERGENCES, PLAIN, TEACHERS
 from kd_jax.page import mean_se, number, show
@@ -86,7 +86,7 @@ def write(folder: str | Path) -> Path:
         images=page.embed({"frontier": frontier_page.figure(knobs, plain, direct, zoom=ZOOM)}, folder),
     )
     path = folder / "report.html"
-    run.write_text(path, html)
+    files.write_text(path, html)
     return path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_jax import page, run
+from kd_jax import files, page
 from kd_jax.gmm import figures
 from kd_jax.page import mean_se, number, show
 
@@ -180,7 +180,7 @@ def write(folder: str | Path) -> Path:
     arrays = folder / "checkpoints" / "panels.npz"
     if arrays.is_file():
         hint = "; remove it, and the page is written without its figure"
-        drawn["panels"] = figures.panels(run.read_arrays(arrays, hint=hint))
+        drawn["panels"] = figures.panels(files.read_arrays(arrays, hint=hint))
     compared = figures.comparison(summary)
     if compared is not None:
         drawn["settings"] = compared
@@ -207,5 +207,5 @@ def write(folder: str | Path) -> Path:
         settings_head=[*figures.SETTING_NAMES.values(), "seeds", "precision slope", "recall slope"],
     )
     path = folder / "report.html"
-    run.write_text(path, html)
+    files.write_text(path, html)
     return path

@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from kd_jax.files import write_json
 from kd_jax.lm import corpus_manifest as manifests
 from kd_jax.lm import shards
 from kd_jax.lm.corpus_manifest import DATA_SETTINGS, SETTINGS
 from kd_jax.lm.shards import SCHEMA
-from kd_jax.run import RunError, write_json
+from kd_jax.run import RunError
 
 __all__ = [
     "Arrival", "DATA_SETTINGS", "SCHEMA", "SETTINGS", "Corpus", "Rows", "check", "create_or_resume", "fingerprint",

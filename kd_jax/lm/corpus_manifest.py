@@ -15,7 +15,8 @@ import pyarrow as pa
 import kd_jax
 from kd_jax import untrusted
 from kd_jax.errors import again
-from kd_jax.run import RunError, read_json
+from kd_jax.files import read_json
+from kd_jax.run import RunError
 
 FORMAT = 1
 # What samples are a function of, and how they lie in files; a corpus goes on only where all of these are equal.

@@ -32,10 +32,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax import distributed
+from kd_jax.files import read_rows, write_rows
 from kd_jax.lm import agreement, estimates, resumable, weights
 from kd_jax.lm.corpus import Corpus, Rows
 from kd_jax.lm.model import Compute, Model
-from kd_jax.run import RunError, read_rows, write_rows
+from kd_jax.run import RunError
 
 # Of a result; one of another format is made again.
 FORMAT = 1

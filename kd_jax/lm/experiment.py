@@ -12,6 +12,7 @@ from typing import Any
 
 from kd_jax import cache, distributed, stages
 from kd_jax.devices import Target
+from kd_jax.files import read_rows, write_rows
 from kd_jax.lm import (
     arms,
     cost,
@@ -32,7 +33,7 @@ from kd_jax.lm import results as results_lib
 from kd_jax.lm import settings as settings_lib
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.model import PRESETS, Compute, Model
-from kd_jax.run import RunError, Stop, read_rows, write_rows
+from kd_jax.run import RunError, Stop
 from kd_jax.stages import Stage
 
 # What a random key is for: seeds of corpora and models are config.seed + these, far apart.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax import chunks
 from kd_jax import mesh as mesh_lib
 from kd_jax.devices import GIB, Target
 from kd_jax.lm import batches, cost, decode, distill, score, step, teacher
@@ -24,8 +25,6 @@ from kd_jax.lm.arms import Arm
 from kd_jax.lm.batches import Batch, Layout, Targets
 from kd_jax.lm.model import Architecture, Compute, Model
 
-# Tokens whose logits a device holds at a time where it is no CPU, whose own number is smaller (kd_jax.chunks).
-_CHUNK_TOKENS = 4096
 # A run that is timed is to take about so long; longer ones are timed with fewer rows.
 _PROBE_SECONDS = 10.0
 
@@ -201,7 +200,7 @@ def _compute(target: Target, mesh, *, dtype: str, **more) -> Compute:
         return Compute(dtype=dtype, mesh=mesh, **more)
     # XLA's CPU compiler widens bfloat16 to float32 in places, but not float16, which is as large
     dtype = "float16" if dtype == "bfloat16" else dtype
-    return Compute(dtype=dtype, mesh=mesh, chunk_tokens=_CHUNK_TOKENS, **more)
+    return Compute(dtype=dtype, mesh=mesh, chunk_tokens=chunks.TOKENS, **more)
 
 
 def layout(config, mesh) -> Layout:

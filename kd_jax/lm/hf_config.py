@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from kd_jax import run as run_lib
+from kd_jax import files
 from kd_jax.lm.model import Architecture, Model
 
 
@@ -45,7 +45,7 @@ def special_ids(
 ) -> tuple[tuple[int, ...], int | None, int | None]:
     """(eos_ids, bos_id, pad_id), from generation_config.json where it has them, else from config.json."""
     path = folder / "generation_config.json"
-    generation = run_lib.read_json(path, ValueError) if path.exists() else {}
+    generation = files.read_json(path, ValueError) if path.exists() else {}
 
     def ids(key):
         value = config.get(key) if generation.get(key) is None else generation[key]

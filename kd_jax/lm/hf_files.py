@@ -15,8 +15,7 @@ import numpy as np
 import safetensors
 from huggingface_hub import errors as hub_errors
 
-from kd_jax import run as run_lib
-from kd_jax import untrusted
+from kd_jax import files, untrusted
 from kd_jax.lm import hf_config
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import Architecture, Model
@@ -75,12 +74,12 @@ def open_folder(folder: Path) -> Stored:
     than this Llama; both name the file, and the tensor or the key.
     """
     config = read_json(folder / "config.json")
-    files = _files(folder)
-    shapes = {name: _shape(folder, file, name) for name, file in files.items()}
+    tensors = _tensor_files(folder)
+    shapes = {name: _shape(folder, file, name) for name, file in tensors.items()}
     architecture = hf_config.architecture(config, folder / "config.json")
 
     def read(weight, layer, index):
-        return files[tensor_name(weight, layer)].get_slice(tensor_name(weight, layer))[index]
+        return tensors[tensor_name(weight, layer)].get_slice(tensor_name(weight, layer))[index]
 
     if OUTSIDE["head"] not in shapes and not architecture.tie_word_embeddings:
         raise ValueError(
@@ -152,7 +151,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file that holds one JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
-    return run_lib.read_json(path, ValueError)
+    return files.read_json(path, ValueError)
 
 
 def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -187,19 +186,19 @@ def _check_name(folder: Path, shard: str) -> None:
         raise ValueError(f"{folder / INDEX} names {shard!r}, which is not a file of this folder")
 
 
-def _files(folder: Path) -> dict[str, Any]:
+def _tensor_files(folder: Path) -> dict[str, Any]:
     """The open safetensors file of each tensor; with an index, only the shards it names count."""
     where, shards = _shards(folder)
-    files = {}
+    tensors = {}
     for shard in shards:
         file = _open(folder / shard)
         there = set(file.keys())
         absent = sorted(name for name, place in where.items() if place == shard and name not in there)
         if absent:
             raise ValueError(f"{folder / shard} lacks {some(absent)}; {INDEX} says it is there")
-        files |= {name: file for name in there if not where or where.get(name) == shard}
+        tensors |= {name: file for name in there if not where or where.get(name) == shard}
     # old exports carry this table, which follows from rope_theta
-    return {name: file for name, file in files.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: file for name, file in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _open(path: Path) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from kd_jax import page, run
+from kd_jax import files, page
 from kd_jax.lm import comparison, figures, frontier, frontier_report, loss_figure, run_tables, summary, texts
 from kd_jax.lm.summary import Estimate, Group
 from kd_jax.page import Beside, show
@@ -279,5 +279,5 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         differences=run_tables.differences(manifest.get("config_differences")),
     )
     path = folder / "report.html"
-    run.write_text(path, html)
+    files.write_text(path, html)
     return path

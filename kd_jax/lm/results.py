@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax import stages
+from kd_jax.files import read_rows
 from kd_jax.lm import arms
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.model import Model
 from kd_jax.lm.training_log import ROW
-from kd_jax.run import RunError, read_rows
+from kd_jax.run import RunError
 from kd_jax.stages import Stage
 
 

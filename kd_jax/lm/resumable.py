@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
+from kd_jax.files import read_arrays, remove, replacing
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import decode, score
 from kd_jax.lm.corpus import Corpus, Rows
 from kd_jax.lm.model import DEFAULT, Compute, Model
-from kd_jax.run import RunError, read_arrays, remove, replacing
+from kd_jax.run import RunError
 
 # What has been scored is saved about this often.
 _SAVE_SECONDS = 10.0

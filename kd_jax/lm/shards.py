@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from kd_jax.errors import again
-from kd_jax.run import RunError, replacing
+from kd_jax.files import replacing
+from kd_jax.run import RunError
 
 SCHEMA = pa.schema(
     {

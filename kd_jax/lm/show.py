@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from kd_jax.files import write_rows
 from kd_jax.lm import corpus, weights
 from kd_jax.lm.tokenizer import Tokenizer
-from kd_jax.run import RunError, write_rows
+from kd_jax.run import RunError
 
 
 def samples(folder: str, *, model: str | None, first: int, num_samples: int, text_out: str | None) -> None:

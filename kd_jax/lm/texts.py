@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kd_jax import run
+from kd_jax import files
 from kd_jax.lm import summary
 
 # <|im_end|> and the like, and <s>, </s>, <pad>, <unk> and their kin.
@@ -17,7 +17,7 @@ CONTROL = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
 
 def read(path: Path) -> list[dict]:
     """The rows of a samples.jsonl, none where there is no file; ValueError names one that is not a sample's."""
-    rows = run.read_rows(path, halves=True)
+    rows = files.read_rows(path, halves=True)
     for index, row in enumerate(rows, start=1):
         missing = [key for key in ("name", "arm", "index", "text") if row.get(key) is None]
         if missing:

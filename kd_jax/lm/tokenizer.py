@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models
 
-from kd_jax import run as run_lib
+from kd_jax import files
 from kd_jax.lm import gguf_tokenizer
 from kd_jax.lm.gguf_reader import Reader
 
@@ -177,8 +177,8 @@ class Tokenizer:
             config["chat_template"] = self.chat_template
         if self.model_max_length is not None:
             config["model_max_length"] = self.model_max_length
-        run_lib.write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
-        run_lib.write_json(folder / "tokenizer_config.json", config)
+        files.write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
+        files.write_json(folder / "tokenizer_config.json", config)
         for name in _OVERRIDES:
             (folder / name).unlink(missing_ok=True)
 
@@ -258,7 +258,7 @@ def _named_id(backend: tokenizers.Tokenizer, names: dict[str, Any], key: str, fo
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return run_lib.read_json(path, ValueError) if path.is_file() else {}
+    return files.read_json(path, ValueError) if path.is_file() else {}
 
 
 def _byte_characters() -> list[str]:

@@ -36,6 +36,7 @@ from kd_jax import distributed
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.distributed import Agreement
 from kd_jax.errors import again
+from kd_jax.files import read_json, read_rows, remove, replacing, write_json, write_rows
 from kd_jax.lm import agreement, batches, cost, distill, step, training_data, weights
 from kd_jax.lm.batches import Updates
 from kd_jax.lm.corpus import Corpus
@@ -44,7 +45,7 @@ from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.recipe import Settings
 from kd_jax.lm.rollouts import Rollouts
 from kd_jax.lm.training_log import ROW, Log
-from kd_jax.run import Clock, RunError, Stop, read_json, read_rows, remove, replacing, write_json, write_rows
+from kd_jax.run import Clock, RunError, Stop
 
 RULE = "the least validation loss (nats a token, padding not counted)"
 # Updates whose numbers have not been fetched yet; the device is kept busy, and a bad loss is seen this much later.

@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
+from kd_jax.files import remove
 from kd_jax.lm import batches, distill
 from kd_jax.lm.batches import Layout, Sequences, Updates
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.distill import Distillation
 from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.rollouts import Rollouts
-from kd_jax.run import remove
 
 if TYPE_CHECKING:
     from kd_jax.lm.training import Member, Settings

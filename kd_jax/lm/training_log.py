@@ -12,8 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from kd_jax import distributed, trackers
+from kd_jax.files import append_rows, read_rows, write_rows
 from kd_jax.lm import step
-from kd_jax.run import Clock, append_rows, read_rows, write_rows
+from kd_jax.run import Clock
 
 # What every row of it has.
 ROW = {"kind": str, "step": int}

@@ -16,10 +16,9 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from kd_jax import checkpoint, folders, untrusted
+from kd_jax import checkpoint, files, folders, untrusted
 from kd_jax import fingerprint as fingerprint_lib
 from kd_jax import mesh as mesh_lib
-from kd_jax import run as run_lib
 from kd_jax.errors import again
 from kd_jax.fingerprint import fingerprint
 from kd_jax.lm import gguf_file, hf_config, hf_files, sources
@@ -106,23 +105,23 @@ def export(
     dtype = _check_export(model)
     shards, total = _plan(model, max_shard_bytes)
     count = len(shards)
-    files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    files = files if count > 1 else ["model.safetensors"]
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
     with folders.replacing(folder, overwrite, _EXPORTED) as partial:
-        for file, pieces in zip(files, shards, strict=True):
+        for name, pieces in zip(names, shards, strict=True):
             tensors = {hf_files.tensor_name(*piece): _host(model.params, *piece) for piece in pieces}
             if jax.process_index() == 0:
-                _save_tensors(tensors, partial / file)
+                _save_tensors(tensors, partial / name)
                 # safetensors makes files that nobody else can read
-                (partial / file).chmod(partial.stat().st_mode & 0o666)
+                (partial / name).chmod(partial.stat().st_mode & 0o666)
         if jax.process_index() == 0:
             if count > 1:
-                names = {hf_files.tensor_name(*p): f for f, ps in zip(files, shards, strict=True) for p in ps}
-                index = {"metadata": {"total_size": total}, "weight_map": names}
-                run_lib.write_json(partial / hf_files.INDEX, index)
+                where = {hf_files.tensor_name(*p): name for name, ps in zip(names, shards, strict=True) for p in ps}
+                index = {"metadata": {"total_size": total}, "weight_map": where}
+                files.write_json(partial / hf_files.INDEX, index)
             config, generation = hf_config.configs(model, dtype)
-            run_lib.write_json(partial / "config.json", config)
-            run_lib.write_json(partial / "generation_config.json", generation)
+            files.write_json(partial / "config.json", config)
+            files.write_json(partial / "generation_config.json", generation)
             if model.tokenizer is not None:
                 model.tokenizer.save(partial)
 
@@ -150,7 +149,7 @@ def _write_about(model: Model, folder: Path, **more: Any) -> None:
             "pad_id": model.pad_id,
             **more,
         }
-        run_lib.write_json(folder / "model.json", about)
+        files.write_json(folder / "model.json", about)
     multihost_utils.sync_global_devices(f"{folder / 'model.json'} is there")
 
 

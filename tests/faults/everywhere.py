@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kd_jax import run, stages
+from kd_jax import files, run, stages
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.gmm import chunks, report
 from kd_jax.lm import corpus as corpus_lib
@@ -100,7 +100,7 @@ def chain(folder):
     if not opened.finished:
 
         def work(text):
-            return lambda where, inputs: run.write_text(where / "made", text + str(len(inputs))) or {"text": text}
+            return lambda where, inputs: files.write_text(where / "made", text + str(len(inputs))) or {"text": text}
 
         listed = [stages.Stage("a", {}, (), work("a")), stages.Stage("b", {}, ("a",), work("b"))]
         stages.run(opened.folder, listed)

@@ -18,7 +18,7 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from kd_jax import cache, run, stages
+from kd_jax import cache, files, run, stages
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.lm import corpus, documents, resumable, weights
 from kd_jax.lm.tokenizer import Tokenizer
@@ -164,11 +164,11 @@ def _build_run(folder):
     config = ml_collections.ConfigDict(_CONFIG)
     run.finish(run.open_run(folder, config, argv=["train"]), seconds=1.0)
     rows = [{"kind": "training", "step": i, "loss": 0.5 * i, "name": "é"} for i in range(3)]
-    run.write_rows(folder / "metrics.jsonl", [*rows, {"kind": "validation", "step": 3, "loss": math.nan}])
+    files.write_rows(folder / "metrics.jsonl", [*rows, {"kind": "validation", "step": 3, "loss": math.nan}])
 
 
 def _load_run(folder):
-    rows = run.read_rows(folder / "metrics.jsonl")
+    rows = files.read_rows(folder / "metrics.jsonl")
     return rows, run.open_run(folder, ml_collections.ConfigDict(_CONFIG), argv=["train"])
 
 
@@ -193,7 +193,7 @@ def _build_stage(folder):
         "starts": 1,
         "result": {},
     }
-    run.write_json(folder / "stage.json", held)
+    files.write_json(folder / "stage.json", held)
 
 
 def _load_stage(folder):

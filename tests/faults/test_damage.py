@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from kd_jax import errors, run
+from kd_jax import errors, files
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.gmm import report
 from kd_jax.lm import corpus as corpus_lib
@@ -32,7 +32,7 @@ def damages(data, rng, flips=2):
     return [data[: len(data) // 2], b"", *(flipped(data, rng) for _ in range(flips if data else 0))]
 
 
-def files(folder):
+def all_files(folder):
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
@@ -54,7 +54,7 @@ def test_every_file_of_a_checkpoint(tmp_path):
             return saved.values(8), saved.load(8, trees), saved._manager.metrics(8)
 
     refused = 0
-    for path in files(tmp_path / "c" / "8"):
+    for path in all_files(tmp_path / "c" / "8"):
         whole = path.read_bytes()
         for data in damages(whole, rng):
             path.write_bytes(data)
@@ -92,7 +92,7 @@ def test_a_training_goes_on_from_before_a_damaged_checkpoint(straight, corpus, t
     interrupted(folder, corpus, 7)
     steps = sorted(int(path.name) for path in (folder / "checkpoints").glob("[0-9]*"))
     newest = folder / "checkpoints" / str(steps[-1])
-    largest = max(files(newest / "weights"), key=lambda path: path.stat().st_size)
+    largest = max(all_files(newest / "weights"), key=lambda path: path.stat().st_size)
     largest.write_bytes(flipped(largest.read_bytes(), np.random.default_rng(1)))
     for use in (lambda: trainings.train(folder, corpus), lambda: weights.load(newest)):
         with pytest.raises((RunError, ValueError), match=re.escape(str(newest)) + ".* is damaged.*remove"):
@@ -120,14 +120,14 @@ def test_a_broken_row_is_no_end_of_the_rows(tmp_path):
         )  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: not JSON .*utf-8"):
-        run.read_rows(tmp_path / "metrics.jsonl")
+        files.read_rows(tmp_path / "metrics.jsonl")
 
 
 @pytest.mark.slow
 def test_a_damaged_copy_of_the_corpus_is_not_trained_on(straight, corpus, tmp_path):
     folder = tmp_path / "t"
     interrupted(folder, corpus, 5)
-    copies = [path for path in files(folder / "arrow") if path.suffix == ".arrow"]
+    copies = [path for path in all_files(folder / "arrow") if path.suffix == ".arrow"]
     assert copies
     for path in copies:
         data = path.read_bytes()

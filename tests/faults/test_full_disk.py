@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import errors, run
+from kd_jax import errors, files, run
 from kd_jax.checkpoint import Checkpoints
 from kd_jax.gmm import report
 from kd_jax.lm import corpus as corpus_lib
@@ -58,22 +58,22 @@ def test_a_corpus(disk, tmp_path):
 
 def test_files_keep_what_was_in_them(disk):
     text, rows, sums = disk.folder / "a.json", disk.folder / "rows.jsonl", disk.folder / "b.npz"
-    run.write_json(text, {"old": 1})
-    run.write_rows(rows, [{"old": i} for i in range(3)])
+    files.write_json(text, {"old": 1})
+    files.write_rows(rows, [{"old": i} for i in range(3)])
     resumable._write(sums, {"old": 1}, np.zeros(3))
     big = "x" * 20000
     for room in (0, 4096):
         disk.fill(room)
-        refused(lambda: run.write_json(text, {"new": big}), text)
-        refused(lambda: run.write_rows(rows, [{"new": big}]), rows)
+        refused(lambda: files.write_json(text, {"new": big}), text)
+        refused(lambda: files.write_rows(rows, [{"new": big}]), rows)
         refused(lambda: resumable._write(sums, {"new": 1}, np.zeros(5000)), sums)
-        assert run.read_json(text) == {"old": 1} and len(run.read_rows(rows)) == 3
+        assert files.read_json(text) == {"old": 1} and len(files.read_rows(rows)) == 3
         np.testing.assert_array_equal(resumable._read(sums, {"old": 1}, 3), np.zeros(3))
         # rows that are added may come in part
-        refused(lambda: run.append_rows(rows, [{"new": big}] * 3), rows)
+        refused(lambda: files.append_rows(rows, [{"new": big}] * 3), rows)
         disk.free()
-        assert run.read_rows(rows, cut=True)[:3] == [{"old": 0}, {"old": 1}, {"old": 2}]
-        run.write_rows(rows, run.read_rows(rows, cut=True)[:3])
+        assert files.read_rows(rows, cut=True)[:3] == [{"old": 0}, {"old": 1}, {"old": 2}]
+        files.write_rows(rows, files.read_rows(rows, cut=True)[:3])
         assert sorted(path.name for path in disk.folder.iterdir()) == ["a.json", "b.npz", "rows.jsonl"]
 
 

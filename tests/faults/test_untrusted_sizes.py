@@ -7,7 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from kd_jax import run
+from kd_jax import files
 from kd_jax.lm import documents, resumable, weights
 from kd_jax.run import RunError
 from tests.faults.targets import built, refused
@@ -114,12 +114,12 @@ def test_json_that_a_parser_or_printer_dies_of(tmp_path, text):
     path = tmp_path / "x.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(RunError, match=r"x\.json is not (JSON|a JSON object)"):
-        run.read_json(path)
+        files.read_json(path)
     with pytest.raises(ValueError, match=r"x\.json is not (JSON|a JSON object)"):
-        run.read_json(path, ValueError)
+        files.read_json(path, ValueError)
     if text:
         with pytest.raises(RunError, match=r"x\.json, line 1: not (JSON|a row)"):
-            run.read_rows(path)
+            files.read_rows(path)
 
 
 def test_large_json_is_refused_unread(tmp_path):
@@ -127,14 +127,14 @@ def test_large_json_is_refused_unread(tmp_path):
     with open(path, "wb") as file:
         file.truncate(1 << 40)  # takes no room on the disk
     with pytest.raises(RunError, match=r"x\.json is not JSON \(it has 1099511627776 bytes"):
-        run.read_json(path)
+        files.read_json(path)
 
 
 def test_line_separators_in_a_row_do_not_end_it(tmp_path):
     rows = [{"text": "a\u2028b\u0085c\x0bd"}, {"text": "\r"}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    assert run.read_rows(path) == rows
+    assert files.read_rows(path) == rows
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 
 from configs import lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
 from kd_jax import stages
+from kd_jax.files import read_rows
 from kd_jax.lm import arms, experiment
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.run import read_rows
 
 # Of rows: what a run measures of itself.
 TIMED = (

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from configs import lm, lm_frontier, lm_laptop
 from kd_jax import page
+from kd_jax.files import read_rows
 from kd_jax.lm import arms, experiment, frontier, frontier_report, report
-from kd_jax.run import read_rows
 
 KNOBS = (
     ("tau", (("1", "tau-1"), ("0.5", "tau-0.5"))),

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from kd_jax.files import read_rows
 from kd_jax.lm import rollouts as rollouts_lib
 from kd_jax.lm import training, weights
 from kd_jax.lm.batches import Layout, Sequences
@@ -13,7 +14,6 @@ from kd_jax.lm.distill import Distillation, Settings
 from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.rollouts import Rollouts
 from kd_jax.lm.training import Member
-from kd_jax.run import read_rows
 from tests.lm.test_top_k import TINY, VOCAB, recorded, tiny
 from tests.lm.test_training import StopAt, last_step, make_corpus, settings
 

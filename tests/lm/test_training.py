@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from kd_jax.files import read_rows
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import training, weights
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.lm.training import Member, Settings
-from kd_jax.run import read_rows
 
 TINY = PRESETS["tiny"]
 COMPUTE = Compute()
