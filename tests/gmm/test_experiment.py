@@ -85,6 +85,7 @@ def test_one_compilation_for_all_betas_seeds_and_separations():
         counted(SMALL, jnp.arange(seeds, seeds + 2, dtype=jnp.uint32), betas, jnp.float32(separation), 1e-3)
 
 
+@pytest.mark.slow
 def test_other_batches_give_the_same_numbers():
     betas = np.array([1.0, 10.0, 100.0])
     direct, distilled = experiment.sweep(SMALL, np.arange(6), betas)
@@ -93,6 +94,7 @@ def test_other_batches_give_the_same_numbers():
     np.testing.assert_allclose(direct.recall[4], again.recall[0], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_numbers(tmp_path):
     script = (
         "import sys, numpy as np, jax\n"
@@ -137,6 +139,7 @@ def train(folder, *flags, check=True):
     return subprocess.run([*command, *flags], cwd=ROOT, check=check, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_exactly_and_a_finished_one_is_left_alone(tmp_path):
     # One seed a chunk: memory for less than one.
     train(tmp_path / "whole", "--config.memory_gib=1e-9")

@@ -414,6 +414,7 @@ def test_no_more_slots_than_samples_where_that_pays(slots_held, monkeypatch):
 SEVERAL = [np.arange(40, 69), [3], [3, 100, 159, 5, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "prompt, eos_ids, max_length",
     [(PROMPT, tuple(range(0, 160, 8)), 40), (np.arange(70) + 40, EOS, 140), (SEVERAL, (), 40)],

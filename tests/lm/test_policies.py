@@ -69,6 +69,7 @@ def test_learns_and_says_what_it_sees(straight):
     assert ("on_policy" in training_rows[0]) == ("share_of_rollouts" in result) == (policy == "on_policy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [3])
 def test_interrupted_it_ends_with_the_same_numbers(straight, corpora, tmp_path, stop_at):
     policy, folder, result = straight
@@ -101,6 +102,7 @@ def test_offline_with_all_ids_is_online(corpora, tmp_path):
         np.testing.assert_allclose(ours, other, atol=5e-4)
 
 
+@pytest.mark.slow
 def test_a_mix_takes_its_share_of_both(corpora, tmp_path):
     one, two = (Sequences.of(held, str(tmp_path / "arrow")) for held in corpora[0])
     mixed = one.mixed(two, 0.25)

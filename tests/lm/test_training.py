@@ -198,6 +198,7 @@ def test_together_each_has_the_numbers_it_has_alone(pair):
         weights.load(folders[1] / "checkpoints" / "12")
 
 
+@pytest.mark.slow
 def test_together_interrupted_it_ends_with_the_same_numbers(pair):
     root, members, _ = pair
     straight = together(root / "straight", members)
