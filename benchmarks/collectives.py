@@ -1,6 +1,9 @@
-"""What devices send each other in an update, by mesh: bytes of each kind of collective, from the compiled program.
+"""What devices send each other, by mesh: bytes of each kind of collective, from the compiled program.
 
-    python -m benchmarks.collectives [--json] [training|online [DATA,FSDP,TENSOR ...]]
+    python -m benchmarks.collectives [--json] [POLICY ...] [DATA,FSDP,TENSOR ...]
+
+Of an update that learns text (training) or from a teacher (online), of a step of sampling (also truncated, by top-k and
+top-p), of a batch that is scored, or of which the likeliest tokens are recorded (top_k).
 
 Virtual CPU devices, a small model, two rows for each device of data x fsdp. A number is the size of what one device has
 after the collectives, all rounds of a loop together; a ring sends about twice that for all-reduce, once for the others.
@@ -19,25 +22,50 @@ import numpy as np
 
 from kd_jax import collectives, optim
 from kd_jax import mesh as mesh_lib
-from kd_jax.lm import batches, distill, step
+from kd_jax.lm import batches, decode, distill, score, step, teacher
 from kd_jax.lm import model as model_lib
+from kd_jax.lm.kv_cache import PAGE
 from kd_jax.lm.model import Architecture, Compute, Model
 
 # Every axis has a size of its own, also when it is split over 2, 4 or 8 devices.
 STUDENT = Architecture(
-    vocab_size=2560, hidden_size=96, intermediate_size=224, num_hidden_layers=3, num_attention_heads=8,
+    vocab_size=3072, hidden_size=96, intermediate_size=224, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=8, head_dim=12, rope_theta=10000.0,
 )  # fmt: skip
 TEACHER = dataclasses.replace(STUDENT, hidden_size=176, intermediate_size=464, num_hidden_layers=2)
-ROWS, LENGTH = 2, 36
+ROWS, LENGTH, TOP_K = 2, 36, 8
 MESHES = (
     (1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 2, 1), (4, 2, 1),
     (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 2), (1, 4, 2),
 )  # fmt: skip
-POLICIES = ("training", "online")
+POLICIES = ("training", "online", "sampling", "truncated", "scoring", "top_k")
 
 
 def compiled(policy: str, sizes: tuple[int, int, int], teacher_sizes: tuple[int, int, int] | None = None):
+    """The program of a policy over a mesh of these sizes; `teacher_sizes` are the teacher's of "online"."""
+    if policy in ("training", "online"):
+        return _update(policy, sizes, teacher_sizes)
+    mesh = mesh_lib.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+    model, rows = Model(STUDENT, _weights(STUDENT, mesh)), ROWS * mesh_lib.batch_devices(mesh)
+    compute = Compute(mesh=mesh, chunk_tokens=16)
+    if policy in ("sampling", "truncated"):
+        cut = {"top_k": 40, "top_p": 0.9} if policy == "truncated" else {}
+        return decode.lower(model, 1, max_length=2 * PAGE, batch_size=rows, mesh=mesh, **cut).compile()
+
+    def array(*shape):
+        axes = ("batch", *[None] * (len(shape) - 1))
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh_lib.sharding(axes, mesh))
+
+    if policy == "scoring":
+        return score.lower(model, array(rows, LENGTH), compute).compile()
+
+    def run(params, tokens, lengths):
+        return teacher.forward(params, STUDENT, tokens, lengths, want="top_k", k=TOP_K, compute=compute)
+
+    return jax.jit(run).lower(model.params, array(rows, LENGTH), array(rows)).compile()
+
+
+def _update(policy: str, sizes: tuple[int, int, int], teacher_sizes: tuple[int, int, int] | None):
     """The update of a student, learning text or from a teacher, over a mesh of these sizes."""
     mesh = mesh_lib.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     compute = Compute(mesh=mesh, chunk_tokens=16)  # so that there are several chunks of logits
@@ -77,11 +105,11 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
     if not as_json:
-        print(f"{'KiB a device and update':20}" + "".join(f"{kind:>20}" for kind in collectives.KINDS))
+        print(f"{'KiB a device':20}" + "".join(f"{kind:>20}" for kind in collectives.KINDS))
     for policy in policies or POLICIES:
         for sizes in meshes or MESHES:
             # three more numbers are the teacher's mesh
-            found = collectives.read(compiled(policy, sizes[:3], sizes[3:] or None).as_text())
+            found = collectives.read(compiled(policy, sizes[:3], sizes[3:] or None).as_text(), rounds=1)
             if as_json:
                 print(json.dumps([policy, sizes, [one._asdict() for one in found]]), flush=True)
                 continue

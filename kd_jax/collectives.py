@@ -38,14 +38,16 @@ class Collective(NamedTuple):
         return self.times * sum(_bits(dtype) * math.prod(sizes) for dtype, sizes in self.shapes) // 8
 
 
-def read(text: str) -> list[Collective]:
+def read(text: str, *, rounds: int | None = None) -> list[Collective]:
     """All collectives of a compiled program that runs over several devices.
 
-    Raises ValueError for one in a loop of which it is not known how often it goes round.
+    Args:
+        rounds: how often a loop goes round where the program does not say; of sampling, 1 makes it a step's.
+    Raises ValueError for a collective in a loop of which it is not known how often it goes round.
     """
     bodies, entry = _computations(text)
     found = []
-    for name, times in _times(bodies, entry).items():
+    for name, times in _times(bodies, entry, rounds).items():
         for shapes, operation, rest in bodies[name]:
             kind = operation.removesuffix("-start")
             if kind not in KINDS:
@@ -83,7 +85,7 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str
     return bodies, entry
 
 
-def _times(bodies: dict[str, list[tuple[str, str, str]]], entry: str) -> dict[str, int | None]:
+def _times(bodies: dict[str, list[tuple[str, str, str]]], entry: str, rounds: int | None) -> dict[str, int | None]:
     """How often each computation is run; None where that is not known."""
     found: dict[str, int | None] = {}
 
@@ -91,18 +93,18 @@ def _times(bodies: dict[str, list[tuple[str, str, str]]], entry: str) -> dict[st
         before = found.get(name, 0)
         found[name] = None if times is None or before is None else before + times
         for _, operation, rest in bodies[name]:
-            for called, trips in _calls(operation, rest):
+            for called, trips in _calls(operation, rest, rounds):
                 visit(called, None if times is None or trips is None else times * trips)
 
     visit(entry, 1)
     return found
 
 
-def _calls(operation: str, rest: str) -> Iterator[tuple[str, int | None]]:
+def _calls(operation: str, rest: str, rounds: int | None) -> Iterator[tuple[str, int | None]]:
     trips: int | None = 1
     if operation == "while":
         known = _TRIPS.search(rest)
-        trips = int(known[1]) if known else None
+        trips = int(known[1]) if known else rounds
     for called in _CALLED.findall(rest):
         yield called, trips
     for branches in _BRANCHES.findall(rest):

@@ -90,6 +90,32 @@ def _gather_backward(axes, mesh, _, gradient):
 gather.defvjp(_gather_forward, _gather_backward)
 
 
+def top_k(x: jax.Array, k: int, axes: tuple[str | None, ...], mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """jax.lax.top_k of an array laid out by its logical axes: values and indices [..., k], whole along the last axis.
+
+    The compiler would gather all of the array for it. Here each device looks through its own part, and where the last
+    axis is split only k of each part are gathered.
+    """
+    if mesh is None or mesh.size == 1:
+        return jax.lax.top_k(x, k)
+    partition = spec(axes, mesh)
+    split = partition[-1]
+
+    def part(x):
+        values, ids = jax.lax.top_k(x, min(k, x.shape[-1]))
+        if split is None:
+            return values, ids
+        ids = ids + jax.lax.axis_index(split) * x.shape[-1]
+        # part after part: among equals the lowest index still comes first
+        values, ids = (jax.lax.all_gather(a, split, axis=a.ndim - 1, tiled=True) for a in (values, ids))
+        values, places = jax.lax.top_k(values, k)
+        return values, jax.numpy.take_along_axis(ids, places, axis=-1)
+
+    out = PartitionSpec(*partition[:-1], None)
+    # what is gathered is the same on all; the check cannot see it
+    return jax.shard_map(part, mesh=mesh, in_specs=(partition,), out_specs=(out, out), check_vma=False)(x)
+
+
 def of(tree: Any) -> Mesh | None:
     """The mesh that a tree of arrays (or their shapes, with shardings) lies on; None where it is on one device."""
     found = {getattr(leaf.sharding, "mesh", None) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "sharding")}

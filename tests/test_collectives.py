@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.collectives import LENGTH, ROWS, STUDENT, TEACHER
+from benchmarks.collectives import LENGTH, ROWS, STUDENT, TEACHER, TOP_K
 from kd_jax import collectives
 from kd_jax.collectives import Collective
 
@@ -76,6 +76,10 @@ def found():
         "training": ["2,1,1", "8,1,1", "1,2,1", "1,8,1", "2,1,2", "4,1,2", "1,1,8", "2,2,2"],
         # the last teacher lies otherwise than its student
         "online": ["2,1,1", "8,1,1", "2,2,2", "4,2,1,1,1,8"],
+        "sampling": ["8,1,1", "1,8,1", "1,1,8", "2,2,2"],
+        "truncated": ["8,1,1", "1,8,1", "1,1,8", "2,2,2"],
+        "scoring": ["8,1,1", "1,2,1", "1,8,1", "1,1,8", "2,2,2"],
+        "top_k": ["8,1,1", "1,8,1", "1,1,8", "2,2,2"],
     }.items():
         command = [sys.executable, "-m", "benchmarks.collectives", "--json", policy, *meshes]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -109,6 +113,7 @@ def matrices(architecture):
         ("training", (1, 2, 1), (1, 8, 1)),
         ("training", (2, 1, 2), (4, 1, 2)),
         ("online", (2, 1, 1), (8, 1, 1)),
+        ("scoring", (1, 2, 1), (1, 8, 1)),
     ],
 )
 def test_nothing_grows_with_the_devices_that_rows_are_split_over(found, policy, few, many):
@@ -151,6 +156,42 @@ def test_tensor_sends_activations_whose_size_does_not_grow(found):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", ["scoring", "top_k"])
+def test_rows_are_scored_without_a_word(found, policy):
+    assert sum(sizes(found, policy, 8, 1, 1).values()) == 0
+    # weights that fsdp splits are gathered once
+    layers, embedding = matrices(STUDENT)
+    there = sizes(found, policy, 1, 8, 1)
+    assert there["all-gather"] == sum(there.values()) <= 1.02 * 4 * (layers + 2 * embedding)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["sampling", "truncated"])
+def test_a_step_of_sampling_sends_a_number_for_each_slot(found, policy):
+    # which sample a slot begins; weights that fsdp splits were gathered before the first step
+    for mesh in ((8, 1, 1), (1, 8, 1)):
+        assert sum(sizes(found, policy, *mesh).values()) <= 4 * 8 * ROWS + 64
+
+
+@pytest.mark.slow
+def test_a_step_of_sampling_over_tensor(found):
+    a = STUDENT
+    # out of attention and MLP of each layer, and the lookup; a block of probabilities and the sums of all blocks
+    wanted = 4 * ROWS * ((2 * a.num_hidden_layers + 1) * a.hidden_size + 128 + a.vocab_size // 128)
+    assert sum(sizes(found, "sampling", 1, 1, 8).values()) <= wanted + 4 * ROWS * 50
+    # of truncation, so many candidates of each part, and a few sums for each bit of a bisection
+    candidates = 4 * ROWS * 256
+    assert sum(sizes(found, "truncated", 1, 1, 8).values()) <= wanted + 8 * candidates + 4 * ROWS * 150
+
+
+@pytest.mark.slow
+def test_a_teachers_top_k_over_tensor(found):
+    # k ids and values of each part, of all positions; in chunks that are not all full
+    positions = 1.2 * ROWS * LENGTH
+    assert sizes(found, "top_k", 1, 1, 8)["all-gather"] <= 8 * (4 + 4) * TOP_K * positions
+
+
+@pytest.mark.slow
 def test_nobody_sends_logits(found):
     for (policy, mesh), parts in found.items():
         for part in parts:
@@ -167,5 +208,5 @@ def is_logits(shape):
 
 
 def test_what_logits_are():
-    assert is_logits((4, 36, 2560)) and is_logits((144, 320)) and is_logits((2560,))
-    assert not is_logits((2560, 96)) and not is_logits((1, 320, 88)) and not is_logits((72, 224))
+    assert is_logits((4, 36, 3072)) and is_logits((144, 384)) and is_logits((3072,))
+    assert not is_logits((3072, 96)) and not is_logits((1, 384, 88)) and not is_logits((72, 224))

@@ -102,14 +102,18 @@ def paged(
     return out.astype(q.dtype).reshape(slots, heads * width)
 
 
-def apart(x: jax.Array) -> jax.Array:
+def apart(x: jax.Array, axis: int = 0) -> jax.Array:
     """x, as an array of its own on CPUs: XLA's code there would work it out anew wherever it is used.
 
-    (It drops optimization barriers before it puts operations together, but leaves a scatter alone.)
+    (It drops optimization barriers before it puts operations together, but leaves a scatter alone: along an axis that
+    is not split over devices.)
     """
-    return jax.lax.platform_dependent(
-        x, cpu=lambda x: jnp.zeros_like(x).at[jnp.arange(len(x))].set(x), default=lambda x: x
-    )
+
+    def scattered(x):
+        place = (slice(None),) * (axis % x.ndim) + (jnp.arange(x.shape[axis]),)
+        return jnp.zeros_like(x).at[place].set(x)
+
+    return jax.lax.platform_dependent(x, cpu=scattered, default=lambda x: x)
 
 
 def _rows(x, index):

@@ -7,15 +7,16 @@ through the rounding of the model's own float arithmetic).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from kd_jax import distributed
 from kd_jax import mesh as mesh_lib
@@ -108,7 +109,8 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
     left = num_samples - first
     if not left:
         return
-    params = model_lib.unstack(model.params)
+    compute = dataclasses.replace(compute, mesh=mesh)
+    params = model_lib.unstack(model.params) if mesh is None else _laid_out(model.params, model.architecture, mesh)
     state = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
     pages, num_steps = state.cache.num_pages // state.cache.num_slots, 8
     steps = slot_steps = active_steps = 0
@@ -175,8 +177,8 @@ def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p
 
 
 def lower(
-    model: Model, prompt_length: int, *, max_length: int, batch_size: int, compute: Compute = DEFAULT,
-    mesh: Mesh | None = None,
+    model: Model, prompt_length: int, *, max_length: int, batch_size: int, top_k: int | None = None,
+    top_p: float | None = None, compute: Compute = DEFAULT, mesh: Mesh | None = None,
 ) -> jax.stages.Lowered:  # fmt: skip
     """The device program of `stream` where every slot has all of its pages, for a plan; nothing is run.
 
@@ -186,7 +188,12 @@ def lower(
     devices = mesh_lib.batch_devices(mesh)
     slots = -(-batch_size // devices) * devices
     width = -(-max_length // PAGE) * PAGE
-    params = _unstacked(model.params)
+    compute, params = dataclasses.replace(compute, mesh=mesh), jax.eval_shape(model_lib.unstack, model.params)
+    if mesh is not None:
+        params = jax.tree.map(
+            lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh_lib.sharding(axes, mesh)),
+            params, _axes(model.architecture),
+        )  # fmt: skip
 
     def prefill(params, prompt):
         return _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
@@ -195,23 +202,31 @@ def lower(
     state = _empty(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0)
     if mesh is not None:
         state = jax.tree.map(
-            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), state, _shardings(mesh, state)
-        )
-    settings = _settings(model, prompts, 1, max_length, 1.0, None, None, 0)
+            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to),
+            state, slots_lib.shardings(state, mesh),
+        )  # fmt: skip
+    settings = _settings(model, prompts, 1, max_length, 1.0, top_k, top_p, 0)
     return slots_lib.run.lower(state, params, settings, model.architecture, compute, 1)
 
 
-def _unstacked(params):
-    """The shapes that `model_lib.unstack` makes, each layer split as the stack is."""
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _laid_out(params, architecture: Architecture, mesh: Mesh):
+    """The weights as the loop reads them: layer by layer, and whole on each device but for what tensor splits.
 
-    def one(leaf):
-        sharding = leaf.sharding
-        if isinstance(sharding, NamedSharding):
-            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
+    A step has few tokens, and no time to gather weights for them, as training does where fsdp splits them.
+    """
+    return jax.tree.map(
+        lambda leaf, axes: mesh_lib.constrain(leaf, axes, mesh), model_lib.unstack(params), _axes(architecture)
+    )
 
-    count = len(next(iter(params["layers"].values())))
-    return {**params, "layers": (jax.tree.map(one, params["layers"]),) * count}
+
+def _axes(architecture: Architecture) -> dict[str, Any]:
+    """Logical axes of the weights as `_laid_out` makes them."""
+    axes = model_lib.logical_axes(architecture)
+    layer = {name: names[1:] for name, names in axes["layers"].items()}
+    axes = {**axes, "layers": (layer,) * architecture.num_hidden_layers}
+    is_axes = lambda leaf: isinstance(leaf, tuple) and not any(isinstance(one, dict) for one in leaf)  # noqa: E731
+    return jax.tree.map(lambda names: tuple(None if a == "embed" else a for a in names), axes, is_leaf=is_axes)
 
 
 def _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh) -> State:
@@ -226,7 +241,7 @@ def _start(model, params, prompts, settings, first, batch_size, max_length, comp
     cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
     state = _empty(cache, slots, width, first)
     # Committed to where the parameters are, as what `_run` returns is: otherwise the second call compiles again.
-    where = next(iter(cache.owner.devices())) if mesh is None else _shardings(mesh, state)
+    where = next(iter(cache.owner.devices())) if mesh is None else slots_lib.shardings(state, mesh)
     if not distributed.several():
         return jax.device_put(state, where)
     place = {True: jax.device_put, False: distributed.spread}  # from the devices, from every host
@@ -234,9 +249,11 @@ def _start(model, params, prompts, settings, first, batch_size, max_length, comp
 
 
 def _empty(cache: Pages, slots: int, width: int, first: int) -> State:
+    groups, each = cache.table.shape[:2]
     return State(
-        cache=cache, slots=_rows(slots, width), active=np.zeros(slots, bool), done=_rows(slots_lib.DONE * slots, width),
-        num_done=np.int32(0), next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
+        cache=cache, slots=_rows(width, slots), active=np.zeros(slots, bool),
+        done=_rows(width, groups, slots_lib.DONE * each), num_done=np.zeros(groups, np.int32),
+        next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
     )  # fmt: skip
 
 
@@ -254,31 +271,29 @@ def _prefill(
     return kv_cache.paged(cache, groups, slots, slots * min(kept + 1, length // PAGE), length)
 
 
-def _rows(rows: int, length: int) -> Rows:
+def _rows(length: int, *rows: int) -> Rows:
     def zeros(dtype, *shape):
-        return np.zeros((rows, *shape), dtype)  # each its own: donated buffers must not be shared
+        return np.zeros((*rows, *shape), dtype)  # each its own: donated buffers must not be shared
 
     wide = zeros(np.int32, length), zeros(np.float32, length), zeros(np.float32, length)
     return Rows(zeros(np.int32), *wide, zeros(np.int32), zeros(bool))
 
 
-def _shardings(mesh: Mesh, state: State) -> State:
-    """Slots are split over the devices, what is done lies on all."""
-    replicated = mesh_lib.sharding((), mesh)
-    everywhere = jax.tree.map(lambda _: replicated, state)
-
-    def split(tree):
-        return jax.tree.map(lambda leaf: mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), mesh), tree)
-
-    return everywhere._replace(cache=split(state.cache), slots=split(state.slots), active=split(state.active))
-
-
 def _collect(state: State) -> tuple[State, Rows]:
     """Empties the pool of samples that are done, and counts from 0 again."""
-    count = int(state.num_done)
-    rows = jax.tree.map(lambda leaf: leaf[:count, ...], distributed.fetch(state.done))
+    filled, done = distributed.fetch(state.num_done), state.done
+    if len(filled) > 1:
+        # no more than there is; few sizes, as each is a program of its own
+        done = _first(done, min(1 << (int(filled.max()) - 1).bit_length(), done.index.shape[1]))
+    done = distributed.fetch(done)
+    rows = jax.tree.map(lambda leaf: np.concatenate([leaf[i, :n] for i, n in enumerate(filled)]), done)
     counts = {name: jnp.zeros_like(getattr(state, name)) for name in ("num_done", "steps", "active_steps")}
     return state._replace(**counts), rows
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first(done: Rows, places: int) -> Rows:
+    return jax.tree.map(lambda leaf: leaf[:, :places], done)
 
 
 def _samples(rows: Rows, prompts: list[list[int]], width: int, utilisation: float, steps: int) -> Samples:

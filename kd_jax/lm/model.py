@@ -156,8 +156,8 @@ def extend(
     Returns: hidden states [row, new, hidden_size] and the cache, in place if it is donated.
     """
     layers = params["layers"] if isinstance(params["layers"], tuple) else unstack(params)["layers"]
-    phases = jax.tree.map(attention.apart, _phases(positions, architecture))
-    x = params["embedding"][tokens].astype(compute.dtype)
+    phases = jax.tree.map(functools.partial(attention.apart, axis=-1), _phases(positions, architecture))
+    x = _rows(params["embedding"][tokens].astype(compute.dtype), compute)
     keys, values = list(cache.keys), list(cache.values)
     for i, w in enumerate(layers):
         one = cache._replace(keys=(keys[i],), values=(values[i],))
@@ -172,7 +172,7 @@ def _extend_layer(w, x, cache, positions, phases, architecture, compute):
     q, k, v = _project(w, x, phases, architecture, compute)
     keys, values, seen = cache.attend(0, q, k, v, positions)
     x = x + _out(w, seen, compute)
-    return _mlp(w, x, architecture, compute), keys, values
+    return _rows(_mlp(w, x, architecture, compute), compute), keys, values
 
 
 def head(params: dict[str, Any]) -> jax.Array:

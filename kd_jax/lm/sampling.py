@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kd_jax import mesh as mesh_lib
 
 _BLOCK = 128
 # how many of the most probable tokens truncation looks at before it searches all
@@ -29,11 +32,12 @@ class Draw(NamedTuple):
 
 def sample(
     uniforms: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None = None,
-    top_p: jax.Array | None = None,
+    top_p: jax.Array | None = None, mesh: Mesh | None = None,
 ) -> Draw:  # fmt: skip
     """Draws a token for each row of float32 `logits` [..., vocab]; see `temper`, `truncate` and `draw`.
 
     Temperature, top_k and top_p are traced: other values do not recompile. Truncation is left out where both are None.
+    Over a mesh, rows [row, vocab] are split over it, and the vocabulary where tensor splits the head.
     """
     logits = logits.astype(jnp.float32)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), logits.shape[:-1])
@@ -42,7 +46,7 @@ def sample(
     tempered = temper(logits, temperature)
     if top_k is not None or top_p is not None:
         vocab = logits.shape[-1]
-        tempered = truncate(tempered, vocab if top_k is None else top_k, 1.0 if top_p is None else top_p)
+        tempered = truncate(tempered, vocab if top_k is None else top_k, 1.0 if top_p is None else top_p, mesh)
     # among equals the greedy choice is the lowest id, which is what a uniform of 0 picks
     token, log_total = draw(jnp.where(greedy[..., None], 0, uniforms), tempered)
     drawn = jnp.take_along_axis(below, token[..., None], axis=-1)[..., 0]
@@ -67,7 +71,7 @@ def _divisor(temperature: jax.Array) -> jax.Array:
     return jnp.where(temperature > 0, temperature, 1e-30)
 
 
-def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """-inf for what top-k and then top-p leave out, as if tokens were sorted by logit and, among equals, by id.
 
     Args:
@@ -75,11 +79,13 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array
         top_k: how many are kept, from 1; vocab or more keeps all.
         top_p: the fewest tokens whose probability, after top-k, reaches this are kept, the one that crosses it among
             them; from above 0 to 1, which keeps all.
+        mesh: what logits [row, vocab] are split over, see `sample`.
     """
     vocab = logits.shape[-1]
     top_k, top_p = jnp.asarray(top_k, jnp.float32), jnp.asarray(top_p, jnp.float32)
     # without the barrier XLA merges what follows into the selection, and then sorts the whole vocabulary for it
-    values = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(_CANDIDATES, vocab))[0])
+    values, _ = mesh_lib.top_k(logits, min(_CANDIDATES, vocab), ("batch", "vocab"), mesh)
+    values = jax.lax.optimization_barrier(values)
     ranks = jnp.arange(values.shape[-1])
     mass = jnp.cumsum(jnp.where(ranks < top_k, jnp.exp(values), 0), axis=-1)
     total = jnp.where(top_k > values.shape[-1], jnp.exp(logits).sum(axis=-1), mass[..., -1])

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from kd_jax import mesh as mesh_lib
 from kd_jax.lm import kv_cache, sampling
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.kv_cache import PAGE, Pages
@@ -24,7 +26,7 @@ DONE = 8
 
 
 class Rows(NamedTuple):
-    """Samples on the device: those in the slots, or those that are done. [row, ...]"""
+    """Samples on the device: those in the slots [slot, ...], or those that are done [group, place, ...]."""
 
     index: jax.Array
     tokens: jax.Array
@@ -40,8 +42,8 @@ class State(NamedTuple):
     cache: Pages
     slots: Rows
     active: jax.Array  # bool [slot]
-    done: Rows  # the first num_done rows are filled
-    num_done: jax.Array
+    done: Rows  # of each group the first num_done places are filled
+    num_done: jax.Array  # [group]
     next_index: jax.Array  # the next sample to start
     steps: jax.Array  # since the host last looked
     active_steps: jax.Array  # of all slots together
@@ -67,6 +69,24 @@ class Settings(NamedTuple):
 def prompt_pages(start):
     """How many pages hold the positions before `start`."""
     return -(-start // PAGE)
+
+
+def shardings(state: State, mesh: Mesh) -> State:
+    """Where a state lies: each group on the devices of its rows, its keys and values split by their heads there."""
+
+    def rows(leaf):
+        return mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), mesh)
+
+    def heads(leaf):
+        axis = "heads" if leaf.shape[2] % mesh.shape["tensor"] == 0 else None
+        return mesh_lib.sharding(("batch", None, axis, None, None), mesh)
+
+    everywhere, split = (
+        mesh_lib.sharding((), mesh),
+        jax.tree.map(rows, state._replace(next_index=None, steps=None, active_steps=None)),
+    )
+    cache = split.cache._replace(keys=tuple(map(heads, state.cache.keys)), values=tuple(map(heads, state.cache.values)))
+    return split._replace(cache=cache, next_index=everywhere, steps=everywhere, active_steps=everywhere)
 
 
 # --- between two calls ------------------------------------------------------------------------------------------------
@@ -140,7 +160,7 @@ def _gather(slots: Rows, active: jax.Array, done: Rows, groups: int, size: int):
         taken = jax.vmap(lambda rows, at: jnp.take(rows, at, axis=0, mode="clip"))(rows, which)
         return taken.reshape(groups * size, *array.shape[1:])
 
-    done = jax.tree.map(lambda array: array[: DONE * groups * size], done)
+    done = jax.tree.map(lambda array: array[:, : DONE * size], done)
     return (jax.tree.map(take, slots), (which < old).reshape(-1), done), which
 
 
@@ -162,18 +182,18 @@ def run(
     num_steps: jax.Array,
 ) -> State:  # fmt: skip
     """Up to num_steps steps; fewer where all is done, or `fit` has something to do before the next."""
-    slots, pool = state.active.shape[0], state.done.index.shape[0]
+    slots, pool, mesh = state.cache.num_slots, state.done.index.shape[1], compute.mesh
     last = state.steps + num_steps
 
     def goes_on(state: State):
         left = state.active.any() | (state.next_index < settings.num_samples)
-        fits = (state.num_done + slots <= pool) & (_pages_needed(state, settings) <= state.cache.num_pages)
+        fits = (state.num_done + slots <= pool).all() & (_pages_needed(state, settings) <= state.cache.num_pages)
         return left & (state.steps < last) & fits & (_slots_needed(state, settings) == state.cache.num_slots)
 
     def step(state: State) -> State:
         state = _refill(state, settings)
-        state = _advance(state, params, settings, architecture, compute)
-        return _retire(state, settings)
+        state = _retire(_advance(state, params, settings, architecture, compute), settings)
+        return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
 
     return jax.lax.while_loop(goes_on, step, state)
 
@@ -207,30 +227,28 @@ def _refill(state: State, settings: Settings) -> State:
 def _advance(state: State, params, settings: Settings, architecture: Architecture, compute: Compute) -> State:
     """One token for every slot; what idle slots compute is thrown away."""
     slots = state.slots
-    rows = jnp.arange(slots.length.shape[0])
-    newest = slots.tokens[rows, slots.length - 1]  # the input of this step
+    newest = _pick(slots.tokens, slots.length - 1)  # the input of this step
     positions = jnp.where(state.active, slots.length - 1, state.cache.length)  # of an idle slot: none
     cache = kv_cache.open_pages(state.cache, positions)
     hidden, cache = model_lib.extend(
         params, architecture, cache, newest[:, None], positions[:, None], compute=compute
     )  # fmt: skip
-    logits = model_lib.logits(params, hidden[:, 0])
+    logits = mesh_lib.constrain(model_lib.logits(params, hidden[:, 0]), ("batch", "vocab"), compute.mesh)
     logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)
     drawn = sampling.sample(
         _uniforms(settings.seed, slots.index, slots.length), logits, settings.temperature, settings.top_k,
-        settings.top_p,
+        settings.top_p, compute.mesh,
     )  # fmt: skip
 
     # inside the prompt the next token is known
     given = slots.length < settings.prompt_lengths[slots.index % settings.prompts.shape[0]]
-    put = jnp.where(state.active, slots.length, slots.tokens.shape[1])  # beyond the row: dropped
-    token = jnp.where(given, slots.tokens[rows, jnp.minimum(put, slots.tokens.shape[1] - 1)], drawn.token)
+    width = slots.tokens.shape[1]
+    put = jnp.where(state.active, slots.length, width)  # beyond the row: dropped
+    token = jnp.where(given, _pick(slots.tokens, jnp.minimum(put, width - 1)), drawn.token)
     slots = slots._replace(
-        tokens=slots.tokens.at[rows, put].set(token, mode="drop"),
-        log_probs=slots.log_probs.at[rows, put].set(jnp.where(given, 0, drawn.log_prob), mode="drop"),
-        sample_log_probs=slots.sample_log_probs.at[rows, put].set(
-            jnp.where(given, 0, drawn.sample_log_prob), mode="drop"
-        ),
+        tokens=_put(slots.tokens, put, token),
+        log_probs=_put(slots.log_probs, put, jnp.where(given, 0, drawn.log_prob)),
+        sample_log_probs=_put(slots.sample_log_probs, put, jnp.where(given, 0, drawn.sample_log_prob)),
         length=slots.length + state.active,
         finished=~given & (token[:, None] == settings.eos_ids).any(axis=-1),
     )
@@ -251,9 +269,18 @@ def _uniforms(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Arr
 def _retire(state: State, settings: Settings) -> State:
     """Moves samples that are done from their slots to those that are, and gives their pages back."""
     done = state.active & (state.slots.finished | (state.slots.length >= settings.max_length))
+    groups = len(state.num_done)
+    ended = done.reshape(groups, -1)
     # a place beyond the pool is dropped
-    place = jnp.where(done, state.num_done + jnp.cumsum(done) - 1, state.done.index.shape[0])
-    pool = jax.tree.map(lambda pool, slot: pool.at[place].set(slot, mode="drop"), state.done, state.slots)
+    place = jnp.where(ended, state.num_done[:, None] + jnp.cumsum(ended, axis=1) - 1, state.done.index.shape[1])
+    pool = jax.tree.map(
+        lambda pool, slot: _put(pool, place, slot.reshape(groups, -1, *slot.shape[1:])), state.done, state.slots
+    )
     cache = kv_cache.release(state.cache, done, prompt_pages(settings.start))
-    num_done = state.num_done + done.sum(dtype=jnp.int32)
+    num_done = state.num_done + ended.sum(axis=1, dtype=jnp.int32)
     return state._replace(cache=cache, done=pool, active=state.active & ~done, num_done=num_done)
+
+
+# Row by row, so that rows that are split over devices stay where they are.
+_pick = jax.vmap(lambda row, place: row[place])
+_put = jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))

@@ -55,25 +55,31 @@ def forward(
     num_tokens = num_tokens or architecture.vocab_size
     hidden = model_lib.forward(params, architecture, tokens, compute=compute)
     inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    head = model_lib.head(params)[:num_tokens]
+    head = model_lib.head(params)
     if want == "hidden":
         out = jnp.where(inside[..., None], hidden, 0)
     elif want == "logits":
         chosen = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-        out = jnp.where((positions < lengths[:, None])[..., None], fused.project(chosen, head), 0)
+        out = jnp.where((positions < lengths[:, None])[..., None], fused.project(chosen, head[:num_tokens]), 0)
     else:
-        log_probs, ids, tail = fused.linear_map(
-            lambda logits: _top_k(logits, k), hidden, head, chunk=compute.chunk, mesh=compute.mesh
-        )
+
+        def best(logits):
+            # hidden, not cut off: what is left of a head that is split would have to be dealt out anew
+            real = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
+            return _top_k(real, k, compute.mesh)
+
+        log_probs, ids, tail = fused.linear_map(best, hidden, head, chunk=compute.chunk, mesh=compute.mesh)
         out = TopK(jnp.where(inside[..., None], log_probs, -jnp.inf), ids, jnp.where(inside, tail, -jnp.inf))
     return jax.lax.stop_gradient(out)
 
 
-def _top_k(logits, k):
+def _top_k(logits, k, mesh):
     total = jax.nn.logsumexp(logits, axis=-1)
-    values, ids = jax.lax.top_k(logits, k)
+    values, ids = mesh_lib.top_k(logits, k, ("batch", None, "vocab"), mesh)
     # the others summed by themselves: one minus the sum of the top would lose a small tail to rounding
-    rest = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False)
+    least, last = values[..., -1:], ids[..., -1:]  # of equals those with the lowest ids were taken
+    taken = (logits > least) | ((logits == least) & (jnp.arange(logits.shape[-1]) <= last))
+    rest = jnp.where(taken, -jnp.inf, logits)
     return values - total[..., None], ids.astype(jnp.int32), jax.nn.logsumexp(rest, axis=-1) - total
 
 

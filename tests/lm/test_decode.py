@@ -307,6 +307,8 @@ def test_pages_come_and_go(monkeypatch):
     monkeypatch.setattr(
         decode.kv_cache, "resize", lambda pages, n: sizes.append((pages.num_pages, n)) or resize(pages, n)
     )
+    # the pool is looked at after each step, whatever the machine's speed
+    monkeypatch.setattr(decode, "_SECONDS_PER_CALL", 0)
     samples = run(small()._replace(eos_ids=(5,)), num_samples=8, max_length=140, batch_size=2)
     assert 0.2 < samples.finished.mean() < 1
     assert any(after > before for before, after in sizes) and any(after < before for before, after in sizes)
@@ -437,13 +439,13 @@ def test_active_slots_are_what_is_left():
     cache = kv_cache.open_pages(kv_cache.paged(cache, 2, 12, 30, 192), np.full(24, 64))
     rows, done = (
         slots_lib.Rows(
-            index=random.randint(0, 99, n), tokens=random.randint(0, 160, (n, 192)), length=random.randint(0, 9, n),
-            log_probs=random.rand(n, 192), sample_log_probs=random.rand(n, 192), finished=random.rand(n) < 0.5,
+            index=random.randint(0, 99, n), tokens=random.randint(0, 160, (*n, 192)), length=random.randint(0, 9, n),
+            log_probs=random.rand(*n, 192), sample_log_probs=random.rand(*n, 192), finished=random.rand(*n) < 0.5,
         )
-        for n in (24, 8 * 24)
+        for n in ((24,), (2, 8 * 12))
     )  # fmt: skip
     active = np.isin(np.arange(24), [1, 4, 5, 11, 12, 13, 17, 19, 20, 22, 23])
-    state = slots_lib.State(cache, rows, active, done, *(np.int32(i) for i in (0, 7, 3, 70)))
+    state = slots_lib.State(cache, rows, active, done, np.zeros(2, int), *(np.int32(i) for i in (7, 3, 70)))
     state = jax.device_put(state)
     less = jax.device_get(slots_lib._shrink(state, 8))
 
@@ -452,7 +454,7 @@ def test_active_slots_are_what_is_left():
     for name in slots_lib.Rows._fields:
         there = np.asarray(getattr(state.slots, name))
         np.testing.assert_array_equal(getattr(less.slots, name)[less.active], [there[i] for i in sum(expected, [])])
-        np.testing.assert_array_equal(getattr(less.done, name), np.asarray(getattr(state.done, name))[: 8 * 16])
+        np.testing.assert_array_equal(getattr(less.done, name), np.asarray(getattr(state.done, name))[:, : 8 * 8])
     for group, slots in enumerate(expected):
         for place in range(8):
             pages = cache.table[group, slots[place] % 12] if place < len(slots) else [30] * 3
