@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kd_jax import fused
+from kd_jax.checkpoint import Checkpoints
 from kd_jax.lm import arms
 from kd_jax.lm.model import Architecture
 
@@ -52,6 +54,20 @@ def ceiling(dtype: str) -> float:
     return 2.0 * size**3 / best * devices
 
 
+@functools.cache
+def writing_rate() -> float:
+    """Bytes per second that checkpoints are written with, measured here in a second, where temporary files go."""
+    tree = {str(i): jax.random.normal(jax.random.key(i), (1 << 22,)) for i in range(8)}
+    with tempfile.TemporaryDirectory() as folder:
+        best = math.inf
+        for step in range(3):
+            began = time.perf_counter()
+            with Checkpoints(folder, keep=1) as saved:
+                saved.save(step, {"weights": tree})
+            best = min(best, time.perf_counter() - began)
+    return sum(leaf.nbytes for leaf in tree.values()) / best
+
+
 # The stages of an experiment. What is written on disk is in bytes; a count of tokens is the most there can be.
 
 
@@ -74,7 +90,11 @@ def training(
     # a rollout runs the student forward once more, at the pace of sampling
     passes = 3 + rollouts * SHARES["training"] / SHARES["sampling"]
     found = _cost("training", shape, tokens, passes, config, 0 if shape is None else held * shape.num_parameters)
-    found |= {"count": count, "teacher": teacher}
+    updates = config.num_train * config.train.epochs // config.train.batch_size
+    saves = config.train.validations + (updates // config.train.save_every if config.train.save_every else 0)
+    # weights and two moments each time, and at the end the weights once more
+    written = 0 if shape is None else count * (12 * saves + 4) * shape.num_parameters
+    found |= {"count": count, "teacher": teacher, "written": written}
     if shape is not None:
         found["flops"] += forward_flops(shape, config.sampling.max_length) * validated
     if shape is not None and teacher is not None:

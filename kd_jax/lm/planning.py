@@ -52,11 +52,14 @@ def seconds(config, about: dict[str, Any], target: Target, program: Program | No
     """A stage's time; NaN where the config does not say the shape. What was measured goes before what is reckoned."""
     if about["shape"] is None:
         return math.nan
-    if program is not None and program.rate is not None:
-        return about["flops"] / program.rate
     if target.devices.chip.cpu:
-        dtype = config.compute.dtype if about["kind"] == "training" else config.sampling.dtype
-        return about["flops"] / (cost.ceiling(dtype) * cost.SHARES[about["kind"]])
+        rate = None if program is None else program.rate
+        if rate is None:
+            dtype = config.compute.dtype if about["kind"] == "training" else config.sampling.dtype
+            rate = cost.ceiling(dtype) * cost.SHARES[about["kind"]]
+        # both are work for the same cores, also where they go on at the same time
+        written = about.get("written", 0)
+        return about["flops"] / rate + (written / cost.writing_rate() if written else 0)
     if about["kind"] == "sampling":
         return _sampling_seconds(config, about, target)
     dtype, filled = config.sampling.dtype, 1.0
@@ -111,12 +114,14 @@ def _reckoning(target: Target) -> str:
         shares = ", ".join(f"{kind} {share:.0%}" for kind, share in cost.SHARES.items())
         return (
             "time: by a few runs of the programs just now, but of sampling (and of what is too large to run) these "
-            f"shares of what large products reach: {shares}\nmemory: by XLA's analysis of the compiled programs"
+            f"shares of what large products reach: {shares}; and checkpoints at the pace of one written just now\n"
+            "memory: by XLA's analysis of the compiled programs"
         )
     price = " (no --price_per_hour)" if target.price_per_hour is None else ""
     return (
         f"time: {target.mfu:.0%} of the peak (--mfu); of sampling at least what reading weights and cache takes at "
-        f"{BANDWIDTH_SHARE:.0%} of the bandwidth; tokens as if all sequences were as long as they can be{price}\n"
+        f"{BANDWIDTH_SHARE:.0%} of the bandwidth; tokens as if all sequences were as long as they can be; checkpoints, "
+        f"which are written beside the updates, take no time{price}\n"
         "memory: by XLA's analysis of the programs as it compiles them for as many CPU devices; a GPU's or TPU's "
         "compiler fuses, lays out and pads otherwise, and needs more or less"
     )

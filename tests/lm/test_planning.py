@@ -83,11 +83,28 @@ def test_time_of_training_is_that_of_its_operations():
     assert about["tokens"] == tokens and 1 < about["flops"] / (6 * 134_515_008 * tokens) < 1.1
     found = planning.seconds(config, about, target("8xH100", 0.5))
     assert found == pytest.approx(about["flops"] / (8 * 989e12 * 0.5))
-    assert planning.seconds(config, about, target(), Program(Memory(1, 1), 1e12)) == pytest.approx(
-        about["flops"] / 1e12
-    )
     config.compute.dtype = "float32"
     assert planning.seconds(config, about, target("8xH100", 0.5)) == pytest.approx(about["flops"] / (8 * 67e12 * 0.5))
+
+
+def test_time_here_is_what_was_measured_and_that_of_writing(monkeypatch):
+    monkeypatch.setattr(cost, "writing_rate", lambda: 1e8)
+    config = smoke(**{"num_train": 320, "train.batch_size": 16, "train.epochs": 2, "train.validations": 3})
+    shape, here = settings_lib.shape(config, "student"), target("1xCPU")
+    # two models; weights and two moments of each, three times, and its weights
+    written = 2 * (3 * 3 + 1) * 4 * shape.num_parameters
+    about = cost.training(config, shape, 2)
+    found = planning.seconds(config, about, here, Program(Memory(1, 1), 1e12))
+    assert found == pytest.approx(about["flops"] / 1e12 + written / 1e8)
+    # 40 updates: every fifth is saved, too
+    config.train.save_every = 5
+    more = planning.seconds(config, cost.training(config, shape, 2), here, Program(Memory(1, 1), 1e12))
+    assert more - found == pytest.approx(2 * 8 * 12 * shape.num_parameters / 1e8)
+
+
+def test_checkpoints_are_written_at_some_pace():
+    # 128 MB: neither a hard disk of long ago nor memory
+    assert 1e6 < cost.writing_rate() < 1e11
 
 
 def test_time_of_sampling_is_at_least_that_of_reading_the_weights():
