@@ -104,19 +104,25 @@ def load(source: str, *, split: str, subset: str | None, streaming: bool, revisi
     if files and (split != "train" or subset is not None):
         raise ValueError(f"split={split!r}, subset={subset!r}: {source} is of files, which have no such parts")
     if files:
-        where = {"path": _reader_of(files), "data_files": [glob.escape(file) for file in files], "split": split}
+        where = {"path": _reader_of(files), "data_files": [glob.escape(file) for file in files]}
     elif is_hub_id(source):
         repository, asked = _HUB_ID.fullmatch(source).groups()
-        where = {"path": repository, "name": subset, "split": split, "revision": revision or asked}
+        where = {"path": repository, "name": subset, "revision": revision or asked}
     else:
-        where = {"path": str(Path(source).expanduser()), "name": subset, "split": split}
+        where = {"path": str(Path(source).expanduser()), "name": subset}
+        if Path(where["path"], datasets.config.DATASET_STATE_JSON_FILENAME).exists():
+            raise RunError(f"{source} is what save_to_disk made, which is not read; write it with to_parquet instead")
     for file in files or map(str, Path(source).expanduser().rglob("*")):
         if _reader(file) == "json" and Path(file).is_file():
             _check_json(file)
     try:
-        listed = datasets.load_dataset_builder(**{key: value for key, value in where.items() if key != "split"})
-        _check_places(where["path"], None if files else listed.config.data_files)
-        return datasets.load_dataset(**where, streaming=streaming)
+        # what load_dataset does, with a look at the files in between: it would list them once more
+        builder = datasets.load_dataset_builder(**where)
+        _check_places(where["path"], None if files else builder.config.data_files)
+        if streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
     except RunError:
         raise
     except Exception as error:  # the library raises no narrower class
