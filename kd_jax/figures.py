@@ -17,6 +17,7 @@ DIRECT = "#d1495b"
 DISTILLED = "#2b5d8a"
 TEACHER = "#3a7d44"
 INK = "#333333"
+_LONGEST = 200
 
 
 def canvas(width: float, height: float) -> Figure:
@@ -24,6 +25,13 @@ def canvas(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain(text: str) -> str:
+    """A text out of a run's folder for a figure: as it is, not as a formula, without control characters, not long."""
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text.replace("$", r"\$")
 
 
 def tidy(axes) -> None:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from kd_jax.figures import CMAP, DIRECT, INK, canvas, tidy
+from kd_jax.figures import CMAP, DIRECT, INK, canvas, plain, tidy
 from kd_jax.frontier import Curve, Price, prices
 from kd_jax.page import mean_se, show
 
@@ -103,14 +103,14 @@ def _draw(axes, knobs, marked: Sequence[tuple], norm: Normalize) -> list[Line2D]
         axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="0.65", elinewidth=0.8, capsize=1.5, zorder=2)
         axes.scatter(x, y, c=colours, marker=marker, s=58, edgecolors=INK, linewidths=0.7, zorder=3)
         style = {"color": "0.5", "markerfacecolor": "0.88", "markeredgecolor": INK, "markersize": 8}
-        label = f"{knob.name}: {_span(knob.values)}"
+        label = plain(f"{knob.name}: {_span(knob.values)}")
         handles.append(Line2D([], [], marker=marker, linestyle=line, linewidth=1.0, label=label, **style))
     for knob, marker, colour, edge, size in marked:
         (x, xerr), (y, yerr) = _means(knob, "recall"), _means(knob, "precision")
         axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5, zorder=4)
         axes.scatter(x, y, marker=marker, s=size, facecolors=colour, edgecolors=edge, linewidths=1.2, zorder=5)
         style = {"linestyle": "", "markerfacecolor": colour, "markeredgecolor": edge, "markersize": 12}
-        handles.append(Line2D([], [], marker=marker, label=knob.name, **style))
+        handles.append(Line2D([], [], marker=marker, label=plain(knob.name), **style))
     return handles
 
 
@@ -134,7 +134,7 @@ def _write_values(axes, knobs: Sequence[Knob]) -> None:
             texts.setdefault(tuple(point), []).append(value)
     for point, found in texts.items():
         if len(found) == 1 and _is_short(found[0]) and np.isfinite(point).all():
-            axes.annotate(found[0], point, (5, 5), textcoords="offset points", fontsize=7.5, color=INK, zorder=6)
+            axes.annotate(plain(found[0]), point, (5, 5), textcoords="offset points", fontsize=7.5, color=INK, zorder=6)
 
 
 def price_table(found: Sequence[Price]) -> tuple[list[str], list[list[str]]]:

@@ -68,7 +68,9 @@ def render(template: str, *, folder: Path, style: str = "", **values: Any) -> st
     the footer.
     """
     source = _HEAD + style + _BODY + template + _TAIL
-    return Environment(autoescape=True).from_string(source).render(footer=_footer(folder), **values)
+    html = Environment(autoescape=True).from_string(source).render(footer=_footer(folder), **values)
+    # half of a pair of surrogates can be in a sample's row, and is no character
+    return html.encode("utf-8", "replace").decode("utf-8")
 
 
 def embed(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax import errors, page
+from kd_jax import errors, page, untrusted
 
 # Modules by the experiment's name, so that one experiment's report does not import the others. Each has
 # write(folder), which returns the page's path.
@@ -21,6 +21,9 @@ PAGES = {
     "gmm_frontier": "kd_jax.gmm.frontier_report",
     "lm": "kd_jax.lm.report",
 }
+# What a page is made of, and what is made.
+_READ = ("config.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "checkpoints/panels.npz")
+_WRITTEN = ("report.html", "report.html.tmp", "figures")
 
 
 def write(folder: str | Path) -> Path:
@@ -48,10 +51,25 @@ def experiment(folder: Path) -> str:
         raise FileNotFoundError(f"no such run folder: {folder}")
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {folder}: it is not a run folder")
+    _check_places(folder)
     name = page.read_json(path).get("experiment")
     if not isinstance(name, str) or name not in PAGES:
         raise ValueError(f'{path}: "experiment" is {name!r}; it has to be one of: {", ".join(sorted(PAGES))}')
     return name
+
+
+def _check_places(folder: Path) -> None:
+    """ValueError where a name in a run folder, which may be somebody else's, is a link to another place, or no file."""
+    figures = (path.relative_to(folder).as_posix() for path in folder.glob("figures/*"))
+    for name in (*_READ, *_WRITTEN, *figures):
+        path = folder / name
+        if path.exists() or path.is_symlink():
+            try:
+                untrusted.inside(folder, name)
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}; a page is made of the folder's own files") from error
+            if name in _READ and not path.is_file():
+                raise ValueError(f"{path} is not a file")
 
 
 def main(argv: list[str] | None = None) -> int:

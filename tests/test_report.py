@@ -1,10 +1,14 @@
 """The report's door: which page a folder gets, pages beside each other, and what it says of a bad folder."""
 
+import json
+import os
 import re
 
+import numpy as np
 import pytest
 
-from kd_jax import report
+from kd_jax import errors, report
+from tests.faults import pages
 from tests.gmm.test_report import make_rows as mixture_rows
 from tests.gmm.test_report import make_run as mixture_run
 from tests.lm.test_report import make_rows, make_run
@@ -66,3 +70,97 @@ def test_no_page_is_written_unless_every_folder_is_a_run(tmp_path):
     good = make_run(tmp_path / "good", make_rows(seeds=1))
     assert report.main([str(good), str(tmp_path / "absent")]) == 2
     assert not (good / "report.html").exists()
+
+
+def test_text_of_a_run_is_text_on_the_page_and_no_formula_in_a_figure(tmp_path):
+    """Names and values out of a folder that somebody else wrote, in every place that shows them."""
+    mark = '"><script>alert(1)</script><img src=x onerror=alert(1)>$\\frac{$'
+    folder = make_run(tmp_path / "lm", [], None)
+    rows = [row | {"name": mark + row["name"]} for row in make_rows(seeds=2, taus=(0.8, 1.0))]
+    rows += [row | {"arm": mark} for row in rows if row.get("arm") == "distilled" and row["tau"] == 1.0]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = {"name": mark, "arm": mark, "tau": None, "index": 0, "text": mark + "\ud800", "finished": True}
+    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    config = {"experiment": "lm", mark: mark}
+    (folder / "config.json").write_text(json.dumps(config))
+    manifest = {"command": mark, "versions": {mark: mark}, "device": mark, "stages": [{"name": mark, "seconds": 1.0}]}
+    manifest |= {"config_differences": {mark: [mark, mark]}, "seconds": {mark: 1.0}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    pages.check(report.write(folder), folder)
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 10
+
+
+def test_what_a_page_may_not_hold():
+    for bad in ("<script>x</script>", "<p onclick=x>", "<a href=x>", "<img src=x>", "<iframe>", "<!-- x -->"):
+        assert pages.Page(f"<p>a</p>{bad}").wrong
+    assert not pages.Page("<p>&lt;script&gt;</p>").wrong
+
+
+@pytest.mark.parametrize("make, rows", [(mixture_run, mixture_rows), (make_run, make_rows)], ids=["mixture", "lm"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "checkpoints/panels.npz", "report.html",
+             "report.html.tmp", "figures", "figures/frontier.png", "figures/frontier.pdf.tmp"],
+)  # fmt: skip
+def test_links_out_of_a_run_folder_are_neither_read_nor_written(tmp_path, make, rows, name):
+    folder, out = make(tmp_path / "run", rows(seeds=1)), tmp_path / "out"
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    if name == "figures":
+        out.mkdir()
+    else:
+        out.write_bytes(path.read_bytes() if path.exists() else b"keep")
+        path.unlink(missing_ok=True)
+    before = out.stat().st_mtime_ns
+    path.symlink_to(out)
+    with pytest.raises(ValueError, match=f"run: '{name}' lies outside the folder"):
+        report.write(folder)
+    assert out.stat().st_mtime_ns == before and not (folder / "report.html").is_file() or name == "report.html"
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    folder = make_run(tmp_path / "run", make_rows(seeds=1))
+    os.mkfifo(folder / "samples.jsonl")
+    with pytest.raises(ValueError, match="samples.jsonl is not a file"):
+        report.write(folder)
+
+
+@pytest.mark.parametrize("value", ["x", 10**400, 1e308, 1e-320, [1], {}, True, "NaN x"])
+@pytest.mark.parametrize("name", ["precision", "recall_se", "seconds", "tau", "seed", "step", "num_samples"])
+def test_values_of_another_kind_are_named(tmp_path, name, value):
+    rows = make_rows(seeds=1, taus=(1.0,))
+    for row in rows:
+        row[name] = value
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, row 1: {name} is .*, not (an integer|a (finite )?number)"):
+        report.write(make_run(tmp_path / "run", rows))
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ([], "not how a student learns"), ({"policy": "x"}, "policy is 'x'"), ({"policy": None}, "policy is None"),
+        ({"policy": "online"}, "no divergence"), ({"policy": "online", "divergence": "kl", "data": "x"}, "data is 'x'"),
+        ({"policy": "offline", "divergence": "kl", "data": "p_star"}, "no tail"),
+        ({"top_k": "x"}, "top_k is 'x', not a number"),
+    ],
+)  # fmt: skip
+def test_ways_to_learn_that_are_none_are_named(tmp_path, how, said):
+    rows = [row | {"distill": how} for row in make_rows(seeds=1, taus=(1.0,)) if row["kind"] == "evaluation"]
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, row 1: distill.*{said}"):
+        report.write(make_run(tmp_path / "run", rows))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"grid_x": np.zeros(60)}, {"grid_x": np.ones((2, 2))}, {"log_teacher": np.zeros((3, 3))}, {"beta": np.zeros(2)},
+     {"data": np.zeros((5, 3))}, {"data": np.full((5, 2), np.nan)}, {"log_direct": np.full((60, 60), np.inf)},
+     {"samples_teacher": np.array(["x"])}],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_panels_that_cannot_be_drawn_are_named(tmp_path, change):
+    folder = mixture_run(tmp_path / "run", mixture_rows(seeds=1))
+    path = folder / "checkpoints" / "panels.npz"
+    with np.load(path) as held:
+        np.savez(path, **{**held, **change})
+    with pytest.raises(errors.RunError, match=rf"panels\.npz is damaged: .*{next(iter(change))}.*; remove it"):
+        report.write(folder)

@@ -23,6 +23,11 @@ SETTING_NAMES = {
     "student_components": "student components",
     "separation": "separation",
 }
+# The arrays of a run's panels.npz.
+PANELS = (
+    "grid_x", "grid_y", "beta", "data", "log_p_star", "log_teacher", "log_direct", "log_distilled", "samples_p_star",
+    "samples_teacher", "samples_direct", "samples_distilled",
+)  # fmt: skip
 LEVELS = (-4.5, -2.0, -0.5)  # log-density below the mode: a Gaussian's 3, 2 and 1 sigma contours
 
 

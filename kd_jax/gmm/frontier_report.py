@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_jax import files, frontier_page, page
+from kd_jax import files, frontier_page, kinds, page
 from kd_jax.frontier_page import Knob
 from kd_jax.gmm.frontier import DIRECT, DIVERGENCES, PLAIN, TEACHERS
 from kd_jax.page import mean_se, number, show
@@ -31,6 +31,8 @@ COLUMNS = {
     "teacher_entropy": "teacher entropy",
     "student_entropy": "student entropy",
 }
+METRICS = (*COLUMNS, "divergence", "objective", "gradient_norm", "start")
+KINDS = {"knob": kinds.TEXT, "value": kinds.FINITE, "seed": kinds.INTEGER} | dict.fromkeys(METRICS, kinds.NUMBER)
 
 TEMPLATE = """<p>{{ lead }}</p>
 <h2>The frontier of every knob</h2>
@@ -64,7 +66,7 @@ def write(folder: str | Path) -> Path:
     found = _read(folder)
     plain, direct = found[PLAIN], found.get(DIRECT)
     knobs = [found[name] for name in (*TEACHERS, *DIVERGENCES) if name in found]
-    gains = page.read_json(folder / "config.json").get("gains", [])
+    gains = _gains(folder / "config.json")
     reference = {name: plain.metrics[name][0] for name in ("precision", "recall")}
     prices = frontier_page.prices_of(knobs, reference, gains)
     price_head, price_rows = frontier_page.price_table(prices)
@@ -118,9 +120,20 @@ def _fits(knob: Knob) -> list[list[str]]:
     return lines
 
 
+def _gains(path: Path) -> list[float]:
+    """The gains of a run's config; ValueError, naming the file, for what they cannot be."""
+    gains = page.read_json(path).get("gains", [])
+    if not isinstance(gains, list) or not all(kinds.is_kind(gain, kinds.SIZE) and gain > 0 for gain in gains):
+        raise ValueError(f"{path}: gains is {gains!r:.40}, not a list of numbers above 0")
+    return gains
+
+
 def _check(found: dict[str, Knob]) -> str:
     """What the fits by gradient have to show: small gradients, and EM's own answer where there is one."""
-    norms = np.concatenate([found[name].metrics["gradient_norm"].ravel() for name in DIVERGENCES if name in found])
+    fits = [found[name].metrics["gradient_norm"].ravel() for name in DIVERGENCES if name in found]
+    if not fits:
+        return "There are no fits by gradient."
+    norms = np.concatenate(fits)
     text = f"The largest gradient norm of {norms.size} fits is {norms.max():.1e}."
     forward = found.get("jensen_shannon")
     if forward is None or "0" not in forward.values:
@@ -139,25 +152,30 @@ def _read(folder: Path) -> dict[str, Knob]:
     """Students by knob, metrics [setting, seed], the same seeds for all; ValueError names what is not such a run's."""
     path, cells = folder / "metrics.jsonl", {}
     for index, row in enumerate(page.read_rows(folder), start=1):
+        kinds.check(row, f"{path}, row {index}", KINDS)
         missing = [key for key in ("knob", "seed", "precision", "recall") if row.get(key) is None]
         if missing or row["knob"] not in NAMES:
             wrong = f"no {missing[0]}" if missing else f"knob {row['knob']!r}"
             raise ValueError(f"{path}, row {index}: {wrong}; not a row of a mixture frontier")
         cells.setdefault(row["knob"], {}).setdefault(row.get("value"), {})[row["seed"]] = row
+    for name in (PLAIN, DIRECT):
+        if name in cells and [*cells[name]] != [None]:
+            raise ValueError(f"{path}: {name} has a value, and is no knob")
     if PLAIN not in cells:
         raise ValueError(f"{path}: no student of the unchanged teacher ({PLAIN})")
     seeds = sorted(cells[PLAIN][None])
-    return {name: _knob(path, name, settings, seeds) for name, settings in cells.items()}
+    found = {name: _knob(path, name, settings, seeds) for name, settings in cells.items()}
+    if not all(np.isfinite(found[PLAIN].metrics[name]).all() for name in ("precision", "recall")):
+        raise ValueError(f"{path}: precision or recall of {PLAIN} is not finite, and all are counted from them")
+    return found
 
 
 def _knob(path: Path, name: str, settings: dict, seeds: list[int]) -> Knob:
     for value, rows in settings.items():
         if sorted(rows) != seeds:
             raise ValueError(f"{path}: {name} {value} does not have the seeds that {PLAIN} has")
-    first = next(iter(settings.values()))[seeds[0]]
     metrics = {
         column: np.array([[number(rows[seed].get(column)) for seed in seeds] for rows in settings.values()])
-        for column in first
-        if column not in ("knob", "value", "seed")
+        for column in METRICS
     }
     return Knob(NAMES[name], tuple("" if value is None else f"{value:g}" for value in settings), metrics)

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_jax import files, page
+from kd_jax import files, kinds, page
 from kd_jax.gmm import figures
 from kd_jax.page import mean_se, number, show
+from kd_jax.run import RunError
 
 TITLE = "Distilling a Gaussian mixture: precision against recall"
+_MOST = 1e9  # of what a panel has on its axes
 METRICS = (
     "precision", "precision_notebook", "recall", "recall_notebook", "kl_student_data", "kl_data_student",
     "student_entropy", "teacher_entropy", "weight_entropy",
@@ -28,6 +30,12 @@ NOTEBOOK = (
     "The published notebook's precision differs because there the name of p* had been overwritten: it scores student "
     "samples under the beta-sharpened teacher rather than p*, and its recall uses the training draws instead of fresh "
     "ones; both are shown as the notebook columns."
+)
+
+KINDS = (
+    dict.fromkeys(figures.SETTING, kinds.FINITE)
+    | {"arm": kinds.TEXT, "beta": kinds.FINITE, "seed": kinds.INTEGER}
+    | dict.fromkeys(METRICS, kinds.NUMBER)
 )
 
 TEMPLATE = """<p>{{ lead }}</p>
@@ -146,10 +154,35 @@ def _read(folder: Path) -> list[dict]:
     """The rows of a mixture run; ValueError names the one that is of something else."""
     rows = page.read_rows(folder)
     for index, row in enumerate(rows, start=1):
+        where = f"{folder / 'metrics.jsonl'}, row {index}"
         missing = [key for key in (*figures.SETTING, "arm", "beta", "seed") if row.get(key) is None]
         if missing:
-            raise ValueError(f"{folder / 'metrics.jsonl'}, row {index}: no {missing[0]}; not a mixture run's row")
+            raise ValueError(f"{where}: no {missing[0]}; not a mixture run's row")
+        kinds.check(row, where, KINDS)
     return rows
+
+
+def _panels(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that `figures.panels` draws; RunError, naming the file, for what it could not."""
+    hint = "; remove it, and the page is written without its figure"
+    found = files.read_arrays(path, hint=hint)
+    wrong = [name for name in figures.PANELS if name not in found or found[name].dtype.kind not in "fiu"]
+    if wrong:
+        raise RunError(f"{path} is damaged: it has no numbers {wrong[0]}{hint}")
+    found = {name: found[name].astype(float) for name in figures.PANELS}
+    grid = found["grid_y"].size, found["grid_x"].size
+    for name, values in found.items():
+        if name.startswith("log_"):
+            # -inf is where there is no density; the contours lie below the highest
+            right = values.shape == grid and bool((np.isnan(values) | (values < _MOST)).all())
+        else:
+            shapes = {"beta": values.ndim == 0, "grid_x": values.ndim == 1, "grid_y": values.ndim == 1}
+            right = shapes.get(name, values.ndim == 2 and values.shape[1] == 2) and bool((abs(values) < _MOST).all())
+        if name.startswith("grid_"):
+            right = right and values.size > 1 and bool((np.diff(values) > 1 / _MOST).all())
+        if not right:
+            raise RunError(f"{path} is damaged: {name}, of shape {values.shape}, cannot be drawn{hint}")
+    return found
 
 
 def _base(rows: list[dict]) -> list[dict]:
@@ -179,8 +212,7 @@ def write(folder: str | Path) -> Path:
     drawn = {"frontier": figures.frontier(base_summary), "curves": figures.curves(base_summary)}
     arrays = folder / "checkpoints" / "panels.npz"
     if arrays.is_file():
-        hint = "; remove it, and the page is written without its figure"
-        drawn["panels"] = figures.panels(files.read_arrays(arrays, hint=hint))
+        drawn["panels"] = figures.panels(_panels(arrays))
     compared = figures.comparison(summary)
     if compared is not None:
         drawn["settings"] = compared

@@ -18,11 +18,12 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from huggingface_hub import errors as hub_errors
 from tqdm import tqdm
 
 from kd_jax import untrusted
-from kd_jax.lm import shards
+from kd_jax.lm import parquet_pages, shards
 from kd_jax.lm.tokenizer import Tokenizer
 from kd_jax.run import RunError
 
@@ -104,19 +105,25 @@ def load(source: str, *, split: str, subset: str | None, streaming: bool, revisi
     if files and (split != "train" or subset is not None):
         raise ValueError(f"split={split!r}, subset={subset!r}: {source} is of files, which have no such parts")
     if files:
-        where = {"path": _reader_of(files), "data_files": [glob.escape(file) for file in files], "split": split}
+        where = {"path": _reader_of(files), "data_files": [glob.escape(file) for file in files]}
     elif is_hub_id(source):
         repository, asked = _HUB_ID.fullmatch(source).groups()
-        where = {"path": repository, "name": subset, "split": split, "revision": revision or asked}
+        where = {"path": repository, "name": subset, "revision": revision or asked}
     else:
-        where = {"path": str(Path(source).expanduser()), "name": subset, "split": split}
+        where = {"path": str(Path(source).expanduser()), "name": subset}
+        if Path(where["path"], datasets.config.DATASET_STATE_JSON_FILENAME).exists():
+            raise RunError(f"{source} is what save_to_disk made, which is not read; write it with to_parquet instead")
     for file in files or map(str, Path(source).expanduser().rglob("*")):
-        if _reader(file) == "json" and Path(file).is_file():
-            _check_json(file)
+        if Path(file).is_file() and _reader(file) in _CHECKS:
+            _CHECKS[_reader(file)](file)
     try:
-        listed = datasets.load_dataset_builder(**{key: value for key, value in where.items() if key != "split"})
-        _check_places(where["path"], None if files else listed.config.data_files)
-        return datasets.load_dataset(**where, streaming=streaming)
+        # what load_dataset does, with a look at the files in between: it would list them once more
+        builder = datasets.load_dataset_builder(**where)
+        _check_places(where["path"], None if files else builder.config.data_files)
+        if streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
     except RunError:
         raise
     except Exception as error:  # the library raises no narrower class
@@ -157,6 +164,19 @@ def _check_json(file: str) -> None:
                         raise RunError(f"{file}, line {number}: null in place of a row")
     except (OSError, EOFError, zlib.error) as error:
         raise RunError(f"cannot read {file}: {error}") from error
+
+
+def _check_parquet(file: str) -> None:
+    """RunError for a Parquet file that takes memory out of all proportion to its size (a row group is read whole)."""
+    try:
+        with pq.ParquetFile(file) as held, open(file, "rb") as content:
+            for chunks in parquet_pages.groups(content, held.metadata):
+                parquet_pages.check_memory(chunks)
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
+        raise RunError(f"cannot read {file} as data: {type(error).__name__}: {error}") from error
+
+
+_CHECKS = {"json": _check_json, "parquet": _check_parquet}
 
 
 def _unreadable(source: str, error: Exception) -> RunError:

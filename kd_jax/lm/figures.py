@@ -13,7 +13,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kd_jax.figures import CMAP, DIRECT, DISTILLED, INK, canvas, tidy
+from kd_jax.figures import CMAP, DIRECT, DISTILLED, INK, canvas, plain, tidy
 from kd_jax.lm.summary import ORDER, Group, is_student
 from kd_jax.page import number
 
@@ -99,7 +99,7 @@ def legend(figure: Figure, handles: list[Line2D]) -> None:
 
 def marker(label: str, marker: str, colour, size: float = 8, **style) -> Line2D:
     style = {"linestyle": "", "markeredgecolor": "white", **style}
-    return Line2D([], [], color=colour, marker=marker, markersize=size, label=label, **style)
+    return Line2D([], [], color=colour, marker=marker, markersize=size, label=plain(label), **style)
 
 
 def frontier(groups: list[Group]) -> Figure:

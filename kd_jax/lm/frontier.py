@@ -10,13 +10,14 @@ Knobs may share arms: the setting at which a knob changes nothing is another's t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from kd_jax import frontier_page
+from kd_jax.kinds import SIZE, is_kind
 from kd_jax.lm import summary
 from kd_jax.page import number
 
@@ -85,15 +86,22 @@ def read(config: Mapping[str, Any]) -> Frontier | None:
     Raises ValueError, naming the key, for what is not so put together.
     """
     found = config.get("frontier") or {}
+    if not isinstance(found, (Mapping, ConfigDict)):
+        raise ValueError(f"config.frontier is {found!r:.40}; it has knobs, references and gains")
     if not found.get("knobs"):
         return None
+    for name in ("knobs", "references", "gains"):
+        if not isinstance(found.get(name) or (), (list, tuple)):
+            raise ValueError(f"config.frontier.{name}={found[name]!r:.40} must be a list")
     knobs = tuple(_knob(knob) for knob in found["knobs"])
     if len({knob.name for knob in knobs}) < len(knobs):
         raise ValueError(f"config.frontier.knobs has a name twice: {', '.join(knob.name for knob in knobs)}")
     gains = tuple(found.get("gains") or ())
-    if not gains or not all(isinstance(gain, (int, float)) and 0 < gain < math.inf for gain in gains):
+    if not gains or not all(is_kind(gain, SIZE) and gain > 0 for gain in gains):
         raise ValueError(f"config.frontier.gains={gains} must be numbers above 0, at least one")
     references = tuple(found.get("references") or ())
+    if not all(isinstance(arm, str) for arm in references):
+        raise ValueError(f"config.frontier.references={references!r:.40} must be names of arms")
     for knob in knobs:
         if not set(references) & {arm for _, arm in knob.settings}:
             raise ValueError(f"config.frontier.references={references}: none is a setting of {knob.name}")

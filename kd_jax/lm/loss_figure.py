@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kd_jax.figures import DIRECT, INK, canvas, tidy
+from kd_jax.figures import DIRECT, INK, canvas, plain, tidy
 from kd_jax.lm import figures
 from kd_jax.lm.summary import ORDER, group_key, label, of_kind, position
 from kd_jax.page import mean_se, number
@@ -79,7 +79,7 @@ def _handles(rows: list[dict], styles: dict[tuple, tuple]) -> list[Line2D]:
         handles.append(Line2D([], [], color=DIRECT, linewidth=1.6, label="direct (no teacher)"))
     for key, (colour, line) in styles.items():
         if key[0] not in ORDER:
-            handles.append(Line2D([], [], color=colour, linestyle=line, linewidth=1.6, label=label(*key)))
+            handles.append(Line2D([], [], color=colour, linestyle=line, linewidth=1.6, label=plain(label(*key))))
     return handles
 
 

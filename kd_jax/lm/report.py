@@ -210,7 +210,8 @@ def _missing(rows: list[dict], groups: list[Group], samples: list[dict]) -> list
     trained = {row["name"] for row in rows if row["kind"] in ("training", "validation")}
     evaluated = {row["name"] for row in summary.of_kind(rows, "evaluation")}
     if any(g.arm == "teacher" and g.rows for g in groups):
-        evaluated |= {row["name"] for row in rows if row.get("arm") == "teacher"}  # evaluated by tau, under other names
+        # evaluated by tau, under other names
+        evaluated |= {row.get("name") for row in rows if row.get("arm") == "teacher"}
     waiting = sorted(trained - evaluated)
     if evaluated and waiting:
         found.append(f"evaluation of: {', '.join(waiting)}")
@@ -225,6 +226,14 @@ def _findings(groups: list[Group]) -> tuple[list[summary.Finding], str]:
         return [], comparison.headline(groups)
     found = summary.findings(groups)
     return found, summary.headline(found)
+
+
+def _knobs(config: dict, path: Path) -> frontier.Frontier | None:
+    """What the config says of knobs; ValueError names the file too."""
+    try:
+        return frontier.read(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _drawn(rows: list[dict], groups: list[Group]) -> dict[str, Figure]:
@@ -247,8 +256,9 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     summary.check(rows, folder / "metrics.jsonl")
     samples = texts.read(folder / "samples.jsonl")
     config, manifest = page.read_json(folder / "config.json"), page.read_json(folder / "manifest.json")
+    run_tables.check(manifest, folder / "manifest.json")
     groups = summary.summarise(rows)
-    wanted = frontier.read(config)
+    wanted = _knobs(config, folder / "config.json")
     knobs = frontier_report.section(wanted, rows)
     found, headline = _findings(groups)
     drawn = _drawn(rows, groups)

@@ -5,15 +5,34 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from kd_jax import kinds
 from kd_jax.config import flatten
 from kd_jax.lm import summary
 
 COST = ("stage", "seconds", "share", "tokens", "tokens/s", "data, logging, checkpoints (share)")
 
 
+def check(manifest: dict, path: Any) -> None:
+    """ValueError, naming the file, for what the tables could not be made of."""
+    for index, stage in enumerate(_listed(manifest), start=1):
+        kinds.check(stage, f"{path}: stage {index}", summary.KINDS)
+    overhead = manifest.get("overhead") or {}
+    if not isinstance(overhead, dict):
+        raise ValueError(f"{path}: overhead is {overhead!r:.40}, not an object")
+    kinds.check(overhead, f"{path}: overhead", {"share": kinds.NUMBER})
+    if isinstance(manifest.get("seconds"), dict):
+        kinds.check(manifest["seconds"], f"{path}: seconds", dict.fromkeys(manifest["seconds"], kinds.NUMBER))
+
+
+def _listed(manifest: dict) -> list[dict]:
+    """The manifest's stages."""
+    stages = manifest.get("stages")
+    return [stage for stage in stages if isinstance(stage, dict)] if isinstance(stages, list) else []
+
+
 def cost(rows: list[dict], manifest: dict) -> dict[str, Any]:
     """The table of stages and what is said below it; the stages are the rows', or else the manifest's."""
-    stages = summary.of_kind(rows, "stage") or [s for s in manifest.get("stages") or [] if isinstance(s, dict)]
+    stages = summary.of_kind(rows, "stage") or _listed(manifest)
     total = sum(stage.get("seconds") or 0 for stage in stages)
     table, extra, timed = [], 0.0, 0.0
     for stage in stages:

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 
 from kd_jax.errors import again
 from kd_jax.files import replacing
+from kd_jax.lm import parquet_pages
+from kd_jax.lm.parquet_pages import Chunk
 from kd_jax.run import RunError
 
 SCHEMA = pa.schema(
@@ -31,6 +33,7 @@ SCHEMA = pa.schema(
 # Columns that a corpus has beside SCHEMA where a teacher was recorded (kd_jax.lm.top_k): for each token after the
 # prompt the teacher's likeliest ids in its place, their log-probabilities, and that of all other ids together.
 TOP_K = ("top_ids", "top_log_probs", "tail_log_prob")
+_NUMBERS = ("BOOLEAN", "INT32", "INT64", "FLOAT", "DOUBLE")  # as Parquet has them
 
 
 def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) 
         raise RunError(f"{path} is damaged: its sha256 is not the one in the manifest{again(folder)}")
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-        _check_sizes(file.metadata, shard)
+        _check_sizes([*parquet_pages.groups(io.BytesIO(data), file.metadata)], file.metadata, shard)
         table = file.read(columns)
         table.validate(full=True)
         _check_rows(table, shard)
@@ -82,16 +85,22 @@ def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) 
     return table
 
 
-def _check_sizes(metadata: pq.FileMetaData, shard: dict[str, Any]) -> None:
-    """Before the columns are read: that there is as much in them as the manifest says."""
+def _check_sizes(groups: list[list[Chunk]], metadata: pq.FileMetaData, shard: dict[str, Any]) -> None:
+    """Before the columns are read: that there is as much in them as the manifest says, and pages hold no more."""
     rows, tokens = shard["rows"], shard["tokens"]
     if metadata.num_rows != rows:
         raise ValueError(f"it has {metadata.num_rows} rows, where the manifest says {rows}")
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            name, _, of_lists = column.path_in_schema.partition(".")
-            if name not in TOP_K and column.num_values > (tokens if of_lists else rows):
-                raise ValueError(f"column {name!r} has {column.num_values} values")
+    chunks = [chunk for group in groups for chunk in group]
+    for chunk in chunks:
+        name, _, of_lists = chunk.name.partition(".")
+        if name not in (*SCHEMA.names, *TOP_K) or chunk.type not in _NUMBERS:
+            raise ValueError(f"column {name!r} is of type {chunk.type}")
+        if name not in TOP_K and chunk.values > (tokens if of_lists else rows):
+            raise ValueError(f"column {name!r} has {chunk.values} values")
+        # of a value 8 bytes, in a dictionary or as it is, 4 to find it there, and what places it in its list
+        if chunk.size > 16 * chunk.values + 1024 * chunk.pages:
+            raise ValueError(f"column {name!r} has {chunk.values} values in {chunk.size} bytes")
+    parquet_pages.check_memory(chunks)
 
 
 def _check_rows(table: pa.Table, shard: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from scipy.special import stdtr
 
+from kd_jax import kinds
 from kd_jax.page import mean_se, number, show
 
 # Nats per token; each has a `_per_sequence` column beside it, and both a `_se` over the sequences.
@@ -14,6 +15,35 @@ LIKELIHOOD = ("precision", "recall", "entropy", "kl_model_data", "kl_data_model"
 TEXT = ("finished", "length_mean", "distinct_2", "repetition_4")
 METRICS = (*LIKELIHOOD, *(f"{name}_per_sequence" for name in LIKELIHOOD), *TEXT, "teacher_entropy")
 ORDER = ("direct", "distilled", "teacher")
+KINDS = (
+    {
+        "kind": kinds.TEXT,
+        "name": kinds.TEXT,
+        "arm": kinds.TEXT,
+        "seed": kinds.INTEGER,
+        "tau": kinds.FINITE,
+        "step": kinds.SIZE,
+        "perplexity": kinds.ANY_NUMBER,
+    }
+    | dict.fromkeys(
+        (*METRICS, "loss", "cross_entropy", "data_log_prob", "share_of_data_logging_checkpoints"), kinds.NUMBER
+    )
+    | dict.fromkeys((*(f"{name}_se" for name in METRICS), "length_sd"), kinds.FROM_ZERO)
+    | dict.fromkeys(("tokens", "seconds", "num_samples", "num_recall"), kinds.SIZE)
+)
+# Of how a student learns (kd_jax.lm.arms): what has to be there by policy, and what else is shown.
+POLICIES = {
+    "sequence": (),
+    "online": ("divergence", "data"),
+    "on_policy": ("divergence", "data", "on_policy_fraction"),
+    "offline": ("divergence", "data", "tail"),
+}
+DISTILL_KINDS = dict.fromkeys(("policy", "divergence", "data", "tail"), kinds.TEXT) | dict.fromkeys(
+    ("parameter", "loss_temperature", "teacher_temperature", "hard_weight", "on_policy_fraction", "record_top_k",
+     "sample_temperature", "top_k", "top_p"),
+    kinds.NUMBER,
+)  # fmt: skip
+DATA = ("p_star", "samples", "mix")
 
 
 class Estimate(NamedTuple):
@@ -104,15 +134,15 @@ def check(rows: list[dict], path: Any) -> None:
     seen = set()
     for index, row in enumerate(rows, start=1):
         where = f"{path}, row {index}"
+        kinds.check(row, where, KINDS)
         kind = row.get("kind")
         needed = {"evaluation": ("arm", "name"), "stage": ("name",), "training": ("arm", "name", "step")}
         needed["validation"] = needed["training"]
         missing = [key for key in needed.get(kind, ("kind",)) if row.get(key) is None]
         if missing:
             raise ValueError(f"{where}: no {missing[0]}; not a language-model run's row")
-        for name, value in row.items():
-            if name in (*METRICS, "tau", "step", "loss", "perplexity") and not _is_number(value):
-                raise ValueError(f"{where}: {name} is {value!r}, not a number")
+        if row.get("distill") is not None:
+            _check_distill(row["distill"], f"{where}: distill")
         if kind == "evaluation":
             model = (row["name"], *group_key(row), row.get("seed"))
             if model in seen:
@@ -120,8 +150,20 @@ def check(rows: list[dict], path: Any) -> None:
             seen.add(model)
 
 
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+def _check_distill(how: Any, where: str) -> None:
+    if not isinstance(how, dict):
+        raise ValueError(f"{where} is {how!r:.40}, not how a student learns")
+    kinds.check(how, where, DISTILL_KINDS)
+    policy = how.get("policy", "sequence")
+    if policy not in POLICIES:
+        raise ValueError(f"{where}: policy is {policy!r:.40}, not one of {', '.join(POLICIES)}")
+    missing = [name for name in POLICIES[policy] if how.get(name) is None]
+    if missing:
+        raise ValueError(f"{where}: no {missing[0]}, which {policy} has")
+    if "data" in how and how["data"] not in DATA:
+        raise ValueError(f"{where}: data is {how['data']!r:.40}, not one of {', '.join(DATA)}")
+    if "loss_temperature" in how and how["loss_temperature"] is None:
+        raise ValueError(f"{where}: loss_temperature is None, not a number")
 
 
 def summarise(rows: list[dict]) -> list[Group]:

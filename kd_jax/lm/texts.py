@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kd_jax import files
+from kd_jax import files, kinds
 from kd_jax.lm import summary
 
 # <|im_end|> and the like, and <s>, </s>, <pad>, <unk> and their kin.
 SPECIAL = re.compile(r"(<\|[^<>|\s]+\|>|</?(?:s|pad|unk|bos|eos|mask)>)")
 # Control characters are shown by their pictures (U+2400 and on): as themselves they are not allowed in HTML.
+KINDS = {"name": kinds.TEXT, "arm": kinds.TEXT, "tau": kinds.FINITE, "text": kinds.TEXT} | dict.fromkeys(
+    ("seed", "index", "length"), kinds.INTEGER
+)
 CONTROL = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
 
@@ -22,6 +25,7 @@ def read(path: Path) -> list[dict]:
         missing = [key for key in ("name", "arm", "index", "text") if row.get(key) is None]
         if missing:
             raise ValueError(f"{path}, row {index}: no {missing[0]}; not a sample's row")
+        kinds.check(row, f"{path}, row {index}", KINDS)
     return rows
 
 
@@ -44,8 +48,7 @@ def side_by_side(rows: list[dict]) -> dict[str, Any]:
 
 def _text(row: dict) -> dict[str, Any]:
     """A sample's text in pieces, special tokens apart, and the mark of a text that was cut."""
-    # a lone surrogate can stand in JSON but not in UTF-8
-    text = str(row["text"]).encode("utf-8", "replace").decode("utf-8").translate(CONTROL)
+    text = row["text"].translate(CONTROL)
     pieces = [(piece, i % 2 == 1) for i, piece in enumerate(SPECIAL.split(text)) if piece]
     cut = "" if row.get("finished", True) else "cut" + (f" at {row['length']} tokens" if row.get("length") else "")
     return {"pieces": pieces, "cut": cut}

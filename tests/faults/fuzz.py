@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", help="names of loaders")
     parser.add_argument("--keep", type=Path, help="where folders that show a fault are kept")
+    parser.add_argument("--undrawn", action="store_true", help="pages without figures, which take most of their time")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     return _inside(args) if args.inside else _rounds(args)
@@ -48,7 +49,8 @@ def _rounds(args) -> int:
         for name in names:
             if number and time.monotonic() - began >= args.seconds:
                 break
-            _one_process(name, args.seed + number, args.cases, keep, counts[name], faults)
+            more = ["--cases", str(args.cases), *(["--undrawn"] if args.undrawn else [])]
+            _one_process(name, args.seed + number, more, keep, counts[name], faults)
         number += 1
     print(f"{sum(sum(of.values()) for of in counts.values())} cases in {time.monotonic() - began:.0f} s")
     for name, of in counts.items():
@@ -58,11 +60,9 @@ def _rounds(args) -> int:
     return 1 if faults else 0
 
 
-def _one_process(name, seed, cases, keep, counts, faults) -> None:
+def _one_process(name, seed, more, keep, counts, faults) -> None:
     command = [sys.executable, "-m", "tests.faults.fuzz", "--inside", "--only", name, "--seed", str(seed)]
-    done = subprocess.run(
-        [*command, "--cases", str(cases), "--keep", str(keep)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, *more, "--keep", str(keep)], cwd=ROOT, capture_output=True, text=True)
     said = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
     if said is None:
         counts["dead"] += 1
@@ -77,12 +77,16 @@ def _one_process(name, seed, cases, keep, counts, faults) -> None:
 
 def _inside(args) -> int:
     """The cases of some loaders in this process; a JSON object on the last line of stdout."""
+    from kd_jax import page
+    from tests.faults import pages
     from tests.faults.targets import TARGETS
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     faulthandler.enable()
     warnings.simplefilter("ignore")
     logging.disable()  # libraries say at length what they could not read
+    if args.undrawn:
+        page.embed = pages.undrawn
     counts, faults = {}, {}
     for name in args.only or TARGETS:
         with tempfile.TemporaryDirectory() as work:

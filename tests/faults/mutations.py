@@ -1,9 +1,11 @@
-"""Strategies that damage a file: any bytes, the values of a JSON file, and the headers of safetensors and GGUF."""
+"""Strategies that damage a file: any bytes, values of JSON and rows, arrays, headers of safetensors and GGUF."""
 
 import copy
+import io
 import json
 import struct
 
+import numpy as np
 from hypothesis import strategies as st
 
 from tests.faults import formats
@@ -15,7 +17,11 @@ _HUGE = "\0huge\0"  # stands for a number that json.dumps does not write
 _DEEP = "\0deep\0"
 _TWICE = "\0twice\0"  # in front of a key that is there already
 _NAMES = ["../x", "/etc/passwd", "a/../../x", "..", ".", "", "C:\\x", "..\\x", "a\0b", "\ud800", "x" * 5000, "é"]
+# What a page or a figure would take for its own.
+_MARKUP = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "--></style><svg onload=alert(1)>",
+           "{{ 7 * 7 }}{% raw %}", "$\\frac{$ $\\input{x}$", "a$b$c_\0\x1b\n", "_hidden", "javascript:x"]  # fmt: skip
 _VALUES = st.one_of(
+    st.sampled_from(_MARKUP),
     st.sampled_from([None, True, False, [], {}, [[]], [None], {"a": 1}, float("nan"), float("inf"), -float("inf")]),
     st.sampled_from([0, -1, 1, 2, 3, 0.5, -0.0, 1e-320, 1e308, 2**31, 2**53, 2**63, 2**64, -(2**63), 10**400]),
     st.sampled_from([_HUGE, _DEEP, *_NAMES, "1", "NaN", "Infinity", "true", "x" * 100000]),
@@ -75,6 +81,58 @@ def json_lines(draw, data):
     at = draw(st.integers(0, len(lines) - 1))
     lines[at] = draw(json_file(lines[at])) + b"\n"
     return b"".join(lines)
+
+
+@st.composite
+def values(draw, data):
+    """What is still JSON, or rows of it: values of another kind or size in one row or in all, rows gone or twice."""
+    try:
+        rows, one = [json.loads(data)], True
+    except ValueError:
+        rows, one = [json.loads(line) for line in data.splitlines()], False
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, len(rows) - 1))
+        change = (
+            "one" if one or not isinstance(rows[at], dict) else draw(st.sampled_from(["one", "one", "all", "rows"]))
+        )
+        if change == "one":
+            rows[at] = draw(_changed(rows[at]))
+        elif change == "all" and rows[at]:
+            key, value = draw(st.sampled_from(sorted(rows[at]))), draw(_VALUES)
+            rows = [row | {key: value} if isinstance(row, dict) and key in row else row for row in rows]
+        elif change == "rows":
+            rows = draw(st.lists(st.sampled_from(rows), min_size=1, max_size=len(rows)))
+    return b"\n".join(map(_dump, rows)) + b"\n"
+
+
+@st.composite
+def arrays(draw, data):
+    """An .npz with one of its arrays gone, of another shape or type, or with other values."""
+    with np.load(io.BytesIO(data)) as file:
+        held = dict(file)
+    name = draw(st.sampled_from(sorted(held)))
+    value = held[name]
+    change = draw(st.sampled_from(["gone", "shape", "type", "fill", "one", "empty", "swap"]))
+    if change == "gone":
+        del held[name]
+    elif change == "shape":
+        flat = value.ravel()
+        held[name] = draw(st.sampled_from([value[None], flat[:1], value.T, flat[:0], flat, flat.reshape(-1, 1)]))
+    elif change == "type":
+        held[name] = value.astype(draw(st.sampled_from(["U5", "S3", "?", "c16", "i8", "f2", "M8[s]"])))
+    elif change in ("fill", "one"):
+        held[name] = value.astype(float)
+        place = ... if change == "fill" or not value.ndim else (0,) * value.ndim
+        held[name][place] = draw(
+            st.sampled_from([np.nan, np.inf, -np.inf, 0.0, 1e308, -1e308, 1e-320, 1e20, 1e9, -3.5])
+        )
+    elif change == "empty":
+        held[name] = np.zeros((0,) * value.ndim)
+    else:
+        held[name] = held[draw(st.sampled_from(sorted(held)))]
+    file = io.BytesIO()
+    np.savez(file, **held)
+    return file.getvalue()
 
 
 @st.composite

@@ -4,8 +4,9 @@ import collections
 import hashlib
 import json
 import math
+import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from kd_jax.checkpoint import Checkpoints
 from kd_jax.lm import corpus, documents, resumable, weights
 from kd_jax.lm.tokenizer import Tokenizer
 from kd_jax.run import RunError
-from tests.faults import model_files, mutations
+from tests.faults import model_files, mutations, pages
 from tests.faults.judge import judge
 
 EVERY = {".jsonl": mutations.json_lines, ".safetensors": mutations.safetensors, ".gguf": mutations.gguf}
@@ -38,6 +39,7 @@ class Target(NamedTuple):
         check: is given what the load gave and the folder, and raises AssertionError where that is wrong.
         names: patterns of the files that are damaged, all by default.
         after: what is done to a folder once a file in it (its path) has been damaged.
+        damage: what damages files with these endings, in place of what else would.
     """
 
     build: Callable[[Path], None]
@@ -45,6 +47,7 @@ class Target(NamedTuple):
     check: Callable[[Any, Path], None]
     names: tuple[str, ...] = ("**/*",)
     after: Callable[[Path, Path], None] = lambda folder, path: None
+    damage: Mapping[str, Callable] = types.MappingProxyType({})
 
     def files(self, folder: Path) -> list[Path]:
         found = {path for name in self.names for path in folder.glob(name) if path.is_file()}
@@ -52,6 +55,8 @@ class Target(NamedTuple):
 
     def strategy(self, path: Path):
         """What damages a file, by its name; orbax's JSON has none."""
+        if path.suffix in self.damage:
+            return self.damage[path.suffix]
         try:
             json.loads(path.read_bytes())
         except ValueError:
@@ -242,6 +247,13 @@ def _check_wheel(found, folder):
     assert sorted(path.name for path in folder.iterdir()) == ["a.whl", "out"]
 
 
+_ROWS_AND_ARRAYS = {".json": mutations.values, ".jsonl": mutations.values, ".npz": mutations.arrays}
+
+
+def _page(build):
+    return Target(build, pages.load, pages.check, damage=_ROWS_AND_ARRAYS)
+
+
 TARGETS = {
     "safetensors": Target(model_files.build_folder, weights.load, model_files.check_folder, ("model.safetensors",)),
     "safetensors, 16 bits": Target(
@@ -272,6 +284,10 @@ TARGETS = {
     "stage": Target(_build_stage, _load_stage, _check_stage),
     "scores": Target(_build_sums, _load_sums, _check_sums),
     "wheel": Target(_build_wheel, _load_wheel, _check_wheel),
+    "page of mixtures": _page(pages.build_mixtures),
+    "page of a mixture frontier": _page(pages.build_mixture_frontier),
+    "page of language models": _page(pages.build_language_models),
+    "page of knobs": _page(pages.build_knobs),
 }
 
 

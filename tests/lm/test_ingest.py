@@ -429,21 +429,30 @@ def hub(tmp_path, monkeypatch):
     """Stands in for the hub: org/data is a folder here, at one commit."""
     (tmp_path / "hub").mkdir()
     write_jsonl(tmp_path / "hub" / "train.jsonl", "text", ["", *(text_of(ids) for ids in DOCUMENTS)])
-    load, calls = datasets.load_dataset, []
+    load, calls = datasets.load_dataset_builder, []
 
-    def load_dataset(path, *, revision, **more):
-        calls.append({"path": path, "revision": revision, **more})
-        return load(str(tmp_path / "hub"), **more)
+    def load_dataset_builder(path, *, name, revision):
+        calls.append({"path": path, "name": name, "revision": revision, "streaming": False})
+        here = load(str(tmp_path / "hub"))
+
+        def as_streaming_dataset(split):
+            calls[-1]["streaming"] = True
+            return here.as_streaming_dataset(split=split)
+
+        listed = {"train": [f"hf://datasets/org/data@{COMMIT}/train.jsonl"]}
+        return SimpleNamespace(
+            config=SimpleNamespace(data_files=listed),
+            as_streaming_dataset=as_streaming_dataset,
+            download_and_prepare=here.download_and_prepare,
+            as_dataset=here.as_dataset,
+        )
 
     def dataset_info(_, repository, *, revision):
         if repository != "org/data":
             raise huggingface_hub.errors.OfflineModeIsEnabled("no network")
         return SimpleNamespace(sha=COMMIT)
 
-    listed = {"train": [f"hf://datasets/org/data@{COMMIT}/train.jsonl"]}
-    builder = SimpleNamespace(config=SimpleNamespace(data_files=listed))
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda path, *, name, revision: builder)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     return calls
 
@@ -454,7 +463,7 @@ def test_hub_id_is_streamed_as_it_comes(hub, words, tmp_path):
 
     train = make("train", num_samples=10)
     assert firsts(train) == list(range(10))
-    assert hub == [{"path": "org/data", "revision": COMMIT, "name": None, "split": "train", "streaming": True}]
+    assert hub == [{"path": "org/data", "name": None, "revision": COMMIT, "streaming": True}]
     assert train.manifest["settings"]["data_fingerprint"] == COMMIT
     assert train.manifest["settings"]["source"] == "org/data@v1"
     assert train.manifest["skipped"] == {"empty": 1}
@@ -468,6 +477,29 @@ def test_hub_id_is_streamed_as_it_comes(hub, words, tmp_path):
     assert sorted(firsts(make("part", streaming=False, num_samples=23))) == list(range(23))
     with pytest.raises(ValueError, match="num_samples is missing"):
         make("endless", streaming=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["", "train.jsonl"], ids=["folder", "file"])
+def test_files_are_listed_once(tmp_path, monkeypatch, streaming, name):
+    """Each listing of a data set on the hub is some requests to it."""
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", "text", ["a", "b"])
+    list_files, calls = datasets.load.dataset_module_factory, []
+
+    def dataset_module_factory(path, **more):
+        calls.append(path)
+        return list_files(path, **more)
+
+    monkeypatch.setattr(datasets.load, "dataset_module_factory", dataset_module_factory)
+    data = documents.load(str(tmp_path / "data" / name), split="train", subset=None, streaming=streaming)
+    assert [row["text"] for row in data] == ["a", "b"] and len(calls) == 1
+
+
+def test_what_save_to_disk_made_is_refused(tmp_path):
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    with pytest.raises(RunError, match="saved is what save_to_disk made.*to_parquet"):
+        documents.load(str(tmp_path / "saved"), split="train", subset=None, streaming=False)
 
 
 def test_stream_that_was_killed_goes_on(hub, words, tmp_path, monkeypatch):

@@ -373,7 +373,7 @@ def test_page_is_whole_and_offline(tmp_path):
     [
         ({"arm": None}, "no arm"),
         ({"precision": "high"}, "precision is 'high', not a number"),
-        ({"tau": True}, "tau is True, not a number"),
+        ({"tau": True}, "tau is True, not a finite number"),
     ],
 )
 def test_broken_row_is_named(tmp_path, change, said):

@@ -1,0 +1,91 @@
+"""Run folders of others and the pages that are made of them: what is fuzzed, and what a page may hold."""
+
+import base64
+import json
+from html.parser import HTMLParser
+
+from kd_jax import files, report
+from tests.gmm import test_frontier as gmm_frontier
+from tests.gmm import test_report as gmm
+from tests.lm import test_frontier as lm_frontier
+from tests.lm import test_report as lm
+
+TAGS = {
+    "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "ul", "li", "strong", "div", "span",
+    "table", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption", "footer", "dl", "dt", "dd", "details",
+    "summary",
+}  # fmt: skip
+ATTRIBUTES = {"lang", "charset", "name", "content", "class", "alt", "src"}
+OUTPUT = {"report.html", "figures"}
+
+
+class Page(HTMLParser):
+    """What is wrong with a page: tags, attributes and addresses that no template of ours has."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.wrong, self.styles = [], 0
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        names = [name for name, _ in attributes]
+        if tag not in TAGS or not set(names) <= ATTRIBUTES:
+            self.wrong.append(f"<{tag} {' '.join(names)}>"[:200])
+        self.styles += tag == "style"
+        if tag == "img":
+            kind, _, data = dict(attributes)["src"].partition("base64,")
+            if kind != "data:image/png;" or base64.b64decode(data)[:4] != b"\x89PNG":
+                self.wrong.append(f"an image from {kind[:99]}")
+
+    def handle_comment(self, data):
+        self.wrong.append(f"<!--{data[:99]}")
+
+
+def check(written, folder):
+    """A page that is only ours, in a folder with nothing else that is new."""
+    assert written == folder / "report.html"
+    text = written.read_bytes().decode("utf-8")
+    page = Page(text)
+    assert page.wrong == [] and page.styles == 1, page.wrong[:3]
+    assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>") and text.count("</html>") == 1
+    endings = {path.name.partition(".")[2] for path in folder.glob("figures/*")}
+    assert endings in (set(), {"png", "pdf"}), endings
+
+
+def undrawn(drawn, folder):
+    """Stands in for kd_jax.page.embed: figures that are not saved, which takes most of a page's time."""
+    return dict.fromkeys(drawn, base64.b64encode(b"\x89PNG").decode())
+
+
+def load(folder):
+    return report.write(folder)
+
+
+def build_mixtures(folder):
+    rows = gmm.make_rows(seeds=2, betas=(1.0, 10.0)) + gmm.make_rows(seeds=1, betas=(1.0, 10.0), num_data=400)
+    gmm.make_run(folder, rows, with_panels=False)
+    gmm.make_panels(folder / "checkpoints" / "panels.npz", grid=8, count=20)
+
+
+def build_mixture_frontier(folder):
+    folder.rmdir()
+    gmm_frontier.make_run(folder, seeds=2)
+
+
+def build_language_models(folder):
+    rows = lm.make_rows(seeds=2, taus=(0.8, 1.0))
+    # of the losses a few
+    lm.make_run(folder, [row for row in rows if row.get("step", 0) % 80 == 0], lm.make_samples(2, (0.8, 1.0), 2))
+    whole = json.loads((folder / "manifest.json").read_text())
+    more = {
+        "seed": 0, "stages": [{"kind": "stage", "name": "corpus", "seconds": 2.5, "tokens": 100}],
+        "overhead": {"data": 0.5, "total": 2.0, "share": 0.25}, "seconds": {"total": 3.5, "compile": None},
+        "config_differences": {"teacher.layers": [2, 4]},
+    }  # fmt: skip
+    files.write_json(folder / "manifest.json", whole | more)
+
+
+def build_knobs(folder):
+    folder.rmdir()
+    lm_frontier.make_run(folder, [row for row in lm_frontier.make_rows() if (row["seed"] or 0) < 2])
