@@ -29,7 +29,7 @@ from kd_jax.lm.model import Compute, Model
 
 # Student, rows of an update, length, updates. The vocabulary is SmolLM2's, 49152.
 CASES = {
-    "smollm2-135m": ({"preset": "smollm2-135m"}, 8, 64, 5),
+    "smollm2-135m": ({"preset": "smollm2-135m"}, 8, 64, 15),
     "2 layers x 128": ({"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}, 24, 48, 30),
 }
 

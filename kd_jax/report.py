@@ -22,7 +22,7 @@ PAGES = {
     "lm": "kd_jax.lm.report",
 }
 # What a page is made of, and what is made.
-_READ = ("config.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "checkpoints/panels.npz")
+_READ = ("config.json", "manifest.json", "metrics.jsonl", "samples.jsonl")
 _WRITTEN = ("report.html", "report.html.tmp", "figures")
 
 

@@ -99,7 +99,7 @@ def test_what_a_page_may_not_hold():
 
 @pytest.mark.parametrize("make, rows", [(mixture_run, mixture_rows), (make_run, make_rows)], ids=["mixture", "lm"])
 @pytest.mark.parametrize(
-    "name", ["config.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "checkpoints/panels.npz", "report.html",
+    "name", ["config.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "report.html",
              "report.html.tmp", "figures", "figures/frontier.png", "figures/frontier.pdf.tmp"],
 )  # fmt: skip
 def test_links_out_of_a_run_folder_are_neither_read_nor_written(tmp_path, make, rows, name):

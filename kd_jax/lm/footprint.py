@@ -176,15 +176,15 @@ def _can_run(need: Memory, target: Target) -> bool:
 
 
 def _seconds(compiled, arguments: list[Any], keeps: bool = False) -> float:
-    """Of a run of a compiled program, the less of two after a first; with `keeps`, of its state from run to run."""
+    """Of a run of a compiled program, median of three after a first; with `keeps`, its state goes from run to run."""
     values = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arguments)
     took = []
-    for _ in range(3):
+    for _ in range(4):
         began = time.perf_counter()
         out = jax.block_until_ready(compiled(*values))
         took.append(time.perf_counter() - began)
         values[0] = out[0] if keeps else values[0]
-    return min(took[1:])
+    return sorted(took[1:])[1]
 
 
 def memory(compiled) -> Memory:

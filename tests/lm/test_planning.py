@@ -103,7 +103,7 @@ def test_time_here_is_what_was_measured_and_that_of_writing(monkeypatch):
 
 
 def test_checkpoints_are_written_at_some_pace():
-    # 128 MB: neither a hard disk of long ago nor memory
+    # neither a floppy disk nor registers
     assert 1e6 < cost.writing_rate() < 1e11
 
 
