@@ -618,6 +618,7 @@ def over_devices(*cases):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_over_eight_devices_nothing_is_gathered():
     same, other = ([136, 136], 130), ([136, 152], 130)
     cases = [

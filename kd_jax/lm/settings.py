@@ -10,6 +10,7 @@ import jax
 from kd_jax import mesh as mesh_lib
 from kd_jax.lm import agreement, frontier, training, weights
 from kd_jax.lm import arms as arms_lib
+from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
 
 
@@ -36,7 +37,7 @@ def validate(config) -> None:
     for role in ("teacher", "student"):
         architecture(config[role], PRESETS["tiny"], f"config.{role}")
     Compute(**config.compute)
-    mesh(config)
+    _check_meshes(config)
 
 
 def _check_arms(config) -> None:
@@ -53,7 +54,35 @@ def _check_arms(config) -> None:
                 f"config.sampling.max_length={config.sampling.max_length}"
             )
     frontier.check(config, [arm.name for arm in found])
-    teacher_mesh(config)
+
+
+def _check_meshes(config) -> None:
+    """That the models whose shapes the config says can be split over their devices: all but those of a source."""
+    p_star, over = PRESETS.get(config.p_star.architecture), mesh(config)
+    learnt_from = any(arm.settings is not None for arm in arms_lib.arms(config))
+    if not config.p_star.source:
+        _check_split(p_star, over, "config.p_star.architecture", "config.mesh")
+    _check_split(_shape(config, "student", over), over, "config.student", "config.mesh")
+    lies = teacher_mesh(config)
+    if not config.teacher.source:
+        _check_split(_shape(config, "teacher", over), over, "config.teacher", "config.mesh")
+        if learnt_from:
+            _check_split(_shape(config, "teacher", lies), lies, "config.teacher", "config.distill.teacher_mesh")
+
+
+def _shape(config, role: str, over: jax.sharding.Mesh | None) -> Architecture:
+    """Of a role; where p*'s vocabulary is not known yet it is one that can be split."""
+    known = None if config.p_star.source else shape(config, role)
+    size = 1 if over is None else over.size
+    return known or dataclasses.replace(architecture(config[role], PRESETS["tiny"], role), vocab_size=size)
+
+
+def _check_split(shape: Architecture, over: jax.sharding.Mesh | None, label: str, where: str) -> None:
+    if over is not None:
+        try:
+            mesh_lib.shardings(model_lib.logical_axes(shape), model_lib.abstract(shape), over)
+        except ValueError as error:
+            raise ValueError(f"{label} does not go with {where}: {error}") from error
 
 
 def _check_p_star(config, p_star) -> None:

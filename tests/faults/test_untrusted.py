@@ -69,7 +69,8 @@ def test_a_fault_would_be_found(tmp_path):
         (large, "took too much memory"),
         (slow, "TooSlow in"),
     ):
-        how, fault = judge(loader(act), folder, 0.3)
+        # a busy machine takes its time to fill so much memory
+        how, fault = judge(loader(act), folder, 0.3 if act is slow else 10)
         assert how == "fault" and re.match(f"({kind}|_?{kind}|_Array{kind})", fault[0]), fault
     assert judge(TARGETS["stage"], folder) == ("loaded", None)
     wrong = TARGETS["safetensors"]._replace(check=lambda found, folder: TARGETS["GGUF"].check((found, None), folder))

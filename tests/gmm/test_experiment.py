@@ -56,6 +56,7 @@ def test_ring_in_more_dimensions():
         experiment.ring(1)
 
 
+@pytest.mark.slow
 def test_means_over_seeds_equal_scikit_learns():
     betas, seeds = np.array([1.0, 10.0, 100.0]), 24
     peer = [notebook_chain.run_seed(seed, betas) for seed in range(seeds)]

@@ -83,6 +83,7 @@ def test_layouts_over_eight_devices(tmp_path):
         assert_params(weights.load(tmp_path / name).params, tensors_of(TINY))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
 def test_there_is_no_second_copy_on_the_host(tmp_path):
     # 166 MB; the largest stacked weight is a fourth of it

@@ -1,5 +1,6 @@
 """--dry_run --device: memory by the compiled programs, time and cost by reckoning, and what is said of them."""
 
+import os
 import re
 import subprocess
 import sys
@@ -102,6 +103,7 @@ def test_time_here_is_what_was_measured_and_that_of_writing(monkeypatch):
     assert more - found == pytest.approx(2 * 8 * 12 * shape.num_parameters / 1e8)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_written_at_some_pace():
     # neither a floppy disk nor registers
     assert 1e6 < cost.writing_rate() < 1e11
@@ -178,13 +180,26 @@ def test_an_unknown_device_ends_before_anything_is_compiled(tmp_path, capsys):
     ("words", "message"),
     [
         (["--config.mesh.fsdp=3"], "mesh data=-1 x fsdp=3 x tensor=1 does not fit 8 devices"),
-        (["--config.mesh.tensor=8", "--config.student.mlp=36"], "cannot be split over tensor = 8 devices"),
+        (
+            ["--config.mesh.tensor=8", "--config.student.mlp=36"],
+            "config.student does not go with config.mesh: ['layers']['down']: axis 'mlp' of size 36 cannot be split",
+        ),
+        (
+            ["--config.distill.teacher_mesh.fsdp=8", "--config.teacher.width=36", "--config.distill.policy=offline"],
+            "config.teacher does not go with config.distill.teacher_mesh: ['embedding']: axis 'embed' of size 36",
+        ),
     ],
 )
 def test_a_mesh_that_cannot_be(tmp_path, words, message):
-    words = command(tmp_path / "w", "--device=8xH100", *words)
-    done = subprocess.run([sys.executable, "-m", "kd_jax.train", *words], capture_output=True, text=True)
-    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "w").exists()
+    """Said before any work, also where the devices are here and stages come before it."""
+    words = command(tmp_path / "w", *words)
+    for start in ([*words, "--device=8xH100"], [word for word in words if word != "--dry_run"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "kd_jax.train", *start], capture_output=True, text=True,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert "compiling" not in done.stderr and not (tmp_path / "w").exists()
 
 
 @pytest.mark.slow

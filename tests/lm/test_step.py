@@ -132,6 +132,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_on_eight_devices():
     done = subprocess.run([sys.executable, "-c", MESHES], capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
