@@ -3,7 +3,8 @@
     python -m benchmarks.collectives [--json] [POLICY ...] [DATA,FSDP,TENSOR ...]
 
 Of an update that learns text (training) or from a teacher (online), of a step of sampling (also truncated, by top-k and
-top-p), of a batch that is scored, or of which the likeliest tokens are recorded (top_k).
+top-p), of a batch that is scored, or of which the likeliest tokens are recorded (top_k); and of a sweep of mixtures,
+which has one axis alone.
 
 Virtual CPU devices, a small model, two rows for each device of data x fsdp. A number is the size of what one device has
 after the collectives, all rounds of a loop together; a ring sends about twice that for all-reduce, once for the others.
@@ -19,9 +20,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax import collectives, optim
 from kd_jax import mesh as mesh_lib
+from kd_jax.gmm import experiment
 from kd_jax.lm import batches, decode, distill, score, step, teacher
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.kv_cache import PAGE
@@ -38,13 +41,15 @@ MESHES = (
     (1, 1, 1), (2, 1, 1), (4, 1, 1), (8, 1, 1), (1, 2, 1), (1, 4, 1), (1, 8, 1), (2, 2, 1), (4, 2, 1),
     (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 2), (1, 4, 2),
 )  # fmt: skip
-POLICIES = ("training", "online", "sampling", "truncated", "scoring", "top_k")
+POLICIES = ("training", "online", "sampling", "truncated", "scoring", "top_k", "mixtures")
 
 
 def compiled(policy: str, sizes: tuple[int, int, int], teacher_sizes: tuple[int, int, int] | None = None):
     """The program of a policy over a mesh of these sizes; `teacher_sizes` are the teacher's of "online"."""
     if policy in ("training", "online"):
         return _update(policy, sizes, teacher_sizes)
+    if policy == "mixtures":
+        return _mixtures(jax.devices()[: int(np.prod(sizes))])
     mesh = mesh_lib.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     model, rows = Model(STUDENT, _weights(STUDENT, mesh)), ROWS * mesh_lib.batch_devices(mesh)
     compute = Compute(mesh=mesh, chunk_tokens=16)
@@ -84,6 +89,16 @@ def _update(policy: str, sizes: tuple[int, int, int], teacher_sizes: tuple[int, 
         arguments.append(distill.guide(distillation))
     update = step.make(STUDENT, optimizer, schedule, compute, mesh, loss=loss)
     return update.lower(*arguments).compile()
+
+
+def _mixtures(devices):
+    """A sweep of beta, its seeds spread over the devices."""
+    mesh = mesh_lib.one_axis("seeds", devices)
+    seeds = jax.ShapeDtypeStruct((2 * len(devices),), np.uint32, sharding=NamedSharding(mesh, PartitionSpec("seeds")))
+    whole = NamedSharding(mesh, PartitionSpec())
+    numbers = (jax.ShapeDtypeStruct(shape, np.float32, sharding=whole) for shape in ((5,), (), ()))
+    setting = experiment.Setting(2, 100, 4, 1, 1000, 2000, 2000, 100, 5, "diag")
+    return experiment._sweep.lower(setting, seeds, *numbers).compile()
 
 
 def _weights(architecture: Architecture, mesh) -> Any:

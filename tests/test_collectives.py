@@ -80,6 +80,7 @@ def found():
         "truncated": ["8,1,1", "1,8,1", "1,1,8", "2,2,2"],
         "scoring": ["8,1,1", "1,2,1", "1,8,1", "1,1,8", "2,2,2"],
         "top_k": ["8,1,1", "1,8,1", "1,1,8", "2,2,2"],
+        "mixtures": ["8,1,1"],
     }.items():
         command = [sys.executable, "-m", "benchmarks.collectives", "--json", policy, *meshes]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -189,6 +190,12 @@ def test_a_teachers_top_k_over_tensor(found):
     # k ids and values of each part, of all positions; in chunks that are not all full
     positions = 1.2 * ROWS * LENGTH
     assert sizes(found, "top_k", 1, 1, 8)["all-gather"] <= 8 * (4 + 4) * TOP_K * positions
+
+
+@pytest.mark.slow
+def test_mixtures_say_whether_they_have_converged(found):
+    # a bit for each round of a loop
+    assert {part.shapes for part in found["mixtures", (8, 1, 1)]} == {(("pred", ()),)}
 
 
 @pytest.mark.slow
