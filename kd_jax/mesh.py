@@ -97,12 +97,12 @@ def top_k(x: jax.Array, k: int, axes: tuple[str | None, ...], mesh: Mesh | None)
     axis is split only k of each part are gathered.
     """
     if mesh is None or mesh.size == 1:
-        return jax.lax.top_k(x, k)
+        return _top_k(x, k)
     partition = spec(axes, mesh)
     split = partition[-1]
 
     def part(x):
-        values, ids = jax.lax.top_k(x, min(k, x.shape[-1]))
+        values, ids = _top_k(x, min(k, x.shape[-1]))
         if split is None:
             return values, ids
         ids = ids + jax.lax.axis_index(split) * x.shape[-1]
@@ -114,6 +114,13 @@ def top_k(x: jax.Array, k: int, axes: tuple[str | None, ...], mesh: Mesh | None)
     out = PartitionSpec(*partition[:-1], None)
     # what is gathered is the same on all; the check cannot see it
     return jax.shard_map(part, mesh=mesh, in_specs=(partition,), out_specs=(out, out), check_vma=False)(x)
+
+
+def _top_k(x, k):
+    # Without barriers XLA merges what follows into the selection, and then sorts all of x for it. One for both would be
+    # a barrier of the selection itself, of which its compiler for CPUs dies where x is split.
+    values, ids = jax.lax.top_k(x, k)
+    return jax.lax.optimization_barrier(values), jax.lax.optimization_barrier(ids)
 
 
 def of(tree: Any) -> Mesh | None:

@@ -83,9 +83,7 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, mesh: Mesh |
     """
     vocab = logits.shape[-1]
     top_k, top_p = jnp.asarray(top_k, jnp.float32), jnp.asarray(top_p, jnp.float32)
-    # without the barrier XLA merges what follows into the selection, and then sorts the whole vocabulary for it
     values, _ = mesh_lib.top_k(logits, min(_CANDIDATES, vocab), ("batch", "vocab"), mesh)
-    values = jax.lax.optimization_barrier(values)
     ranks = jnp.arange(values.shape[-1])
     mass = jnp.cumsum(jnp.where(ranks < top_k, jnp.exp(values), 0), axis=-1)
     total = jnp.where(top_k > values.shape[-1], jnp.exp(logits).sum(axis=-1), mass[..., -1])

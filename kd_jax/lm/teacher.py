@@ -64,9 +64,10 @@ def forward(
     else:
 
         def best(logits):
-            # hidden, not cut off: what is left of a head that is split would have to be dealt out anew
-            real = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
-            return _top_k(real, k, compute.mesh)
+            if num_tokens < logits.shape[-1]:
+                # hidden, not cut off: what is left of a head that is split would have to be dealt out anew
+                logits = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
+            return _top_k(logits, k, compute.mesh)
 
         log_probs, ids, tail = fused.linear_map(best, hidden, head, chunk=compute.chunk, mesh=compute.mesh)
         out = TopK(jnp.where(inside[..., None], log_probs, -jnp.inf), ids, jnp.where(inside, tail, -jnp.inf))
@@ -74,13 +75,19 @@ def forward(
 
 
 def _top_k(logits, k, mesh):
-    total = jax.nn.logsumexp(logits, axis=-1)
-    values, ids = mesh_lib.top_k(logits, k, ("batch", None, "vocab"), mesh)
-    # the others summed by themselves: one minus the sum of the top would lose a small tail to rounding
-    least, last = values[..., -1:], ids[..., -1:]  # of equals those with the lowest ids were taken
-    taken = (logits > least) | ((logits == least) & (jnp.arange(logits.shape[-1]) <= last))
-    rest = jnp.where(taken, -jnp.inf, logits)
-    return values - total[..., None], ids.astype(jnp.int32), jax.nn.logsumexp(rest, axis=-1) - total
+    """Log-probabilities of the k likeliest, their ids, and the log of what all others have together."""
+    vocab = logits.shape[-1]
+    values, ids = mesh_lib.top_k(logits, min(k + 1, vocab), ("batch", None, "vocab"), mesh)
+    # The others summed by themselves, from their own largest: one minus the sum of the top would lose a small tail to
+    # rounding. Of equals those with the lowest ids were taken.
+    least, last = values[..., k - 1 : k], ids[..., k - 1 : k]
+    taken = (logits > least) | ((logits == least) & (jnp.arange(vocab) <= last))
+    top = values[..., -1:]
+    top = jnp.where(top > -jnp.inf, top, 0)
+    rest = top[..., 0] + jnp.log(jnp.where(taken, 0, jnp.exp(logits - top)).sum(axis=-1))
+    values, ids = values[..., :k], ids[..., :k]
+    total = jnp.logaddexp(jax.nn.logsumexp(values, axis=-1), rest)
+    return values - total[..., None], ids.astype(jnp.int32), rest - total
 
 
 def jitted(model: Model, *, want: str = "hidden", k: int | None = None, compute: Compute = DEFAULT) -> Callable:
