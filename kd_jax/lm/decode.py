@@ -223,10 +223,12 @@ def _laid_out(params, architecture: Architecture, mesh: Mesh):
 def _axes(architecture: Architecture) -> dict[str, Any]:
     """Logical axes of the weights as `_laid_out` makes them."""
     axes = model_lib.logical_axes(architecture)
-    layer = {name: names[1:] for name, names in axes["layers"].items()}
-    axes = {**axes, "layers": (layer,) * architecture.num_hidden_layers}
-    is_axes = lambda leaf: isinstance(leaf, tuple) and not any(isinstance(one, dict) for one in leaf)  # noqa: E731
-    return jax.tree.map(lambda names: tuple(None if a == "embed" else a for a in names), axes, is_leaf=is_axes)
+
+    def whole(names):
+        return tuple(None if name == "embed" else name for name in names)
+
+    layer = {name: whole(names[1:]) for name, names in axes.pop("layers").items()}
+    return {name: whole(names) for name, names in axes.items()} | {"layers": (layer,) * architecture.num_hidden_layers}
 
 
 def _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh) -> State:

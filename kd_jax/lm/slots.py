@@ -81,12 +81,15 @@ def shardings(state: State, mesh: Mesh) -> State:
         axis = "heads" if leaf.shape[2] % mesh.shape["tensor"] == 0 else None
         return mesh_lib.sharding(("batch", None, axis, None, None), mesh)
 
-    everywhere, split = (
-        mesh_lib.sharding((), mesh),
-        jax.tree.map(rows, state._replace(next_index=None, steps=None, active_steps=None)),
+    everywhere, cache = mesh_lib.sharding((), mesh), state.cache
+    pages = jax.tree.map(rows, cache)._replace(
+        keys=tuple(map(heads, cache.keys)), values=tuple(map(heads, cache.values))
     )
-    cache = split.cache._replace(keys=tuple(map(heads, state.cache.keys)), values=tuple(map(heads, state.cache.values)))
-    return split._replace(cache=cache, next_index=everywhere, steps=everywhere, active_steps=everywhere)
+    return State(
+        cache=pages, slots=jax.tree.map(rows, state.slots), active=rows(state.active),
+        done=jax.tree.map(rows, state.done), num_done=rows(state.num_done), next_index=everywhere, steps=everywhere,
+        active_steps=everywhere,
+    )  # fmt: skip
 
 
 # --- between two calls ------------------------------------------------------------------------------------------------
