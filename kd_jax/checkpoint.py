@@ -14,7 +14,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ _SUMS = "sums"
 # What goes wrong in orbax's threads is raised by what waits for them; that it is also logged, with a traceback, helps
 # nobody.
 logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
+logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and "orbax" in record.getMessage()))
+
+
+def _quiet(report: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`report` without the writes that end once a save has failed, and nobody waits for them any more."""
+
+    def said(unraisable):
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            report(unraisable)
+
+    return said
+
+
+sys.unraisablehook = _quiet(sys.unraisablehook)
 
 
 class Checkpoints:
