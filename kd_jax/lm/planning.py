@@ -69,13 +69,17 @@ def seconds(config, about: dict[str, Any], target: Target, program: Program | No
 
 
 def _sampling_seconds(config, about: dict[str, Any], target: Target) -> float:
-    """The larger of what the operations take, and reading: at each step all weights, and half of the cache."""
+    """The larger of what the operations take, and reading: at each step all weights, and half of the cache.
+
+    Tensor splits both (the cache by whole heads), fsdp the slots alone: sampling has the weights whole there.
+    """
     mesh, shape, dtype = settings_lib.mesh(config), about["shape"], config.sampling.dtype
-    sizes = {"fsdp": 1, "tensor": 1} if mesh is None else mesh.shape
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
     parts = mesh_lib.batch_devices(mesh)
     slots = -(-config.sampling.batch_size // parts)
     cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * config.sampling.max_length / 2
-    read = shape.num_parameters / sizes["fsdp"] / sizes["tensor"] + slots * cached
+    split = 1 if shape.num_key_value_heads % tensor else tensor
+    read = shape.num_parameters / tensor + slots * cached / split
     step = read * jnp.dtype(dtype).itemsize / (target.devices.chip.bandwidth * BANDWIDTH_SHARE)
     return max(about["flops"] / (_peak(target, dtype) * target.mfu), about["tokens"] / (slots * parts) * step)
 

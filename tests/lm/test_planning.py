@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -109,13 +110,21 @@ def test_checkpoints_are_written_at_some_pace():
     assert 1e6 < cost.writing_rate() < 1e11
 
 
-def test_time_of_sampling_is_at_least_that_of_reading_the_weights():
+def test_time_of_sampling_is_at_least_that_of_reading_the_weights(monkeypatch):
     config, shape = lm_paper.get_config(), PRESETS["smollm2-1.7b"]
     config.sampling.update(batch_size=1)
     about = cost.sampling(config, shape, 10)
     cached = 2 * 24 * 32 * 64 * 256
     step_seconds = 2 * (1_711_376_384 + cached) / (3.35e12 * 0.6)
     assert planning.seconds(config, about, target()) == pytest.approx(10 * 512 * step_seconds)
+    # eight slots of four devices' rows, each with all weights but for what tensor splits
+    config.sampling.update(batch_size=8)
+    over = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 4})
+    with monkeypatch.context() as patch:
+        patch.setattr(settings_lib, "mesh", lambda config: over)
+        found = planning.seconds(config, about, target("16xH100"))
+    step_seconds = 2 * (1_711_376_384 + 2 * cached) / 4 / (3.35e12 * 0.6)
+    assert found == pytest.approx(10 * 512 / 8 * step_seconds)
     config.sampling.update(batch_size=100_000)
     found = planning.seconds(config, about, target("1xH100", 1e-4))
     assert found == pytest.approx(about["flops"] / (989e12 * 1e-4))
