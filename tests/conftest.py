@@ -19,3 +19,13 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    """The folder of a small corpus that is easily learnt, as text for what goes to other processes."""
+    from tests.lm.test_training import make_corpus
+
+    folder = tmp_path_factory.mktemp("corpus") / "c"
+    make_corpus(folder)
+    return str(folder)

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from kd_jax import checkpoint
 from kd_jax.checkpoint import Checkpoints
 
 
@@ -131,3 +133,12 @@ def test_onto_another_number_of_devices(tmp_path):
         command = [sys.executable, "-c", DEVICES, str(count), str(tmp_path / "c")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.stdout.strip().endswith("ok"), done.stderr[-2000:]
+
+
+def test_only_writes_that_nobody_waits_for_go_unsaid():
+    said = []
+    report = checkpoint._quiet(lambda unraisable: said.append(unraisable.exc_value))
+    errors = [RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")]
+    for error in errors:
+        report(SimpleNamespace(exc_value=error))
+    assert said == errors[1:]

@@ -158,21 +158,12 @@ NUMBERS = """
 """
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    from tests.lm.test_training import make_corpus
-
-    folder = tmp_path_factory.mktemp("corpus") / "c"
-    make_corpus(folder)
-    return folder
-
-
 @pytest.mark.cluster
-def test_any_number_of_processes_gives_the_same_numbers(corpus, tmp_path):
+def test_any_number_of_processes_gives_the_same_numbers(counting, tmp_path):
     found = {}
     for count, devices in LAYOUTS:
         folder = tmp_path / f"{count}x{devices}"
-        each = run(NUMBERS, count, devices, {"folder": str(folder), "corpus": str(corpus)})
+        each = run(NUMBERS, count, devices, {"folder": str(folder), "corpus": counting})
         assert all(one == each[0] for one in each)  # every process has it all
         found[count, devices] = each[0]
     alone = found.pop((1, 1))
@@ -238,8 +229,8 @@ STOPPED = """
 
 
 @pytest.mark.cluster
-def test_a_signal_to_one_stops_all_and_any_layout_goes_on(corpus, tmp_path):
-    arguments = {"corpus": str(corpus)}
+def test_a_signal_to_one_stops_all_and_any_layout_goes_on(counting, tmp_path):
+    arguments = {"corpus": counting}
     (whole,) = run(STOPPED, 1, 1, {**arguments, "folder": str(tmp_path / "whole")})
     for count, devices in ((1, 1), (2, 4)):
         folder = str(tmp_path / f"{count}x{devices}")

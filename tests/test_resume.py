@@ -112,18 +112,9 @@ def same(found, whole, name):
         np.testing.assert_allclose(found[key], whole[key], rtol=1e-5, atol=1e-5, err_msg=f"{name}: {key}")
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    from tests.lm.test_training import make_corpus
-
-    folder = tmp_path_factory.mktemp("corpus") / "c"
-    make_corpus(folder)
-    return str(folder)
-
-
 @pytest.mark.slow
-def test_a_training_saved_on_one_mesh_goes_on_on_each_other(corpus, tmp_path):
-    arguments = {"corpus": corpus, "folder": str(tmp_path), "meshes": MESHES}
+def test_a_training_saved_on_one_mesh_goes_on_on_each_other(counting, tmp_path):
+    arguments = {"corpus": counting, "folder": str(tmp_path), "meshes": MESHES}
     (found,) = run(IN_ONE_PROCESS, 1, 8, arguments)
     whole = found.pop("whole")
     assert set(found) == {f"{one} {other}" for one, other in permutations(MESHES, 2)}
@@ -132,9 +123,9 @@ def test_a_training_saved_on_one_mesh_goes_on_on_each_other(corpus, tmp_path):
 
 
 @pytest.mark.cluster
-def test_a_training_saved_by_some_processes_goes_on_in_any_others(corpus, tmp_path):
+def test_a_training_saved_by_some_processes_goes_on_in_any_others(counting, tmp_path):
     def work(layout, folder, stops):
-        return run(IN_SEVERAL, *layout, {"corpus": corpus, "folder": str(folder), "stops": stops})
+        return run(IN_SEVERAL, *layout, {"corpus": counting, "folder": str(folder), "stops": stops})
 
     whole = work((1, 1), tmp_path / "whole", False)[0]
     for layout in LAYOUTS:

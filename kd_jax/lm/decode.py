@@ -188,12 +188,16 @@ def lower(
     devices = mesh_lib.batch_devices(mesh)
     slots = -(-batch_size // devices) * devices
     width = -(-max_length // PAGE) * PAGE
-    compute, params = dataclasses.replace(compute, mesh=mesh), jax.eval_shape(model_lib.unstack, model.params)
+    compute = dataclasses.replace(compute, mesh=mesh)
+
+    def on(shardings, shapes):
+        return jax.tree.map(
+            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, shardings
+        )
+
+    params = jax.eval_shape(model_lib.unstack, model.params)
     if mesh is not None:
-        params = jax.tree.map(
-            lambda leaf, axes: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh_lib.sharding(axes, mesh)),
-            params, _axes(model.architecture),
-        )  # fmt: skip
+        params = on(mesh_lib.shardings(_axes(model.architecture), params, mesh), params)
 
     def prefill(params, prompt):
         return _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
@@ -201,10 +205,7 @@ def lower(
     pages = jax.eval_shape(prefill, params, jax.ShapeDtypeStruct((prompt_length,), jnp.int32))
     state = _empty(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0)
     if mesh is not None:
-        state = jax.tree.map(
-            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to),
-            state, slots_lib.shardings(state, mesh),
-        )  # fmt: skip
+        state = on(slots_lib.shardings(state, mesh), state)
     settings = _settings(model, prompts, 1, max_length, 1.0, top_k, top_p, 0)
     return slots_lib.run.lower(state, params, settings, model.architecture, compute, 1)
 

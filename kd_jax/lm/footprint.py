@@ -6,6 +6,7 @@ devices are this machine's CPU are a few runs timed.
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -184,7 +185,7 @@ def _seconds(compiled, arguments: list[Any], keeps: bool = False) -> float:
         out = jax.block_until_ready(compiled(*values))
         took.append(time.perf_counter() - began)
         values[0] = out[0] if keeps else values[0]
-    return sorted(took[1:])[1]
+    return statistics.median(took[1:])
 
 
 def memory(compiled) -> Memory:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from scipy.special import stdtr
 
 from kd_jax import kinds
+from kd_jax.lm.arms import DATA
 from kd_jax.page import mean_se, number, show
 
 # Nats per token; each has a `_per_sequence` column beside it, and both a `_se` over the sequences.
@@ -43,7 +44,6 @@ DISTILL_KINDS = dict.fromkeys(("policy", "divergence", "data", "tail"), kinds.TE
      "sample_temperature", "top_k", "top_p"),
     kinds.NUMBER,
 )  # fmt: skip
-DATA = ("p_star", "samples", "mix")
 
 
 class Estimate(NamedTuple):

@@ -11,10 +11,10 @@ from kd_jax.lm import summary
 
 # <|im_end|> and the like, and <s>, </s>, <pad>, <unk> and their kin.
 SPECIAL = re.compile(r"(<\|[^<>|\s]+\|>|</?(?:s|pad|unk|bos|eos|mask)>)")
-# Control characters are shown by their pictures (U+2400 and on): as themselves they are not allowed in HTML.
 KINDS = {"name": kinds.TEXT, "arm": kinds.TEXT, "tau": kinds.FINITE, "text": kinds.TEXT} | dict.fromkeys(
     ("seed", "index", "length"), kinds.INTEGER
 )
+# Control characters are shown by their pictures (U+2400 and on): as themselves they are not allowed in HTML.
 CONTROL = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
 

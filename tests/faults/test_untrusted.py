@@ -29,17 +29,8 @@ CODE = sorted(Path(kd_jax.__file__).parent.rglob("*.py"))
 
 def test_damaged_files_give_what_they_say_or_a_clear_error(tmp_path):
     """A short form of `python -m tests.faults.fuzz --seconds 300`, in a process that may die of it."""
-    command = [
-        sys.executable,
-        "-m",
-        "tests.faults.fuzz",
-        "--inside",
-        "--undrawn",
-        "--cases",
-        "8",
-        "--keep",
-        str(tmp_path),
-    ]
+    options = ["--inside", "--undrawn", "--cases", "8", "--keep", str(tmp_path)]
+    command = [sys.executable, "-m", "tests.faults.fuzz", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
