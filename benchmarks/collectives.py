@@ -22,13 +22,18 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kd_jax import collectives, optim
-from kd_jax import mesh as mesh_lib
 from kd_jax.gmm import experiment
-from kd_jax.lm import batches, decode, distill, score, step, teacher
+from kd_jax.lm import decode, score
 from kd_jax.lm import model as model_lib
-from kd_jax.lm.kv_cache import PAGE
+from kd_jax.lm.corpus import batches
+from kd_jax.lm.distill import loss as distill
+from kd_jax.lm.distill import teacher_forward as teacher
 from kd_jax.lm.model import Architecture, Compute, Model
+from kd_jax.lm.model.kv_cache import PAGE
+from kd_jax.lm.training import optimizer as optim
+from kd_jax.lm.training import step
+from kd_jax.parallel import collectives
+from kd_jax.parallel import mesh as mesh_lib
 
 # Every axis has a size of its own, also when it is split over 2, 4 or 8 devices.
 STUDENT = Architecture(

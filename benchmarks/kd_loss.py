@@ -224,7 +224,7 @@ def summary(found: list[dict]) -> None:
 
 
 def figure(found: list[dict], path: Path) -> None:
-    from kd_jax import figures
+    from kd_jax.reporting import figures
 
     # Okabe and Ito's colours, and a marker each: told apart without colour too
     looks = {

@@ -33,9 +33,13 @@ def ours(folder: str, rows: int, length: int) -> dict:
     import jax
     import numpy as np
 
-    from kd_jax import cache, optim
-    from kd_jax.lm import batches, distill, step, weights
+    from kd_jax.lm import weights
+    from kd_jax.lm.corpus import batches
+    from kd_jax.lm.distill import loss as distill
     from kd_jax.lm.model import Compute
+    from kd_jax.lm.training import optimizer as optim
+    from kd_jax.lm.training import step
+    from kd_jax.runs import cache
 
     cache.enable_compilation_cache()
     teacher, student = weights.load(f"{folder}/teacher"), weights.load(f"{folder}/student")

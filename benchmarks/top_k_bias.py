@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax import fused
-from kd_jax.lm import batches, top_k, weights
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import model as model_lib
-from kd_jax.lm import teacher as teacher_lib
+from kd_jax.lm import weights
+from kd_jax.lm.corpus import batches
+from kd_jax.lm.distill import recorded_top_k
+from kd_jax.lm.distill import teacher_forward as teacher_lib
 
 
 def measure(teacher, student, tokens, lengths, mask, sizes, temperature=1.0):
@@ -37,8 +39,11 @@ def measure(teacher, student, tokens, lengths, mask, sizes, temperature=1.0):
     rows = []
     for k in sizes:
         exact = teacher_lib.jitted(teacher, want="top_k", k=k)(tokens, lengths)
-        codes = batches.Targets(exact.ids, top_k.encode(exact.log_probs), top_k.encode(exact.tail))
-        for form, found in (("float32", (exact.ids, exact.log_probs, exact.tail)), ("uint16", top_k.read(codes))):
+        codes = batches.Targets(exact.ids, recorded_top_k.encode(exact.log_probs), recorded_top_k.encode(exact.tail))
+        for form, found in (
+            ("float32", (exact.ids, exact.log_probs, exact.tail)),
+            ("uint16", recorded_top_k.read(codes)),
+        ):
             ids, log_probs, left = (jnp.asarray(array) for array in found)
             # what is not learnt is not looked at, but has to be a number
             log_probs, left = (jnp.where(jnp.isfinite(x), x, -50.0) for x in (log_probs, left))

@@ -19,12 +19,14 @@ def ours(folder: str) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from kd_jax import optim
-    from kd_jax.lm import batches, cost, step, weights
-    from kd_jax.lm.model import Compute
+    from kd_jax.lm import weights
+    from kd_jax.lm.corpus import batches
+    from kd_jax.lm.model import Compute, flops
+    from kd_jax.lm.training import optimizer as optim
+    from kd_jax.lm.training import step
 
     model = weights.load(folder)
-    ceiling = cost.ceiling("float32")
+    ceiling = flops.ceiling("float32")
     held = memory()
     schedule = optim.wsd(1e-5, 100, 0.0, 0.0)
     optimizer = optim.adamw(schedule)

@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
     # A model: anything that kd_jax.lm.weights.load takes. `architecture` is a preset: of a source, it is what --dry_run
     # reckons with; without a source, random weights of that shape are p*.
     config.p_star = ConfigDict({"source": "", "architecture": ""})
-    # Or data: `source` (kd_jax.lm.ingest.from_dataset) makes p*'s corpora, and the model above scores samples for
-    # precision, and has the tokenizer.
+    # Or data: `source` (kd_jax.lm.corpus.ingest.from_dataset) makes p*'s corpora, and the model above scores samples
+    # for precision, and has the tokenizer.
     config.data = ConfigDict({"source": "", "split": "train", "text_column": "", "ids_column": ""})
     config.num_train = 1024  # sequences that a model is trained on
     config.num_validation = 128  # further ones, by which its checkpoint is chosen
@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
         }
     )  # fmt: skip
     config.arms = ConfigDict()
-    # Knobs of selectivity to compare, ((name, ((value, arm), ...)), ...): see kd_jax.lm.frontier.
+    # Knobs of selectivity to compare, ((name, ((value, arm), ...)), ...): see kd_jax.lm.experiment.knobs.
     config.frontier = ConfigDict({"knobs": (), "references": ("tau-1",), "gains": (0.5, 1.0, 2.0)})
     shape = {"preset": "", "layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}
     config.teacher, config.student = ConfigDict(shape), ConfigDict(shape)

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax import cluster, errors
+from kd_jax.parallel import cluster
+from kd_jax.storage import errors
 
 _LEAST = {"num_samples": 1, "num_recall": 1, "seed": 0, "batch_size": 1, "max_length": 2, "sample_temperature": 0}
 # p*'s samples have another seed than anyone's training data is likely to: what a model has seen says nothing of recall.
@@ -139,9 +140,9 @@ def _named(models: Sequence[str]) -> dict[str, str]:
 
 
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
-    from kd_jax import cache
-    from kd_jax.files import write_json, write_rows
     from kd_jax.lm import corpus, evaluation, weights
+    from kd_jax.runs import cache
+    from kd_jax.storage.files import write_json, write_rows
 
     start, out = time.perf_counter(), Path(args.out)
     _check_folder(out)
@@ -173,7 +174,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _begin(out: Path, manifest: dict[str, Any]) -> None:
-    from kd_jax.files import write_json
+    from kd_jax.storage.files import write_json
 
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "manifest.json", manifest)
@@ -191,8 +192,8 @@ def _arm(name: str) -> tuple[str, float | None, int | None]:
 
 def _check_folder(out: Path) -> None:
     """Raises RunError for a folder that holds other things: a run's, say, whose metrics.jsonl would be replaced."""
-    from kd_jax.files import read_json
-    from kd_jax.run import RunError
+    from kd_jax.storage.errors import RunError
+    from kd_jax.storage.files import read_json
 
     if out.exists() and not out.is_dir():
         raise RunError(f"--out {out} is a file; it has to be a folder")
@@ -236,16 +237,16 @@ def _validation_settings(args: argparse.Namespace, p_star: Any, settings: Any) -
 
 
 def _sample_validation(folder: Path, p_star: Any, drawn: dict[str, Any], settings: Any) -> Any:
-    from kd_jax.lm import resumable
+    from kd_jax.lm.decode import to_corpus
 
-    return resumable.sample(
+    return to_corpus.sample(
         p_star, folder, drawn, command="validation samples of p*", label="p*: samples", batch_size=settings.batch_size,
         **settings.run,
     )  # fmt: skip
 
 
 def _mesh(sizes: dict[str, int] | None) -> Any:
-    from kd_jax import mesh as mesh_lib
+    from kd_jax.parallel import mesh as mesh_lib
 
     if sizes is None:
         return None

@@ -12,14 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax import errors, page, untrusted
+from kd_jax.reporting import page
+from kd_jax.storage import errors, untrusted
 
 # Modules by the experiment's name, so that one experiment's report does not import the others. Each has
 # write(folder), which returns the page's path.
 PAGES = {
-    "gmm": "kd_jax.gmm.report",
-    "gmm_frontier": "kd_jax.gmm.frontier_report",
-    "lm": "kd_jax.lm.report",
+    "gmm": "kd_jax.gmm.report.page",
+    "gmm_frontier": "kd_jax.gmm.report.frontier",
+    "lm": "kd_jax.lm.report.page",
 }
 # What a page is made of, and what is made.
 _READ = ("config.json", "manifest.json", "metrics.jsonl", "samples.jsonl")

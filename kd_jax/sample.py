@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax import cluster, errors
+from kd_jax.parallel import cluster
+from kd_jax.storage import errors
 
 # What a flag is where it is not given, by what is asked for. A flag of the other group is refused.
 _SAMPLING = {
@@ -167,10 +168,11 @@ def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
 
 
 def _sample(args: argparse.Namespace, argv: list[str]) -> int:
-    from kd_jax import cache
-    from kd_jax import mesh as mesh_lib
-    from kd_jax.lm import corpus, decode, top_k, weights
+    from kd_jax.lm import corpus, decode, weights
+    from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute
+    from kd_jax.parallel import mesh as mesh_lib
+    from kd_jax.runs import cache
 
     settings = _early_settings(args)
     corpus.check(args.out, settings)
@@ -182,8 +184,8 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> int:
         complete = None
         if args.record_top_k is not None:
             k, form = args.record_top_k, args.log_prob_format
-            settings["teacher"] = top_k.settings(model, settings["source"], k, form, args.dtype, None)
-            complete = top_k.recorder(model, settings["teacher"], compute=Compute(dtype=args.dtype), mesh=mesh)
+            settings["teacher"] = recorded_top_k.settings(model, settings["source"], k, form, args.dtype, None)
+            complete = recorded_top_k.recorder(model, settings["teacher"], compute=Compute(dtype=args.dtype), mesh=mesh)
         command = shlex.join(["python", "-m", "kd_jax.sample", *argv[1:]])
         held = corpus.create_or_resume(args.out, settings, command=command)
         if held.finished:
@@ -312,7 +314,7 @@ def _print_summary(held: Any, programs: collections.Counter) -> None:
 
 
 def _read(args: argparse.Namespace) -> int:
-    from kd_jax.lm import show
+    from kd_jax.lm.corpus import show
 
     show.samples(args.read, model=args.model, first=args.first, num_samples=args.num_samples, text_out=args.text_out)
     return 0

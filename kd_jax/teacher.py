@@ -2,9 +2,9 @@
 
     python -m kd_jax.teacher --corpus FOLDER --model SOURCE --top_k 64 --out FOLDER
 
-What is written is the corpus once more with three further columns (kd_jax.lm.shards.TOP_K): at most 4 bytes for each
-recorded token on disk. A student learns from it without the teacher (config.distill.policy "offline"). The same command
-goes on with a run that was stopped.
+What is written is the corpus once more with three further columns (kd_jax.lm.corpus.shards.TOP_K): at most 4 bytes
+for each recorded token on disk. A student learns from it without the teacher (config.distill.policy "offline"). The
+same command resumes a run that was stopped.
 """
 
 import argparse
@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax import cluster, errors
+from kd_jax.parallel import cluster
+from kd_jax.storage import errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,23 +48,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _record(args: argparse.Namespace, argv: list[str]) -> int:
-    from kd_jax import cache
-    from kd_jax.lm import corpus, top_k, weights
+    from kd_jax.lm import corpus, weights
+    from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute
+    from kd_jax.runs import cache
 
     source = corpus.open(args.corpus)
     cache.enable_compilation_cache()
     model = weights.load(args.model, dtype=args.dtype)
     path = Path(args.model).expanduser()
-    about = top_k.settings(
+    about = recorded_top_k.settings(
         model, str(path.absolute()) if path.exists() else args.model, args.top_k, args.log_prob_format, args.dtype,
         corpus.fingerprint(source),
     )  # fmt: skip
     command = shlex.join(["python", "-m", "kd_jax.teacher", *argv[1:]])
-    held = top_k.score_corpus(
+    held = recorded_top_k.score_corpus(
         source, args.out, model, about, command=command, label="teacher", compute=Compute(dtype=args.dtype)
     )
-    size, entries = sum(shard["bytes"] for shard in held.manifest["shards"]), top_k.num_entries(held)
+    size, entries = sum(shard["bytes"] for shard in held.manifest["shards"]), recorded_top_k.num_entries(held)
     before = sum(shard["bytes"] for shard in source.manifest["shards"])
     print(f"{held.num_rows} rows, {entries} recorded tokens of {(size - before) / entries:.2f} bytes, tails included")
     print(f"corpus: {held.folder}")

@@ -1,7 +1,7 @@
 """Runs one experiment from its config file to its report: python -m kd_jax.train --config C.py --workdir FOLDER.
 
-The same command in several processes is one run over the devices of all (kd_jax.cluster says how they find each other;
-launch/ has scripts that start them). FOLDER is then on a file system that all of them share.
+The same command in several processes is one run over the devices of all (kd_jax.parallel.cluster says how they find
+each other; launch/ has scripts that start them). FOLDER is then on a file system that all of them share.
 """
 
 import importlib
@@ -11,8 +11,9 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax import cluster, errors
-from kd_jax import config as config_lib
+from kd_jax.parallel import cluster
+from kd_jax.runs import config as config_lib
+from kd_jax.storage import errors
 
 # Modules by name, so that one experiment's run does not import the others. Each has validate(config), which raises
 # ValueError on bad values, and run(config, folder), which returns what to add to the manifest. Those in STAGED run in
@@ -20,7 +21,7 @@ from kd_jax import config as config_lib
 EXPERIMENTS = {
     "gmm": "kd_jax.gmm.experiment",
     "gmm_frontier": "kd_jax.gmm.frontier",
-    "lm": "kd_jax.lm.experiment",
+    "lm": "kd_jax.lm.experiment.chain",
 }
 STAGED = ("lm",)
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv if argv is None else argv)
     args = config_lib.parse(argv)
     # after the command line is known to be good: JAX takes a moment to import, and a typing error need not wait for it
-    from kd_jax import distributed
+    from kd_jax.parallel import distributed
 
     processes = None
     try:
@@ -55,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | None) -> None:
-    from kd_jax import devices, distributed, report
-    from kd_jax import run as run_lib
+    from kd_jax import report
+    from kd_jax.parallel import devices, distributed
+    from kd_jax.runs import run as run_lib
 
     start = time.perf_counter()
     config, name = args.config, args.config.get("experiment")
@@ -85,7 +87,7 @@ def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | No
     folder, *state = distributed.once(open_run, "opening the run folder")
     run = run_lib.Run(Path(folder), *state)
     if not (run.folder / "config.json").exists():
-        raise run_lib.RunError(
+        raise errors.RunError(
             f"process 0 has made {run.folder.absolute()}, which this process does not see: a run of several processes "
             "needs a --workdir on a file system that all of them share"
         )
@@ -114,7 +116,7 @@ def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | No
 
 def _say(text: str) -> None:
     """Prints, once for all processes."""
-    from kd_jax import distributed
+    from kd_jax.parallel import distributed
 
     if distributed.leads():
         print(text)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kd_jax import cache
+from kd_jax.runs import cache
 
 
 def pytest_configure():
@@ -24,7 +24,7 @@ def one_torch_thread():
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory):
     """The folder of a small corpus that is easily learnt, as text for what goes to other processes."""
-    from tests.lm.test_training import make_corpus
+    from tests.lm.training.test_loop import make_corpus
 
     folder = tmp_path_factory.mktemp("corpus") / "c"
     make_corpus(folder)

@@ -15,7 +15,7 @@ _START = """
 import json
 import sys
 
-from kd_jax import cluster, distributed
+from kd_jax.parallel import cluster, distributed
 
 address, count, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 arguments = json.loads(sys.argv[4])
@@ -50,7 +50,7 @@ def spawn(command, devices=1, **options):
 
 
 def start(script, count, devices=1, arguments=None):
-    """`count` processes of `devices` each, started; `script` has `say`, `arguments` and kd_jax.distributed."""
+    """`count` processes of `devices` each, started; `script` has `say`, `arguments` and kd_jax.parallel.distributed."""
     address = f"127.0.0.1:{free_port()}"
     text = _START + textwrap.dedent(script)
     tail = json.dumps(arguments or {})

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import tokenizers
 
-from kd_jax import cache, evaluate, files
+from kd_jax import evaluate
 from kd_jax.lm import corpus, decode, score, weights
 from kd_jax.lm import model as model_lib
-from kd_jax.lm.tokenizer import Tokenizer
+from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.runs import cache
+from kd_jax.storage import files
 
 BOS, EOS = 1, 2
 WORDS = {"unknown": 0, "<s>": BOS, "</s>": EOS, "The": 3, "cat": 4, **{f"w{i}": i for i in range(5, 320)}}

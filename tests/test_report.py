@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 
-from kd_jax import errors, report
+from kd_jax import report
+from kd_jax.storage import errors
 from tests.faults import pages
-from tests.gmm.test_report import make_rows as mixture_rows
-from tests.gmm.test_report import make_run as mixture_run
-from tests.lm.test_report import make_rows, make_run
+from tests.gmm.report.test_page import make_rows as mixture_rows
+from tests.gmm.report.test_page import make_run as mixture_run
+from tests.lm.report.test_page import make_rows, make_run
 
 
 def test_each_folder_gets_the_page_of_its_experiment(tmp_path, capsys):

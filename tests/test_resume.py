@@ -8,7 +8,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from kd_jax.files import read_rows
+from kd_jax.storage.files import read_rows
 from tests import processes
 from tests.processes import ROOT, run
 
@@ -24,10 +24,11 @@ WORK = """
     import jax
     import numpy as np
 
-    from kd_jax import cache, mesh as mesh_lib
+    from kd_jax.runs import cache
+    from kd_jax.parallel import mesh as mesh_lib
     from kd_jax.lm import corpus as corpus_lib, decode, training, weights
     from kd_jax.lm.model import PRESETS, Compute, Model
-    from kd_jax.files import read_rows
+    from kd_jax.storage.files import read_rows
 
     cache.enable_compilation_cache()
     SETTINGS = training.Settings(

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax import distributed
-from kd_jax.files import replacing
-from kd_jax.gmm import chunks, em
+from kd_jax.gmm import em
+from kd_jax.gmm import sweep as chunks
 from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
 from kd_jax.metrics import Mean
+from kd_jax.parallel import distributed
+from kd_jax.storage.files import replacing
 
 # What a random key is for: fold_in(key(seed), purpose).
 DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL = range(7)

@@ -17,18 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.gmm import chunks, divergence, experiment
-from kd_jax.gmm.divergence import Divergence
+from kd_jax.gmm import experiment, gradient_fit
+from kd_jax.gmm import sweep as chunks
 from kd_jax.gmm.experiment import Setting
+from kd_jax.gmm.gradient_fit import Divergence
 from kd_jax.gmm.mixture import sharpen, top_k, top_p
 
 # Knobs of the teacher: (mixture, value) -> mixture.
 TEACHERS = {"beta": sharpen, "top_k": top_k, "top_p": top_p}
 # Knobs of the student: value -> divergence.
 DIVERGENCES = {
-    "jensen_shannon": divergence.jensen_shannon,
-    "skew_forward_kl": divergence.skew_forward_kl,
-    "skew_reverse_kl": divergence.skew_reverse_kl,
+    "jensen_shannon": gradient_fit.jensen_shannon,
+    "skew_forward_kl": gradient_fit.skew_forward_kl,
+    "skew_reverse_kl": gradient_fit.skew_reverse_kl,
 }
 # Students without a knob: fitted to the data, and by EM to the teacher as it is.
 DIRECT, PLAIN = "direct", "plain"
@@ -74,18 +75,18 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
     teachers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *teachers)
     corpora, students = experiment.distil(setting, seed, teachers, numbers.tol)
     corpus, key = corpora[0], experiment.keys(seed)
-    starts = divergence.starts_of(shared.teacher, jax.tree.map(lambda leaf: leaf[0], students), program.num_starts)
+    starts = gradient_fit.starts_of(shared.teacher, jax.tree.map(lambda leaf: leaf[0], students), program.num_starts)
 
     def score(student, teacher, corpus):
         scores = experiment.score(setting, seed, shared, student, teacher, corpus)
         return {name: getattr(scores, name) for name in _SCORES}
 
     def by_gradient(target: Divergence):
-        fit = divergence.fit(
+        fit = gradient_fit.fit(
             key(NOISE), target, shared.teacher, corpus, starts, num_draws=program.num_draws,
             num_updates=program.num_updates, learning_rate=numbers.learning_rate,
         )  # fmt: skip
-        fresh = divergence.held_out(key(HELD_OUT), target, shared.teacher, fit.mixture, setting.num_precision)
+        fresh = gradient_fit.held_out(key(HELD_OUT), target, shared.teacher, fit.mixture, setting.num_precision)
         about = {"divergence": fresh, "objective": fit.objective[-1], "gradient_norm": fit.gradient_norm}
         return score(fit.mixture, shared.teacher, corpus) | about | {"start": fit.start.astype(jnp.float32)}
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax import distributed, fused
-from kd_jax import mesh as mesh_lib
+from kd_jax import fused
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
+from kd_jax.parallel import distributed
+from kd_jax.parallel import mesh as mesh_lib
 
 
 def log_prob(

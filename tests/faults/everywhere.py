@@ -22,16 +22,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from kd_jax import files, run, stages
-from kd_jax.checkpoint import Checkpoints
-from kd_jax.gmm import chunks, report
+from kd_jax.gmm import sweep as chunks
+from kd_jax.gmm.report import page as report
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import weights
 from kd_jax.lm.model import PRESETS, Model
+from kd_jax.runs import run, stages
+from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.storage import files
 from tests.faults.hook.sitecustomize import Hook
-from tests.gmm import test_report as gmm
-from tests.lm import test_corpus as corpora
+from tests.gmm.report import test_page as gmm
+from tests.lm.corpus import test_store as corpora
 
 LOSSES = (3.0, 1.0, 2.0, 1.5)
 

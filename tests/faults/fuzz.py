@@ -77,7 +77,7 @@ def _one_process(name, seed, more, keep, counts, faults) -> None:
 
 def _inside(args) -> int:
     """The cases of some loaders in this process; a JSON object on the last line of stdout."""
-    from kd_jax import page
+    from kd_jax.reporting import page
     from tests.faults import pages
     from tests.faults.targets import TARGETS
 

@@ -5,7 +5,7 @@ import signal
 import traceback
 from pathlib import Path
 
-from kd_jax.run import RunError
+from kd_jax.storage.errors import RunError
 
 # above what the process has before: this, and so many times the size of the files
 ROOM, TIMES = 64 << 20, 8

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from kd_jax.lm import weights
 from kd_jax.lm.model import Architecture
 from tests.faults import formats
-from tests.lm import checkpoints
+from tests.lm.weights import checkpoints
 
 # rows of 32 and 64, in blocks of 32 where they are quantised
 TINY = Architecture(

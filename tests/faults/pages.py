@@ -4,11 +4,12 @@ import base64
 import json
 from html.parser import HTMLParser
 
-from kd_jax import files, report
+from kd_jax import report
+from kd_jax.storage import files
 from tests.gmm import test_frontier as gmm_frontier
-from tests.gmm import test_report as gmm
-from tests.lm import test_frontier as lm_frontier
-from tests.lm import test_report as lm
+from tests.gmm.report import test_page as gmm
+from tests.lm.experiment import test_knobs as lm_frontier
+from tests.lm.report import test_page as lm
 
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "ul", "li", "strong", "div", "span",
@@ -54,7 +55,7 @@ def check(written, folder):
 
 
 def undrawn(drawn, folder):
-    """Stands in for kd_jax.page.embed: figures that are not saved, which takes most of a page's time."""
+    """Stands in for kd_jax.reporting.page.embed: figures that are not saved, which takes most of a page's time."""
     return dict.fromkeys(drawn, base64.b64encode(b"\x89PNG").decode())
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from kd_jax.files import read_rows
+from kd_jax.storage.files import read_rows
 
 ROOT = Path(__file__).parents[2]
 HOOK = Path(__file__).parent / "hook"

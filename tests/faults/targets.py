@@ -19,11 +19,14 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from kd_jax import cache, files, run, stages
-from kd_jax.checkpoint import Checkpoints
-from kd_jax.lm import corpus, documents, resumable, weights
-from kd_jax.lm.tokenizer import Tokenizer
-from kd_jax.run import RunError
+from kd_jax.lm import corpus, weights
+from kd_jax.lm.corpus import documents
+from kd_jax.lm.evaluation import scores
+from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.runs import cache, run, stages
+from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.storage import files
+from kd_jax.storage.errors import RunError
 from tests.faults import model_files, mutations, pages
 from tests.faults.judge import judge
 
@@ -214,11 +217,11 @@ _KEY = {"model": "ab", "rows": "cd"}
 
 
 def _build_sums(folder):
-    resumable._write(folder / "sums.npz", _KEY, np.array([-1.5, np.nan, -2.0]))
+    scores._write(folder / "sums.npz", _KEY, np.array([-1.5, np.nan, -2.0]))
 
 
 def _load_sums(folder):
-    return resumable._read(folder / "sums.npz", _KEY, 3)
+    return scores._read(folder / "sums.npz", _KEY, 3)
 
 
 def _check_sums(found, folder):

@@ -10,15 +10,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from kd_jax import errors, files
-from kd_jax.checkpoint import Checkpoints
-from kd_jax.gmm import report
+from kd_jax.gmm.report import page
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import resumable, training_log, weights
-from kd_jax.run import Clock, RunError
-from tests.gmm import test_report as gmm
-from tests.lm import test_training as trainings
-from tests.lm.checkpoints import TINY, config_of, tensors_of
+from kd_jax.lm import weights
+from kd_jax.lm.evaluation import scores
+from kd_jax.lm.training import log
+from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.runs.run import Clock
+from kd_jax.storage import errors, files
+from kd_jax.storage.errors import RunError
+from tests.gmm.report import test_page as gmm
+from tests.lm.training import test_loop as trainings
+from tests.lm.weights.checkpoints import TINY, config_of, tensors_of
 
 
 def flipped(data, rng):
@@ -115,7 +118,7 @@ def test_rows_that_a_full_disk_cut_off_are_written_again(straight, corpus, tmp_p
 def test_a_broken_row_is_no_end_of_the_rows(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2}\n')
     with pytest.raises(RunError, match=r"metrics\.jsonl, line 1: not JSON"):
-        training_log.Log(
+        log.Log(
             tmp_path, {"name": "x"}, 2, 9, 1, (), tokens_at_ceiling=1.0, clock=Clock(), quiet=True
         )  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n')
@@ -166,12 +169,12 @@ def test_the_best_checkpoint_outlives_a_restart(tmp_path):
 def test_scores_that_are_damaged_are_named(tmp_path):
     path, key = tmp_path / "recall.npz", {"model": "ab"}
     sums, rng = np.linspace(-9, -1, 50), np.random.default_rng(0)
-    resumable._write(path, key, sums)
+    scores._write(path, key, sums)
     whole = path.read_bytes()
     for data in damages(whole, rng, flips=200):
         path.write_bytes(data)
         try:
-            found = resumable._read(path, key, 50)
+            found = scores._read(path, key, 50)
         except RunError as error:
             assert str(path) in str(error) and "remove it" in str(error)
         else:  # of another key, as it seems, or in what the format does not use
@@ -183,9 +186,9 @@ def test_a_page_without_its_damaged_figure(tmp_path):
     path = folder / "checkpoints" / "panels.npz"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(RunError, match="panels.npz is damaged.*remove it"):
-        report.write(folder)
+        page.write(folder)
     path.unlink()
-    assert report.write(folder).exists()
+    assert page.write(folder).exists()
 
 
 def test_what_to_remove_is_all_of_the_stage(tmp_path):

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kd_jax import errors, files, run
-from kd_jax.checkpoint import Checkpoints
-from kd_jax.gmm import report
+from kd_jax.gmm.report import page
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import resumable
+from kd_jax.lm.evaluation import scores
+from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.storage import errors, files
 from tests.faults import disks, runs
-from tests.gmm import test_report as gmm
-from tests.lm import test_corpus as corpora
-from tests.lm import test_training as trainings
+from tests.gmm.report import test_page as gmm
+from tests.lm.corpus import test_store as corpora
+from tests.lm.training import test_loop as trainings
 
 # Bytes that are left on the disk: for nothing, for a name alone, for the first files of several.
 ROOMS = (0, 4096, 12288, 40960)
@@ -31,7 +31,7 @@ def disk(tmp_path):
 
 def refused(work, folder):
     """`work` fails for want of room, and says so: where, and what is to be done."""
-    with pytest.raises((OSError, run.RunError)) as error:
+    with pytest.raises((OSError, errors.RunError)) as error:
         work()
     check_refusal(error.value, folder)
 
@@ -60,15 +60,15 @@ def test_files_keep_what_was_in_them(disk):
     text, rows, sums = disk.folder / "a.json", disk.folder / "rows.jsonl", disk.folder / "b.npz"
     files.write_json(text, {"old": 1})
     files.write_rows(rows, [{"old": i} for i in range(3)])
-    resumable._write(sums, {"old": 1}, np.zeros(3))
+    scores._write(sums, {"old": 1}, np.zeros(3))
     big = "x" * 20000
     for room in (0, 4096):
         disk.fill(room)
         refused(lambda: files.write_json(text, {"new": big}), text)
         refused(lambda: files.write_rows(rows, [{"new": big}]), rows)
-        refused(lambda: resumable._write(sums, {"new": 1}, np.zeros(5000)), sums)
+        refused(lambda: scores._write(sums, {"new": 1}, np.zeros(5000)), sums)
         assert files.read_json(text) == {"old": 1} and len(files.read_rows(rows)) == 3
-        np.testing.assert_array_equal(resumable._read(sums, {"old": 1}, 3), np.zeros(3))
+        np.testing.assert_array_equal(scores._read(sums, {"old": 1}, 3), np.zeros(3))
         # rows that are added may come in part
         refused(lambda: files.append_rows(rows, [{"new": big}] * 3), rows)
         disk.free()
@@ -112,7 +112,7 @@ def test_a_training(disk, tmp_path):
         disk.fill(0 if not refusals else 20_000 * 2**refusals)
         try:
             again = trainings.train(folder, corpus)
-        except (OSError, run.RunError) as error:
+        except (OSError, errors.RunError) as error:
             check_refusal(error, folder)
             refusals += 1
         disk.free()
@@ -124,15 +124,15 @@ def test_a_training(disk, tmp_path):
 @pytest.mark.slow
 def test_a_report(disk, tmp_path):
     gmm.make_run(tmp_path / "w", gmm.make_rows())
-    whole = report.write(tmp_path / "w").read_bytes()
+    whole = page.write(tmp_path / "w").read_bytes()
     folder = disk.folder / "w"
     gmm.make_run(folder, gmm.make_rows())
     for room in (0, 4096, 65536, 400_000):
         disk.fill(room)
-        refused(lambda: report.write(folder), folder)
+        refused(lambda: page.write(folder), folder)
         disk.free()
     # what is shown is the same; the page names the folder it is of
-    images = [data.count(b"data:image/png;base64,") for data in (whole, report.write(folder).read_bytes())]
+    images = [data.count(b"data:image/png;base64,") for data in (whole, page.write(folder).read_bytes())]
     assert images[0] == images[1] > 1
     digests = [hashlib.sha256((home / "figures" / "frontier.png").read_bytes()) for home in (tmp_path / "w", folder)]
     assert digests[0].digest() == digests[1].digest()

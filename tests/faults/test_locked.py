@@ -6,14 +6,15 @@ import ml_collections
 import numpy as np
 import pytest
 
-from kd_jax import errors, run
-from kd_jax.checkpoint import Checkpoints
-from kd_jax.gmm import report
+from kd_jax.gmm.report import page
 from kd_jax.lm import corpus as corpus_lib
+from kd_jax.runs import run
+from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.storage import errors
 from tests.faults import disks, runs
-from tests.gmm import test_report as gmm
-from tests.lm import test_corpus as corpora
-from tests.lm import test_training as trainings
+from tests.gmm.report import test_page as gmm
+from tests.lm.corpus import test_store as corpora
+from tests.lm.training import test_loop as trainings
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def folder(tmp_path):
 
 
 def refused(work, folder):
-    with pytest.raises((OSError, run.RunError)) as error:
+    with pytest.raises((OSError, errors.RunError)) as error:
         work()
     said = errors.explain(error.value)
     assert str(folder) in said and "written to" in said, said
@@ -94,8 +95,8 @@ def test_a_report(folder):
     (folder / "figures").mkdir()
     for within in (folder, folder / "figures"):
         with disks.locked(within):
-            refused(lambda: report.write(folder), folder)
-    assert report.write(folder).exists()
+            refused(lambda: page.write(folder), folder)
+    assert page.write(folder).exists()
 
 
 @pytest.mark.cluster

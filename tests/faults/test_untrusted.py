@@ -15,13 +15,16 @@ import numpy as np
 import pytest
 
 import kd_jax
-from kd_jax import cache, untrusted
-from kd_jax.lm import corpus, documents, resumable, weights
-from kd_jax.run import RunError
+from kd_jax.lm import corpus, weights
+from kd_jax.lm.corpus import documents
+from kd_jax.lm.evaluation import scores
+from kd_jax.runs import cache
+from kd_jax.storage import untrusted
+from kd_jax.storage.errors import RunError
 from tests.faults.judge import judge
 from tests.faults.model_files import TENSORS
 from tests.faults.targets import TARGETS, built, refused
-from tests.lm import checkpoints
+from tests.lm.weights import checkpoints
 
 ROOT = Path(__file__).parents[2]
 CODE = sorted(Path(kd_jax.__file__).parent.rglob("*.py"))
@@ -156,7 +159,7 @@ def test_pickles_in_arrays_are_refused(tmp_path):
     path = tmp_path / "sums.npz"
     np.savez(path, key=np.array(json.dumps({"a": 1})), log_prob=np.array([{}, {}], dtype=object))
     with pytest.raises(RunError, match="sums.npz is damaged"):
-        resumable._read(path, {"a": 1}, 2)
+        scores._read(path, {"a": 1}, 2)
 
 
 # Names in lists

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kd_jax import files
-from kd_jax.lm import documents, parquet_pages, resumable, shards, weights
-from kd_jax.run import RunError
+from kd_jax.lm import weights
+from kd_jax.lm.corpus import documents, parquet_pages, shards
+from kd_jax.lm.evaluation import scores
+from kd_jax.storage import files
+from kd_jax.storage.errors import RunError
 from tests.faults.targets import built, refused
 
 
@@ -162,16 +164,16 @@ def test_json_lines_that_the_library_dies_of(tmp_path, text):
 
 def test_scores_of_another_size_are_refused(tmp_path):
     path, key = tmp_path / "sums.npz", {"a": 1}
-    resumable._write(path, key, np.array([1.0, np.nan]))
-    np.testing.assert_array_equal(resumable._read(path, key, 2), [1.0, np.nan])
+    scores._write(path, key, np.array([1.0, np.nan]))
+    np.testing.assert_array_equal(scores._read(path, key, 2), [1.0, np.nan])
     with pytest.raises(RunError, match=r"sums\.npz is damaged"):
-        resumable._read(path, key, 3)
+        scores._read(path, key, 3)
     header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,), }"
     header += b" " * (117 - len(header)) + b"\n"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("log_prob.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
     with pytest.raises(RunError, match=r"sums\.npz is damaged"):
-        resumable._read(path, key, 3)
+        scores._read(path, key, 3)
 
 
 @pytest.mark.parametrize("name, step", [("own checkpoint", "saved"), ("checkpoint of a training", "c/4")])

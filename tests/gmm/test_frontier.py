@@ -10,7 +10,8 @@ import pytest
 
 from configs import gmm, gmm_frontier
 from kd_jax import train
-from kd_jax.gmm import experiment, frontier, frontier_report
+from kd_jax.gmm import experiment, frontier
+from kd_jax.gmm.report import frontier as frontier_report
 
 
 def small(**changes):

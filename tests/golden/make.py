@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from kd_jax.lm import weights
-from kd_jax.lm.tokenizer import Tokenizer
+from kd_jax.lm.weights.tokenizer import Tokenizer
 from tests.golden import texts, tiny
 
 FOLDER = Path(__file__).parent
@@ -129,7 +129,7 @@ def sequences(tokenizer: Tokenizer, vocab_size: int) -> dict[str, list[int]]:
 
 
 def make_real(path: Path) -> dict[str, np.ndarray]:
-    """The content of smollm2_135m.npz: see tests/lm/test_golden.py for what each array is."""
+    """The content of smollm2_135m.npz: see tests/lm/weights/test_golden.py for what each array is."""
     tokenizer, model = Tokenizer.from_gguf(path), real_model(path)
     ids = sequences(tokenizer, model.config.vocab_size)
     scored = {name: scores(model, row) for name, row in ids.items()}

@@ -1,0 +1,184 @@
+"""The report page of a run over the knobs of selectivity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from kd_jax.gmm.frontier import DIRECT, DIVERGENCES, PLAIN, TEACHERS
+from kd_jax.reporting import frontier_page, page, row_kinds
+from kd_jax.reporting.frontier_page import Knob
+from kd_jax.reporting.page import mean_se, number, show
+from kd_jax.storage import files
+
+TITLE = "Knobs of selectivity for a Gaussian mixture: the price of precision"
+NAMES = {
+    "beta": "sharpening (beta)",
+    "top_k": "top-k",
+    "top_p": "top-p",
+    "jensen_shannon": "Jensen-Shannon (beta)",
+    "skew_forward_kl": "skew forward KL (alpha)",
+    "skew_reverse_kl": "skew reverse KL (alpha)",
+    PLAIN: "plain: EM, teacher unchanged",
+    DIRECT: "direct: EM on the data, no teacher",
+}
+ZOOM = (6.0, 1.6)  # nats of recall and precision about the plain student, where most settings are
+COLUMNS = {
+    "precision": "precision",
+    "recall": "recall",
+    "kl_student_data": "KL(p″‖p*)",
+    "kl_data_student": "KL(p*‖p″)",
+    "teacher_entropy": "teacher entropy",
+    "student_entropy": "student entropy",
+}
+METRICS = (*COLUMNS, "divergence", "objective", "gradient_norm", "start")
+KINDS = {"knob": row_kinds.TEXT, "value": row_kinds.FINITE, "seed": row_kinds.INTEGER} | dict.fromkeys(
+    METRICS, row_kinds.NUMBER
+)
+
+TEMPLATE = """<p>{{ lead }}</p>
+<h2>The frontier of every knob</h2>
+{{ figure("frontier", "Mean over seeds at each setting of each knob; bars are standard errors over seeds. Colour is "
+ ~ "the entropy of the teacher's own samples under it: knobs of the loss leave it where it is.") }}
+<h2>Which knob buys precision most cheaply?</h2>
+<p><strong>{{ verdict[0] }}</strong></p>
+<ul>{% for sentence in verdict[1:] %}<li>{{ sentence }}</li>{% endfor %}</ul>
+{{ grid(price_head, prices) }}
+<p class="note">Gain: nats of precision above the plain student of the same seed. Price: nats of recall lost per nat of
+precision gained, ± standard error over {{ seeds }} seeds; the last column is paired by seed. A knob is interpolated
+linearly between neighbouring settings, which a generator that takes one of two students at random at least attains; it
+is absent where no setting reaches the gain.</p>
+<h2>All students</h2>
+{{ grid(head, table) }}
+<p class="note">Mean ± standard error over seeds, in nats. Precision is the mean of log p* over the student's samples,
+recall that of the student's log density over fresh draws of p*. Jensen-Shannon beta 0 and skew forward alpha 0 are
+forward KL, Jensen-Shannon beta 1 and skew reverse alpha 0 reverse KL.</p>
+<h2>Did the fits by gradient converge?</h2>
+<p>{{ check }}</p>
+{{ grid(fit_head, fits) }}
+<p class="note">Divergence on fresh draws, and on those of the fit: a gap is what the fit took from its own draws.
+Gradient norm: the largest over seeds, in nats per unit of log weight, mean and log variance. Starts: EM's student, and
+each of the teacher's components.</p>
+"""
+
+
+def write(folder: str | Path) -> Path:
+    """Draw a run's figure into figures/ and write its report.html; returns the report's path."""
+    folder = Path(folder)
+    found = _read(folder)
+    plain, direct = found[PLAIN], found.get(DIRECT)
+    knobs = [found[name] for name in (*TEACHERS, *DIVERGENCES) if name in found]
+    gains = _gains(folder / "config.json")
+    reference = {name: plain.metrics[name][0] for name in ("precision", "recall")}
+    prices = frontier_page.prices_of(knobs, reference, gains)
+    price_head, price_rows = frontier_page.price_table(prices)
+    seeds = len(reference["recall"])
+    html = page.render(
+        TEMPLATE,
+        folder=folder,
+        title=TITLE,
+        lead=_lead(seeds),
+        verdict=frontier_page.verdict(prices, knobs, gains),
+        price_head=price_head,
+        prices=price_rows,
+        seeds=seeds,
+        head=["student", *COLUMNS.values()],
+        table=[row for knob in [direct, plain, *knobs] if knob for row in _rows(knob, COLUMNS)],
+        check=_check(found),
+        fit_head=["divergence", "on fresh draws", "on the fit's", "largest gradient norm", "best from EM's start"],
+        fits=[row for name in DIVERGENCES if name in found for row in _fits(found[name])],
+        images=page.embed({"frontier": frontier_page.figure(knobs, plain, direct, zoom=ZOOM)}, folder),
+    )
+    path = folder / "report.html"
+    files.write_text(path, html)
+    return path
+
+
+def _lead(seeds: int) -> str:
+    return (
+        "A student can be made selective through its teacher (weights to the power beta, or the lightest components "
+        "dropped: top-k, top-p) or through its loss (a divergence between forward and reverse KL). All of these trade "
+        f"recall for precision. Over {seeds} {'seed' if seeds == 1 else 'seeds'}, each with its own data and teacher, "
+        "this page puts them on one frontier and compares what they cost at the same precision."
+    )
+
+
+def _rows(knob: Knob, columns) -> list[list[str]]:
+    """A line of the table per setting."""
+    names = [f"{knob.name} = {value}" if value else knob.name for value in knob.values]
+    cells = [[show(*mean_se(knob.metrics[column][s])) for column in columns] for s in range(len(names))]
+    return [[name, *row] for name, row in zip(names, cells, strict=True)]
+
+
+def _fits(knob: Knob) -> list[list[str]]:
+    """A line per setting on how its fits ended."""
+    lines = []
+    for s, value in enumerate(knob.values):
+        fresh, own, norm, start = (
+            knob.metrics[name][s] for name in ("divergence", "objective", "gradient_norm", "start")
+        )
+        row = [f"{knob.name} = {value}", show(*mean_se(fresh), 4), show(*mean_se(own), 4), f"{norm.max():.1e}"]
+        lines.append([*row, f"{np.mean(start == 0):.0%}"])
+    return lines
+
+
+def _gains(path: Path) -> list[float]:
+    """The gains of a run's config; ValueError, naming the file, for what they cannot be."""
+    gains = page.read_json(path).get("gains", [])
+    if not isinstance(gains, list) or not all(row_kinds.is_kind(gain, row_kinds.SIZE) and gain > 0 for gain in gains):
+        raise ValueError(f"{path}: gains is {gains!r:.40}, not a list of numbers above 0")
+    return gains
+
+
+def _check(found: dict[str, Knob]) -> str:
+    """What the fits by gradient have to show: small gradients, and EM's own answer where there is one."""
+    fits = [found[name].metrics["gradient_norm"].ravel() for name in DIVERGENCES if name in found]
+    if not fits:
+        return "There are no fits by gradient."
+    norms = np.concatenate(fits)
+    text = f"The largest gradient norm of {norms.size} fits is {norms.max():.1e}."
+    forward = found.get("jensen_shannon")
+    if forward is None or "0" not in forward.values:
+        return text
+    index = forward.values.index("0")
+    gaps = [
+        np.abs(forward.metrics[name][index] - found[PLAIN].metrics[name][0]).max() for name in ("precision", "recall")
+    ]
+    return (
+        f"{text} Forward KL by gradient and EM maximise the same likelihood, which has one maximum for students of one "
+        f"component: over all seeds their precision and recall differ by at most {gaps[0]:.1e} and {gaps[1]:.1e} nats."
+    )
+
+
+def _read(folder: Path) -> dict[str, Knob]:
+    """Students by knob, metrics [setting, seed], the same seeds for all; ValueError names what is not such a run's."""
+    path, cells = folder / "metrics.jsonl", {}
+    for index, row in enumerate(page.read_rows(folder), start=1):
+        row_kinds.check(row, f"{path}, row {index}", KINDS)
+        missing = [key for key in ("knob", "seed", "precision", "recall") if row.get(key) is None]
+        if missing or row["knob"] not in NAMES:
+            wrong = f"no {missing[0]}" if missing else f"knob {row['knob']!r}"
+            raise ValueError(f"{path}, row {index}: {wrong}; not a row of a mixture frontier")
+        cells.setdefault(row["knob"], {}).setdefault(row.get("value"), {})[row["seed"]] = row
+    for name in (PLAIN, DIRECT):
+        if name in cells and [*cells[name]] != [None]:
+            raise ValueError(f"{path}: {name} has a value, and is no knob")
+    if PLAIN not in cells:
+        raise ValueError(f"{path}: no student of the unchanged teacher ({PLAIN})")
+    seeds = sorted(cells[PLAIN][None])
+    found = {name: _knob(path, name, settings, seeds) for name, settings in cells.items()}
+    if not all(np.isfinite(found[PLAIN].metrics[name]).all() for name in ("precision", "recall")):
+        raise ValueError(f"{path}: precision or recall of {PLAIN} is not finite, and all are counted from them")
+    return found
+
+
+def _knob(path: Path, name: str, settings: dict, seeds: list[int]) -> Knob:
+    for value, rows in settings.items():
+        if sorted(rows) != seeds:
+            raise ValueError(f"{path}: {name} {value} does not have the seeds that {PLAIN} has")
+    metrics = {
+        column: np.array([[number(rows[seed].get(column)) for seed in seeds] for rows in settings.values()])
+        for column in METRICS
+    }
+    return Knob(NAMES[name], tuple("" if value is None else f"{value:g}" for value in settings), metrics)

@@ -1,0 +1,65 @@
+"""A sweep over seeds in parts: spread over devices, saved one after the other, and carried on after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from kd_jax.parallel import distributed, mesh
+from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.storage.files import append_rows, write_rows
+
+
+def run(
+    folder: Path, count: int, compute: Callable[[int], Any], rows: Callable[[int, Any], list[dict]],
+    like: Callable[[int], Any],
+) -> None:  # fmt: skip
+    """Computes parts 0 to count - 1 into the run folder's metrics.jsonl, carrying on after those that were saved whole.
+
+    Args:
+        compute: part -> a dict of dicts of arrays, which is saved.
+        rows: part and what was computed -> its rows.
+        like: part -> arrays of the shapes and types that `compute` returns.
+    """
+    rows_path = folder / "metrics.jsonl"
+    with Checkpoints(folder / "checkpoints" / "chunks") as saved:
+        done = saved.steps()
+        # Written anew from the checkpoints: a kill may have left half a row, or rows that no checkpoint has.
+        held = _chain(rows(c, saved.load(c, like(c))) for c in done)
+        if distributed.leads():
+            write_rows(rows_path, held)
+        if done and distributed.leads():
+            print(f"resuming: {len(done)} of {count} chunks are done")
+        for c in tqdm(range(count), unit="chunk", disable=None if distributed.leads() else True):
+            if c in done:
+                continue
+            arrays = compute(c)
+            saved.save(c, arrays)
+            if distributed.leads():
+                append_rows(rows_path, rows(c, arrays))
+
+
+def _chain(parts: Iterable[list[dict]]) -> list[dict]:
+    return [row for part in parts for row in part]
+
+
+def over_seeds(program: Callable[..., Any], seeds, numbers: Any, devices=None) -> Any:
+    """program(seeds, numbers) with the seeds spread over all `devices` (default: every one there is), as NumPy arrays.
+
+    Every result has the seeds for its first axis. Where they do not divide evenly the last one is computed again, and
+    dropped.
+    """
+    seeds = np.asarray(seeds, np.uint32)
+    seed_mesh = mesh.one_axis("seeds", devices)
+    padded = np.concatenate([seeds, np.full(-len(seeds) % seed_mesh.size, seeds[-1], np.uint32)])
+    spread = NamedSharding(seed_mesh, PartitionSpec("seeds"))
+    whole = NamedSharding(seed_mesh, PartitionSpec())
+    numbers = jax.tree.map(lambda value: distributed.spread(np.asarray(value, np.float32), whole), numbers)
+    found = distributed.fetch(program(distributed.spread(padded, spread), numbers))
+    return jax.tree.map(lambda leaf: leaf[: len(seeds)], found)

@@ -1,0 +1,35 @@
+"""Corpora of token ids on disk: written by shards, resumed, read; data sets made into corpora; batches."""
+
+from kd_jax.lm.corpus.store import (
+    DATA_SETTINGS,
+    SCHEMA,
+    SETTINGS,
+    Arrival,
+    Corpus,
+    Rows,
+    check,
+    create_or_resume,
+    fingerprint,
+    open,
+    padded,
+    text,
+    write,
+    write_rows,
+)
+
+__all__ = [
+    "DATA_SETTINGS",
+    "SCHEMA",
+    "SETTINGS",
+    "Arrival",
+    "Corpus",
+    "Rows",
+    "check",
+    "create_or_resume",
+    "fingerprint",
+    "open",
+    "padded",
+    "text",
+    "write",
+    "write_rows",
+]

@@ -1,0 +1,246 @@
+"""Batches of token sequences from a corpus: which rows each update sees, and how they lie in arrays.
+
+Everything is a function of (corpus, settings, seed, update): which sequences update `u` sees is known without having
+seen those before, so the position in the data is one number. grain reads ahead in threads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import datasets
+import grain
+import jax
+import numpy as np
+
+from kd_jax.lm.corpus import shards
+from kd_jax.lm.corpus.store import Corpus
+from kd_jax.storage.errors import number
+
+# Rows of a batch are filled up to a multiple of this share of the most there can be, so that few shapes are compiled.
+_SHAPES = 8
+
+
+class Targets(NamedTuple):
+    """What a teacher was recorded to say of the token AFTER each position (kd_jax.lm.distill.recorded_top_k).
+
+    Attributes:
+        ids: unsigned [..., position, k], its likeliest tokens.
+        log_probs: of these, [..., position, k]; uint16 codes, or float32 nats.
+        tail: of all other tokens together, [..., position], in the same form.
+    """
+
+    ids: np.ndarray
+    log_probs: np.ndarray
+    tail: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Sequences side by side, for an update cut into as many parts as fit the memory. All arrays [part, row, position].
+
+    Attributes:
+        tokens: int32 ids; 0 where nothing is.
+        segments: int32; 0 where nothing is, else 1, 2, ... for the sequences of a row.
+        positions: int32, from 0 in each sequence.
+        mask: bool; whether the token AFTER this one is to be learnt: it is of the same sequence and no prompt.
+        targets: Targets of these arrays' positions, or None; what the mask leaves out is 0.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    targets: Targets | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a batch of sequences becomes arrays.
+
+    Attributes:
+        sequences: of each update.
+        max_length: of a sequence.
+        row_length: several sequences share a row of this length (packing); 0 gives each its own, filled up to
+            max_length.
+        parts: an update is computed in so many parts, whose gradients are summed.
+        row_multiple: rows of a part are a multiple of this: the number of devices they are split over.
+    """
+
+    sequences: int
+    max_length: int
+    row_length: int = 0
+    parts: int = 1
+    row_multiple: int = 1
+
+    def __post_init__(self):
+        for name in ("sequences", "max_length", "parts", "row_multiple"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.row_length and self.row_length < self.max_length:
+            raise ValueError(
+                f"row_length={self.row_length} is below max_length={self.max_length}: no row could hold it"
+            )
+
+
+class Sequences:
+    """The rows of a corpus by number, from Arrow files that are mapped into memory."""
+
+    def __init__(self, table: datasets.Dataset):
+        self._table = table
+        numbers = table.select_columns(["length", "prompt_length"]).with_format("numpy")
+        self.lengths = np.asarray(numbers["length"][:], np.int32)
+        self.prompt_lengths = np.asarray(numbers["prompt_length"][:], np.int32)
+        self._tokens = table.select_columns("tokens").with_format("arrow")
+
+    @classmethod
+    def of(cls, corpus: Corpus, cache_dir: str, targets: bool = False) -> Sequences:
+        """All rows of a corpus, whose files are held to their checksums first; the Arrow files go into cache_dir.
+
+        `targets`: with what a teacher was recorded to say of them; ValueError where the corpus has no such columns.
+        """
+        if targets and not corpus.manifest["settings"].get("teacher"):
+            raise ValueError(f"{corpus.folder} has no top-k columns; record them with python -m kd_jax.teacher")
+        corpus.verify()
+        files = [str(corpus.folder / shard["file"]) for shard in corpus.manifest["shards"]]
+        columns = ["tokens", "length", "prompt_length", *(shards.TOP_K if targets else ())]
+        try:
+            return cls(datasets.Dataset.from_parquet(files, cache_dir=cache_dir, columns=columns))
+        except (OSError, datasets.exceptions.DatasetGenerationError) as error:
+            # its own words name a lock's file, or nothing
+            code = errno.ENOSPC if "Not enough disk space" in str(error) else number(error)
+            if code is None:
+                raise
+            raise OSError(code, os.strerror(code), cache_dir) from error
+
+    def part(self, start: int, stop: int) -> Sequences:
+        """Rows start .. stop - 1."""
+        return Sequences(self._table.select(range(start, stop)))
+
+    def mixed(self, other: Sequences, share: float) -> Sequences:
+        """As many rows, of which `share` are the first of `other` and the rest the first of this."""
+        theirs = round(share * len(self))
+        if theirs > len(other):
+            raise ValueError(f"{theirs} rows of the second corpus are wanted; it has {len(other)}")
+        tables = self.part(0, len(self) - theirs)._table, other.part(0, theirs)._table
+        return Sequences(datasets.concatenate_datasets(tables))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, rows: np.ndarray) -> list[np.ndarray]:
+        """The ids of these rows, an int32 array each."""
+        return shards.members(self._tokens[np.asarray(rows)]["tokens"].combine_chunks())
+
+    def targets(self, rows: np.ndarray) -> list[Targets] | None:
+        """What the teacher says of the tokens after the prompt of these rows; None where it was not recorded."""
+        if shards.TOP_K[0] not in self._table.column_names:
+            return None
+        table = self._table.select_columns(list(shards.TOP_K)).with_format("arrow")[np.asarray(rows)]
+        columns = (shards.members(table[name].combine_chunks()) for name in shards.TOP_K)
+        return [Targets(*row) for row in zip(*columns, strict=True)]
+
+
+class Updates:
+    """The batches of a training, by number of the update: a source for grain."""
+
+    def __init__(self, sequences: Sequences, layout: Layout, seed: int, epochs: int):
+        if len(sequences) < layout.sequences:
+            raise ValueError(f"a batch of {layout.sequences} sequences needs as many; the corpus has {len(sequences)}")
+        self.sequences, self.layout, self.seed = sequences, layout, seed
+        self.per_epoch = len(sequences) // layout.sequences
+        self.epochs = epochs
+        self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return self.epochs * self.per_epoch
+
+    def rows(self, update: int) -> np.ndarray:
+        """Numbers of the sequences in a batch: each of the corpus once an epoch, but for a rest too small for a batch.
+
+        The order is one permutation of (seed, epoch); the rest is another one each epoch.
+        """
+        epoch, batch = divmod(int(update), self.per_epoch)
+        held, order = self._order
+        if held != epoch:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sequences))
+            self._order = (epoch, order)
+        return order[batch * self.layout.sequences : (batch + 1) * self.layout.sequences]
+
+    def __getitem__(self, update: int) -> Batch:
+        rows = self.rows(update)
+        sequences = self.sequences
+        return arrange(sequences.tokens(rows), sequences.prompt_lengths[rows], self.layout, sequences.targets(rows))
+
+    def start(self, update: int, prefetch: int = 4) -> Iterator[Batch]:
+        """Batches from `update` on, made ahead of their use."""
+        if update == len(self):
+            return iter(())
+        source = grain.MapDataset.source(self)[int(update) :]
+        return iter(
+            source.to_iter_dataset(grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch))
+        )
+
+
+def arrange(
+    tokens: list[np.ndarray], prompt_lengths: np.ndarray, layout: Layout, targets: list[Targets] | None = None
+) -> Batch:
+    """Sequences as a Batch, packed or one a row. Raises ValueError for one that is longer than max_length."""
+    longest = max(map(len, tokens), default=0)
+    if longest > layout.max_length:
+        raise ValueError(f"a sequence of {longest} ids is longer than max_length={layout.max_length}")
+    length = layout.row_length or layout.max_length
+    bins = _first_fit([len(ids) for ids in tokens], length) if layout.row_length else [[i] for i in range(len(tokens))]
+    rows = num_rows(len(bins), layout)
+    batch = Batch(*(np.zeros((rows, length), dtype) for dtype in (np.int32, np.int32, np.int32, bool)))
+    if targets is not None:
+        like = targets[0]
+        batch = batch._replace(targets=Targets(*(np.zeros((rows, length, *a.shape[1:]), a.dtype) for a in like)))
+    for row, members in enumerate(bins):
+        start = 0
+        for segment, i in enumerate(members, start=1):
+            stop = start + len(tokens[i])
+            batch.tokens[row, start:stop] = tokens[i]
+            batch.segments[row, start:stop] = segment
+            batch.positions[row, start:stop] = np.arange(stop - start)
+            # position j predicts j + 1: the first to predict is the last of the prompt
+            learnt = slice(start + max(1, prompt_lengths[i]) - 1, stop - 1)
+            batch.mask[row, learnt] = True
+            if targets is not None:
+                for array, values in zip(batch.targets, targets[i], strict=True):
+                    array[row, learnt] = values
+            start = stop
+    # every part gets rows of all lengths: rows go round the parts
+    parts = range(layout.parts)
+    return jax.tree.map(lambda array: np.stack([array[part :: layout.parts] for part in parts]), batch)
+
+
+def _first_fit(lengths: list[int], room: int) -> list[list[int]]:
+    """First-fit decreasing: numbers of the sequences in each row."""
+    bins, free = [], []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = next((b for b, left in enumerate(free) if left >= lengths[i]), None)
+        if place is None:
+            place = len(bins)
+            bins.append([])
+            free.append(room)
+        bins[place].append(i)
+        free[place] -= lengths[i]
+    return bins
+
+
+def most_rows(layout: Layout) -> int:
+    """Rows of an update, all parts together, whose sequences are as long as they can be."""
+    together = layout.row_length // layout.max_length if layout.row_length else 1
+    return num_rows(-(-layout.sequences // together), layout)
+
+
+def num_rows(filled: int, layout: Layout) -> int:
+    """Rows of all parts together: at least `filled`, and one of a few numbers."""
+    unit = layout.parts * layout.row_multiple
+    most = -(-layout.sequences // unit) * unit
+    step = max(unit, -(-most // _SHAPES // unit) * unit) if layout.row_length else most
+    return -(-filled // step) * step

@@ -1,0 +1,10 @@
+"""Sampling from a model: any number of samples through a fixed number of slots."""
+
+from kd_jax.lm.decode.sampler import Samples, generate, lower, stream
+
+__all__ = [
+    "Samples",
+    "generate",
+    "lower",
+    "stream",
+]

@@ -1,0 +1,184 @@
+"""Drawing a token from logits. Pure functions; all arithmetic is float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kd_jax.parallel import mesh as mesh_lib
+
+_BLOCK = 128
+# how many of the most probable tokens truncation looks at before it searches all
+_CANDIDATES = 256
+
+
+class Draw(NamedTuple):
+    """Tokens and what they were drawn with, each [...].
+
+    Attributes:
+        token: int32 ids.
+        log_prob: under the model itself, temperature 1.
+        sample_log_prob: under the distribution drawn from, after temperature and truncation; 0 for the greedy choice.
+    """
+
+    token: jax.Array
+    log_prob: jax.Array
+    sample_log_prob: jax.Array
+
+
+def sample(
+    uniforms: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None = None,
+    top_p: jax.Array | None = None, mesh: Mesh | None = None,
+) -> Draw:  # fmt: skip
+    """Draws a token for each row of float32 `logits` [..., vocab]; see `temper`, `truncate` and `draw`.
+
+    Temperature, top_k and top_p are traced: other values do not recompile. Truncation is left out where both are None.
+    Over a mesh, rows [row, vocab] are split over it, and the vocabulary where tensor splits the head.
+    """
+    logits = logits.astype(jnp.float32)
+    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), logits.shape[:-1])
+    greedy = temperature == 0
+    below = logits - logits.max(axis=-1, keepdims=True)
+    tempered = temper(logits, temperature)
+    if top_k is not None or top_p is not None:
+        vocab = logits.shape[-1]
+        tempered = truncate(tempered, vocab if top_k is None else top_k, 1.0 if top_p is None else top_p, mesh)
+    # among equals the greedy choice is the lowest id, which is what a uniform of 0 picks
+    token, log_total = draw(jnp.where(greedy[..., None], 0, uniforms), tempered)
+    drawn = jnp.take_along_axis(below, token[..., None], axis=-1)[..., 0]
+    log_prob = drawn - jnp.log(jnp.exp(below).sum(axis=-1))
+    return Draw(token, log_prob, jnp.where(greedy, 0, drawn / _divisor(temperature) - log_total))
+
+
+def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:
+    """float32 logits / temperature, shifted so that the largest is 0; at temperature 0 the rest is out of sight.
+
+    Args:
+        logits: [..., vocab].
+        temperature: a scalar or [...].
+    """
+    logits = logits.astype(jnp.float32)
+    below = logits - logits.max(axis=-1, keepdims=True)
+    return below / _divisor(jnp.asarray(temperature, jnp.float32))[..., None]
+
+
+def _divisor(temperature: jax.Array) -> jax.Array:
+    # Divided by this, any difference that float32 logits of a usual size can have is beyond the range of exp.
+    return jnp.where(temperature > 0, temperature, 1e-30)
+
+
+def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    """-inf for what top-k and then top-p leave out, as if tokens were sorted by logit and, among equals, by id.
+
+    Args:
+        logits: [..., vocab], largest 0 (see `temper`).
+        top_k: how many are kept, from 1; vocab or more keeps all.
+        top_p: the fewest tokens whose probability, after top-k, reaches this are kept, the one that crosses it among
+            them; from above 0 to 1, which keeps all.
+        mesh: what logits [row, vocab] are split over, see `sample`.
+    """
+    vocab = logits.shape[-1]
+    top_k, top_p = jnp.asarray(top_k, jnp.float32), jnp.asarray(top_p, jnp.float32)
+    values, _ = mesh_lib.top_k(logits, min(_CANDIDATES, vocab), ("batch", "vocab"), mesh)
+    ranks = jnp.arange(values.shape[-1])
+    mass = jnp.cumsum(jnp.where(ranks < top_k, jnp.exp(values), 0), axis=-1)
+    total = jnp.where(top_k > values.shape[-1], jnp.exp(logits).sum(axis=-1), mass[..., -1])
+    by_mass = jnp.where(top_p < 1, (mass < (top_p * total)[..., None]).sum(axis=-1) + 1, vocab)
+    possible = jnp.where(values[..., -1] > -jnp.inf, vocab, (values > -jnp.inf).sum(axis=-1))
+    kept = jnp.minimum(jnp.minimum(by_mass, top_k), possible)
+    last = jnp.minimum(kept - 1, values.shape[-1] - 1).astype(jnp.int32)[..., None]
+    leading = (logits >= jnp.take_along_axis(values, last, axis=-1)) & (logits > -jnp.inf)
+    # Nearly always the few leading tokens decide. Where they do not, or equals straddle the edge, all are searched.
+    decided = ((leading.sum(axis=-1) == kept) & (kept <= values.shape[-1])).all()
+    decided = decided & ((top_k <= values.shape[-1]) | (top_k >= vocab))
+    everything = (top_k >= vocab) & (top_p >= 1)
+    leading, decided = leading | everything, decided | everything
+    mask = jax.lax.cond(decided, lambda: leading, lambda: _search(logits, top_k, top_p))
+    return jnp.where(mask, logits, -jnp.inf)
+
+
+def draw(uniforms: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inverse of the cumulative distribution, in two levels: a block of 128 ids, then an id of it.
+
+    Two cheap uniforms a row in place of one Gumbel variate for each id; the second one also resolves tails that lie
+    below the step of the first, 2**-23.
+
+    Args:
+        uniforms: [..., 2], in [0, 1); 0 picks the first id that has any weight.
+        logits: [..., vocab], largest 0; -inf is never drawn.
+    Returns: int32 ids [...], and the logarithm of the sum of exp(logits) [...].
+    """
+    pad = -logits.shape[-1] % _BLOCK
+    if pad:
+        logits = jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, pad)], constant_values=-jnp.inf)
+    blocks = logits.reshape(*logits.shape[:-1], -1, _BLOCK)
+    weights = jnp.exp(blocks).sum(axis=-1)
+    block = _pick(uniforms[..., 0], weights)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    token = block * _BLOCK + _pick(uniforms[..., 1], jnp.exp(inside))
+    return token.astype(jnp.int32), jnp.log(weights.sum(axis=-1))
+
+
+def _pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
+    """The first index at which the cumulative weight passes `uniform` of the total; never one of weight 0."""
+    total = jnp.cumsum(weights, axis=-1)
+    passed = (total > (uniform * total[..., -1])[..., None]) & (weights > 0)
+    # rounding can leave none: then the last that has weight
+    last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights > 0, axis=-1), axis=-1)
+    return jnp.where(passed.any(axis=-1), jnp.argmax(passed, axis=-1), last)
+
+
+def _search(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The mask of `truncate`, by bisection over all of the vocabulary."""
+    order = _sortable(logits)
+
+    def by_count():
+        return _leading(order, jnp.ones(logits.shape, jnp.float32), jnp.broadcast_to(top_k, logits.shape[:-1]))
+
+    first = jax.lax.cond(top_k < logits.shape[-1], by_count, lambda: jnp.ones(logits.shape, bool))
+    weights = jnp.where(first, jnp.exp(logits), 0)
+    return first & (_leading(order, weights, top_p * weights.sum(axis=-1)) | (top_p >= 1))
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """uint32 in the order of the floats; 0.0 and -0.0 alike."""
+    x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _leading(order: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Mask of the leading tokens, the fewest whose weights reach `wanted`.
+
+    By bisection over the bits of the sort key, and then of the id among those of equal key: a sort of the vocabulary
+    costs several times as much.
+    """
+
+    def weigh(mask):
+        return jnp.where(mask, weights, 0).sum(axis=-1)
+
+    # the largest key such that it and all above reach what is wanted
+    key = _largest(lambda key: weigh(order >= key[..., None]) >= wanted, wanted.shape, 32)
+    above = order > key[..., None]
+    equal = order == key[..., None]
+    missing = wanted - weigh(above)
+    ids = jnp.arange(order.shape[-1], dtype=jnp.uint32)
+    # the last of the equals that is needed: before it, too little
+    last = _largest(
+        lambda last: weigh(equal & (ids < last[..., None])) < missing, key.shape, order.shape[-1].bit_length()
+    )
+    return above | (equal & (ids <= last[..., None]))
+
+
+def _largest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], bits: int) -> jax.Array:
+    """The largest number of so many bits for which `holds` is true, if it is true up to some number and then false."""
+
+    def step(i, found):
+        tried = found | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        return jnp.where(holds(tried), tried, found)
+
+    return jax.lax.fori_loop(0, bits, step, jnp.zeros(shape, jnp.uint32))

@@ -1,0 +1,308 @@
+"""Sampling: a batch of slots that a finished sample leaves to the next one at once, on the device.
+
+Sample i depends on (seed, i) alone: the uniforms of its token at a position come from a key folded from the seed, i and
+the position. Which slot it ran in, beside what, on how many devices or after how many restarts does not enter (but
+through the rounding of the model's own float arithmetic).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.decode import slots as slots_lib
+from kd_jax.lm.decode.slots import Rows, Settings, State
+from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model, kv_cache
+from kd_jax.lm.model.kv_cache import PAGE, Pages
+from kd_jax.parallel import distributed
+from kd_jax.parallel import mesh as mesh_lib
+
+# One call of the device program is to take about so long: progress moves, and Ctrl-C answers.
+_SECONDS_PER_CALL = 1.0
+# How many operations of a model take a CPU as long as it takes to have one more program, from disk. An accelerator has
+# no use for fewer slots: a step there is reading the weights.
+_PROGRAM = 3e11
+
+
+class Samples(NamedTuple):
+    """Samples that are done, as NumPy arrays, one row each.
+
+    Attributes:
+        index: int64 [n], which sample.
+        tokens: int32 [n, max_length], prompt included, EOS kept; 0 beyond the length.
+        lengths: int32 [n], prompt included.
+        prompt_lengths: int32 [n].
+        finished: bool [n]; ended with an EOS id, else cut at max_length.
+        log_probs: float32 [n, max_length], of each generated token under the model itself (temperature 1); else 0.
+        sample_log_probs: the same under the distribution it was drawn from.
+        utilisation: share of the slots' steps so far that ran a sample; there are fewer slots towards the end.
+        steps: how many steps were run so far.
+    """
+
+    index: np.ndarray
+    tokens: np.ndarray
+    lengths: np.ndarray
+    prompt_lengths: np.ndarray
+    finished: np.ndarray
+    log_probs: np.ndarray
+    sample_log_probs: np.ndarray
+    utilisation: float
+    steps: int
+
+
+def generate(
+    model: Model, prompt: Sequence[int] | Sequence[Sequence[int]], num_samples: int, *, max_length: int,
+    sample_temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+    batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Samples 0 .. num_samples - 1 in order; see `stream` for the arguments and for more than these three arrays.
+
+    Returns: tokens int32 [num_samples, max_length], lengths int32 [num_samples], log_probs float32
+    [num_samples, max_length] under the model itself.
+    """
+    parts = stream(
+        model, prompt, num_samples, max_length=max_length, sample_temperature=sample_temperature, top_k=top_k,
+        top_p=top_p, seed=seed, batch_size=batch_size, compute=compute, mesh=mesh,
+    )  # fmt: skip
+    tokens = np.zeros((num_samples, max_length), np.int32)
+    lengths = np.zeros(num_samples, np.int32)
+    log_probs = np.zeros((num_samples, max_length), np.float32)
+    for part in parts:
+        tokens[part.index], lengths[part.index], log_probs[part.index] = part.tokens, part.lengths, part.log_probs
+    return tokens, lengths, log_probs
+
+
+def stream(
+    model: Model, prompt: Sequence[int] | Sequence[Sequence[int]], num_samples: int, *, max_length: int,
+    sample_temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
+    first: int = 0, batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> Iterator[Samples]:  # fmt: skip
+    """Yields samples first .. num_samples - 1 as they finish, about once a second.
+
+    Args:
+        prompt: ids that all samples start with, or a list of such lists; sample i starts with number i modulo their
+            count.
+        max_length: longest sample, prompt included.
+        sample_temperature: tau; 0 takes the most probable token.
+        top_k, top_p: None for off. Both are exact, and top_p applies after top_k.
+        batch_size: how many samples run at a time; rounded up to a multiple of the devices they are split over. On
+            CPUs there are fewer where no more samples are left to start, if that is quicker.
+        mesh: where the parameters lie, if on more than one device (see kd_jax.parallel.mesh.make).
+    Raises: ValueError for a value that cannot work, before anything is run.
+    """
+    prompts = _check(model, prompt, num_samples, max_length, sample_temperature, top_k, top_p, first, batch_size, seed)
+    settings = _settings(model, prompts, num_samples, max_length, sample_temperature, top_k, top_p, seed)
+    return _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh)
+
+
+def _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh) -> Iterator[Samples]:
+    left = num_samples - first
+    if not left:
+        return
+    compute = dataclasses.replace(compute, mesh=mesh)
+    params = model_lib.unstack(model.params) if mesh is None else _laid_out(model.params, model.architecture, mesh)
+    state = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
+    pages, num_steps = state.cache.num_pages // state.cache.num_slots, 8
+    steps = slot_steps = active_steps = 0
+    while left:
+        began, slots = time.perf_counter(), state.active.shape[0]
+        state = slots_lib.run(state, params, settings, model.architecture, compute, num_steps)
+        taken_steps, ran = int(state.steps), int(state.active_steps)
+        steps, slot_steps, active_steps = steps + taken_steps, slot_steps + taken_steps * slots, active_steps + ran
+        state, rows = _collect(state)
+        left -= len(rows.index)
+        if left:
+            state = slots_lib.fit(state, settings, pages)
+        taken = time.perf_counter() - began
+        if len(rows.index):
+            yield _samples(rows, prompts, max_length, active_steps / slot_steps, steps)
+        # the clocks of several processes differ, what they run must not
+        num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
+
+
+def _check(model, prompt, num_samples, max_length, temperature, top_k, top_p, first, batch_size, seed):
+    """The prompts as a list of lists of ids; raises ValueError for what cannot work."""
+    prompts = [list(map(int, p)) for p in ([prompt] if not len(prompt) or np.ndim(prompt[0]) == 0 else prompt)]
+    for number, ids in enumerate(prompts):
+        if not ids:
+            raise ValueError(f"prompt {number} is empty; start with a BOS id or a text")
+        outside = [i for i in ids if not 0 <= i < model.num_tokens]
+        if outside:
+            raise ValueError(f"prompt {number} has id {outside[0]}; the model's ids are 0 to {model.num_tokens - 1}")
+        if len(ids) >= max_length:
+            raise ValueError(f"max_length={max_length} leaves no room after prompt {number} of {len(ids)} ids")
+    if max_length > model.architecture.max_position_embeddings:
+        raise ValueError(
+            f"max_length={max_length} is beyond the model's {model.architecture.max_position_embeddings} positions"
+        )
+    if not (temperature >= 0 and np.isfinite(temperature)):
+        raise ValueError(f"sample_temperature={temperature} must be finite and 0 or above")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be at least 1; None turns it off")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; None turns it off")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    if not 0 <= first <= num_samples or num_samples >= 2**31:
+        raise ValueError(f"need 0 <= first={first} <= num_samples={num_samples} < 2**31")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must be from 0 and below 2**32")
+    return prompts
+
+
+def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p, seed) -> Settings:
+    longest = max(map(len, prompts))
+    worth = _PROGRAM / (2 * model.architecture.num_parameters) if jax.default_backend() == "cpu" else np.inf
+    eos = [*model.eos_ids, *[-1] * (-len(model.eos_ids) % 4)] or [-1] * 4
+    return Settings(
+        prompts=jnp.asarray([ids + [0] * (longest - len(ids)) for ids in prompts], jnp.int32),
+        prompt_lengths=jnp.asarray([len(ids) for ids in prompts], jnp.int32),
+        start=jnp.int32(longest - 1 if len(prompts) == 1 else 0),
+        num_samples=jnp.int32(num_samples), max_length=jnp.int32(max_length),
+        worth=jnp.int32(min(worth + 1, 2**31 - 1)), seed=jnp.uint32(seed), temperature=jnp.float32(temperature),
+        eos_ids=jnp.asarray(eos, jnp.int32), num_tokens=jnp.int32(model.num_tokens),
+        top_k=None if top_k is None else jnp.int32(min(top_k, 2**31 - 1)),
+        top_p=None if top_p is None else jnp.float32(top_p),
+    )  # fmt: skip
+
+
+def lower(
+    model: Model, prompt_length: int, *, max_length: int, batch_size: int, top_k: int | None = None,
+    top_p: float | None = None, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> jax.stages.Lowered:  # fmt: skip
+    """The device program of `stream` where every slot has all of its pages, for a plan; nothing is run.
+
+    `model.params` are shapes, with shardings over the mesh if there is one.
+    """
+    prompts = [[0] * prompt_length]
+    devices = mesh_lib.batch_devices(mesh)
+    slots = -(-batch_size // devices) * devices
+    width = -(-max_length // PAGE) * PAGE
+    compute = dataclasses.replace(compute, mesh=mesh)
+
+    def on(shardings, shapes):
+        return jax.tree.map(
+            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, shardings
+        )
+
+    params = jax.eval_shape(model_lib.unstack, model.params)
+    if mesh is not None:
+        params = on(mesh_lib.shardings(_axes(model.architecture), params, mesh), params)
+
+    def prefill(params, prompt):
+        return _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
+
+    pages = jax.eval_shape(prefill, params, jax.ShapeDtypeStruct((prompt_length,), jnp.int32))
+    state = _empty(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0)
+    if mesh is not None:
+        state = on(slots_lib.shardings(state, mesh), state)
+    settings = _settings(model, prompts, 1, max_length, 1.0, top_k, top_p, 0)
+    return slots_lib.run.lower(state, params, settings, model.architecture, compute, 1)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _laid_out(params, architecture: Architecture, mesh: Mesh):
+    """The weights as the loop reads them: layer by layer, and whole on each device but for what tensor splits.
+
+    A step has few tokens, and no time to gather weights for them, as training does where fsdp splits them.
+    """
+    return jax.tree.map(
+        lambda leaf, axes: mesh_lib.constrain(leaf, axes, mesh), model_lib.unstack(params), _axes(architecture)
+    )
+
+
+def _axes(architecture: Architecture) -> dict[str, Any]:
+    """Logical axes of the weights as `_laid_out` makes them."""
+    axes = model_lib.logical_axes(architecture)
+
+    def whole(names):
+        return tuple(None if name == "embed" else name for name in names)
+
+    layer = {name: whole(names[1:]) for name, names in axes.pop("layers").items()}
+    return {name: whole(names) for name, names in axes.items()} | {"layers": (layer,) * architecture.num_hidden_layers}
+
+
+def _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh) -> State:
+    """Idle slots, and nothing done; with one prompt, its keys and values already lie in every slot."""
+    devices = mesh_lib.batch_devices(mesh)
+    each, wanted = (-(-rows // devices) for rows in (batch_size, int(settings.num_samples) - first))
+    slots = devices * int(slots_lib.enough(each, wanted, max_length, settings.worth))
+    # a prompt for all is run through once; of several, each slot runs its own, and starts with nothing
+    prompt = np.asarray(prompts[0] if len(prompts) == 1 else prompts[0][:1], np.int32)
+    # rows are rounded up so that other lengths find the same program compiled
+    width = -(-max_length // PAGE) * PAGE
+    cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
+    state = _empty(cache, slots, width, first)
+    # Committed to where the parameters are, as what `_run` returns is: otherwise the second call compiles again.
+    where = next(iter(cache.owner.devices())) if mesh is None else slots_lib.shardings(state, mesh)
+    if not distributed.several():
+        return jax.device_put(state, where)
+    place = {True: jax.device_put, False: distributed.spread}  # from the devices, from every host
+    return jax.tree.map(lambda leaf, to: place[isinstance(leaf, jax.Array)](leaf, to), state, where)
+
+
+def _empty(cache: Pages, slots: int, width: int, first: int) -> State:
+    groups, each = cache.table.shape[:2]
+    return State(
+        cache=cache, slots=_rows(width, slots), active=np.zeros(slots, bool),
+        done=_rows(width, groups, slots_lib.DONE * each), num_done=np.zeros(groups, np.int32),
+        next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+def _prefill(
+    params, prompt, architecture: Architecture, groups: int, slots: int, length: int, compute: Compute
+) -> Pages:  # fmt: skip
+    """A pool whose slots all hold this prompt (but for its last token, which is written again)."""
+    kept = slots_lib.prompt_pages(len(prompt) - 1)
+    cache = model_lib.empty_cache(architecture, 1, kept * PAGE, jnp.dtype(compute.dtype))
+    if len(prompt) > 1:
+        positions = jnp.arange(len(prompt))[None]
+        _, cache = model_lib.extend(params, architecture, cache, prompt[None], positions, compute=compute)
+    # a page more for each slot: all begin at once
+    return kv_cache.paged(cache, groups, slots, slots * min(kept + 1, length // PAGE), length)
+
+
+def _rows(length: int, *rows: int) -> Rows:
+    def zeros(dtype, *shape):
+        return np.zeros((*rows, *shape), dtype)  # each its own: donated buffers must not be shared
+
+    wide = zeros(np.int32, length), zeros(np.float32, length), zeros(np.float32, length)
+    return Rows(zeros(np.int32), *wide, zeros(np.int32), zeros(bool))
+
+
+def _collect(state: State) -> tuple[State, Rows]:
+    """Empties the pool of samples that are done, and counts from 0 again."""
+    filled, done = distributed.fetch(state.num_done), state.done
+    if len(filled) > 1:
+        # no more than there is; few sizes, as each is a program of its own
+        done = _first(done, min(1 << (int(filled.max()) - 1).bit_length(), done.index.shape[1]))
+    done = distributed.fetch(done)
+    rows = jax.tree.map(lambda leaf: np.concatenate([leaf[i, :n] for i, n in enumerate(filled)]), done)
+    counts = {name: jnp.zeros_like(getattr(state, name)) for name in ("num_done", "steps", "active_steps")}
+    return state._replace(**counts), rows
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _first(done: Rows, places: int) -> Rows:
+    return jax.tree.map(lambda leaf: leaf[:, :places], done)
+
+
+def _samples(rows: Rows, prompts: list[list[int]], width: int, utilisation: float, steps: int) -> Samples:
+    index = rows.index.astype(np.int64)
+    return Samples(
+        index=index, tokens=rows.tokens[:, :width], lengths=rows.length,
+        prompt_lengths=np.array([len(prompts[i % len(prompts)]) for i in index], np.int32), finished=rows.finished,
+        log_probs=rows.log_probs[:, :width], sample_log_probs=rows.sample_log_probs[:, :width],
+        utilisation=utilisation, steps=steps,
+    )  # fmt: skip

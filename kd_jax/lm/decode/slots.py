@@ -1,0 +1,289 @@
+"""The device program of kd_jax.lm.decode: slots that each run a sample, and what lies between two calls of it.
+
+A step computes a row for every slot. While there are samples to start, a slot that one leaves has the next at once;
+then the slots that run dry are left out, a good part of them at a time, and the pool of pages shrinks with them.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.decode import next_token
+from kd_jax.lm.model import Architecture, Compute, kv_cache
+from kd_jax.lm.model.kv_cache import PAGE, Pages
+from kd_jax.parallel import mesh as mesh_lib
+
+# A group has no fewer slots than this: a step then is reading the weights, and no shorter with fewer rows.
+_LEAST = 8
+# Room for samples that are done, for each slot.
+DONE = 8
+
+
+class Rows(NamedTuple):
+    """Samples on the device: those in the slots [slot, ...], or those that are done [group, place, ...]."""
+
+    index: jax.Array
+    tokens: jax.Array
+    log_probs: jax.Array
+    sample_log_probs: jax.Array
+    length: jax.Array
+    finished: jax.Array
+
+
+class State(NamedTuple):
+    """What a run of the loop starts from and leaves; slots are those of all groups of the cache, one after another."""
+
+    cache: Pages
+    slots: Rows
+    active: jax.Array  # bool [slot]
+    done: Rows  # of each group the first num_done places are filled
+    num_done: jax.Array  # [group]
+    next_index: jax.Array  # the next sample to start
+    steps: jax.Array  # since the host last looked
+    active_steps: jax.Array  # of all slots together
+
+
+class Settings(NamedTuple):
+    """What a run of the loop depends on beside the state; all traced."""
+
+    prompts: jax.Array  # int32 [prompt, longest]
+    prompt_lengths: jax.Array
+    start: jax.Array  # the position where samples start: what is before, of a prompt for all, is in every slot for good
+    num_samples: jax.Array
+    max_length: jax.Array
+    worth: jax.Array  # steps of a slot that have to be saved for a program with fewer slots to pay
+    seed: jax.Array
+    temperature: jax.Array
+    eos_ids: jax.Array  # padded with -1
+    num_tokens: jax.Array  # ids from here on do not exist
+    top_k: jax.Array | None
+    top_p: jax.Array | None
+
+
+def prompt_pages(start):
+    """How many pages hold the positions before `start`."""
+    return -(-start // PAGE)
+
+
+def shardings(state: State, mesh: Mesh) -> State:
+    """Where a state lies: each group on the devices of its rows, its keys and values split by their heads there."""
+
+    def rows(leaf):
+        return mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), mesh)
+
+    def heads(leaf):
+        axis = "heads" if leaf.shape[2] % mesh.shape["tensor"] == 0 else None
+        return mesh_lib.sharding(("batch", None, axis, None, None), mesh)
+
+    everywhere, cache = mesh_lib.sharding((), mesh), state.cache
+    pages = jax.tree.map(rows, cache)._replace(
+        keys=tuple(map(heads, cache.keys)), values=tuple(map(heads, cache.values))
+    )
+    return State(
+        cache=pages, slots=jax.tree.map(rows, state.slots), active=rows(state.active),
+        done=jax.tree.map(rows, state.done), num_done=rows(state.num_done), next_index=everywhere, steps=everywhere,
+        active_steps=everywhere,
+    )  # fmt: skip
+
+
+# --- between two calls ------------------------------------------------------------------------------------------------
+
+
+def sizes(slots: int) -> list[int]:
+    """How many slots a group of so many may be cut down to, and that: powers of two and three quarters of them.
+
+    Each is a program of its own, and these are the same ones whatever the number at first.
+    """
+    powers = [_LEAST << i for i in range(slots.bit_length())]
+    return [size for power in powers for size in (power, power * 3 // 2) if size < slots] + [slots]
+
+
+def fit(state: State, settings: Settings, first_pages: int) -> State:
+    """Fewer slots where that pays from now on, and as many pages as these need; nothing may lie in `done`.
+
+    Attention reads the whole pool of pages: it becomes larger where the next step could find too few, and smaller where
+    many are idle. Each size is a program of its own, so there are few, and none is left for the next one.
+
+    Args:
+        first_pages: how many pages of the pool a slot has at the least.
+    """
+    slots, spare = int(_slots_needed(state, settings)), 2
+    if slots < state.cache.num_slots:
+        state, spare = _shrink(state, slots), 0
+    pages, needed = state.cache, int(_pages_needed(state, settings))
+    most = slots * pages.table.shape[2]
+    step = -(-most // 8)
+    size = max(first_pages * slots, min(-(-needed // step) * step, most))
+    if needed > pages.num_pages or size < pages.num_pages - spare * step:
+        state = state._replace(cache=kv_cache.resize(pages, size))
+    return state
+
+
+def enough(slots: int, wanted: jax.Array, longest: jax.Array, worth: jax.Array) -> jax.Array:
+    """The fewest slots of a group that are enough for `wanted` samples, of `longest` steps at the most, if it pays."""
+    fewer = jnp.asarray(sizes(slots))
+    fewer = jnp.where(fewer >= wanted, fewer, slots).min()
+    saved = slots - fewer
+    # a quotient: the product could pass the end of int32
+    return jnp.where((saved > 0) & (longest >= -(-worth // jnp.maximum(1, saved))), fewer, slots)
+
+
+@jax.jit
+def _slots_needed(state: State, settings: Settings) -> jax.Array:
+    """How many slots a group is to have from now on: fewer where no more samples are left to start, and it pays."""
+    slots = state.cache.num_slots
+    active = state.active.reshape(-1, slots).sum(axis=1).max()
+    longest = jnp.where(state.active, settings.max_length - state.slots.length, 0).max()
+    fewer = enough(slots, active, longest, settings.worth)
+    return jnp.where(state.next_index >= settings.num_samples, fewer, slots)
+
+
+def _shrink(state: State, slots: int) -> State:
+    """The same in fewer slots of each group, which have to be enough for its active ones."""
+    old = state.slots, state.active, state.done
+    new, which = _gather(*old, state.cache.table.shape[0], slots)
+    rows, active, done = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, old)
+    return state._replace(cache=kv_cache.keep(state.cache, which), slots=rows, active=active, done=done)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _gather(slots: Rows, active: jax.Array, done: Rows, groups: int, size: int):
+    """These three with `size` slots in each group, and which they were [group, slot]; of an idle one: one beyond."""
+    old = len(active) // groups
+    which = jax.vmap(lambda row: jnp.nonzero(row, size=size, fill_value=old)[0])(active.reshape(groups, old))
+
+    def take(array):
+        rows = array.reshape(groups, old, *array.shape[1:])
+        taken = jax.vmap(lambda rows, at: jnp.take(rows, at, axis=0, mode="clip"))(rows, which)
+        return taken.reshape(groups * size, *array.shape[1:])
+
+    done = jax.tree.map(lambda array: array[:, : DONE * size], done)
+    return (jax.tree.map(take, slots), (which < old).reshape(-1), done), which
+
+
+@jax.jit
+def _pages_needed(state: State, settings: Settings) -> jax.Array:
+    """How many pages a group has in use after the next step, at the most: an idle slot may start and need one."""
+    runs = state.active | (state.next_index < settings.num_samples)
+    positions = jnp.where(state.active, state.slots.length - 1, settings.start)
+    new = kv_cache.missing(state.cache, jnp.where(runs, positions, state.cache.length)).sum(axis=1)
+    return (state.cache.num_pages - kv_cache.free(state.cache) + new).max()
+
+
+# --- a call -----------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def run(
+    state: State, params, settings: Settings, architecture: Architecture, compute: Compute,
+    num_steps: jax.Array,
+) -> State:  # fmt: skip
+    """Up to num_steps steps; fewer where all is done, or `fit` has something to do before the next."""
+    slots, pool, mesh = state.cache.num_slots, state.done.index.shape[1], compute.mesh
+    last = state.steps + num_steps
+
+    def goes_on(state: State):
+        left = state.active.any() | (state.next_index < settings.num_samples)
+        fits = (state.num_done + slots <= pool).all() & (_pages_needed(state, settings) <= state.cache.num_pages)
+        return left & (state.steps < last) & fits & (_slots_needed(state, settings) == state.cache.num_slots)
+
+    def step(state: State) -> State:
+        state = _refill(state, settings)
+        state = _retire(_advance(state, params, settings, architecture, compute), settings)
+        return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
+
+    return jax.lax.while_loop(goes_on, step, state)
+
+
+def _refill(state: State, settings: Settings) -> State:
+    """Gives idle slots the next samples."""
+    wanted = ~state.active
+    index = state.next_index + jnp.cumsum(wanted) - 1
+    begins = wanted & (index < settings.num_samples)
+    which = index % settings.prompts.shape[0]
+    # A shared prompt's keys are in the slot already, and stay: what a sample writes comes after them. All but its last
+    # token is thereby done. With several prompts, a slot runs through its own.
+    length = jnp.full_like(index, settings.start + 1)
+    prompt = settings.prompts[which]
+    width = state.slots.tokens.shape[1]
+    tokens = jnp.pad(prompt, ((0, 0), (0, width - prompt.shape[1])))
+    slots = state.slots
+    slots = Rows(
+        index=jnp.where(begins, index, slots.index),
+        tokens=jnp.where(begins[:, None], tokens, slots.tokens),
+        log_probs=jnp.where(begins[:, None], 0, slots.log_probs),
+        sample_log_probs=jnp.where(begins[:, None], 0, slots.sample_log_probs),
+        length=jnp.where(begins, length, slots.length),
+        finished=slots.finished,  # of each step: `_advance` sets it
+    )
+    return state._replace(
+        slots=slots, active=state.active | begins, next_index=state.next_index + begins.sum(dtype=jnp.int32)
+    )
+
+
+def _advance(state: State, params, settings: Settings, architecture: Architecture, compute: Compute) -> State:
+    """One token for every slot; what idle slots compute is thrown away."""
+    slots = state.slots
+    newest = _pick(slots.tokens, slots.length - 1)  # the input of this step
+    positions = jnp.where(state.active, slots.length - 1, state.cache.length)  # of an idle slot: none
+    cache = kv_cache.open_pages(state.cache, positions)
+    hidden, cache = model_lib.extend(
+        params, architecture, cache, newest[:, None], positions[:, None], compute=compute
+    )  # fmt: skip
+    logits = mesh_lib.constrain(model_lib.logits(params, hidden[:, 0]), ("batch", "vocab"), compute.mesh)
+    logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)
+    drawn = next_token.sample(
+        _uniforms(settings.seed, slots.index, slots.length), logits, settings.temperature, settings.top_k,
+        settings.top_p, compute.mesh,
+    )  # fmt: skip
+
+    # inside the prompt the next token is known
+    given = slots.length < settings.prompt_lengths[slots.index % settings.prompts.shape[0]]
+    width = slots.tokens.shape[1]
+    put = jnp.where(state.active, slots.length, width)  # beyond the row: dropped
+    token = jnp.where(given, _pick(slots.tokens, jnp.minimum(put, width - 1)), drawn.token)
+    slots = slots._replace(
+        tokens=_put(slots.tokens, put, token),
+        log_probs=_put(slots.log_probs, put, jnp.where(given, 0, drawn.log_prob)),
+        sample_log_probs=_put(slots.sample_log_probs, put, jnp.where(given, 0, drawn.sample_log_prob)),
+        length=slots.length + state.active,
+        finished=~given & (token[:, None] == settings.eos_ids).any(axis=-1),
+    )
+    return state._replace(
+        cache=cache, slots=slots, steps=state.steps + 1, active_steps=state.active_steps + state.active.sum()
+    )
+
+
+def _uniforms(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
+    """Two uniforms [slot, 2] for the token of sample `index` at `position`."""
+
+    def one(index, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position), (2,))
+
+    return jax.vmap(one)(index, position)
+
+
+def _retire(state: State, settings: Settings) -> State:
+    """Moves samples that are done from their slots to those that are, and gives their pages back."""
+    done = state.active & (state.slots.finished | (state.slots.length >= settings.max_length))
+    groups = len(state.num_done)
+    ended = done.reshape(groups, -1)
+    # a place beyond the pool is dropped
+    place = jnp.where(ended, state.num_done[:, None] + jnp.cumsum(ended, axis=1) - 1, state.done.index.shape[1])
+    pool = jax.tree.map(
+        lambda pool, slot: _put(pool, place, slot.reshape(groups, -1, *slot.shape[1:])), state.done, state.slots
+    )
+    cache = kv_cache.release(state.cache, done, prompt_pages(settings.start))
+    num_done = state.num_done + ended.sum(axis=1, dtype=jnp.int32)
+    return state._replace(cache=cache, done=pool, active=state.active & ~done, num_done=num_done)
+
+
+# Row by row, so that rows that are split over devices stay where they are.
+_pick = jax.vmap(lambda row, place: row[place])
+_put = jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))

@@ -1,0 +1,73 @@
+"""Sampling into a corpus on disk: it resumes after a kill and gives the same samples.
+
+Samples are made a shard at a time. What ran beside a sample changes how its numbers are rounded, and a shard always has
+the same samples, so those of a resumed run are the same to the bit. With several processes all of them sample, each on
+its own devices, and process 0 writes.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import decode
+from kd_jax.lm.corpus import Corpus
+from kd_jax.lm.model import DEFAULT, Compute, Model
+from kd_jax.parallel import distributed
+from kd_jax.runs import progress
+from kd_jax.storage.files import remove
+
+
+def sample(
+    model: Model, folder: str | os.PathLike, settings: dict[str, Any], *, command: str, label: str,
+    batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> Corpus:  # fmt: skip
+    """The corpus of these settings (kd_jax.lm.corpus.SETTINGS), sampled as far as it is not there yet.
+
+    A corpus of other settings in that folder is removed first. Fewer samples are gone on from, and another `source` is
+    another name of the same weights. Raises RunError for a folder of other things. `label` is that of the progress bar.
+    """
+    folder = Path(folder)
+    held = Corpus(folder, distributed.once(lambda: _open(folder, settings, command), f"opening {folder}"))
+    if held.finished:
+        return held
+    wanted = held.manifest["settings"]
+
+    def stream() -> Iterator[decode.Samples]:
+        for first in range(held.num_rows, wanted["num_samples"], wanted["shard_size"]):
+            yield from decode.stream(
+                model, wanted["prompt_ids"], min(first + wanted["shard_size"], wanted["num_samples"]),
+                first=first, max_length=wanted["max_length"], sample_temperature=wanted["sample_temperature"],
+                top_k=wanted["top_k"], top_p=wanted["top_p"], seed=wanted["seed"], batch_size=batch_size,
+                compute=compute, mesh=mesh,
+            )  # fmt: skip
+
+    with progress.sampling_bar(label, held.num_rows, wanted["num_samples"]) as report:
+        if distributed.leads():
+            corpus_lib.write(held, stream(), report)
+        else:
+            collections.deque(stream(), maxlen=0)
+    distributed.wait(f"{folder} is written")
+    return corpus_lib.open(folder)
+
+
+def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any]:
+    """The manifest of the corpus folder, made or opened again."""
+    old = folder.with_name(f".{folder.name}.old")
+    remove(old)  # from a run that was killed
+    if (folder / "manifest.json").exists():
+        there = corpus_lib.open(folder).manifest["settings"]
+        names = set(settings) - {"source", "num_samples"}
+        if all(there[name] == settings[name] for name in names) and there["num_samples"] <= settings["num_samples"]:
+            settings = {**settings, "source": there["source"]}
+        else:
+            # first out of the way: half removed, it would be neither a corpus nor an empty folder
+            os.replace(folder, old)
+            remove(old)
+    return corpus_lib.create_or_resume(folder, settings, command=command).manifest

@@ -1,0 +1,227 @@
+"""Figures of the language-model experiment, drawn from groups (`kd_jax.lm.report.summary.summarise`) and metrics rows.
+
+Every function returns a matplotlib `Figure`; `kd_jax.reporting.figures.save` writes it. What is not finite is left
+out. All likelihoods are in nats per token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from kd_jax.lm.report.summary import ORDER, Group, is_student
+from kd_jax.reporting.figures import CMAP, DIRECT, DISTILLED, INK, canvas, plain, tidy
+from kd_jax.reporting.page import number
+
+# Without its yellow end, which is too light for lines on white.
+TAU_MAP = ListedColormap(colormaps[CMAP](np.linspace(0.0, 0.9, 256)), name="tau")
+TAU = r"teacher's sampling temperature $\tau$"
+FAINT = {"s": 20, "alpha": 0.35, "linewidths": 0, "zorder": 2}
+BARS = {"fmt": "none", "elinewidth": 1.1, "capsize": 2.5, "zorder": 3}
+# Of arms by name: Okabe and Ito's colours, which the colour-blind tell apart, without the two lightest and darkest.
+NAMED = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
+MARKS = "s^vP<X>p"
+
+
+def named(index: int) -> tuple[str, str]:
+    """Colour and marker of an arm by its place among those by name; 24 have one of their own."""
+    return NAMED[index % len(NAMED)], MARKS[index % len(MARKS)]
+
+
+def arms_by_name(groups: list[Group]) -> list[tuple[Group, str, str]]:
+    """The students of arms by name that have a value, each group with its colour and marker."""
+    found = [group for group in groups if is_student(group) and group.arm not in ORDER]
+    return [(group, *named(index)) for index, group in enumerate(found) if _has_value(group)]
+
+
+def _has_value(group: Group) -> bool:
+    return bool(group.estimates["precision"].count + group.estimates["recall"].count)
+
+
+def split(groups: list[Group]) -> tuple[list[Group], list[Group], list[Group]]:
+    """Students of a teacher in order of tau, the direct students, and the teacher in order of tau."""
+    arms = {arm: [g for g in groups if g.arm == arm and _has_value(g)] for arm in ("distilled", "direct", "teacher")}
+    distilled = sorted((g for g in arms["distilled"] if g.tau is not None), key=lambda g: g.tau)
+    return distilled, arms["direct"][:1], sorted(arms["teacher"], key=lambda g: g.tau)
+
+
+def _column(groups: list[Group], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard errors of one metric [groups]; a mean that is not finite is NaN, an error unknown is 0."""
+    mean = np.array([g.estimates[name].mean for g in groups], float)
+    error = np.array([g.estimates[name].error for g in groups], float)
+    return np.where(np.isfinite(mean), mean, np.nan), np.where(np.isfinite(error), error, 0.0)
+
+
+def _seeds(group: Group, *names: str) -> list[np.ndarray]:
+    """The single seeds' values, an array [seeds] for each metric; nothing where there is one seed."""
+    rows = group.rows if len(group.rows) > 1 else []
+    values = np.array([[number(row.get(name)) for name in names] for row in rows]).reshape(len(rows), len(names))
+    return list(np.where(np.isfinite(values), values, np.nan).T)
+
+
+def norm(taus: list[float]) -> Normalize:
+    """The colour scale over tau, widened where there is only one."""
+    low, high = min(taus), max(taus)
+    return Normalize(low, high) if high > low else Normalize(low - 0.5, low + 0.5)
+
+
+def colourbar(figure: Figure, axes, taus: list[float]) -> None:
+    """The colour scale's legend; a few taus are its ticks, many are not."""
+    bar = figure.colorbar(ScalarMappable(norm(taus), TAU_MAP), ax=axes, pad=0.02, aspect=30)
+    bar.set_label(TAU)
+    if _sparse(taus):
+        bar.set_ticks(taus, labels=[f"{tau:g}" for tau in taus])
+
+
+def _sparse(taus: list[float]) -> bool:
+    """Whether every tau can be a tick: few, and none too near the next."""
+    return 0 < len(taus) <= 8 and bool((np.diff(sorted(taus)) > 0.08 * (max(taus) - min(taus))).all())
+
+
+def _tau_axis(axes, groups: list[Group]) -> None:
+    """Names the axis and ticks it at the taus themselves."""
+    axes.set_xlabel(TAU)
+    taus = sorted({g.tau for g in groups if g.arm in ("distilled", "teacher") and g.tau is not None})
+    if _sparse(taus):
+        axes.set_xticks(taus, labels=[f"{tau:g}" for tau in taus])
+
+
+def legend(figure: Figure, handles: list[Line2D]) -> None:
+    """Above the axes, where no data can be."""
+    if handles:
+        columns = min(4 if figure.get_figwidth() > 7 else 3, len(handles))
+        figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
+
+
+def marker(label: str, marker: str, colour, size: float = 8, **style) -> Line2D:
+    style = {"linestyle": "", "markeredgecolor": "white", **style}
+    return Line2D([], [], color=colour, marker=marker, markersize=size, label=plain(label), **style)
+
+
+def frontier(groups: list[Group]) -> Figure:
+    """Recall against precision: a point per tau, the single seeds behind it, the direct student and the teacher."""
+    figure = canvas(7.4, 5.4)
+    axes = figure.add_subplot()
+    distilled, direct, teacher = split(groups)
+    handles = []
+    if distilled:
+        taus = [g.tau for g in distilled]
+        (x, xerr), (y, yerr) = _column(distilled, "recall"), _column(distilled, "precision")
+        colours = TAU_MAP(norm(taus)(taus))
+        axes.plot(x, y, color="0.75", linewidth=1.2, zorder=1)
+        for group, colour in zip(distilled, colours, strict=True):
+            axes.scatter(*_seeds(group, "recall", "precision"), color=colour, **FAINT)
+        axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor="0.35", **BARS)
+        axes.scatter(x, y, c=colours, s=75, edgecolors="white", linewidths=0.8, zorder=4)
+        colourbar(figure, axes, taus)
+        handles.append(marker("distilled", "o", "0.75", 9, markerfacecolor=DISTILLED, linestyle="-"))
+    for group in direct:
+        (x, xerr), (y, yerr) = _column([group], "recall"), _column([group], "precision")
+        axes.scatter(*_seeds(group, "recall", "precision"), marker="*", color=DIRECT, **{**FAINT, "s": 45})
+        axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor=DIRECT, **BARS)
+        axes.scatter(x, y, marker="*", s=260, color=DIRECT, edgecolors="white", linewidths=0.8, zorder=5)
+        handles.append(marker("direct (no teacher)", "*", DIRECT, 15))
+    (x, _), (y, _) = _column(teacher, "recall"), _column(teacher, "precision")
+    if np.isfinite(x + y).any():
+        axes.scatter(x, y, marker="D", s=60, facecolors="none", edgecolors=INK, linewidths=1.5, zorder=4)
+        handles.append(marker("teacher", "D", INK, 7, markerfacecolor="none", markeredgecolor=INK))
+    others = [g for g in groups if not is_student(g) and g.arm not in ORDER]
+    (x, _), (y, _) = _column(others, "recall"), _column(others, "precision")
+    if np.isfinite(x + y).any():
+        axes.scatter(x, y, marker="s", s=45, color="0.5", zorder=4)
+        handles.append(marker("other models", "s", "0.5", 7))
+    for group, colour, mark in arms_by_name(groups):
+        (x, xerr), (y, yerr) = _column([group], "recall"), _column([group], "precision")
+        axes.scatter(*_seeds(group, "recall", "precision"), marker=mark, color=colour, **FAINT)
+        axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor=colour, **BARS)
+        axes.scatter(x, y, marker=mark, s=60, color=colour, edgecolors=INK, linewidths=0.6, zorder=4)
+        handles.append(marker(group.label, mark, colour, 8, markeredgecolor=INK, markeredgewidth=0.6))
+    if any(len(group.rows) > 1 for group in (*distilled, *direct)):
+        handles.append(marker("single seeds", "o", "0.5", 5, alpha=0.5))
+    axes.set_xlabel(r"recall  $E_{p^*}[\log p'']$  (nats per token)")
+    axes.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats per token)")
+    axes.margins(0.08)
+    tidy(axes)
+    legend(figure, handles)
+    return figure
+
+
+def _against(axes, groups: list[Group], x_name: str | None, y_name: str) -> None:
+    """One metric of the students against tau (`x_name` None) or against another metric, beside the direct student."""
+    distilled, direct, _ = split(groups)
+    y, yerr = _column(distilled, y_name)
+    x, xerr = (np.array([g.tau for g in distilled], float), None) if x_name is None else _column(distilled, x_name)
+    for group, here in zip(distilled, x, strict=True):
+        (seeds,) = _seeds(group, y_name)
+        axes.scatter(np.full(len(seeds), here), seeds, color=DISTILLED, **FAINT)
+    axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="o-", color=DISTILLED, markersize=5, linewidth=1.3, capsize=2.5)
+    for group in direct:
+        (mean,), (error,) = _column([group], y_name)
+        if np.isfinite(mean):
+            axes.axhspan(mean - error, mean + error, color=DIRECT, alpha=0.15, linewidth=0)
+            axes.axhline(mean, color=DIRECT, linestyle="--", linewidth=1.3)
+    shown = bool(np.isfinite(x + y).any())
+    for group, colour, mark in arms_by_name(groups) if x_name is not None else []:
+        (x, xerr), (y, yerr) = _column([group], x_name), _column([group], y_name)
+        style = {"color": colour, "markeredgecolor": INK, "markeredgewidth": 0.6, "markersize": 6.5, "capsize": 2.5}
+        axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt=mark, **style)
+        shown |= bool(np.isfinite(x + y).any())
+    if not shown:
+        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", va="center", color="0.5")
+    tidy(axes)
+
+
+def _handles(groups: list[Group], with_teacher: bool) -> list[Line2D]:
+    """The legend of figures against one thing; where the teacher is, the arms by name are as well."""
+    distilled, direct, teacher = split(groups)
+    handles = [Line2D([], [], color=DISTILLED, marker="o", markersize=5, label="distilled")] if distilled else []
+    if direct:
+        handles.append(Line2D([], [], color=DIRECT, linestyle="--", label="direct (no teacher)"))
+    if teacher and with_teacher:
+        handles.append(
+            marker("teacher's own samples", "D", INK, 6, linestyle=":", markerfacecolor="none", markeredgecolor=INK)
+        )
+    if with_teacher:
+        for group, colour, mark in arms_by_name(groups):
+            handles.append(marker(group.label, mark, colour, 7, markeredgecolor=INK, markeredgewidth=0.6))
+    return handles
+
+
+def curves(groups: list[Group]) -> Figure:
+    """Precision and recall against tau, if there are students of several, and against the entropy of what is learnt."""
+    distilled, _, teacher = split(groups)
+    columns = {None: TAU} if distilled else {}
+    columns["teacher_entropy"] = "entropy of what is learnt from (nats per token)"
+    figure = canvas(9.2 if distilled else 6.4, 6.8)
+    grid = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
+    style = {"color": INK, "linestyle": ":", "linewidth": 1.2, "marker": "D", "markersize": 5.5}
+    for row, name in zip(grid, ("precision", "recall"), strict=True):
+        for axes, x_name in zip(row, columns, strict=True):
+            _against(axes, groups, x_name, name)
+            x = _column(teacher, "entropy")[0] if x_name else [g.tau for g in teacher]
+            axes.plot(x, _column(teacher, name)[0], markerfacecolor="none", **style)
+        row[0].set_ylabel(f"{name} (nats per token)")
+    for axes, text in zip(grid[1], columns.values(), strict=True):
+        axes.set_xlabel(text)
+    if distilled:
+        _tau_axis(grid[1, 0], groups)
+    legend(figure, _handles(groups, with_teacher=True))
+    return figure
+
+
+def divergences(groups: list[Group]) -> Figure | None:
+    """Both Kullback-Leibler divergences between student and p* against tau; None where there are no students of any."""
+    if not split(groups)[0]:
+        return None
+    figure = canvas(9.2, 3.9)
+    names = {"kl_model_data": r"KL$(p''\,\Vert\,p^*)$", "kl_data_model": r"KL$(p^*\,\Vert\,p'')$"}
+    for axes, (name, symbol) in zip(figure.subplots(1, 2), names.items(), strict=True):
+        _against(axes, groups, None, name)
+        _tau_axis(axes, groups)
+        axes.set_ylabel(f"{symbol}  (nats per token)")
+    legend(figure, _handles(groups, with_teacher=False))
+    return figure

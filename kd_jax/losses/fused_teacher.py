@@ -1,0 +1,320 @@
+"""A student's loss against a teacher from both models' hidden states and heads, in chunks of positions.
+
+The gradient with respect to the student's hidden states and head is worked out in the forward pass, while a chunk's
+logits are there (see `slopes.py`). The teacher and all settings get no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from kd_jax.losses import divergences, parameters, reductions, slopes, terms
+from kd_jax.losses.divergences import masked_mean
+from kd_jax.losses.head import chunk_tokens, cut, dot, groups, head_gradient, join, no_gradient, project, summed, whole
+from kd_jax.losses.parameters import Scalar
+from kd_jax.metrics import Mean
+
+
+class Statistics(NamedTuple):
+    """What a run wants to see beside the loss: each a Mean over the masked positions, nats but for the last.
+
+    Attributes:
+        divergence: without weight or factor of the temperature.
+        cross_entropy: of the labels under the student at temperature 1; of count 0 without labels.
+        student_entropy, teacher_entropy: of the distributions that are compared, each at its temperature.
+        agreement: share of positions where both models have the same most probable token.
+    """
+
+    divergence: Mean
+    cross_entropy: Mean
+    student_entropy: Mean
+    teacher_entropy: Mean
+    agreement: Mean
+
+
+def linear_distillation(
+    student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
+    labels: jax.Array | None, mask: jax.Array, *, divergence: str = "forward_kl", temperature: Scalar = 1.0,
+    teacher_temperature: Scalar | None = None, parameter: Scalar | None = None, hard_weight: Scalar = 0.0,
+    num_tokens: int | None = None, chunk: int | None = None, mesh: Mesh | None = None,
+) -> tuple[Mean, Statistics]:  # fmt: skip
+    """(1 - hard_weight) T^2 D(p, q) + hard_weight CE, as `losses.distillation_loss` of the projected hidden states.
+
+    The gradient of the loss's `mean` with respect to the student's hidden states and head is worked out in the forward
+    pass; the other members and the statistics carry none, nor do the teacher and the settings.
+
+    Args:
+        student_hidden, teacher_hidden: [..., position, width], each of its own width and dtype; what the mask leaves
+            out may be anything.
+        student_head, teacher_head: [vocab, width].
+        labels: int [..., position]; may be None if `hard_weight` is 0 (a number, not traced).
+        mask: bool [..., position].
+        divergence, temperature, teacher_temperature, parameter, num_tokens: as in `losses`; all but `num_tokens` and
+            the name are traced.
+        chunk: tokens at a time, by default `chunk_tokens()`.
+        mesh: what the rows and the student's head are split over. The teacher's head is laid out so too, wherever it
+            was: both models' logits are then on the same devices, and none of them are sent.
+    Returns: the loss, a Mean whose `mean` is 0 where the mask selects nothing and NaN where a label that counts is not
+        an id; and the statistics.
+    Raises: ValueError for shapes that do not go together, no tokens at all, or settings out of range.
+    """
+    hard_weight = parameters.checked_hard_weight(labels, hard_weight)
+    temperatures = parameters.checked_temperatures(temperature, teacher_temperature)
+    soft_weight = (1 - hard_weight) * temperatures[0] ** 2
+    settings = _settings(divergence, temperatures, parameter, soft_weight, hard_weight)
+    tokens = _Tokens(student_hidden, teacher_hidden, labels, mask)
+    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk, mesh)
+
+
+def linear_divergence(
+    student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
+    mask: jax.Array, *, divergence: str, temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
+    parameter: Scalar | None = None, num_tokens: int | None = None, chunk: int | None = None,
+) -> Mean:  # fmt: skip
+    """The divergence alone, without a factor of the temperature; otherwise as `linear_distillation`."""
+    temperatures = parameters.checked_temperatures(temperature, teacher_temperature)
+    settings = _settings(divergence, temperatures, parameter, 1.0, 0.0)
+    tokens = _Tokens(student_hidden, teacher_hidden, None, mask)
+    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk, None)[0]
+
+
+def linear_top_k_distillation(
+    student_hidden: jax.Array, student_head: jax.Array, teacher_ids: jax.Array, teacher_log_probs: jax.Array,
+    teacher_tail_log_prob: jax.Array | None, labels: jax.Array | None, mask: jax.Array, *,
+    divergence: str = "forward_kl", temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
+    parameter: Scalar | None = None, tail: str = "bucket", hard_weight: Scalar = 0.0, num_tokens: int | None = None,
+    chunk: int | None = None, mesh: Mesh | None = None,
+) -> tuple[Mean, Statistics]:  # fmt: skip
+    """`linear_distillation` from the teacher's K most probable tokens: `losses.top_k_divergence` in place of D.
+
+    Args:
+        teacher_ids, teacher_log_probs: [..., position, K], the most probable first.
+        teacher_tail_log_prob: [..., position], or None as there.
+        tail: "bucket" or "renormalise".
+    Entropies in the statistics are those of what is compared: the K tokens, and the bucket.
+    """
+    hard_weight = parameters.checked_hard_weight(labels, hard_weight)
+    temperatures = parameters.checked_temperatures(temperature, teacher_temperature)
+    soft_weight = (1 - hard_weight) * temperatures[0] ** 2
+    settings = _settings(divergence, temperatures, parameter, soft_weight, hard_weight)
+    vocab = student_head.shape[0]
+    parameters.check_vocabulary(vocab, vocab, num_tokens)
+    tail = divergences.checked_tail(tail, teacher_ids.shape[-1], num_tokens or vocab)
+    plan = _Plan(divergence, tail, num_tokens or vocab, chunk or chunk_tokens(mesh), mesh)
+    teacher = divergences.top_k_teacher(teacher_log_probs, teacher_tail_log_prob, tail)
+    tokens = _Tokens(student_hidden, (teacher_ids, teacher), labels, mask)
+    _check_shapes(tokens, teacher_ids=teacher_ids, teacher_log_probs=teacher)
+    return _labelled(plan, tokens, student_head, None, settings)
+
+
+class _Plan(NamedTuple):
+    """What is fixed when the program is made."""
+
+    divergence: str
+    tail: str | None  # None: the teacher is hidden states and a head
+    num_tokens: int
+    chunk: int
+    mesh: Mesh | None
+
+
+class _Settings(NamedTuple):
+    """What may be traced; float32."""
+
+    temperature: jax.Array
+    teacher_temperature: jax.Array
+    parameter: jax.Array
+    soft_weight: jax.Array
+    hard_weight: jax.Array
+
+
+class _Tokens(NamedTuple):
+    """What belongs to positions, [..., position, ...]: all of them, or a chunk."""
+
+    hidden: jax.Array
+    teacher: Any  # hidden states, or ids and logits of the outcomes
+    labels: jax.Array | None
+    mask: jax.Array
+
+
+def _settings(divergence, temperatures, parameter, soft_weight, hard_weight) -> _Settings:
+    parameter = terms.checked_parameter(divergence, parameter)
+    values = (*temperatures, 0.0 if parameter is None else parameter, soft_weight, hard_weight)
+    return _Settings(*(jnp.asarray(value, jnp.float32) for value in values))
+
+
+def _from_hidden(tokens: _Tokens, head, teacher_head, divergence, settings, num_tokens, chunk, mesh):
+    _check_shapes(tokens, teacher_hidden=tokens.teacher)
+    sizes = teacher_head.shape[0], head.shape[0]
+    parameters.check_vocabulary(*sizes, num_tokens)
+    plan = _Plan(divergence, None, num_tokens or min(sizes), chunk or chunk_tokens(mesh), mesh)
+    # padding beyond the shorter head is cut off here; what both have is masked later, where nothing has to move
+    head, teacher_head = head[: min(sizes)], teacher_head[: min(sizes)]
+    return _labelled(plan, tokens, head, teacher_head, settings)
+
+
+def _check_shapes(tokens: _Tokens, **teacher):
+    shapes = {"mask": tokens.mask.shape, **{name: array.shape[:-1] for name, array in teacher.items()}}
+    if tokens.labels is not None:
+        shapes["labels"] = tokens.labels.shape
+    positions = tokens.hidden.shape[:-1]
+    if 0 in positions or any(shape != positions for shape in shapes.values()):
+        raise ValueError(f"shapes do not go together: student_hidden {tokens.hidden.shape}, {shapes}")
+
+
+def _labelled(plan, tokens: _Tokens, head, teacher_head, settings) -> tuple[Mean, Statistics]:
+    mask = tokens.mask.astype(bool)
+    labels = None if tokens.labels is None else jnp.where(mask, tokens.labels, 0)
+    rest = jax.lax.stop_gradient((teacher_head, tokens.teacher, settings))
+    loss, statistics = _distil(plan, tokens.hidden, head, rest[0], rest[1], labels, mask, rest[2])
+    if labels is None:
+        return loss, statistics
+    wrong = ((labels < 0) | (labels >= plan.num_tokens)).any()
+    # a product, so that the gradient is NaN as well
+    return loss._replace(mean=loss.mean * jnp.where(wrong, jnp.nan, 1.0)), statistics
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _distil(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
+    size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
+    head, teacher_head = _whole(plan, hidden, head, teacher, teacher_head)
+    values = jax.lax.map(lambda piece: _compare(plan, _Tokens(*piece), head, teacher_head, settings)[0], pieces)
+    return _means(values, size, mask)
+
+
+def _distil_forward(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
+    count = mask.sum()
+    scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
+    size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
+    dtype, parts = head.dtype, groups(hidden, plan.mesh)
+    head, teacher_head = _whole(plan, hidden, head, teacher, teacher_head)
+
+    def step(so_far, piece):
+        values, gradient = _compare(plan, _Tokens(*piece), head, teacher_head, settings, scale)
+        gradient, h = gradient.astype(hidden.dtype), _selected(piece[0], piece[-1])
+        h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
+        return so_far + head_gradient(gradient, h, parts), (values, h_gradient)
+
+    so_far, (values, h_gradient) = jax.lax.scan(step, no_gradient(head, parts, plan.mesh), pieces)
+    gradients = join(h_gradient, size, mask.ndim - 1), summed(so_far, parts, plan.mesh).astype(dtype)
+    return _means(values, size, mask), gradients
+
+
+def _distil_backward(plan, gradients, cotangent):
+    scale = cotangent[0].mean
+    hidden, head = ((gradient * scale).astype(gradient.dtype) for gradient in gradients)
+    return hidden, head, None, None, None, None, None
+
+
+_distil.defvjp(_distil_forward, _distil_backward)
+
+
+def _whole(plan, hidden, head, teacher, teacher_head):
+    theirs = None if teacher_head is None else whole(teacher_head, teacher, plan.mesh)
+    return whole(head, hidden, plan.mesh), theirs
+
+
+def _means(values, size, mask):
+    loss, statistics = jax.tree.map(lambda parts: masked_mean(join(parts, size, mask.ndim - 1), mask), values)
+    if statistics.cross_entropy is None:
+        nothing = masked_mean(jnp.zeros(mask.shape), jnp.zeros(mask.shape, bool))
+        statistics = statistics._replace(cross_entropy=nothing)
+    return loss, statistics
+
+
+def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, scale=None):
+    """Of a chunk: loss and statistics [..., position], and with `scale` that times the gradient in the logits."""
+    logits = _real(project(_selected(tokens.hidden, tokens.mask), head), plan)
+    if plan.tail is None:
+        teacher = _real(project(_selected(tokens.teacher, tokens.mask), teacher_head), plan)
+        soft, entropies, agreement, gradient = _soft(plan, settings, teacher, logits)
+    else:
+        ids, teacher = tokens.teacher[0], _selected(tokens.teacher[1], tokens.mask)
+        outcomes, pull = jax.vjp(lambda logits: divergences.top_k_student(logits, ids, plan.tail), logits)
+        soft, entropies, _, gradient = _soft(plan, settings, teacher, outcomes)
+        (gradient,) = pull(gradient)
+        agreement = _top_k_agreement(teacher[..., : ids.shape[-1]], outcomes[..., : ids.shape[-1]], logits)
+    statistics = Statistics(soft, None, *entropies, agreement)
+    value = reductions.weighted(settings.soft_weight, soft)
+    if tokens.labels is not None:
+        hard, hard_gradient = _hard(logits, tokens.labels)
+        value, statistics = (
+            value + reductions.weighted(settings.hard_weight, hard),
+            statistics._replace(cross_entropy=hard),
+        )
+        gradient = gradient + settings.hard_weight * hard_gradient
+    if scale is None:
+        return (value, statistics), None
+    return (value, statistics), _selected(gradient * scale, tokens.mask)
+
+
+def _selected(array, mask):
+    """0 where the mask leaves a position out, whatever is there."""
+    return jnp.where(mask[..., None], array, 0)
+
+
+def _real(logits, plan):
+    """-inf for ids that are none; to cut the head instead would move what lies on several devices."""
+    if plan.num_tokens == logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < plan.num_tokens, logits, -jnp.inf)
+
+
+def _soft(plan, settings: _Settings, teacher, student):
+    """The divergence, both entropies, where a most probable token is the same, and the weighted gradient.
+
+    That is with respect to the student's logits. What the sums are of is made anew in each: to keep it takes longer.
+    """
+    temperatures = settings.teacher_temperature, settings.temperature
+    tops = reductions.largest(teacher), reductions.largest(student)
+
+    def below(*both):
+        return [(logits - top) / t for logits, top, t in zip(both, tops, temperatures, strict=True)]
+
+    logs = [
+        jnp.log(one)[..., None]
+        for one in reductions.sums(lambda *both: tuple(map(jnp.exp, below(*both))), teacher, student)
+    ]
+
+    def log_softmaxes(*both):
+        return [x - log for x, log in zip(below(*both), logs, strict=True)]
+
+    def parts(*both):
+        log_p, log_q = log_softmaxes(*both)
+        same = (both[0] == tops[0]) & (both[1] == tops[1])
+        terms_of = terms.TERMS[plan.divergence](log_p, log_q, settings.parameter)
+        return terms_of, _entropy(log_q), _entropy(log_p), same.astype(jnp.float32)
+
+    divergence, *entropies, agreement = reductions.sums(parts, teacher, student)
+    gradient = slopes.gradient(plan.divergence, *log_softmaxes(teacher, student), settings.parameter)
+    gradient = gradient * (settings.soft_weight / settings.temperature)
+    return divergence, entropies, jnp.minimum(agreement, 1), gradient
+
+
+def _entropy(log_probs):
+    probs = jnp.exp(log_probs)
+    return -probs * jnp.where(probs > 0, log_probs, 0)
+
+
+def _top_k_agreement(teacher, student, logits):
+    """The same from both models' logits of the K tokens and all of the student's."""
+    best = teacher == teacher.max(axis=-1, keepdims=True)
+    of_those = jnp.where(best, student, -jnp.inf).max(axis=-1)
+    return (of_those == logits.max(axis=-1)).astype(jnp.float32)
+
+
+def _hard(logits, labels):
+    """Cross-entropy at temperature 1 and its gradient with respect to the logits."""
+    top, ids = reductions.largest(logits), jnp.arange(logits.shape[-1])
+
+    def parts(logits, ids):
+        below = logits - top
+        return jnp.exp(below), jnp.where(ids == labels[..., None], below, 0)
+
+    total, chosen = reductions.sums(parts, logits, ids)
+    log_total = jnp.log(total)
+    return log_total - chosen, jnp.exp(logits - top - log_total[..., None]) - (ids == labels[..., None])

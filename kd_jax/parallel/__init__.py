@@ -1,0 +1,1 @@
+"""Devices and processes: meshes, what processes agree on, how they find each other."""

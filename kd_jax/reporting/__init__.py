@@ -1,0 +1,1 @@
+"""Pages and figures, and what a knob costs, for all experiments."""

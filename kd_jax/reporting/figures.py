@@ -1,0 +1,50 @@
+"""What the figures of every experiment share: the canvas, the colours, the look, and how a figure is saved.
+
+Only matplotlib's object interface is used, so no global state is touched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from kd_jax.storage.files import replacing
+
+CMAP = "viridis"
+DIRECT = "#d1495b"
+DISTILLED = "#2b5d8a"
+TEACHER = "#3a7d44"
+INK = "#333333"
+_LONGEST = 200
+
+
+def canvas(width: float, height: float) -> Figure:
+    """An empty figure of that many inches with its own Agg canvas."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain(text: str) -> str:
+    """A text out of a run's folder for a figure: as it is, not as a formula, without control characters, not long."""
+    text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
+    text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text.replace("$", r"\$")
+
+
+def tidy(axes) -> None:
+    """A light grid and no top or right frame."""
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def save(figure: Figure, folder: Path, name: str) -> Path:
+    """Write `name`.png (150 dpi) and `name`.pdf into `folder` and return the PNG's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, dpi in (("pdf", "figure"), ("png", 150)):
+        path = folder / f"{name}.{kind}"
+        with replacing(path) as file:
+            figure.savefig(file, format=kind, dpi=dpi)
+    return path

@@ -1,0 +1,211 @@
+"""What the frontier pages of all experiments share: every knob on one figure, its prices as a table, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+
+from kd_jax.reporting.figures import CMAP, DIRECT, INK, canvas, plain, tidy
+from kd_jax.reporting.page import mean_se, show
+from kd_jax.reporting.prices import Curve, Price, prices
+
+MARKERS = "osD^vPXh<>p8"
+LINES = ("-", "--", ":", "-.", (0, (6, 2)), (0, (1, 3)))
+# Without its yellow end, which is too light on white.
+_ENTROPY_MAP = ListedColormap(colormaps[CMAP](np.linspace(0.0, 0.93, 256)), name="entropy").with_extremes(bad="white")
+
+
+class Knob(NamedTuple):
+    """A knob and its students.
+
+    Attributes:
+        name: as it is called in text, with what its values go over in the legend.
+        values: the settings, as text, in order.
+        metrics: name -> [setting, seed]; at least precision, recall and teacher_entropy (of the teacher's own samples
+            under it, nats).
+    """
+
+    name: str
+    values: tuple[str, ...]
+    metrics: dict[str, np.ndarray]
+
+
+def prices_of(knobs: Sequence[Knob], reference: dict[str, np.ndarray], gains: Sequence[float]) -> list[Price]:
+    """`kd_jax.reporting.prices.prices` of knobs; `reference` has precision and recall [seed]."""
+    curves = {knob.name: Curve(knob.metrics["precision"], knob.metrics["recall"]) for knob in knobs}
+    return prices(curves, Curve(reference["precision"], reference["recall"]), gains)
+
+
+def figure(
+    knobs: Sequence[Knob], reference: Knob, direct: Knob | None, *, also: Sequence[Knob] = (),
+    zoom: tuple[float, float] | None = None, unit: str = "nats", entropy_label: str | None = None, values: bool = False,
+) -> Figure:  # fmt: skip
+    """Recall against precision of every knob's students: a marker per knob, the teacher's entropy as colour.
+
+    Points are means over seeds, bars their standard errors. `reference` and `direct` have one setting each. A setting
+    whose mean is not finite is left out.
+
+    Args:
+        also: further references, of one setting each.
+        zoom: an inset of what lies up to this much recall below, and precision above, the reference. It is at the lower
+            left, where a frontier has no points.
+        unit: of precision and recall.
+        entropy_label: of the colours, in place of the teacher's entropy; a setting without one is white.
+        values: writes each setting's value beside its point, unless the point is several knobs'.
+    """
+    drawn = canvas(8.6, 6.4)
+    axes = drawn.add_subplot()
+    norm = _norm(np.concatenate([_means(knob, "teacher_entropy")[0] for knob in [*knobs, reference]]))
+    marked = [(reference, "o", "none", INK, 170), *((knob, "H", "none", INK, 230) for knob in also)]
+    marked += [] if direct is None else [(direct, "*", DIRECT, "white", 190)]
+    handles = _draw(axes, knobs, marked, norm)
+    if values:
+        _write_values(axes, knobs)
+    bar = drawn.colorbar(ScalarMappable(norm, _ENTROPY_MAP), ax=axes, pad=0.02, aspect=30)
+    bar.set_label(entropy_label or rf"teacher's entropy  $-E_{{p'}}[\log p']$  ({unit})")
+    drawn.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9.5)
+    axes.set_xlabel(rf"recall  $E_{{p^*}}[\log p'']$  ({unit})")
+    axes.set_ylabel(rf"precision  $E_{{p''}}[\log p^*]$  ({unit})")
+    axes.margins(0.04)
+    tidy(axes)
+    if zoom is not None:
+        inset = axes.inset_axes((0.09, 0.07, 0.44, 0.38))
+        _draw(inset, knobs, marked, norm)
+        x, y = (_means(reference, name)[0][0] for name in ("recall", "precision"))
+        left, bottom = x - zoom[0], y - 0.15 * zoom[1]
+        inset.set(xlim=(left, x + 0.08 * zoom[0]), ylim=(bottom, y + zoom[1]))
+        inset.set_title("what is in the box", fontsize=9)
+        inset.tick_params(labelsize=8)
+        inset.grid(alpha=0.25, linewidth=0.6)
+        axes.add_patch(Rectangle((left, bottom), 1.08 * zoom[0], 1.15 * zoom[1], fill=False, edgecolor="0.4"))
+    return drawn
+
+
+def _draw(axes, knobs, marked: Sequence[tuple], norm: Normalize) -> list[Line2D]:
+    """All points and lines; returns the legend's entries.
+
+    `marked` are (knob of one setting, marker, colour, edge, size).
+    """
+    handles = []
+    for index, knob in enumerate(knobs):
+        marker, line = MARKERS[index % len(MARKERS)], LINES[index % len(LINES)]
+        (x, xerr), (y, yerr) = _means(knob, "recall"), _means(knob, "precision")
+        colours = _ENTROPY_MAP(norm(_means(knob, "teacher_entropy")[0]))
+        axes.plot(x, y, color="0.5", linewidth=1.0, linestyle=line, zorder=1)
+        axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="0.65", elinewidth=0.8, capsize=1.5, zorder=2)
+        axes.scatter(x, y, c=colours, marker=marker, s=58, edgecolors=INK, linewidths=0.7, zorder=3)
+        style = {"color": "0.5", "markerfacecolor": "0.88", "markeredgecolor": INK, "markersize": 8}
+        label = plain(f"{knob.name}: {_span(knob.values)}")
+        handles.append(Line2D([], [], marker=marker, linestyle=line, linewidth=1.0, label=label, **style))
+    for knob, marker, colour, edge, size in marked:
+        (x, xerr), (y, yerr) = _means(knob, "recall"), _means(knob, "precision")
+        axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=INK, elinewidth=0.8, capsize=1.5, zorder=4)
+        axes.scatter(x, y, marker=marker, s=size, facecolors=colour, edgecolors=edge, linewidths=1.2, zorder=5)
+        style = {"linestyle": "", "markerfacecolor": colour, "markeredgecolor": edge, "markersize": 12}
+        handles.append(Line2D([], [], marker=marker, label=plain(knob.name), **style))
+    return handles
+
+
+def _span(values: Sequence[str]) -> str:
+    """First and last of numbers; of words, which points have no room for, all."""
+    if all(map(_is_short, values)):
+        return values[0] if len(values) == 1 else f"{values[0]} to {values[-1]}"
+    return ", ".join(values)
+
+
+def _is_short(value: str) -> bool:
+    return len(value) <= 5
+
+
+def _write_values(axes, knobs: Sequence[Knob]) -> None:
+    """The value of each setting beside its point, where the point is one knob's alone and the value is short."""
+    texts: dict[tuple[float, float], list[str]] = {}
+    for knob in knobs:
+        x, y = (_means(knob, name)[0] for name in ("recall", "precision"))
+        for *point, value in zip(x, y, knob.values, strict=True):
+            texts.setdefault(tuple(point), []).append(value)
+    for point, found in texts.items():
+        if len(found) == 1 and _is_short(found[0]) and np.isfinite(point).all():
+            axes.annotate(plain(found[0]), point, (5, 5), textcoords="offset points", fontsize=7.5, color=INK, zorder=6)
+
+
+def price_table(found: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of prices, by gain, the cheapest first."""
+    head = ["gain", "precision", "knob", "recall lost", "price", "above the cheapest"]
+    rows = []
+    for before, price in zip([None, *found], found, strict=False):
+        first = before is None or before.gain != price.gain
+        above = "cheapest" if first else show(price.extra, price.extra_error, 2)
+        own = show(price.price, price.price_error, 2)
+        rows.append([f"{price.gain:g}", f"{price.precision:.2f}", price.knob, f"{price.loss:.2f}", own, above])
+    return head, rows
+
+
+def verdict(found: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[float]) -> list[str]:
+    """Sentences: which knob buys precision most cheaply, over all gains and at each, and which cannot be told from it.
+
+    A difference counts where it is beyond two of its standard errors, which are paired by seed.
+    """
+    at = {gain: [price for price in found if price.gain == gain] for gain in gains}
+    if not found:
+        return [f"No knob reaches a gain of {_listed([f'{gain:g}' for gain in gains], 'or')} nats."]
+    winners: dict[str, list[str]] = {}
+    for gain, here in at.items():
+        if here:
+            winner = "no single knob" if _close(here) else here[0].knob
+            winners.setdefault(winner, []).append(f"{gain:g}")
+    if len(winners) == 1 and "no single knob" not in winners:
+        first = f"At every gain compared, the knob that buys precision most cheaply in recall is {[*winners][0]}."
+    else:
+        each = [f"{winner} at {_listed(its)}" for winner, its in winners.items()]
+        first = f"What buys precision most cheaply in recall, by the gain in nats: {'; '.join(each)}."
+    return [first] + [_at_gain(gain, here, knobs) for gain, here in at.items()]
+
+
+def _close(here: Sequence[Price]) -> list[Price]:
+    """Those not beyond two standard errors above the first, the cheapest; all of them where there is one seed."""
+    return [price for price in here[1:] if not price.extra > 2 * price.extra_error]
+
+
+def _at_gain(gain: float, here: Sequence[Price], knobs: Sequence[Knob]) -> str:
+    if not here:
+        return f"No knob reaches a gain of {gain:g} nats."
+    text = f"Gain {gain:g}: {here[0].knob} costs {show(here[0].price, here[0].price_error, 2)} nats of recall per nat"
+    close = [f"{price.knob} ({show(price.extra, price.extra_error, 2)} more)" for price in _close(here)]
+    if close:
+        text += f"; not told from it: {_listed(close)}"
+    elif len(here) > 1:
+        text += f"; all others cost more, {here[1].knob} next by {show(here[1].extra, here[1].extra_error, 2)}"
+    missing = [knob for knob in knobs if knob.name not in {price.knob for price in here}]
+    # False for one without a finite mean
+    lowest = {knob.name: np.fmin.reduce(_means(knob, "precision")[0]) for knob in missing}
+    above = [name for name, low in lowest.items() if low > here[0].precision]
+    below = [name for name in lowest if name not in above]
+    text += f"; not reached by {_listed(below)}" if below else ""
+    return text + (f"; exceeded at every setting by {_listed(above)}." if above else ".")
+
+
+def _means(knob: Knob, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard errors over seeds [setting]; a mean that is not finite is NaN, an error unknown is 0."""
+    pairs = np.array([mean_se(values) for values in knob.metrics[name]], float).reshape(-1, 2)
+    mean, error = pairs.T
+    return np.where(np.isfinite(mean), mean, np.nan), np.where(np.isfinite(error), error, 0.0)
+
+
+def _norm(values: np.ndarray) -> Normalize:
+    """A colour scale over the finite values, widened where there is only one."""
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    return Normalize(low, high) if high > low else Normalize(low - 0.5, low + 0.5)
+
+
+def _listed(names: Sequence[str], last: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"

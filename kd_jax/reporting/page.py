@@ -1,0 +1,133 @@
+"""What every report page shares: its HTML frame, numbers as text, images inside the page, and where a run came from."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jinja2 import Environment
+from matplotlib.figure import Figure
+
+from kd_jax.reporting import figures
+from kd_jax.storage import files
+
+# A page is _HEAD, the style of its own, _BODY, its own template and _TAIL: one file that loads nothing from elsewhere.
+_HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: #222; background: #fff;
+       max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; }
+img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
+figcaption, footer, .note { font-size: .88rem; color: #555; }
+footer { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: .8rem; }
+dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; overflow-wrap: anywhere; }
+"""
+_BODY = """</style></head><body>
+{% macro grid(head, rows) %}<div class="scroll"><table><thead><tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
+</thead><tbody>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endmacro %}
+{% macro figure(name, caption) %}{% if name in images %}<figure><img alt="{{ caption }}"
+ src="data:image/png;base64,{{ images[name] }}"><figcaption>{{ caption }}</figcaption></figure>{% endif %}{% endmacro %}
+<h1>{{ title }}</h1>
+"""
+_TAIL = """<footer><h2>Reproduction</h2><dl>{% for key, value in footer %}<dt>{{ key }}</dt><dd>{{ value }}</dd>
+{% endfor %}</dl></footer>
+</body></html>
+"""
+
+
+class Beside(NamedTuple):
+    """One run's result in short, for another run's page.
+
+    Attributes:
+        title: what the run is.
+        image: its frontier, a PNG in base64.
+        slopes: name and value, as text, of each slope.
+        note: what the slopes are of.
+    """
+
+    title: str
+    image: str
+    slopes: list[tuple[str, str]]
+    note: str
+
+
+def render(template: str, *, folder: Path, style: str = "", **values: Any) -> str:
+    """A whole page from the template of its body, which has the macros `grid(head, rows)` and `figure(name, caption)`.
+
+    `values` has at least `title` and `images` (name -> base64 PNG); all text is escaped. `folder` is the run's, for
+    the footer.
+    """
+    source = _HEAD + style + _BODY + template + _TAIL
+    html = Environment(autoescape=True).from_string(source).render(footer=_footer(folder), **values)
+    # half of a pair of surrogates can be in a sample's row, and is no character
+    return html.encode("utf-8", "replace").decode("utf-8")
+
+
+def embed(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:
+    """Saves each figure (PNG and PDF) into the run's figures/, and returns the PNGs in base64 by name."""
+    images = {}
+    for name, figure in drawn.items():
+        images[name] = base64.b64encode(figures.save(figure, folder / "figures", name).read_bytes()).decode("ascii")
+    return images
+
+
+def number(value: Any) -> float:
+    """A metric as a float; a missing or null one is NaN."""
+    return float("nan") if value is None else float(value)
+
+
+def mean_se(values: Iterable[float]) -> tuple[float, float]:
+    """Mean and standard error, sd / sqrt(n) (NaN for fewer than two values, or where one is not finite)."""
+    values = np.asarray(values, float)
+    if not values.size or not np.isfinite(values).all():
+        return (float(np.mean(values)) if values.size else float("nan")), float("nan")
+    error = float(np.std(values, ddof=1) / np.sqrt(values.size)) if values.size > 1 else float("nan")
+    return float(np.mean(values)), error
+
+
+def show(mean: float, error: float, digits: int = 3) -> str:
+    """A mean with its standard error, as text."""
+    if not np.isfinite(mean):
+        return "not available"
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl; raises FileNotFoundError, ValueError or RunError, fit to print."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such run folder: {folder}")
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no metrics.jsonl in {folder}")
+    rows = files.read_rows(path)
+    if not rows:
+        raise ValueError(f"metrics.jsonl in {folder} is empty")
+    return rows
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object, {} where there is no file; ValueError names a file that is broken."""
+    return files.read_json(path, ValueError) if path.is_file() else {}
+
+
+def _footer(folder: Path) -> list[tuple[str, str]]:
+    """The reproduction entries, as the manifest has them."""
+
+    def text(value) -> str:
+        return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+    manifest = read_json(folder / "manifest.json")
+    found = [(key, manifest[key]) for key in ("command", "versions", "device", "seed", "git_commit") if key in manifest]
+    entries = [(key.replace("_", " "), text(value)) for key, value in found if value is not None]
+    return [*entries, ("report", f"python -m kd_jax.report {folder}")]

@@ -1,0 +1,500 @@
+import dataclasses
+import functools
+import itertools
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from kd_jax.lm import corpus, decode, evaluation, score, weights
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.decode import to_corpus
+from kd_jax.lm.evaluation import Entry, Settings
+from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.storage import errors
+
+EOS, PROMPT, VOCAB = 2, 3, 5
+SMALL = dataclasses.replace(model_lib.PRESETS["tiny"], vocab_size=VOCAB, max_position_embeddings=32)
+PAIRS = ("precision", "recall", "entropy", "kl_model_data", "kl_data_model")
+
+
+def random_model(seed, architecture=SMALL):
+    return model_lib.Model(architecture, model_lib.init(jax.random.key(seed), architecture), (EOS,))
+
+
+def unigram(probabilities):
+    """A model that gives each next token these probabilities, whatever went before; 0 may be one of them."""
+    architecture = dataclasses.replace(SMALL, vocab_size=len(probabilities), tie_word_embeddings=False)
+    width = architecture.hidden_size
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), model_lib.abstract(architecture))
+    with np.errstate(divide="ignore"):
+        logits = np.log(probabilities)
+    # the hidden state is all ones, but for the norm's epsilon; the sum of a row of these overflows to -inf
+    head = np.where(np.isneginf(logits), -3e38, logits * math.sqrt(1 + architecture.rms_norm_eps) / width)
+    params |= {"embedding": params["embedding"] + 1, "norm": params["norm"] + 1}
+    params["head"] = np.repeat(head[:, None], width, 1).astype(np.float32)
+    return model_lib.Model(architecture, jax.tree.map(jax.numpy.asarray, params), (EOS,))
+
+
+def settings(num_samples=40, **changes):
+    return Settings(num_samples=num_samples, batch_size=8, **changes)
+
+
+def drawn(model, folder, num_samples=40, max_length=6, seed=77, temperature=1.0, **changes):
+    """A corpus of the model's samples."""
+    found = evaluation.Found(model, weights.fingerprint(model.params))
+    about = evaluation.sampling_settings(
+        found, "m", [PROMPT], max_length, num_samples, seed, settings(sample_temperature=temperature)
+    )
+    return to_corpus.sample(model, folder, about | changes, command="test", label="test", batch_size=8)
+
+
+def written(folder, rows, max_length, **changes):
+    """A corpus of given ids, as (ids after the prompt, log-probability) pairs."""
+    n = len(rows)
+    tokens, log_probs = np.zeros((n, max_length), np.int32), np.zeros((n, max_length), np.float32)
+    for i, (ids, log_prob) in enumerate(rows):
+        tokens[i, : len(ids) + 1] = [PROMPT, *ids]
+        log_probs[i, 1] = log_prob
+    batch = decode.Samples(
+        index=np.arange(n), tokens=tokens, lengths=np.array([len(ids) + 1 for ids, _ in rows], np.int32),
+        prompt_lengths=np.ones(n, np.int32), finished=np.array([ids[-1] == EOS for ids, _ in rows]),
+        log_probs=log_probs, sample_log_probs=log_probs, utilisation=1.0, steps=1,
+    )  # fmt: skip
+    about = {
+        "source": "data", "model_fingerprint": None, "tokenizer_fingerprint": None, "dtype": "float32", "prompt": None,
+        "prompt_ids": [PROMPT], "eos_ids": [EOS], "sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 0,
+        "max_length": max_length, "num_samples": n, "shard_size": 16, **changes,
+    }  # fmt: skip
+    return corpus.write(corpus.create_or_resume(folder, about, command="test"), [batch])
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _logits(params, architecture, tokens):
+    return model_lib.logits(params, model_lib.forward(params, architecture, tokens))
+
+
+def log_prob(model, rows, temperature=1.0):
+    """Of the ids after the first of each row, their log-probability together: from the logits, by the definition."""
+    out = []
+    for ids in rows:
+        tokens = np.zeros((1, 12), np.int32)
+        tokens[0, : len(ids)] = ids
+        logits = np.asarray(_logits(model.params, model.architecture, tokens), np.float64)[0] / temperature
+        logits -= np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+        out.append(sum(logits[i - 1, ids[i]] for i in range(1, len(ids))))
+    return np.array(out)
+
+
+def enumerated(model, temperature=1.0):
+    return log_prob(model, [(PROMPT, *ids) for ids in SEQUENCES], temperature)
+
+
+# All sequences of at most two tokens after the prompt
+SEQUENCES = [(EOS,), *((a, b) for a, b in itertools.product(range(VOCAB), repeat=2) if a != EOS)]
+TOKENS = np.array([len(ids) for ids in SEQUENCES])
+
+
+def exact(name, values, probability, count):
+    """Both averages of values that are drawn with these probabilities, and their standard errors for `count` draws."""
+    mean, length = probability @ values, probability @ TOKENS
+    ratio = mean / length
+    return {
+        name: ratio, f"{name}_se": math.sqrt(probability @ (values - ratio * TOKENS) ** 2 / count) / length,
+        f"{name}_per_sequence": mean,
+        f"{name}_per_sequence_se": math.sqrt(probability @ (values - mean) ** 2 / count),
+    }  # fmt: skip
+
+
+def assert_near(got, expected, name):
+    for average in (name, f"{name}_per_sequence"):
+        error = expected[f"{average}_se"]
+        assert abs(got[average] - expected[average]) < 4 * error, average
+        assert got[f"{average}_se"] == pytest.approx(error, rel=0.15), average
+
+
+def test_estimates_are_the_sums_over_all_sequences(tmp_path):
+    p_star, other, count = random_model(0), random_model(1), 1500
+    validation = drawn(p_star, tmp_path / "data", count, max_length=3)
+    (row,) = evaluation.evaluate(p_star, {"other": Entry(other)}, validation, settings(count), tmp_path / "out")
+    p, q = enumerated(p_star), enumerated(other)
+    assert np.exp(p).sum() == pytest.approx(1) and np.exp(q).sum() == pytest.approx(1)
+    model, data = np.exp(q), np.exp(p)
+    for name, values, probability in (
+        ("precision", p, model), ("recall", q, data), ("entropy", -q, model), ("kl_model_data", q - p, model),
+        ("kl_data_model", p - q, data), ("data_log_prob", p, data),
+    ):  # fmt: skip
+        assert_near(row, exact(name, values, probability, count), name)
+    ends = np.array([ids[-1] == EOS for ids in SEQUENCES])
+    assert abs(row["finished"] - model @ ends) < 4 * row["finished_se"]
+    assert row["finished_se"] == pytest.approx(math.sqrt(model @ ends * (1 - model @ ends) / count), rel=0.15)
+    assert row["length_mean"] == pytest.approx(model @ TOKENS, abs=4 * row["length_sd"] / math.sqrt(count))
+    assert row["num_tokens"] == round(row["length_mean"] * count) and row["num_recall"] == count
+
+
+def test_samples_at_another_temperature_stand_for_that_distribution(tmp_path):
+    p_star, teacher, count = random_model(0), random_model(1), 1500
+    validation = drawn(p_star, tmp_path / "data", 50, max_length=3)
+    cool = drawn(teacher, tmp_path / "cool", count + 7, max_length=3, temperature=0.5)
+    # the model is not needed, and not loaded
+    entry = Entry(tmp_path / "nothing", "teacher", 0.5, samples=cool)
+    (row,) = evaluation.evaluate(p_star, {"teacher": entry}, validation, settings(count), tmp_path / "out")
+    p, q = enumerated(p_star), enumerated(teacher, 0.5)
+    for name, values in (("precision", p), ("entropy", -q), ("kl_model_data", q - p)):
+        assert_near(row, exact(name, values, np.exp(q), count), name)
+    assert {row[name] for name in ("recall", "recall_se", "kl_data_model", "recall_num_infinite")} == {None}
+    assert (row["num_samples"], row["tau"], row["sample_temperature"]) == (count, 0.5, 0.5)
+    assert not (tmp_path / "out/teacher/samples").exists()
+
+    # other samples of the same model are something else to evaluate
+    entry = entry._replace(samples=drawn(teacher, tmp_path / "again", count, max_length=3, seed=3, temperature=0.5))
+    (other,) = evaluation.evaluate(p_star, {"teacher": entry}, validation, settings(count), tmp_path / "out")
+    assert other["entropy"] != row["entropy"] and other["precision"] != row["precision"]
+
+
+def test_a_longer_model_against_numpy(tmp_path):
+    architecture = dataclasses.replace(model_lib.PRESETS["tiny"], vocab_size=23)
+    p_star, other = random_model(3, architecture), random_model(4, architecture)
+    validation = drawn(p_star, tmp_path / "data", 12, max_length=9)
+    entry = Entry(other, "distilled", 0.8, 5)
+    (row,) = evaluation.evaluate(p_star, {"tau-0.8/seed-5": entry}, validation, settings(10), tmp_path / "out")
+    samples = corpus.open(tmp_path / "out/tau-0.8/seed-5/samples")
+    for name, model, rows in (("precision", p_star, samples.rows()), ("recall", other, validation.rows())):
+        total = log_prob(model, rows.tokens)
+        count = sum(len(ids) - 1 for ids in rows.tokens)
+        assert row[name] == pytest.approx(total.sum() / count, abs=1e-5), name
+        assert row[f"{name}_per_sequence"] == pytest.approx(total.mean(), abs=1e-4), name
+    assert (row["arm"], row["tau"], row["seed"], row["kind"]) == ("distilled", 0.8, 5, "evaluation")
+    assert samples.manifest["settings"]["seed"] == 5 and samples.manifest["settings"]["prompt_ids"] == [PROMPT]
+
+
+def test_a_model_against_itself(tmp_path):
+    p_star = random_model(0)
+    validation = drawn(p_star, tmp_path / "data", 30)
+    (row,) = evaluation.evaluate(p_star, {"same": Entry(p_star)}, validation, settings(30), tmp_path / "out")
+    # what the sampler said of its samples is what the scorer says
+    assert row["precision_per_sequence"] == pytest.approx(-row["entropy_per_sequence"], abs=1e-4)
+    assert row["kl_model_data_per_sequence"] == pytest.approx(0, abs=1e-4)
+    assert row["recall"] == pytest.approx(row["data_log_prob"], abs=1e-5)
+
+
+def test_the_end_is_scored_where_it_came_and_the_prompt_is_not(tmp_path):
+    p_star, student = unigram([0.1, 0.1, 0.2, 0.3, 0.3]), unigram([0.05, 0.15, 0.5, 0.2, 0.1])
+    # two finished, one of them at once, and one cut
+    rows = [([4, EOS], -50.0), ([EOS], -60.0), ([0, 1, 3], -70.0)]
+    data = written(tmp_path / "data", rows, max_length=4)
+    (row,) = evaluation.evaluate(p_star, {"student": Entry(student)}, data, settings(20), tmp_path / "out")
+    sums = np.log([0.1 * 0.5, 0.5, 0.05 * 0.15 * 0.2])
+    assert row["recall"] == pytest.approx(sums.sum() / 6, abs=1e-5)
+    assert row["recall_per_sequence"] == pytest.approx(sums.mean(), abs=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "out/student/recall.npz")["log_prob"], sums, atol=1e-5)
+    # of data, p* says the log-probability and the corpus does not; and KL to what they are from is not known
+    assert row["data_log_prob"] == pytest.approx(np.log([0.3 * 0.2, 0.2, 0.1 * 0.1 * 0.3]).sum() / 6, abs=1e-5)
+    assert row["kl_data_model"] is None and row["kl_model_data"] is not None
+    assert (row["num_recall"], row["num_recall_tokens"]) == (3, 6)
+
+
+def test_probability_zero_is_counted_and_makes_no_nan(tmp_path):
+    p_star, student = unigram([0.1, 0.1, 0.2, 0.3, 0.3]), unigram([0.0, 0.2, 0.3, 0.3, 0.2])
+    validation = drawn(p_star, tmp_path / "data", 60)
+    never = sum(0 in ids for ids in validation.rows().tokens)
+    assert 0 < never < 60
+    models = {"student": Entry(student), "p_star": Entry(p_star)}
+    for _ in range(2):  # also from the files
+        row, own = evaluation.evaluate(p_star, models, validation, settings(30), tmp_path / "out")
+        assert row["recall_num_infinite"] == never and row["precision_num_infinite"] == 0
+        assert row["recall"] == row["recall_per_sequence"] == -math.inf and row["kl_data_model"] == math.inf
+        assert math.isnan(row["recall_se"])
+        assert math.isfinite(row["precision"]) and math.isfinite(row["kl_model_data"]) and math.isfinite(own["recall"])
+    # the other way round: samples that the reference says cannot be
+    validation = drawn(student, tmp_path / "narrow", 20)
+    (row,) = evaluation.evaluate(student, {"wide": Entry(p_star)}, validation, settings(60), tmp_path / "other")
+    assert row["precision_num_infinite"] > 0 and row["precision"] == -math.inf and row["kl_model_data"] == math.inf
+    assert math.isfinite(row["entropy"]) and math.isfinite(row["recall"])
+
+
+def test_weights_that_give_nan_stop_it(tmp_path):
+    p_star, broken = random_model(0), random_model(1)
+    validation = drawn(p_star, tmp_path / "data", 10)
+    samples = drawn(broken, tmp_path / "samples", 10)
+    params = {**broken.params, "norm": broken.params["norm"].at[0].set(np.nan)}
+    broken = broken._replace(params=params)
+    samples.manifest["settings"]["model_fingerprint"] = weights.fingerprint(params)
+    with pytest.raises(errors.RunError, match="broken: recall: the model gives NaN for row"):
+        evaluation.evaluate(
+            p_star, {"broken": Entry(broken, samples=samples)}, validation, settings(10), tmp_path / "out"
+        )
+    assert not (tmp_path / "out/broken/result.json").exists()
+
+
+# Interrupted, and asked again
+
+
+class Counted:
+    """Passes calls on, counts them, and raises instead of the one with a given number."""
+
+    def __init__(self, monkeypatch, module, name):
+        self.calls, self.killed_at, function = 0, None, getattr(module, name)
+
+        def call(*args, **options):
+            self.calls += 1
+            if self.calls - 1 == self.killed_at:
+                raise KeyboardInterrupt
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    # many small parts: shards of 16 samples, batches of a few rows, each saved at once
+    monkeypatch.setattr(evaluation, "_SHARD_ROWS", 16)
+    monkeypatch.setattr(evaluation, "_SHARD_BATCHES", 2)
+    monkeypatch.setattr(to_corpus, "_SAVE_SECONDS", 0.0)
+    return {name: Counted(monkeypatch, *where) for name, where in {
+        "sample": (decode, "stream"), "score": (score, "log_prob"), "result": (evaluation, "write_rows"),
+    }.items()}  # fmt: skip
+
+
+# 40 samples are 3 shards; 30 and 40 rows of at most 16 ids are 4 and 5 batches of 8
+@pytest.mark.parametrize(("where", "when"), [("sample", 1), ("score", 2), ("score", 6), ("result", 0)])
+def test_killed_and_continued_is_the_same_to_the_bit(counted, tmp_path, where, when):
+    p_star, other = random_model(0), random_model(1)
+    validation = drawn(p_star, tmp_path / "data", 30)
+    many = settings(40, batch_tokens=8 * 16)
+    models = {"other": Entry(other), "p_star": Entry(p_star, "model", None, 3)}
+    for counter in counted.values():
+        counter.calls = 0
+    whole = evaluation.evaluate(p_star, models, validation, many, tmp_path / "whole")
+    steps = {name: counter.calls for name, counter in counted.items()}
+    assert steps == {"sample": 6, "score": 18, "result": 2}
+
+    counted[where].calls, counted[where].killed_at = 0, when
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(p_star, models, validation, many, tmp_path / "killed")
+    before = {name: counter.calls - steps[name] for name, counter in counted.items() if name != where}
+    counted[where].killed_at = None
+    again = evaluation.evaluate(p_star, models, validation, many, tmp_path / "killed")
+    assert again == whole
+    # beside the part that was under way, nothing is done twice
+    assert counted[where].calls == steps[where] + 1
+    for name in before:
+        assert counted[name].calls == 2 * steps[name]
+    for name in models:
+        for file in ("precision.npz", "recall.npz"):
+            a, b = (np.load(tmp_path / run / name / file)["log_prob"] for run in ("whole", "killed"))
+            assert np.array_equal(a, b) and a.dtype == np.float64
+        a, b = (corpus.open(tmp_path / run / name / "samples").rows() for run in ("whole", "killed"))
+        assert np.array_equal(a.log_prob, b.log_prob) and np.array_equal(a.length, b.length)
+
+
+def test_only_what_has_changed_is_done_again(counted, tmp_path):
+    p_star, one, two = random_model(0), random_model(1), random_model(2)
+    validation = drawn(p_star, tmp_path / "data", 30)
+
+    def evaluated(models=None, p_star=p_star, validation=validation, **changes):
+        for counter in counted.values():
+            counter.calls = 0
+        models = models or {"one": Entry(one), "a/b": Entry(two, seed=1)}
+        return evaluation.evaluate(p_star, models, validation, settings(**changes), tmp_path / "out")
+
+    def work():
+        return counted["sample"].calls, counted["score"].calls, counted["result"].calls
+
+    first = evaluated()
+    assert work() == (6, 4, 2)
+    assert evaluated() == first and work() == (0, 0, 0)
+    # a label is not what the numbers are a function of
+    assert evaluated({"one": Entry(one, "direct")})[0] == {**first[0], "arm": "direct"} and work() == (0, 0, 0)
+    # fewer validation rows: the samples and what p* says of them stay
+    (fewer, _) = evaluated(num_recall=20)
+    assert work() == (0, 2, 2) and fewer["num_recall"] == 20 and fewer["precision"] == first[0]["precision"]
+    assert evaluated() == first
+    # other weights in one of the two places
+    (_, changed) = evaluated({"one": Entry(one), "a/b": Entry(random_model(9), seed=1)})
+    assert work() == (3, 2, 1) and changed["entropy"] != first[1]["entropy"]
+    evaluated()
+    # the samples' own seed
+    (other, _) = evaluated(seed=5)
+    assert work() == (6, 2, 2) and other["recall"] == first[0]["recall"] and other["entropy"] != first[0]["entropy"]
+    assert evaluated() == first
+    # more samples go on from those that are there, and are those that would have been drawn at once
+    more = evaluated(num_samples=50)
+    assert counted["sample"].calls == 4  # the 3rd shard is whole now, and there is a 4th; of two models
+    whole = evaluation.evaluate(
+        p_star, {"one": Entry(one), "a/b": Entry(two, seed=1)}, validation, settings(50), tmp_path / "at once"
+    )
+    assert more == whole
+    # another p*
+    other = drawn(two, tmp_path / "other", 30)
+    (row, same) = evaluated(p_star=two, validation=other)
+    assert row["precision"] != first[0]["precision"] and same["kl_model_data"] == pytest.approx(0, abs=1e-5)
+
+
+def test_models_of_one_seed_share_random_numbers_and_other_seeds_do_not(tmp_path):
+    p_star = random_model(0)
+    validation = drawn(p_star, tmp_path / "data", 10)
+    models = {f"{arm}/seed-{seed}": Entry(p_star, arm, None, seed) for arm in "ab" for seed in (0, 1)}
+    evaluation.evaluate(p_star, models, validation, settings(20, seed=4), tmp_path / "out")
+    ids = {name: corpus.open(tmp_path / "out" / name / "samples").rows().tokens for name in models}
+    same = {name: all(map(np.array_equal, ids["a/seed-0"], tokens)) for name, tokens in ids.items()}
+    assert same == {"a/seed-0": True, "a/seed-1": False, "b/seed-0": True, "b/seed-1": False}
+
+
+def test_a_source_is_loaded_once_for_the_check_and_once_for_the_work(tmp_path, monkeypatch):
+    p_star = random_model(0)
+    weights.save(random_model(1), tmp_path / "model")
+    validation = drawn(p_star, tmp_path / "data", 10)
+    (row,) = evaluation.evaluate(p_star, {"m": Entry(tmp_path / "model")}, validation, settings(10), tmp_path / "out")
+    (same,) = evaluation.evaluate(p_star, {"m": Entry(random_model(1))}, validation, settings(10), tmp_path / "other")
+    assert row == {**same, "source": str(tmp_path / "model")}
+    loads = iter([random_model(1), random_model(2)])
+    monkeypatch.setattr(weights, "load", lambda *_, **__: next(loads))
+    with pytest.raises(errors.RunError, match="weights of m .* have changed"):
+        evaluation.evaluate(p_star, {"m": Entry("moving")}, validation, settings(10), tmp_path / "third")
+
+
+# What is refused
+
+
+def tokenizer(*words):
+    ids = {word: i for i, word in enumerate(words)}
+    return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, unk_token=words[0])))
+
+
+LETTERS = tokenizer(*"abcde")
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    for module, name in ((decode, "stream"), (score, "log_prob")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work is done"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_ids": (2, 4)}, r"odd ends a sequence with ids \[2, 4\], p\* with \[2\]"),
+        ({"eos_ids": ()}, "odd ends a sequence"),
+        ({"tokenizer": tokenizer(*"abdce")}, "odd has another tokenizer"),
+        ({"tokenizer": tokenizer(*"abcd")}, "odd has 4 ids and p\\* 5"),
+        ({"architecture": dataclasses.replace(SMALL, max_position_embeddings=5)}, "odd has 5 positions, .* 6 ids"),
+    ],
+)
+def test_a_model_that_does_not_go_together_with_p_star(tmp_path, request, changes, message):
+    p_star = random_model(0)._replace(tokenizer=LETTERS)
+    validation = drawn(p_star, tmp_path / "data", 10)
+    request.getfixturevalue("no_work")
+    models = {"fine": Entry(p_star), "odd": Entry(random_model(1)._replace(**changes))}
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate(p_star, models, validation, settings(10), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/../b", "/a", "a//b", "a/samples", "a b", "a:b"])
+def test_a_name_that_cannot_be_a_folder(tmp_path, name):
+    p_star = random_model(0)
+    with pytest.raises(ValueError, match="cannot name a model"):
+        evaluation.check(p_star, {"a": Entry(p_star), name: Entry(p_star)}, 6, settings())
+
+
+def test_a_source_that_is_not_there_is_found_before_any_work(tmp_path, request):
+    p_star = random_model(0)
+    validation = drawn(p_star, tmp_path / "data", 10)
+    request.getfixturevalue("no_work")
+    models = {"fine": Entry(p_star), "gone": Entry(tmp_path / "gone")}
+    with pytest.raises(FileNotFoundError, match="gone"):
+        evaluation.evaluate(p_star, models, validation, settings(10), tmp_path / "out")
+    with pytest.raises(ValueError, match="num_samples=0"):
+        evaluation.evaluate(p_star, {"fine": Entry(p_star)}, validation, settings(0), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ({"model_fingerprint": "ab"}, "another model than p*"),
+        ({"sample_temperature": 0.8}, "sample_temperature 0.8"),
+        ({"top_p": 0.9}, "top_p 0.9"),
+        ({"tokenizer_fingerprint": "cd"}, "another tokenizer"),
+        ({"eos_ids": [4]}, r"end with ids \[4\]"),
+        ({"prompt_ids": []}, "no prompt"),
+    ],
+)
+def test_a_validation_corpus_that_is_not_of_p_star(tmp_path, about, message):
+    p_star = random_model(0)._replace(tokenizer=LETTERS)
+    validation = drawn(p_star, tmp_path / "data", 10)
+    validation.manifest["settings"] |= about
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate(p_star, {"m": Entry(p_star)}, validation, settings(10), tmp_path / "out")
+
+
+def test_corpora_that_are_too_short_or_of_something_else(tmp_path):
+    p_star, other = random_model(0), random_model(1)
+    validation = drawn(p_star, tmp_path / "data", 10)
+
+    def refused(message, samples=None, **changes):
+        with pytest.raises(ValueError, match=message):
+            evaluation.evaluate(
+                p_star, {"m": Entry(other, samples=samples)}, validation, settings(**changes), tmp_path / "out"
+            )
+
+    refused("has 10 rows, and 11 of them", num_recall=11)
+    refused("has 10 rows, and 0 of them", num_recall=0)
+    refused("m: .* has 10 rows, and 40 of them", samples=drawn(other, tmp_path / "few", 10))
+    refused("m: .* of another model", samples=drawn(p_star, tmp_path / "wrong"))
+    refused("max_length 5, the validation corpus 6", samples=drawn(other, tmp_path / "short", max_length=5))
+    refused(r"prompt_ids \[4\]", samples=drawn(other, tmp_path / "prompt", prompt_ids=[4]))
+    unfinished = drawn(other, tmp_path / "half")
+    unfinished.manifest["status"] = "running"
+    refused("m: .* not finished", samples=unfinished)
+    outside = written(tmp_path / "ids", [([7, EOS], -1.0)], max_length=6)
+    with pytest.raises(ValueError, match="id 7"):
+        evaluation.evaluate(p_star, {"m": Entry(other)}, outside, settings(10), tmp_path / "out")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    p_star = random_model(0)
+    validation = drawn(p_star, tmp_path / "data", 10)
+    home = tmp_path / "out/m"
+    evaluation.evaluate(p_star, {"m": Entry(p_star)}, validation, settings(10), tmp_path / "out")
+    result = json.loads((home / "result.json").read_text())
+    assert result["row"]["name"] == "m" and result["key"]["p_star"] == weights.fingerprint(p_star.params)
+    (home / "result.json").unlink()
+    (home / "recall.npz").write_bytes(b"PK")
+    with pytest.raises(errors.RunError, match="recall.npz is damaged"):
+        evaluation.evaluate(p_star, {"m": Entry(p_star)}, validation, settings(10), tmp_path / "out")
+
+
+def test_samples_in_a_folder_of_other_things_are_refused(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("x")
+    with pytest.raises(errors.RunError, match="thesis.txt"):
+        drawn(random_model(0), tmp_path / "mine")
+    assert (tmp_path / "mine/thesis.txt").exists()
+
+
+@pytest.mark.parity
+def test_transformers_says_the_same(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    architecture = dataclasses.replace(model_lib.PRESETS["tiny"], vocab_size=97)
+    models = {"p_star": random_model(5, architecture), "student": random_model(6, architecture)}
+    validation = drawn(models["p_star"], tmp_path / "data", 30, max_length=24)
+    (row,) = evaluation.evaluate(
+        models["p_star"], {"student": Entry(models["student"])}, validation, settings(30), tmp_path / "out"
+    )
+    samples = corpus.open(tmp_path / "out/student/samples").rows()
+    for name, by, rows in (("precision", "p_star", samples), ("recall", "student", validation.rows())):
+        weights.export(models[by], tmp_path / by)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / by, dtype=torch.float32)
+        sums = []
+        for ids in rows.tokens:
+            with torch.inference_mode():
+                logits = theirs(torch.tensor(ids.tolist())[None]).logits[0].double()
+            scored = torch.log_softmax(logits, -1)[range(len(ids) - 1), ids[1:].tolist()]
+            sums.append(float(scored.sum()))
+        assert row[name] == pytest.approx(sum(sums) / sum(len(ids) - 1 for ids in rows.tokens), abs=1e-3)
+        assert row[f"{name}_per_sequence"] == pytest.approx(np.mean(sums), abs=1e-3)

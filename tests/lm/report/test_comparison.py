@@ -1,0 +1,100 @@
+"""Arms by name on the page: in words, beside the direct student, and in the figures."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from kd_jax.lm.report import comparison, figures, loss_curves, summary
+from kd_jax.reporting import figures as shared
+
+ONLINE = {"policy": "online", "divergence": "forward_kl", "parameter": None, "loss_temperature": 1.0, "data": "p_star"}
+# precision and recall by seed
+VALUES = {
+    "direct": ([-7.9, -7.7, -7.8], [-7.2, -7.0, -7.1]), "online": ([-7.5, -7.2, -7.4], [-7.0, -6.7, -6.9]),
+    "other": ([-8.5, -8.2, -8.4], [-8.2, -8.0, -8.2]),
+}  # fmt: skip
+
+
+def rows_of(arms=VALUES, seeds=3):
+    return [
+        {"kind": "evaluation", "name": f"{arm}/seed-{seed}", "arm": arm, "tau": None, "seed": seed,
+         "precision": VALUES[arm][0][seed], "recall": VALUES[arm][1][seed], "teacher_entropy": 3.5 + len(arm)}
+        | ({} if arm == "direct" else {"distill": ONLINE})
+        for arm in arms for seed in range(seeds)
+    ]  # fmt: skip
+
+
+def test_differences_from_the_direct_student_are_paired():
+    lines = comparison.table(summary.summarise(rows_of()))
+    assert [line[0] for line in lines] == ["online", "other"]
+    for line in lines:
+        for shown, values, direct in zip(line[2:], VALUES[line[0]], VALUES["direct"], strict=True):
+            apart = np.subtract(values, direct)
+            assert shown == f"{apart.mean():.3f} ± {apart.std(ddof=1) / np.sqrt(3):.3f}"
+
+
+def test_headline_counts_who_clearly_differs():
+    groups = summary.summarise(rows_of())
+    assert comparison.headline(groups) == (
+        "Beside the direct student, of 2 arm(s) 1 have clearly higher precision and 1 lower; 1 have clearly higher "
+        "recall and 1 lower."
+    )
+    assert "it is not there" in comparison.headline(summary.summarise(rows_of(["online"])))
+
+
+def test_without_arms_by_name_there_is_no_table():
+    assert comparison.table(summary.summarise(rows_of(["direct"]))) == []
+
+
+@pytest.mark.parametrize("row, said", [
+    ({"tau": 0.8}, "the teacher's text at tau = 0.8"),
+    ({"distill": {"policy": "sequence", "sample_temperature": 1.0, "top_k": None, "top_p": 0.9}},
+     "the teacher's text at tau = 1, top-p = 0.9"),
+    ({"distill": ONLINE}, "forward kl; on p*'s text"),
+    ({"distill": {**ONLINE, "divergence": "jensen_shannon", "parameter": 0.9, "loss_temperature": 2.0,
+                  "teacher_temperature": 0.5, "hard_weight": 0.1}},
+     "jensen shannon (0.9), loss temperature 2, teacher temperature 0.5, cross-entropy's share 0.1; on p*'s text"),
+    ({"distill": {**ONLINE, "policy": "on_policy", "on_policy_fraction": 0.5}},
+     "forward kl; on the student's own text in 50% of updates, else p*'s text"),
+    ({"distill": {**ONLINE, "data": "mix", "sample_temperature": 0.8}}, "forward kl; on text of both at tau = 0.8"),
+    ({"distill": {**ONLINE, "policy": "offline", "record_top_k": 64, "tail": "bucket"}},
+     "forward kl, of the teacher's 64 likeliest tokens, recorded, tail: bucket; on p*'s text"),
+])  # fmt: skip
+def test_what_an_arm_learns_in_words(row, said):
+    assert comparison.learns(row) == said
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_figures_tell_arms_by_name_apart():
+    groups = summary.summarise(rows_of())
+    drawn = figures.frontier(groups)
+    assert {"online", "other", "direct (no teacher)"} <= set(legend(drawn)) and "other models" not in legend(drawn)
+    colours = {}
+    for collection in drawn.axes[0].collections:
+        if hasattr(collection, "get_sizes") and len(collection.get_offsets()) == 1:
+            colours[tuple(np.round(collection.get_offsets()[0], 6))] = to_hex(collection.get_facecolors()[0])
+    means = {
+        arm: tuple(np.round([np.mean(recall), np.mean(precision)], 6)) for arm, (precision, recall) in VALUES.items()
+    }
+    assert len({colours[mean] for mean in means.values()}) == 3 and colours[means["direct"]] == shared.DIRECT
+    # against the entropy alone: there are no students by tau
+    assert len(figures.curves(groups).axes) == 2 and figures.divergences(groups) is None
+
+
+def test_every_mark_of_an_arm_by_name_is_its_own():
+    assert len({figures.named(index) for index in range(24)}) == 24
+
+
+def test_losses_of_distributions_are_drawn_as_cross_entropies():
+    row = {"kind": "validation", "name": "online/seed-0", "arm": "online", "tau": None, "seed": 0}
+    losses = [
+        row | {"step": step, "loss": 0.5, "cross_entropy": 9.0 - step / 10, "chosen": step == 20} for step in (10, 20)
+    ]
+    own = row | {"kind": "training", "step": 10, "loss": 0.4, "cross_entropy": 2.0, "tokens": 100, "on_policy": True}
+    text = own | {"step": 20, "cross_entropy": 7.5, "tokens": 200, "on_policy": False}
+    axes = loss_curves.training([*losses, own, text]).axes[0]
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    np.testing.assert_allclose(sorted(values), [7.0, 7.5, 8.0])  # not those of the student's own text

@@ -1,0 +1,415 @@
+"""The language model's report: its numbers against numpy, what its lead says, and its page on partial and odd runs."""
+
+import html
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from kd_jax.lm.report import figures, loss_curves, summary
+from kd_jax.lm.report import page as report
+from kd_jax.reporting import page
+
+TAUS = (0.8, 0.875, 0.95, 1.0)
+# Precision and recall by tau, None being the direct student: all that is expected holds.
+HOLDS = {None: (-7.9, -7.2), 0.8: (-5.9, -8.1), 0.875: (-6.7, -7.9), 0.95: (-7.3, -7.7), 1.0: (-7.6, -7.5)}
+P_STAR = -3.56  # log-likelihood of p* on its own samples
+
+
+def evaluation(rng, arm, tau, seed, precision, recall, noise=0.02):
+    """One model's row: per token values with noise, the rest following from them."""
+    precision, entropy = precision + rng.normal(0, noise), 7.6 - (1.0 - (tau or 1.0)) * 9 + rng.normal(0, noise)
+    recall = None if recall is None else recall + rng.normal(0, noise)
+    length = 44.0 - 8 * (1.0 - (tau or 1.0)) + rng.normal(0, 0.3)
+    values = {"precision": precision, "recall": recall, "entropy": entropy, "kl_model_data": -entropy - precision}
+    values["kl_data_model"] = None if recall is None else P_STAR - recall
+    row = {"kind": "evaluation", "name": name(arm, tau, seed), "arm": arm, "tau": tau, "seed": seed, "source": "model"}
+    row |= {"num_samples": 1024, "num_tokens": 45000, "num_recall": 512, "num_recall_tokens": 22000}
+    for key, value in values.items():
+        row |= {key: value, f"{key}_se": None if value is None else 0.03}
+        row[f"{key}_per_sequence"] = None if value is None else value * length
+        row[f"{key}_per_sequence_se"] = None if value is None else 1.2
+    row |= {"finished": 0.4 + rng.normal(0, 0.01), "finished_se": 0.01, "length_mean": length, "length_sd": 9.0}
+    row |= {f"distinct_{n}": min(1.0, 0.15 * n**1.5 * (tau or 1.0)) for n in (1, 2, 3, 4)}
+    teacher_entropy = {"distilled": 7.4 - (1.0 - (tau or 1.0)) * 9, "direct": None}.get(arm)
+    return row | {"repetition_4": 0.02 / (tau or 1.0), "teacher_entropy": teacher_entropy, "teacher_entropy_se": 0.01}
+
+
+def name(arm, tau, seed):
+    if arm == "teacher":
+        return "teacher" if tau is None else f"teacher/tau-{tau:g}"
+    return f"direct/seed-{seed}" if arm == "direct" else f"tau-{tau:g}/seed-{seed}"
+
+
+def losses(rng, arm, tau, seed, final, steps=240):
+    """The training's and the validation's rows of one model, the last validation chosen."""
+    row = {"name": name(arm, tau, seed), "arm": arm, "tau": tau, "seed": seed}
+    rows = []
+    for step in range(10, steps + 1, 10):
+        loss = final + 3.2 * np.exp(-step / 40) + rng.normal(0, 0.03)
+        rows.append(
+            {"kind": "training", **row, "step": step, "tokens": step * 1500, "loss": loss, "learning_rate": 1e-3}
+        )
+    chosen = steps - 40
+    for step in range(0, steps + 1, 40):
+        loss = final + 0.1 + 3.2 * np.exp(-step / 40) + 0.02 * max(0, step - chosen) / 40 + rng.normal(0, 0.005)
+        rows.append({"kind": "validation", **row, "step": step, "loss": loss, "perplexity": float(np.exp(loss)),
+                     "chosen": step == chosen})  # fmt: skip
+    return rows
+
+
+def make_rows(seeds=3, taus=TAUS, values=HOLDS, teacher=True, noise=0.02):
+    """All rows of a run; `values` are precision and recall by tau, between which others are interpolated."""
+    rng = np.random.default_rng(0)
+    known = sorted(tau for tau in values if tau is not None)
+    rows = losses(rng, "teacher", None, None, 7.0) if teacher else []
+    for seed in range(seeds):
+        for tau in (None, *taus):
+            arm = "direct" if tau is None else "distilled"
+            pair = (
+                values[None] if tau is None else [np.interp(tau, known, [values[t][i] for t in known]) for i in (0, 1)]
+            )
+            rows += losses(rng, arm, tau, seed, -pair[1])
+            rows.append(evaluation(rng, arm, tau, seed, *pair, noise=noise))
+    if teacher:
+        rows += [evaluation(rng, "teacher", t, None, -7.5 + 9 * (1 - t), -7.1 if t == 1 else None) for t in taus]
+    for stage, seconds in (("corpus", 402.5), ("teacher", 610.0), ("students", 1800.25), ("evaluation", 300.0)):
+        rows.append({"kind": "stage", "name": stage, "seconds": seconds, "tokens": 100_000,
+                     "share_of_data_logging_checkpoints": 0.01 if stage != "evaluation" else None})  # fmt: skip
+    return rows
+
+
+def make_samples(seeds=2, taus=TAUS, count=3):
+    text = "The town of Aveiro lies on the coast.\nIts <b>canals</b> & boats are known.<|im_end|>"
+    return [
+        {"name": name(arm, tau, seed), "arm": arm, "tau": tau, "seed": seed, "index": index,
+         "text": f"{text} {arm} {tau} {seed} {index}", "finished": index != 1, "length": 48}
+        for seed in range(seeds) for arm, tau in [("distilled", t) for t in taus] + [("direct", None)]
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def make_run(folder, rows, samples=None, **manifest):
+    """A run folder holding the rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"experiment": "lm", "teacher": {"layers": 4}, "taus": [0.8, 1.0]}))
+    manifest = {"command": "python -m kd_jax.train <x>", "versions": {"jax": "0.0"}, "device": "cpu"} | manifest
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if samples is not None:
+        (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return folder
+
+
+def written(folder, rows, samples=None, **manifest):
+    """The page without its images, and its plain text."""
+    source = report.write(make_run(folder, rows, samples, **manifest)).read_text(encoding="utf-8")
+    source = re.sub(r"base64,[^\"]+", "base64,", source)
+    return source, " ".join(html.unescape(re.sub(r"<[^>]+>", " ", source)).split())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves the figures unsaved, which takes most of a page's time."""
+    monkeypatch.setattr(page, "embed", lambda drawn, folder: dict.fromkeys(drawn, ""))
+
+
+def of(rows, arm, tau, metric):
+    return [r[metric] for r in rows if r["kind"] == "evaluation" and r["arm"] == arm and r["tau"] == tau]
+
+
+def table_row(source, start):
+    """The cells of the first table row after the heading `start[0]` whose first cell is `start[1]`."""
+    heading, first = start
+    row = re.search(rf"<tr><td>{re.escape(first)}</td>(.*?)</tr>", source[source.index(f"<h2>{heading}</h2>") :])
+    return re.findall(r"<td>(.*?)</td>", row[1])
+
+
+def test_tables_are_numpy_over_seeds(tmp_path, undrawn):
+    rows = make_rows()
+    source, _ = written(tmp_path / "run", rows)
+    for arm, tau, first in (("distilled", 0.875, "tau = 0.875"), ("direct", None, "direct")):
+
+        def expected(metric, digits, arm=arm, tau=tau):
+            values = of(rows, arm, tau, metric)
+            return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / np.sqrt(len(values)):.{digits}f}"
+
+        likelihood = ("precision", "recall", "entropy", "kl_model_data", "kl_data_model")
+        cells = table_row(source, ("Per token", first))
+        assert cells[:6] == ["3", *(expected(metric, 3) for metric in likelihood)]
+        cells = table_row(source, ("Per sequence", first))
+        assert cells == ["3", *(expected(f"{metric}_per_sequence", 2) for metric in likelihood)]
+        cells = table_row(source, ("The text, and validation", first))
+        chosen = [r["perplexity"] for r in rows if r["kind"] == "validation" and r["chosen"] and r["arm"] == arm
+                  and r["tau"] == tau]  # fmt: skip
+        assert len(chosen) == 3
+        perplexity = f"{np.mean(chosen):.2f} ± {np.std(chosen, ddof=1) / np.sqrt(3):.2f}"
+        text = [("finished", 3), ("length_mean", 1), ("distinct_2", 4), ("repetition_4", 4)]
+        assert cells == ["3", *(expected(*column) for column in text), perplexity]
+
+
+def test_one_seed_has_errors_over_sequences_and_says_so(tmp_path, undrawn):
+    rows = make_rows(seeds=1, taus=(0.8, 1.0))
+    source, text = written(tmp_path / "run", rows)
+    assert "There is one seed: the errors are over its sequences" in text
+    (value,) = of(rows, "distilled", 0.8, "precision")
+    assert table_row(source, ("Per token", "tau = 0.8"))[:2] == ["1", f"{value:.3f} ± 0.030"]
+    (other,) = of(rows, "distilled", 1.0, "precision")
+    # two independent standard errors of 0.03
+    assert f"Precision falls by {value - other:.3f} ± 0.042 nats per token (1 seed, error over sequences)" in text
+    assert table_row(source, ("The text, and validation", "tau = 0.8"))[2].endswith(" ± 0.3")  # 9 / sqrt(1024)
+    assert "One teacher is behind all students" in text and "nan" not in text.lower()
+
+
+def paired(rows, one, other, metric):
+    """Mean and standard error of the difference over seeds, from the definition."""
+    apart = np.array(of(rows, *one, metric)) - np.array(of(rows, *other, metric))
+    return (
+        f"{abs(apart.mean()):.3f} ± {apart.std(ddof=1) / np.sqrt(apart.size):.3f} nats per token ({apart.size} seeds)"
+    )
+
+
+def test_lead_where_all_holds(tmp_path, undrawn):
+    rows = make_rows()
+    _, text = written(tmp_path / "run", rows)
+    low, high, direct = ("distilled", 0.8), ("distilled", 1.0), ("direct", None)
+    assert "The trade of precision for recall shows" in text and "at the far end of both" in text
+    assert f"Holds. Precision falls by {paired(rows, high, low, 'precision')} from tau = 0.8 to 1." in text
+    assert f"Holds. Recall rises by {paired(rows, high, low, 'recall')} from tau = 0.8 to 1." in text
+    recall, precision = (paired(rows, direct, high, metric) for metric in ("recall", "precision"))
+    assert f"Holds. The direct student has the highest recall, {recall} above tau = 1, the closest." in text
+    assert f"Holds. The direct student has the lowest precision, {precision} below tau = 1, the closest." in text
+    assert "Does not hold" not in text and "Not shown" not in text and "Not tested" not in text
+
+
+def test_lead_where_it_does_not_hold(tmp_path, undrawn):
+    # Precision rises, recall stands still, and one student beats the direct one in recall.
+    values = {None: (-7.0, -7.5), 0.8: (-7.9, -7.8), 0.875: (-7.5, -7.1), 0.95: (-7.4, -7.8), 1.0: (-7.3, -7.8)}
+    rows = make_rows(values=values, noise=0.05)
+    _, text = written(tmp_path / "run", rows)
+    low, high = ("distilled", 0.8), ("distilled", 1.0)
+    assert "does not show in this run" in text and "trade of precision for recall shows" not in text
+    amount = paired(rows, high, low, "precision")
+    assert f"Does not hold. Expected was that precision falls with tau; it rises by {amount}" in text
+    assert "Not shown. Expected was that recall rises with tau; from tau = 0.8 to 1 it changes by" in text
+    amount = paired(rows, ("direct", None), ("distilled", 0.875), "recall")
+    expected = "Expected was that the direct student has the highest recall; it is"
+    assert f"Does not hold. {expected} {amount} below tau = 0.875." in text
+    amount = paired(rows, ("direct", None), low, "precision")
+    expected = "Expected was that the direct student has the lowest precision; it is"
+    assert f"Does not hold. {expected} {amount} above tau = 0.8." in text
+
+
+def test_two_standard_errors_are_the_line():
+    def groups(steps):
+        rows = [
+            {"kind": "evaluation", "name": f"{tau}/{seed}", "arm": "distilled", "tau": tau, "seed": seed, "recall": y}
+            for seed, step in enumerate(steps) for tau, y in ((0.8, float(seed)), (1.0, seed + step))
+        ]  # fmt: skip
+        return summary.summarise(rows)
+
+    # The seeds differ by far more than tau does: only pairing shows it. Mean 1, standard error 0.45 and then 0.55.
+    for spread, verdict in ((0.9, "holds"), (1.1, "unclear")):
+        steps = (1 - spread, 1 + spread, 1.0, 1.0)
+        steps = tuple(1 + (step - 1) * 0.5 * np.sqrt(6) for step in steps)
+        error = np.std(steps, ddof=1) / 2
+        assert error == pytest.approx(spread / 2)
+        assert summary.findings(groups(steps))[1].verdict == verdict
+        assert summary.findings(groups([-step for step in steps]))[1].verdict == {"holds": "fails"}.get(
+            verdict, verdict
+        )
+
+
+def test_closest_student_that_leaves_doubt_decides_of_the_direct_one():
+    def row(arm, tau, seed, recall):
+        return {
+            "kind": "evaluation",
+            "name": f"{arm} {tau} {seed}",
+            "arm": arm,
+            "tau": tau,
+            "seed": seed,
+            "recall": recall,
+        }
+
+    # 0.1 and surely so above tau = 1; 0.5 above tau = 0.8, but by 0.5 ± 0.5
+    rows = [row("direct", None, s, -7.0) for s in (0, 1)] + [row("distilled", 1.0, s, -7.1) for s in (0, 1)]
+    rows += [row("distilled", 0.8, 0, -7.0), row("distilled", 0.8, 1, -8.0)]
+    found = summary.findings(summary.summarise(rows))[2]
+    assert found.verdict == "unclear" and "0.500 ± 0.500 nats per token (2 seeds) above tau = 0.8" in found.text
+    rows[-1]["recall"] = -np.inf
+    assert summary.findings(summary.summarise(rows))[2].verdict == "untested"
+    rows[2]["recall"] = rows[3]["recall"] = -6.9
+    assert summary.findings(summary.summarise(rows))[2].verdict == "fails"
+
+
+def test_chance_is_students_t():
+    # Closed forms of Student's t at 2: for one degree of freedom arctan, for two an algebraic one.
+    assert summary.chance(2) == pytest.approx(0.5 - np.arctan(2) / np.pi)
+    assert summary.chance(3) == pytest.approx(0.5 - 2 / (2 * np.sqrt(2 + 4)))
+    assert summary.chance(1) is None
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "validation", "training", "stage"])
+def test_missing_kind_is_said_and_the_rest_shown(tmp_path, undrawn, kind):
+    rows = [row for row in make_rows() if row["kind"] != kind]
+    source, text = written(tmp_path / "run", rows, make_samples())
+    assert "Not in this run yet" in text and report.KINDS[kind] in text
+    for other in report.KINDS:
+        assert (report.KINDS[other] in text) == (other == kind)
+    shown = {"evaluation": "<h2>Per token</h2>", "stage": "<h2>Where the time went</h2>"}
+    for other, heading in shown.items():
+        assert (heading in source) == (other != kind)
+    assert ("<h2>Precision–recall frontier</h2>" in source) == (kind != "evaluation")
+    assert "<h2>Training</h2>" in source
+
+
+def test_only_one_kind_is_enough(tmp_path):
+    for kind in report.KINDS:
+        rows = [row for row in make_rows(seeds=1) if row["kind"] == kind]
+        assert "Not in this run yet" in written(tmp_path / kind, rows)[1]
+
+
+def test_run_that_stopped_half_way_names_what_waits(tmp_path, undrawn):
+    rows = make_rows()
+    gone = [
+        r for r in rows if r["kind"] == "evaluation" and (r["arm"] == "direct" or (r["tau"], r["seed"]) == (1.0, 2))
+    ]
+    source, text = written(tmp_path / "run", [row for row in rows if row not in gone])
+    assert "evaluation of: direct/seed-0, direct/seed-1, direct/seed-2, tau-1/seed-2" in text
+    assert "the direct student's evaluation" in text and "Not tested." in text
+    assert "the direct student cannot be compared yet" in text
+    # of the seeds that both have
+    low, high = of(rows, "distilled", 0.8, "recall")[:2], of(rows, "distilled", 1.0, "recall")[:2]
+    assert f"Recall rises by {np.mean(np.subtract(high, low)):.3f} ± " in text and "(2 seeds)" in text
+    assert table_row(source, ("Per token", "tau = 1"))[0] == "3"  # three trained; of the values there are two
+    assert table_row(source, ("Per token", "tau = 1"))[1].endswith("(n = 2)")
+
+
+def test_finished_run_misses_nothing(tmp_path, undrawn):
+    # the teacher is trained under one name and evaluated under one for each tau
+    assert "Not in this run yet" not in written(tmp_path / "run", make_rows(), make_samples())[1]
+
+
+def test_infinite_and_null_values_are_counted_not_averaged_away(tmp_path, undrawn):
+    rows = make_rows()
+    own = [r for r in rows if r["kind"] == "evaluation" and r["tau"] == 0.8 and r["arm"] == "distilled"]
+    own[0]["recall"] = "-Infinity"
+    own[1]["entropy"] = None
+    source, text = written(tmp_path / "run", rows)
+    cells = table_row(source, ("Per token", "tau = 0.8"))
+    assert cells[2] == "-inf (1 of 3 seeds)"
+    two = [row["entropy"] for row in own if row["entropy"] is not None]
+    assert cells[3] == f"{np.mean(two):.3f} ± {np.std(two, ddof=1) / np.sqrt(2):.3f} (n = 2)"
+    assert "Not tested. Whether recall rises with tau: a value is not finite" in text
+    assert "Not drawn, for want of a finite value: tau = 0.8 (recall)" in text
+
+
+@pytest.mark.parametrize("taus, seeds", [((1.0,), 3), ((0.9,), 1), (tuple(np.linspace(0.5, 1.2, 20).round(3)), 2)])
+def test_one_tau_and_twenty(tmp_path, taus, seeds):
+    source, text = written(tmp_path / "run", make_rows(seeds=seeds, taus=taus), make_samples(1, taus, 1))
+    rows = source.split("<h2>Per token</h2>")[1].split("</tbody>")[0].count("<tr><td>")
+    assert rows == 2 * len(taus) + 1  # the direct student, students and the teacher's samples
+    assert ("there are not two values of tau" in text) == (len(taus) == 1)
+
+
+def test_samples_side_by_side_are_escaped_and_marked(tmp_path, undrawn):
+    samples = make_samples()
+    samples += [{"name": "p*", "arm": "p_star", "tau": None, "seed": None, "index": 0, "text": "p", "finished": True}]
+    samples[0]["text"] = '<script>alert("x")</script> a\x00b \ud800 </s> http://example.org'
+    source, text = written(tmp_path / "run", make_rows(), samples)
+    assert "<script" not in source and "&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt; a␀b ? " in source
+    assert '<span class="special">&lt;/s&gt;</span>' in source
+    assert '<span class="special">&lt;|im_end|&gt;</span>' in source and "<b>" not in source
+    head = re.search(r'samples"><table>\s*<thead><tr>(.*?)</tr>', source)[1]
+    names = ["direct", *(f"tau = {tau:g}" for tau in TAUS)]
+    assert re.findall(r"<th>(.*?)</th>", head) == ["index", "p*", *(f"{name} (seed 0)" for name in names)]
+    body = source.split('samples"><table>')[1].split("</table>")[0].split("<tr>")[2:]
+    assert len(body) == 3
+    for index, row in enumerate(body):
+        cells = row.split("<td>")[3:]
+        assert len(cells) == 5 and all(f" 0 {index}" in cell for cell in cells[:1] + cells[2:])
+        assert row.count("[cut at 48 tokens]") == (5 if index == 1 else 0)
+    assert " 1 0<" not in source  # the second seed's are not shown
+
+
+class Links(HTMLParser):
+    """Collects what a page would load or link."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.found = set(), []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.found += [value for key, value in attrs if key in ("src", "href", "srcset", "data", "action", "poster")]
+
+
+def test_page_is_whole_and_offline(tmp_path):
+    stages = [{"name": "corpus", "folder": "stages/corpus-0", "seconds": 1.0}]
+    path = report.write(
+        make_run(tmp_path / "run", make_rows(), make_samples(), stages=stages, seconds={"total": 3600.0},
+                 config_differences={"taus": [[0.8, 1.0], [0.8]], "note": ["<a>", "b"]})
+    )  # fmt: skip
+    source = path.read_text(encoding="utf-8")
+    links = Links()
+    links.feed(source)
+    assert len(links.found) == 4 and all(link.startswith("data:image/png;base64,") for link in links.found)
+    assert not links.tags & {"script", "link", "iframe", "object", "embed", "base"}
+    assert "@import" not in source and "url(" not in source
+    for figure in ("frontier", "curves", "divergences", "training"):
+        assert (path.parent / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert (path.parent / "figures" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+    assert "<td>taus</td><td>[0.8, 1.0]</td><td>[0.8]</td>" in source and "<td>&lt;a&gt;</td><td>b</td>" in source
+    assert "<td>teacher.layers</td><td>4</td>" in source and "kd_jax.train &lt;x&gt;" in source
+    # the four stages' shares of 3112.75 s, and what their training spends on data, logging and checkpoints
+    assert "<td>students</td><td>1,800.2</td><td>57.8%</td><td>100,000</td><td>56</td><td>1.0%</td>" in source
+    assert "take 1.0% of the stages" in source and "total 3,600.0 s" in source
+    assert sorted(p.name for p in path.parent.glob("*report*")) == ["report.html"]
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"arm": None}, "no arm"),
+        ({"precision": "high"}, "precision is 'high', not a number"),
+        ({"tau": True}, "tau is True, not a finite number"),
+    ],
+)
+def test_broken_row_is_named(tmp_path, change, said):
+    rows = [row for row in make_rows(seeds=1) if row["kind"] == "evaluation"]
+    rows[1] |= change
+    with pytest.raises(ValueError, match=f"metrics.jsonl, row 2: {re.escape(said)}"):
+        report.write(make_run(tmp_path / "run", rows))
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_model_evaluated_twice_is_refused(tmp_path):
+    rows = [row for row in make_rows(seeds=1) if row["kind"] == "evaluation"]
+    with pytest.raises(ValueError, match="direct/seed-0 is evaluated twice"):
+        report.write(make_run(tmp_path / "run", [*rows, rows[0]]))
+
+
+def test_broken_sample_is_named(tmp_path):
+    samples = make_samples()
+    del samples[3]["text"]
+    with pytest.raises(ValueError, match="samples.jsonl, row 4: no text"):
+        report.write(make_run(tmp_path / "run", make_rows(seeds=1), samples))
+
+
+def test_figures_hold_the_numbers():
+    rows = make_rows()
+    groups = summary.summarise(rows)
+    axes = figures.frontier(groups).axes[0]
+    means = [[np.mean(of(rows, "distilled", tau, m)) for m in ("recall", "precision")] for tau in TAUS]
+    drawn = [np.asarray(c.get_offsets()) for c in axes.collections if hasattr(c, "get_offsets")]
+    assert any(points.shape == (4, 2) and np.allclose(points, means) for points in drawn)
+    direct = [[np.mean(of(rows, "direct", None, m)) for m in ("recall", "precision")]]
+    assert any(points.shape == (1, 2) and np.allclose(points, direct) for points in drawn)
+    # Each chosen checkpoint on its validation loss, over the tokens it had been trained on: 200 steps of 1500.
+    panels = loss_curves.training(rows).axes[:2]
+    markers = np.concatenate([np.asarray(c.get_offsets()) for ax in panels for c in ax.collections])
+    chosen = sorted(r["loss"] for r in rows if r["kind"] == "validation" and r["chosen"])
+    assert sorted(y for x, y in markers if x == pytest.approx(0.3)) == pytest.approx(chosen)
+    assert panels[0].get_xlabel() == "tokens trained on (millions)"

@@ -1,0 +1,216 @@
+"""The training loop on corpora on disk: what it learns, what it leaves, and that it goes on where it was."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import training, weights
+from kd_jax.lm.model import PRESETS, Compute, Model
+from kd_jax.lm.training import Member, Settings
+from kd_jax.storage.files import read_rows
+
+TINY = PRESETS["tiny"]
+COMPUTE = Compute()
+
+
+def make_corpus(folder, rows: int = 40, seed: int = 0):
+    """Rows of counting up by 3 from a random start, of random lengths: easily learnt."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(4, 17, rows)
+    tokens = np.zeros((rows, 16), np.int32)
+    for i, length in enumerate(lengths):
+        tokens[i, :length] = rng.integers(3, 100) + 3 * np.arange(length)
+        tokens[i, 0], tokens[i, length - 1] = 1, 2  # the prompt, the end
+    settings = {
+        "source": "test", "model_fingerprint": "0", "tokenizer_fingerprint": None, "dtype": "float32", "prompt": None,
+        "prompt_ids": [1], "eos_ids": [2], "sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": seed,
+        "max_length": 16, "num_samples": rows, "shard_size": 16,
+    }  # fmt: skip
+    zeros = np.zeros((rows, 16), np.float32)
+    batch = SimpleNamespace(
+        index=np.arange(rows), tokens=tokens, lengths=lengths.astype(np.int32),
+        prompt_lengths=np.ones(rows, np.int32), finished=np.ones(rows, bool), log_probs=zeros, sample_log_probs=zeros,
+        utilisation=1.0, steps=1,
+    )  # fmt: skip
+    held = corpus_lib.create_or_resume(folder, settings, command="test")
+    return corpus_lib.write(held, [batch])
+
+
+def settings(**changes):
+    return Settings(**{
+        "epochs": 3, "batch_size": 8, "num_validation": 8, "learning_rate": 3e-3, "validations": 4, "log_every": 1,
+        "keep_checkpoints": True, **changes,
+    })  # fmt: skip
+
+
+def model():
+    return Model(TINY, None, eos_ids=(2,))
+
+
+def train(folder, corpus, *, seed=5, changes=None, **options):
+    members = [Member(corpus, seed, folder)]
+    return training.train(settings(**(changes or {})), model(), members, compute=COMPUTE, **options)[0]
+
+
+class StopAt:
+    """Asked to stop once a number of updates is logged."""
+
+    def __init__(self, folder, update):
+        self._path, self._update = folder / "metrics.jsonl", update
+
+    @property
+    def asked(self):
+        return any(row["step"] >= self._update for row in read_rows(self._path))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return make_corpus(tmp_path_factory.mktemp("corpus") / "c")
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "t"
+    return folder, train(folder, corpus)
+
+
+def numbers(folder):
+    timed = ("tokens_per_second", "share_of_ceiling")
+    return [{k: v for k, v in row.items() if k not in timed} for row in read_rows(folder / "metrics.jsonl")]
+
+
+def test_learns_and_leaves_the_best_model(straight):
+    folder, result = straight
+    losses = {row["step"]: row["loss"] for row in numbers(folder) if row["kind"] == "validation"}
+    assert list(losses) == [3, 6, 9, 12]  # 32 rows in batches of 8, three times; four validations
+    assert losses[12] < losses[3] - 0.1
+    best = min(losses, key=losses.get)
+    assert (result["chosen"], result["validation_loss"]) == (best, losses[best])
+    loaded = weights.load(folder / "model")
+    assert weights.fingerprint(loaded.params) == result["fingerprint"]
+    assert json.loads((folder / "training.json").read_text())["rule"] == training.RULE
+
+
+def test_a_checkpoint_is_a_model(straight):
+    folder, _ = straight
+    last = weights.load(folder / "checkpoints" / "12")
+    assert last.architecture == TINY and last.eos_ids == (2,)
+    assert jax.tree.structure(last.params) == jax.tree.structure(weights.load(folder / "model").params)
+
+
+@pytest.mark.parametrize("stop_at, changes", [(2, {}), (7, {}), (5, {"save_every": 2})])
+def test_interrupted_it_ends_with_the_same_numbers(straight, corpus, tmp_path, stop_at, changes):
+    straight_folder, result = straight
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "t", corpus, stop=StopAt(tmp_path / "t", stop_at), changes=changes)
+    assert not (tmp_path / "t" / "model").exists()
+    again = train(tmp_path / "t", corpus, changes=changes)
+    assert again["fingerprint"] == result["fingerprint"]
+    assert numbers(tmp_path / "t") == numbers(straight_folder)
+    kept = straight_folder / "checkpoints" / "12", tmp_path / "t" / "checkpoints" / "12"
+    a, b = (weights.fingerprint(weights.load(path).params) for path in kept)
+    assert a == b
+
+
+def test_what_is_finished_does_nothing_more(straight, corpus):
+    folder, result = straight
+    before = (folder / "metrics.jsonl").read_text()
+    again = train(folder, corpus)
+    assert again["fingerprint"] == result["fingerprint"]
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_another_seed_is_another_model_and_no_continuation(straight, corpus, tmp_path):
+    folder, result = straight
+    with pytest.raises(Exception, match="another training"):
+        train(folder, corpus, seed=6)
+    other = train(tmp_path / "t", corpus, seed=6, changes={"epochs": 1})
+    assert other["fingerprint"] != result["fingerprint"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_batch(corpus, tmp_path):
+    with pytest.raises(FloatingPointError, match="batch is in") as error:
+        train(tmp_path / "t", corpus, changes={"learning_rate": 1e30, "clip": 0.0, "warmup": 0.0})
+    path = str(error.value).split("batch is in ")[1]
+    with np.load(path) as batch:
+        assert batch["tokens"].shape[0] == 1 and len(batch["rows"]) == 8
+    assert not (tmp_path / "t" / "model").exists()
+
+
+def test_checkpoints_go_when_they_are_not_wanted(corpus, tmp_path):
+    train(tmp_path / "t", corpus, changes={"epochs": 1, "keep_checkpoints": False})
+    assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["metrics.jsonl", "model", "training.json"]
+
+
+def test_tensorboard_files(corpus, tmp_path):
+    pytest.importorskip("tensorboardX")
+    train(tmp_path / "t", corpus, changes={"epochs": 1, "trackers": ("tensorboard",)})
+    assert any((tmp_path / "t" / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"epochs": 0}, "config.train.epochs=0"),
+    ({"learning_rate": 0.0}, "config.train.learning_rate"),
+    ({"warmup": 0.6, "decay": 0.6}, "more than 1 together"),
+    ({"trackers": ("mlflow",)}, "'mlflow' is not one of"),
+])  # fmt: skip
+def test_settings_faults(change, message):
+    with pytest.raises(ValueError, match=message):
+        settings(**change)
+
+
+def test_corpus_too_small_for_its_validation(corpus, tmp_path):
+    with pytest.raises(ValueError, match="40 rows"):
+        train(tmp_path / "t", corpus, changes={"num_validation": 40})
+
+
+@pytest.fixture(scope="module")
+def pair(corpus, tmp_path_factory):
+    """Two members on two corpora, and each of them alone."""
+    other = make_corpus(tmp_path_factory.mktemp("other") / "c", seed=1)
+    root = tmp_path_factory.mktemp("pair")
+    members = [(corpus, 5), (other, 6)]
+    alone = [train(root / f"alone-{seed}", held, seed=seed, changes=PACKED) for held, seed in members]
+    return root, members, alone
+
+
+PACKED = {"row_length": 32}
+
+
+def together(root, members, **options):
+    chosen = [Member(held, seed, root / f"seed-{seed}", f"seed-{seed}") for held, seed in members]
+    return training.train(settings(**PACKED), model(), chosen, compute=COMPUTE, **options)
+
+
+def test_together_each_has_the_numbers_it_has_alone(pair):
+    root, members, alone = pair
+    found = together(root / "together", members)
+    for (_, seed), result, wanted in zip(members, found, alone, strict=True):
+        folders = root / f"alone-{seed}", root / "together" / f"seed-{seed}"
+        a, b = ([row["loss"] for row in numbers(folder)] for folder in folders)
+        np.testing.assert_allclose(b, a, rtol=1e-4)
+        assert result["chosen"] == wanted["chosen"]
+        weights.load(folders[1] / "checkpoints" / "12")
+
+
+@pytest.mark.slow
+def test_together_interrupted_it_ends_with_the_same_numbers(pair):
+    root, members, _ = pair
+    straight = together(root / "straight", members)
+    with pytest.raises(KeyboardInterrupt):
+        together(root / "cut", members, stop=StopAt(root / "cut" / "seed-5", 5))
+    # as if the kill had come before the last checkpoint of one of them was whole
+    shutil.rmtree(root / "cut" / "seed-6" / "checkpoints" / str(last_step(root / "cut" / "seed-6")))
+    again = together(root / "cut", members)
+    assert [result["fingerprint"] for result in again] == [result["fingerprint"] for result in straight]
+    for _, seed in members:
+        assert numbers(root / "cut" / f"seed-{seed}") == numbers(root / "straight" / f"seed-{seed}")
+
+
+def last_step(folder):
+    return max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())

@@ -1,0 +1,220 @@
+import json
+import warnings
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from kd_jax.lm import weights
+from kd_jax.lm.model import Architecture
+from tests.lm.weights.checkpoints import (
+    TINY,
+    assert_params,
+    gguf_tensors,
+    tensors_of,
+    write_folder,
+    write_gguf,
+    write_shards,
+    write_tokenizer,
+)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("asked", [jnp.float32, jnp.bfloat16])
+def test_every_tensor_lands_in_its_place(tmp_path, stored, asked):
+    tensors = tensors_of(TINY, stored)
+    model = weights.load(str(write_folder(tmp_path / "m", tensors)), dtype=asked)
+    assert model.architecture == TINY
+    assert (model.eos_ids, model.bos_id, model.pad_id, model.tokenizer) == ((2,), 1, 2, None)
+    assert_params(model.params, tensors, asked)
+
+
+def test_bfloat16_bits(tmp_path):
+    tensors = tensors_of(TINY, ml_dtypes.bfloat16)
+    tensors["model.norm.weight"] = np.tile(np.array([0x3F80, 0xC048], np.uint16), 24).view(ml_dtypes.bfloat16)
+    write_folder(tmp_path, tensors)
+    assert np.asarray(weights.load(tmp_path).params["norm"])[:2].tolist() == [1.0, -3.125]
+    kept = weights.load(tmp_path, dtype=jnp.bfloat16).params["norm"]
+    assert np.asarray(kept).view(np.uint16)[:2].tolist() == [0x3F80, 0xC048]
+    with pytest.raises(ValueError, match="floating"):
+        weights.load(tmp_path, dtype=jnp.int8)
+
+
+def test_tied_and_untied_heads(tmp_path):
+    tensors = tensors_of(TINY)
+    equal = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+    other = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+    last = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+    last["lm_head.weight"][-1, -1] += 1
+    for tied in (tensors, equal):
+        model = weights.load(write_folder(tmp_path, tied))
+        assert model.architecture.tie_word_embeddings
+        assert_params(model.params, tensors)
+    for differing in (other, last):
+        with pytest.raises(ValueError, match=r"true.*lm_head\.weight differs from model\.embed_tokens\.weight"):
+            weights.load(write_folder(tmp_path, differing))
+    with pytest.raises(ValueError, match=r"is False, but there is no lm_head\.weight"):
+        weights.load(write_folder(tmp_path, tensors, tie_word_embeddings=False))
+    untied = weights.load(write_folder(tmp_path, other, tie_word_embeddings=False))
+    assert not untied.architecture.tie_word_embeddings
+    assert_params(untied.params, other)
+    with pytest.warns(UserWarning, match="lacks tie_word_embeddings; False"):
+        assert_params(weights.load(write_folder(tmp_path, other, tie_word_embeddings=...)).params, other)
+    with pytest.raises(ValueError, match="absent, which means false"), pytest.warns(UserWarning):
+        weights.load(write_folder(tmp_path, tensors, tie_word_embeddings=...))
+
+
+def test_vocabulary_larger_than_what_is_read_at_once(tmp_path):
+    large = Architecture(10007, 8, 8, 1, 1, 1, 8, 10000.0)
+    tensors = tensors_of(large)
+    assert_params(weights.load(write_folder(tmp_path / "hf", tensors, large)).params, tensors)
+    path = write_gguf(tmp_path / "m.gguf", gguf_tensors(tensors, large), large)
+    assert_params(weights.load(path).params, tensors)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["lm_head.weight"][-1, -1] += 1
+    with pytest.raises(ValueError, match="differs from"):
+        weights.load(write_folder(tmp_path / "hf", tensors, large))
+
+
+def test_rope_theta_is_found_where_it_is(tmp_path):
+    def theta(**changes):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return weights.load(write_folder(tmp_path, **changes)).architecture.rope_theta
+
+    nested = {"rope_theta": 100000.0, "rope_type": "default"}
+    assert theta(rope_theta=100000) == 100000.0
+    assert theta(rope_theta=..., rope_parameters=nested) == 100000.0
+    assert theta(rope_theta=100000, rope_parameters=nested, rope_scaling=None) == 100000.0
+    with pytest.warns(UserWarning, match="no rope_theta.*10000"):
+        assert weights.load(write_folder(tmp_path, rope_theta=...)).architecture.rope_theta == 10000.0
+    with pytest.raises(ValueError, match="rope_theta=10000.0, rope_parameters.rope_theta=100000.0"):
+        theta(rope_parameters=nested)
+    for changes in (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))}.*not supported"):
+            theta(**changes)
+
+
+def test_what_a_config_may_leave_out(tmp_path):
+    square = Architecture(**{**vars(TINY), "head_dim": 12, "num_key_value_heads": 4})
+    tensors = tensors_of(square)
+    folder = write_folder(tmp_path, tensors, square, head_dim=..., num_key_value_heads=..., hidden_act=...)
+    model = weights.load(folder)
+    assert model.architecture == square
+    with pytest.warns(UserWarning) as said:
+        model = weights.load(write_folder(tmp_path, rms_norm_eps=..., max_position_embeddings=...))
+    # transformers' LlamaConfig() has these
+    assert (model.architecture.rms_norm_eps, model.architecture.max_position_embeddings) == (1e-6, 2048)
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mistral"}, "model_type is 'mistral'"),
+        ({"model_type": ...}, "model_type is None"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"mlp_bias": True}, "mlp_bias=True"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"vocab_size": ...}, "lacks vocab_size"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers='3' has to be a whole number"),
+        ({"rms_norm_eps": True}, "rms_norm_eps=True"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4'"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"head_dim": ..., "num_attention_heads": 5}, "lacks head_dim"),
+        ({"eos_token_id": 320}, r"eos_token_id=\[320\] is not among the ids 0 to 319"),
+        ({"bos_token_id": "1"}, "bos_token_id"),
+        ({"num_hidden_layers": 4}, r"lacks model\.layers\.3\.input_layernorm\.weight"),
+        ({"num_hidden_layers": 2}, r"no place for: model\.layers\.2\."),
+        ({"intermediate_size": 81}, r"model\.layers\.0\.mlp\.down_proj\.weight .*\(48, 80\); .* \(48, 81\)"),
+    ],
+)
+def test_config_that_does_not_fit_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        weights.load(write_folder(tmp_path, **changes))
+
+
+def test_special_ids(tmp_path):
+    def ids(generation=None, **changes):
+        write_folder(tmp_path, **changes)
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation or {}))
+        model = weights.load(tmp_path)
+        return model.eos_ids, model.bos_id, model.pad_id
+
+    assert ids({"eos_token_id": [0, 5], "bos_token_id": 0}) == ((0, 5), 0, 2)
+    assert ids({}, eos_token_id=0, bos_token_id=0, pad_token_id=0) == ((0,), 0, 0)
+    assert ids({"eos_token_id": 0}, pad_token_id=-1) == ((0,), 1, None)
+    assert ids({"eos_token_id": None}, eos_token_id=[3, 4]) == ((3, 4), 1, 2)
+    assert ids(eos_token_id=..., bos_token_id=None, pad_token_id=...) == ((), None, None)
+
+
+def test_shards(tmp_path):
+    tensors = tensors_of(TINY)
+    (first, second), where = write_shards(tmp_path, tensors)
+    # not part of it: an index says what is
+    save_file({"model.norm.weight": np.zeros(48, np.float32)}, tmp_path / "model.safetensors")
+    assert_params(weights.load(tmp_path).params, tensors)
+    index = tmp_path / "model.safetensors.index.json"
+
+    half = {name: file for name, file in where.items() if "mlp" not in name}
+    index.write_text(json.dumps({"weight_map": half}))
+    with pytest.raises(ValueError, match=r"lacks model\.layers\.0\.mlp\.\w+\.weight, .* and 1 more"):
+        weights.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": {**where, "model.norm.weight": first}}))
+    with pytest.raises(ValueError, match=rf"{first} lacks model\.norm\.weight"):
+        weights.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": {**where, "model.norm.weight": "../other.safetensors"}}))
+    with pytest.raises(ValueError, match="not a file of this folder"):
+        weights.load(tmp_path)
+    index.write_text(json.dumps({"weight_map": where}))
+    whole = (tmp_path / second).read_bytes()
+    (tmp_path / second).write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match=rf"{second} \({len(whole) - 100} bytes\) is cut short or damaged"):
+        weights.load(tmp_path)
+    (tmp_path / second).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{second} is missing; model.safetensors.index.json names it"):
+        weights.load(tmp_path)
+
+
+def test_damaged_and_unfit_safetensors(tmp_path):
+    tensors = tensors_of(TINY)
+    path = write_folder(tmp_path, tensors) / "model.safetensors"
+    whole = path.read_bytes()
+    # empty; half a header length; a header length of 2^60, which must not be allocated; one beyond the file
+    for damaged in (b"", whole[:4], (2**60).to_bytes(8, "little") + whole[8:], (10**7).to_bytes(8, "little") + b"{}"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors \(\d+ bytes\) is cut short or damaged"):
+            weights.load(tmp_path)
+    header = json.dumps({"model.norm.weight": {"dtype": "Q7", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=r"model\.safetensors.*Q7"):
+        weights.load(tmp_path)
+    for name, array, message in (
+        ("model.norm.weight", np.ones(48, np.int32), r"model\.norm\.weight is stored as I32"),
+        ("model.norm.weight", np.ones(49, np.float32), r"model\.norm\.weight has shape \(49,\).*\(48,\)"),
+        ("model.layers.0.self_attn.q_proj.bias", np.ones(64, np.float32), r"no place for: .*q_proj\.bias"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weights.load(write_folder(tmp_path, {**tensors, name: array}))
+    table = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    assert_params(weights.load(write_folder(tmp_path, {**tensors, **table})).params, tensors)
+
+
+def test_tokenizer_comes_along(tmp_path):
+    write_tokenizer(write_folder(tmp_path), 300)
+    model = weights.load(tmp_path)
+    assert model.tokenizer.vocab_size == model.num_tokens == 300
+    write_tokenizer(tmp_path, 321)
+    with pytest.raises(ValueError, match="321 ids, but the model only 320"):
+        weights.load(tmp_path)
