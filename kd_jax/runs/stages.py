@@ -1,0 +1,129 @@
+"""A run made of stages, each in a folder of its own that is named by what the stage is a function of.
+
+    WORKDIR/stages/NAME-KEY/stage.json    what it depends on, whether it is finished, how long it took
+
+The key is a digest of the stage's settings and of the keys of its inputs. So a stage that is done is not done again, a
+changed setting makes new folders for exactly what depends on it, and changing it back finds the old ones.
+
+Of several processes all run each stage, and process 0 writes what is said of it here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kd_jax.parallel import distributed
+from kd_jax.storage.errors import RunError, again
+from kd_jax.storage.files import read_json, write_json
+
+
+class Stage(NamedTuple):
+    """A piece of a run.
+
+    Attributes:
+        name: may have slashes; its first part is what --stages calls it by.
+        settings: plain values that its result is a function of, beside its inputs.
+        inputs: names of the stages whose folders it reads.
+        work: called with its own folder and a dict of its inputs' folders; whatever of it was done before a kill is
+            still in the folder. Returns plain values for stage.json.
+        cost: plain values that --dry_run shows.
+        about: whatever the experiment wants to know of it later.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    inputs: tuple[str, ...]
+    work: Callable[[Path, dict[str, Path]], dict[str, Any]]
+    cost: dict[str, Any] = {}
+    about: tuple[Any, ...] = ()
+
+    @property
+    def group(self) -> str:
+        return self.name.split("/")[0]
+
+
+def folders(workdir: Path, stages: Iterable[Stage]) -> dict[str, Path]:
+    """The folder of each stage, by name; inputs come before what they are for."""
+    keys: dict[str, str] = {}
+    for stage in stages:
+        about = {"name": stage.name, "settings": stage.settings, "inputs": {name: keys[name] for name in stage.inputs}}
+        keys[stage.name] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    return {name: Path(workdir) / "stages" / f"{name}-{key[:8]}" for name, key in keys.items()}
+
+
+def about(folder: Path) -> dict[str, Any] | None:
+    """What stage.json says of a stage; None where it has not begun. RunError where the file is damaged."""
+    path = folder / "stage.json"
+    if not path.exists():
+        return None
+    there = read_json(path, needs={"status": str, "starts": int, "seconds": int | float}, hint=again(folder))
+    if there["status"] == "finished" and "result" not in there:
+        raise RunError(f"{path} says that the stage is finished, and has no result{again(folder)}")
+    return there
+
+
+def finished(folder: Path) -> bool:
+    there = about(folder)
+    return there is not None and there["status"] == "finished"
+
+
+def run(workdir: Path, stages: Sequence[Stage], only: Sequence[str] = ()) -> None:
+    """Runs the stages that are not finished, in order; with `only`, those of these groups.
+
+    Raises ValueError for a group that is not there, RunError for an input that is not finished and is not to be run.
+    """
+    groups = list(dict.fromkeys(stage.group for stage in stages))
+    for name in only:
+        if name not in groups:
+            raise ValueError(f"--stages: {name!r} is not one of {', '.join(groups)}")
+    where = folders(workdir, stages)
+    # as process 0 finds them: another could look when a stage has just been finished
+    done = distributed.once(lambda: [stage.name for stage in stages if finished(where[stage.name])], "what is finished")
+    chosen = [stage for stage in stages if stage.name not in done and (not only or stage.group in only)]
+    to_run = {stage.name for stage in chosen}
+    for stage in chosen:
+        missing = [name for name in stage.inputs if name not in to_run and name not in done]
+        if missing:
+            group = missing[0].split("/")[0]
+            raise RunError(
+                f"stage {stage.name} needs {missing[0]}, which is not finished; run it too (--stages {group})"
+            )
+    for number, stage in enumerate(chosen, start=1):
+        if distributed.leads():
+            print(f"stage {number} of {len(chosen)}: {stage.name}", flush=True)
+        _run(stage, where)
+        distributed.wait(f"the end of {stage.name}")
+
+
+def _run(stage: Stage, where: dict[str, Path]) -> None:
+    folder = where[stage.name]
+    folder.mkdir(parents=True, exist_ok=True)
+    there = about(folder) or {
+        "name": stage.name, "settings": stage.settings, "inputs": {name: where[name].name for name in stage.inputs},
+        "status": "running", "seconds": 0.0, "starts": 0,
+    }  # fmt: skip
+    there["starts"] += 1
+    _write(folder, there)
+    began = time.perf_counter()
+    try:
+        there["result"] = stage.work(folder, {name: where[name] for name in stage.inputs})
+        there |= {"status": "finished", "finished": _now()}
+    finally:
+        # of a run that was killed outright the time is not known, and not counted
+        there["seconds"] = round(there["seconds"] + time.perf_counter() - began, 3)
+        _write(folder, there)
+
+
+def _write(folder: Path, there: dict[str, Any]) -> None:
+    if distributed.leads():
+        write_json(folder / "stage.json", there)
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

