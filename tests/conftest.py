@@ -1,7 +1,6 @@
 """What tests of several files use."""
 
 import pytest
-
 from kd_jax.runs import cache
 
 

@@ -18,7 +18,7 @@ from kd_jax.lm.distill import loss, recorded_top_k
 from kd_jax.lm.evaluation import estimates
 from kd_jax.lm.experiment import arms, cost, planning, roles
 from kd_jax.lm.experiment import results as results_lib
-from kd_jax.lm.experiment import settings as settings_lib
+from kd_jax.lm.experiment import specs as settings_lib
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.parallel import distributed
 from kd_jax.parallel.devices import Target

@@ -23,7 +23,7 @@ from kd_jax.lm.corpus.batches import Batch, Layout, Targets
 from kd_jax.lm.distill import loss as distill
 from kd_jax.lm.distill import teacher_forward as teacher
 from kd_jax.lm.experiment import cost
-from kd_jax.lm.experiment import settings as settings_lib
+from kd_jax.lm.experiment import specs as settings_lib
 from kd_jax.lm.experiment.arms import Arm
 from kd_jax.lm.model import Architecture, Compute, Model
 from kd_jax.lm.model import flops as flops_lib

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.experiment import arms, cost, footprint
-from kd_jax.lm.experiment import settings as settings_lib
+from kd_jax.lm.experiment import specs as settings_lib
 from kd_jax.lm.experiment.footprint import Memory, Program
 from kd_jax.lm.model import flops
 from kd_jax.parallel import mesh as mesh_lib

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import weights
-from kd_jax.lm.experiment import settings as settings_lib
+from kd_jax.lm.experiment import specs as settings_lib
 from kd_jax.lm.model import PRESETS, Model
 from kd_jax.parallel import mesh as mesh_lib
 

@@ -15,7 +15,7 @@ from configs import lm_laptop, lm_paper
 from kd_jax import train
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.experiment import cost, footprint, planning
-from kd_jax.lm.experiment import settings as settings_lib
+from kd_jax.lm.experiment import specs as settings_lib
 from kd_jax.lm.experiment.arms import Recording, arms
 from kd_jax.lm.experiment.footprint import Memory, Program
 from kd_jax.lm.model import PRESETS
