@@ -32,7 +32,6 @@ def tokens(rows: int, length: int):
 def ours(folder: str, rows: int, length: int) -> dict:
     import jax
     import numpy as np
-    from kd_jax.runs import cache
 
     from kd_jax.lm import weights
     from kd_jax.lm.corpus import batches
@@ -40,6 +39,7 @@ def ours(folder: str, rows: int, length: int) -> dict:
     from kd_jax.lm.model import Compute
     from kd_jax.lm.training import optimizer as optim
     from kd_jax.lm.training import step
+    from kd_jax.runs import cache
 
     cache.enable_compilation_cache()
     teacher, student = weights.load(f"{folder}/teacher"), weights.load(f"{folder}/student")

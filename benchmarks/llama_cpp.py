@@ -34,9 +34,8 @@ GREEDY_LENGTH = 64
 
 
 def ours(count: int, length: int, batch: int) -> dict:
-    from kd_jax.runs import cache
-
     from kd_jax.lm import decode, weights
+    from kd_jax.runs import cache
 
     cache.enable_compilation_cache()  # as kd_jax.sample does
     model = weights.load(SOURCE)

@@ -56,11 +56,11 @@ def ours(what: str, folder: str) -> dict:
     import jax
     import jax.numpy as jnp
     import numpy as np
-    from kd_jax.runs import cache
 
     from kd_jax import fused
     from kd_jax.lm import decode, score, weights
     from kd_jax.lm import model as model_lib
+    from kd_jax.runs import cache
 
     cache.enable_compilation_cache()  # as kd_jax.sample does
     model = weights.load(folder)

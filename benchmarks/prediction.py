@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kd_jax.runs import cache
 
 from benchmarks.lm import memory
 from configs import lm
@@ -30,6 +29,7 @@ from kd_jax.lm.experiment import specs as settings_lib
 from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.training import step
 from kd_jax.parallel import devices
+from kd_jax.runs import cache
 
 # Student, rows of an update, length, updates. The vocabulary is SmolLM2's, 49152.
 CASES = {

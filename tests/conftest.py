@@ -1,6 +1,7 @@
 """What tests of several files use."""
 
 import pytest
+
 from kd_jax.runs import cache
 
 

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from kd_jax.runs import cache
 
 from kd_jax import evaluate
 from kd_jax.lm import corpus, decode, score, weights
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.runs import cache
 from kd_jax.storage import files
 
 BOS, EOS = 1, 2

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from kd_jax.runs import cache
 
 import kd_jax.lm
 from kd_jax import sample
 from kd_jax.lm import corpus, weights
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.runs import cache
 
 BOS, EOS = 1, 2
 WORDS = {"unknown": 0, "<s>": BOS, "</s>": EOS, "The": 3, "cat": 4, **{f"w{i}": i for i in range(5, 320)}}

@@ -21,8 +21,6 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from kd_jax.runs import run, stages
-from kd_jax.runs.checkpoint import Checkpoints
 
 from kd_jax.gmm import sweep as chunks
 from kd_jax.gmm.report import page as report
@@ -30,6 +28,8 @@ from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import weights
 from kd_jax.lm.model import PRESETS, Model
+from kd_jax.runs import run, stages
+from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.storage import files
 from tests.faults.hook.sitecustomize import Hook
 from tests.gmm.report import test_page as gmm

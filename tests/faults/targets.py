@@ -17,14 +17,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from kd_jax.runs import cache, run, stages
-from kd_jax.runs.checkpoint import Checkpoints
 from tokenizers import models
 
 from kd_jax.lm import corpus, weights
 from kd_jax.lm.corpus import documents
 from kd_jax.lm.evaluation import scores
 from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.runs import cache, run, stages
+from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.storage import files
 from kd_jax.storage.errors import RunError
 from tests.faults import model_files, mutations, pages

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kd_jax.runs.checkpoint import Checkpoints
-from kd_jax.runs.run import Clock
 from safetensors.numpy import save_file
 
 from kd_jax.gmm.report import page
@@ -17,6 +15,8 @@ from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import weights
 from kd_jax.lm.evaluation import scores
 from kd_jax.lm.training import log
+from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.runs.run import Clock
 from kd_jax.storage import errors, files
 from kd_jax.storage.errors import RunError
 from tests.gmm.report import test_page as gmm

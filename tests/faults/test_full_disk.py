@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kd_jax.runs.checkpoint import Checkpoints
 
 from kd_jax.gmm.report import page
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm.evaluation import scores
+from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.storage import errors, files
 from tests.faults import disks, runs
 from tests.gmm.report import test_page as gmm

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from kd_jax.runs import run
-from kd_jax.runs.checkpoint import Checkpoints
 
 from kd_jax.gmm.report import page
 from kd_jax.lm import corpus as corpus_lib
+from kd_jax.runs import run
+from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.storage import errors
 from tests.faults import disks, runs
 from tests.gmm.report import test_page as gmm

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
-from kd_jax.runs import cache
 
 import kd_jax
 from kd_jax.lm import corpus, weights
 from kd_jax.lm.corpus import documents
 from kd_jax.lm.evaluation import scores
+from kd_jax.runs import cache
 from kd_jax.storage import untrusted
 from kd_jax.storage.errors import RunError
 from tests.faults.judge import judge

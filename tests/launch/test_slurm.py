@@ -13,8 +13,8 @@ import sys
 import time
 
 import pytest
-from kd_jax.runs import stages
 
+from kd_jax.runs import stages
 from kd_jax.storage.files import read_json, read_rows
 from tests.processes import ROOT, free_port
 

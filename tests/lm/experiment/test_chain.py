@@ -10,12 +10,12 @@ import sys
 import time
 
 import pytest
-from kd_jax.runs import stages
 from ml_collections import ConfigDict
 
 from configs import lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm.experiment import arms, chain
+from kd_jax.runs import stages
 from kd_jax.storage.files import read_rows
 
 # Of rows: what a run measures of itself.

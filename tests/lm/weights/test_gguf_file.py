@@ -5,10 +5,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from gguf.quants import dequantize, quantize
-from kd_jax.runs import cache
 
 from kd_jax.lm import weights
 from kd_jax.lm.model import PRESETS, Architecture
+from kd_jax.runs import cache
 from tests.lm.weights.checkpoints import BLOCKS, assert_params, gguf_tensors, tensors_of, write_gguf
 
 
