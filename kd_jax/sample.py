@@ -7,6 +7,7 @@ python -m kd_jax.sample --read FOLDER
 import argparse
 import collections
 import contextlib
+import dataclasses
 import math
 import shlex
 import sys
@@ -15,19 +16,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kd_jax.lm.decode import SamplerSpec
 from kd_jax.parallel import cluster
 from kd_jax.storage import errors
 
+_KNOBS = dataclasses.fields(SamplerSpec)
 # What a flag is where it is not given, by what is asked for. A flag of the other group is refused.
 _SAMPLING = {
-    "model": None, "num_samples": None, "out": None, "sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 0,
+    "model": None, "num_samples": None, "out": None, **{knob.name: knob.default for knob in _KNOBS}, "seed": 0,
     "prompt": None, "prompt_ids": None, "bos": False, "max_length": None, "max_new_tokens": None, "batch_size": 64,
     "shard_size": 1024, "dtype": "float32", "mesh": None, "record_top_k": None, "log_prob_format": "uint16",
 }  # fmt: skip
 _READING = {"read": None, "model": None, "num_samples": 5, "first": 0, "text_out": None}
 _LEAST = {
-    "num_samples": 1, "sample_temperature": 0, "top_k": 1, "seed": 0, "max_length": 2, "max_new_tokens": 1,
-    "batch_size": 1, "shard_size": 1, "first": 0, "record_top_k": 1,
+    "num_samples": 1, "seed": 0, "max_length": 2, "max_new_tokens": 1, "batch_size": 1, "shard_size": 1, "first": 0,
+    "record_top_k": 1,
 }  # fmt: skip
 
 
@@ -72,9 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", metavar="SOURCE", help="what to sample from: anything that kd_jax.lm.weights.load takes")
     add("--num_samples", type=int, metavar="N", help="how many samples there are to be; how many to show (5)")
     add("--out", metavar="FOLDER", help="folder of the corpus")
-    add("--sample_temperature", type=float, metavar="TAU", help="1 is the model's own distribution (the default)")
-    add("--top_k", type=int, metavar="K", help="draw from the K likeliest ids alone")
-    add("--top_p", type=float, metavar="P", help="draw from the fewest ids that have probability P together")
+    for knob in _KNOBS:
+        add(f"--{knob.name}", type=type(knob.default), help=f"{knob.metadata['meaning']} ({knob.default})")
     add("--seed", type=int, help="sample i is a function of the seed and i (0)")
     add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
     add("--prompt_ids", type=_ids, metavar="1,504", help="the prompt as token ids")
@@ -142,8 +144,10 @@ def _check_sampling(args: argparse.Namespace) -> None:
     for one, other in (("prompt", "prompt_ids"), ("max_length", "max_new_tokens")):
         if getattr(args, one) is not None and getattr(args, other) is not None:
             raise ValueError(f"--{one} and --{other} are two ways to say the same; give one of them")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise ValueError(f"--top_p {args.top_p}: must be above 0 and at most 1")
+    try:
+        _sampler(args)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
     if args.seed >= 2**32:
         raise ValueError(f"--seed {args.seed}: must be below 2**32")
     if any(i < 0 for i in args.prompt_ids or ()):
@@ -158,6 +162,10 @@ def _check_sampling(args: argparse.Namespace) -> None:
         args.max_length = 512
     if args.prompt_ids is not None and not args.bos:
         _check_length(args, args.prompt_ids)
+
+
+def _sampler(args: argparse.Namespace) -> SamplerSpec:
+    return SamplerSpec.of(vars(args))
 
 
 def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
@@ -195,8 +203,8 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> int:
                 print(f"{args.out}: going on after {held.num_rows} samples")
             stream = decode.stream(
                 model, settings["prompt_ids"], args.num_samples, max_length=settings["max_length"],
-                sample_temperature=args.sample_temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-                first=held.num_rows, batch_size=args.batch_size, compute=Compute(dtype=args.dtype), mesh=mesh,
+                sampler=_sampler(args), seed=args.seed, first=held.num_rows, batch_size=args.batch_size,
+                compute=Compute(dtype=args.dtype), mesh=mesh,
             )  # fmt: skip
             with _progress(held.num_rows, args.num_samples) as progress:
                 held = corpus.write(held, stream, progress, complete)
@@ -210,8 +218,8 @@ def _early_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         # a path is made absolute, so that the corpus can be read from another folder
         "source": str(path.absolute()) if path.exists() else args.model,
-        **{name: getattr(args, name) for name in ("dtype", "prompt", "sample_temperature", "top_k", "top_p", "seed")},
-        **{name: getattr(args, name) for name in ("num_samples", "shard_size")},
+        **{name: getattr(args, name) for name in ("dtype", "prompt", "seed", "num_samples", "shard_size")},
+        **_sampler(args).knobs(),
     }
     if args.max_length is not None:
         settings["max_length"] = args.max_length

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from kd_jax.lm.corpus.store import Corpus
 from kd_jax.lm.model import Model
 
@@ -51,11 +49,6 @@ def check_corpus(label: str, held: Corpus, p_star: Model, num_rows: int) -> None
         raise ValueError(f"{label} was made with another tokenizer than p*'s")
     if set(about["eos_ids"]) != set(p_star.eos_ids):
         raise ValueError(f"{label} has rows that end with ids {about['eos_ids']}; p*'s are {sorted(p_star.eos_ids)}")
-
-
-def is_whole_distribution(about: dict[str, Any]) -> bool:
-    """Whether samples of these settings are of the model's own distribution."""
-    return about["sample_temperature"] == 1 and about["top_k"] is None and about["top_p"] in (None, 1)
 
 
 def tokenizer_fingerprint(model: Model) -> str | None:

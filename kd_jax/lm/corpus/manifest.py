@@ -30,9 +30,9 @@ DATA_SETTINGS = (
     "shard_size",
 )  # fmt: skip
 KINDS = {"samples": SETTINGS, "data": DATA_SETTINGS}
-# Of either kind, where a teacher was recorded: what the columns of it are a function of
-# (kd_jax.lm.distill.recorded_top_k.settings).
-OPTIONAL = ("teacher",)
+# Where a teacher was recorded, what its columns are a function of (kd_jax.lm.distill.recorded_top_k.settings); settings
+# of a sampler that older corpora do not have, where absent stands for None (off).
+OPTIONAL = ("teacher", "min_p")
 _SHARD = {"file": str, "first": int, "rows": int, "tokens": int, "finished": int, "bytes": int, "sha256": str}
 
 

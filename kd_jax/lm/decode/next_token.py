@@ -1,19 +1,65 @@
-"""Drawing a token from logits. Pure functions; all arithmetic is float32."""
+"""Drawing a token from logits. Pure functions; all arithmetic is float32.
+
+A new way to draw is added in two places here, a field of SamplerSpec and an argument of `sample` of the same name, and
+in the documentation. Command lines, corpus manifests and the device program take the fields as they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kd_jax.parallel import mesh as mesh_lib
+from kd_jax.runs.settings import setting, spec
 
 _BLOCK = 128
 # how many of the most probable tokens truncation looks at before it searches all
 _CANDIDATES = 256
+
+
+@spec
+class SamplerSpec:
+    """How a model is sampled. The default of each setting is its value for off: the model's own distribution.
+
+    The logits are divided by the temperature, then truncated: top-k, then top-p of what is left, then min-p. Manifests
+    and keyword arguments may write None for off.
+    """
+
+    sample_temperature: float = setting(1.0, "tau; 1 is the model's own distribution, 0 the likeliest id", at_least=0)
+    top_k: int = setting(0, "draw from the K likeliest ids only; 0 is off", at_least=0)
+    top_p: float = setting(1.0, "draw from the fewest ids of probability P together; 1 is off", above=0, at_most=1)
+    min_p: float = setting(
+        0.0, "draw from the ids of at least P times the top probability; 0 is off", at_least=0, at_most=1
+    )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> SamplerSpec:
+        """The spec with those of its settings that a mapping holds; one that is absent or None is off."""
+        names = {field.name for field in dataclasses.fields(cls)} & set(values)
+        return cls(**{name: values[name] for name in names if values[name] is not None})
+
+    def knobs(self) -> dict[str, Any]:
+        """Each setting by name, None where it is off; the temperature is always a number."""
+        fields = ((field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self))
+        return {name: None if value == off and name != _TEMPERATURE else value for name, value, off in fields}
+
+    def arrays(self) -> dict[str, jax.Array | None]:
+        """The knobs as device scalars, for `sample`: what is off is no part of the program, other values are traced."""
+        return {name: None if value is None else jnp.float32(value) for name, value in self.knobs().items()}
+
+    @property
+    def label(self) -> str:
+        """A short name such as tau-0.8-top_k-50."""
+        on = [f"{name}-{value:g}" for name, value in self.knobs().items() if name != _TEMPERATURE and value is not None]
+        return "-".join([f"tau-{self.sample_temperature:g}", *on])
+
+
+_TEMPERATURE = "sample_temperature"
 
 
 class Draw(NamedTuple):
@@ -31,22 +77,31 @@ class Draw(NamedTuple):
 
 
 def sample(
-    uniforms: jax.Array, logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None = None,
-    top_p: jax.Array | None = None, mesh: Mesh | None = None,
+    uniforms: jax.Array, logits: jax.Array, sample_temperature: jax.Array, top_k: jax.Array | None = None,
+    top_p: jax.Array | None = None, min_p: jax.Array | None = None, *, mesh: Mesh | None = None,
 ) -> Draw:  # fmt: skip
-    """Draws a token for each row of float32 `logits` [..., vocab]; see `temper`, `truncate` and `draw`.
+    """Draws a token for each row of logits; see `temper`, `truncate` and `draw`.
 
-    Temperature, top_k and top_p are traced: other values do not recompile. Truncation is left out where both are None.
-    Over a mesh, rows [row, vocab] are split over it, and the vocabulary where tensor splits the head.
+    All values are traced, so that others do not compile again; a truncation that is None is no part of the program.
+
+    Args:
+        uniforms: [..., 2] in [0, 1), float32.
+        logits: [..., vocab].
+        sample_temperature: a scalar or [...]; 0 takes the likeliest id.
+        top_k, top_p, min_p: scalars, see SamplerSpec; None for off.
+        mesh: where rows [row, vocab] are split over devices, and the vocabulary where tensor splits the head.
     """
     logits = logits.astype(jnp.float32)
-    temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), logits.shape[:-1])
+    temperature = jnp.broadcast_to(jnp.asarray(sample_temperature, jnp.float32), logits.shape[:-1])
     greedy = temperature == 0
     below = logits - logits.max(axis=-1, keepdims=True)
     tempered = temper(logits, temperature)
     if top_k is not None or top_p is not None:
         vocab = logits.shape[-1]
         tempered = truncate(tempered, vocab if top_k is None else top_k, 1.0 if top_p is None else top_p, mesh)
+    if min_p is not None:
+        # the likeliest id is never cut before, so that its tempered logit is 0 here still
+        tempered = jnp.where(jnp.exp(tempered) >= min_p, tempered, -jnp.inf)
     # among equals the greedy choice is the lowest id, which is what a uniform of 0 picks
     token, log_total = draw(jnp.where(greedy[..., None], 0, uniforms), tempered)
     drawn = jnp.take_along_axis(below, token[..., None], axis=-1)[..., 0]

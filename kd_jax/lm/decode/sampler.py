@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import slots as slots_lib
+from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.decode.slots import Rows, Settings, State
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model, kv_cache
 from kd_jax.lm.model.kv_cache import PAGE, Pages
@@ -31,6 +32,8 @@ _SECONDS_PER_CALL = 1.0
 # How many operations of a model take a CPU as long as it takes to have one more program, from disk. An accelerator has
 # no use for fewer slots: a step there is reading the weights.
 _PROGRAM = 3e11
+# the model's own distribution
+WHOLE = SamplerSpec()
 
 
 class Samples(NamedTuple):
@@ -61,17 +64,21 @@ class Samples(NamedTuple):
 
 def generate(
     model: Model, prompt: Sequence[int] | Sequence[Sequence[int]], num_samples: int, *, max_length: int,
-    sample_temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-    batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+    sampler: SamplerSpec = WHOLE, seed: int = 0, batch_size: int = 64, compute: Compute = DEFAULT,
+    mesh: Mesh | None = None, **knobs: float | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Samples 0 .. num_samples - 1 in order; see `stream` for the arguments and for more than these three arrays.
+
+    Args:
+        sampler: how tokens are drawn.
+        knobs: instead of it, settings of SamplerSpec: sample_temperature, top_k, top_p, min_p.
 
     Returns: tokens int32 [num_samples, max_length], lengths int32 [num_samples], log_probs float32
     [num_samples, max_length] under the model itself.
     """
     parts = stream(
-        model, prompt, num_samples, max_length=max_length, sample_temperature=sample_temperature, top_k=top_k,
-        top_p=top_p, seed=seed, batch_size=batch_size, compute=compute, mesh=mesh,
+        model, prompt, num_samples, max_length=max_length, sampler=sampler, seed=seed, batch_size=batch_size,
+        compute=compute, mesh=mesh, **knobs,
     )  # fmt: skip
     tokens = np.zeros((num_samples, max_length), np.int32)
     lengths = np.zeros(num_samples, np.int32)
@@ -83,8 +90,8 @@ def generate(
 
 def stream(
     model: Model, prompt: Sequence[int] | Sequence[Sequence[int]], num_samples: int, *, max_length: int,
-    sample_temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, seed: int = 0,
-    first: int = 0, batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+    sampler: SamplerSpec = WHOLE, seed: int = 0, first: int = 0, batch_size: int = 64, compute: Compute = DEFAULT,
+    mesh: Mesh | None = None, **knobs: float | None,
 ) -> Iterator[Samples]:  # fmt: skip
     """Yields samples first .. num_samples - 1 as they finish, about once a second.
 
@@ -92,15 +99,15 @@ def stream(
         prompt: ids that all samples start with, or a list of such lists; sample i starts with number i modulo their
             count.
         max_length: longest sample, prompt included.
-        sample_temperature: tau; 0 takes the most probable token.
-        top_k, top_p: None for off. Both are exact, and top_p applies after top_k.
+        sampler: how tokens are drawn.
+        knobs: instead of it, settings of SamplerSpec: sample_temperature, top_k, top_p, min_p. 0, 1, 0 or None is off.
         batch_size: how many samples run at a time; rounded up to a multiple of the devices they are split over. On
             CPUs there are fewer where no more samples are left to start, if that is quicker.
         mesh: where the parameters lie, if on more than one device (see kd_jax.parallel.mesh.make).
     Raises: ValueError for a value that cannot work, before anything is run.
     """
-    prompts = _check(model, prompt, num_samples, max_length, sample_temperature, top_k, top_p, first, batch_size, seed)
-    settings = _settings(model, prompts, num_samples, max_length, sample_temperature, top_k, top_p, seed)
+    prompts = _check(model, prompt, num_samples, max_length, first, batch_size, seed)
+    settings = _settings(model, prompts, num_samples, max_length, _sampler(sampler, knobs), seed)
     return _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh)
 
 
@@ -129,7 +136,12 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
 
 
-def _check(model, prompt, num_samples, max_length, temperature, top_k, top_p, first, batch_size, seed):
+def _sampler(sampler: SamplerSpec, knobs: dict[str, float | None]) -> SamplerSpec:
+    given = {name: value for name, value in knobs.items() if value is not None}
+    return dataclasses.replace(sampler, **given)
+
+
+def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
     """The prompts as a list of lists of ids; raises ValueError for what cannot work."""
     prompts = [list(map(int, p)) for p in ([prompt] if not len(prompt) or np.ndim(prompt[0]) == 0 else prompt)]
     for number, ids in enumerate(prompts):
@@ -144,12 +156,6 @@ def _check(model, prompt, num_samples, max_length, temperature, top_k, top_p, fi
         raise ValueError(
             f"max_length={max_length} is beyond the model's {model.architecture.max_position_embeddings} positions"
         )
-    if not (temperature >= 0 and np.isfinite(temperature)):
-        raise ValueError(f"sample_temperature={temperature} must be finite and 0 or above")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be at least 1; None turns it off")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1; None turns it off")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     if not 0 <= first <= num_samples or num_samples >= 2**31:
@@ -159,7 +165,7 @@ def _check(model, prompt, num_samples, max_length, temperature, top_k, top_p, fi
     return prompts
 
 
-def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p, seed) -> Settings:
+def _settings(model, prompts, num_samples, max_length, sampler: SamplerSpec, seed) -> Settings:
     longest = max(map(len, prompts))
     worth = _PROGRAM / (2 * model.architecture.num_parameters) if jax.default_backend() == "cpu" else np.inf
     eos = [*model.eos_ids, *[-1] * (-len(model.eos_ids) % 4)] or [-1] * 4
@@ -168,16 +174,14 @@ def _settings(model, prompts, num_samples, max_length, temperature, top_k, top_p
         prompt_lengths=jnp.asarray([len(ids) for ids in prompts], jnp.int32),
         start=jnp.int32(longest - 1 if len(prompts) == 1 else 0),
         num_samples=jnp.int32(num_samples), max_length=jnp.int32(max_length),
-        worth=jnp.int32(min(worth + 1, 2**31 - 1)), seed=jnp.uint32(seed), temperature=jnp.float32(temperature),
-        eos_ids=jnp.asarray(eos, jnp.int32), num_tokens=jnp.int32(model.num_tokens),
-        top_k=None if top_k is None else jnp.int32(min(top_k, 2**31 - 1)),
-        top_p=None if top_p is None else jnp.float32(top_p),
+        worth=jnp.int32(min(worth + 1, 2**31 - 1)), seed=jnp.uint32(seed), eos_ids=jnp.asarray(eos, jnp.int32),
+        num_tokens=jnp.int32(model.num_tokens), knobs=sampler.arrays(),
     )  # fmt: skip
 
 
 def lower(
-    model: Model, prompt_length: int, *, max_length: int, batch_size: int, top_k: int | None = None,
-    top_p: float | None = None, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+    model: Model, prompt_length: int, *, max_length: int, batch_size: int, sampler: SamplerSpec = WHOLE,
+    compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
 ) -> jax.stages.Lowered:  # fmt: skip
     """The device program of `stream` where every slot has all of its pages, for a plan; nothing is run.
 
@@ -205,7 +209,7 @@ def lower(
     state = _empty(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0)
     if mesh is not None:
         state = on(slots_lib.shardings(state, mesh), state)
-    settings = _settings(model, prompts, 1, max_length, 1.0, top_k, top_p, 0)
+    settings = _settings(model, prompts, 1, max_length, _sampler(sampler, knobs), 0)
     return slots_lib.run.lower(state, params, settings, model.architecture, compute, 1)
 
 

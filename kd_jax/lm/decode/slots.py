@@ -59,11 +59,9 @@ class Settings(NamedTuple):
     max_length: jax.Array
     worth: jax.Array  # steps of a slot that have to be saved for a program with fewer slots to pay
     seed: jax.Array
-    temperature: jax.Array
     eos_ids: jax.Array  # padded with -1
     num_tokens: jax.Array  # ids from here on do not exist
-    top_k: jax.Array | None
-    top_p: jax.Array | None
+    knobs: dict[str, jax.Array | None]  # of next_token.sample
 
 
 def prompt_pages(start):
@@ -238,10 +236,8 @@ def _advance(state: State, params, settings: Settings, architecture: Architectur
     )  # fmt: skip
     logits = mesh_lib.constrain(model_lib.logits(params, hidden[:, 0]), ("batch", "vocab"), compute.mesh)
     logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)
-    drawn = next_token.sample(
-        _uniforms(settings.seed, slots.index, slots.length), logits, settings.temperature, settings.top_k,
-        settings.top_p, compute.mesh,
-    )  # fmt: skip
+    uniforms = _uniforms(settings.seed, slots.index, slots.length)
+    drawn = next_token.sample(uniforms, logits, **settings.knobs, mesh=compute.mesh)
 
     # inside the prompt the next token is known
     given = slots.length < settings.prompt_lengths[slots.index % settings.prompts.shape[0]]

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import decode
 from kd_jax.lm.corpus import Corpus
+from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.model import DEFAULT, Compute, Model
 from kd_jax.parallel import distributed
 from kd_jax.runs import progress
@@ -43,9 +44,8 @@ def sample(
         for first in range(held.num_rows, wanted["num_samples"], wanted["shard_size"]):
             yield from decode.stream(
                 model, wanted["prompt_ids"], min(first + wanted["shard_size"], wanted["num_samples"]),
-                first=first, max_length=wanted["max_length"], sample_temperature=wanted["sample_temperature"],
-                top_k=wanted["top_k"], top_p=wanted["top_p"], seed=wanted["seed"], batch_size=batch_size,
-                compute=compute, mesh=mesh,
+                first=first, max_length=wanted["max_length"], sampler=SamplerSpec.of(wanted), seed=wanted["seed"],
+                batch_size=batch_size, compute=compute, mesh=mesh,
             )  # fmt: skip
 
     with progress.sampling_bar(label, held.num_rows, wanted["num_samples"]) as report:
@@ -64,7 +64,7 @@ def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any
     if (folder / "manifest.json").exists():
         there = corpus_lib.open(folder).manifest["settings"]
         names = set(settings) - {"source", "num_samples"}
-        if all(there[name] == settings[name] for name in names) and there["num_samples"] <= settings["num_samples"]:
+        if all(there.get(name) == settings[name] for name in names) and there["num_samples"] <= settings["num_samples"]:
             settings = {**settings, "source": there["source"]}
         else:
             # first out of the way: half removed, it would be neither a corpus nor an empty folder

@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import weights
 from kd_jax.lm.corpus import Corpus, Rows, compatibility
-from kd_jax.lm.decode import to_corpus
+from kd_jax.lm.decode import SamplerSpec, to_corpus
 from kd_jax.lm.evaluation import estimates, scores
 from kd_jax.lm.model import Compute, Model
 from kd_jax.parallel import distributed
@@ -198,7 +198,7 @@ def sampling_settings(
         "tokenizer_fingerprint": compatibility.tokenizer_fingerprint(found.model),
         "dtype": settings.dtype, "prompt": None,
         "prompt_ids": prompt_ids, "eos_ids": sorted(found.model.eos_ids),
-        "sample_temperature": settings.sample_temperature, "top_k": None, "top_p": None, "seed": seed % 2**32,
+        **SamplerSpec(sample_temperature=settings.sample_temperature).knobs(), "seed": seed % 2**32,
         "max_length": max_length, "num_samples": num_samples,
         "shard_size": max(_SHARD_ROWS, _SHARD_BATCHES * settings.batch_size),
     }  # fmt: skip
@@ -216,9 +216,8 @@ def _data(p_star: Model, validation: Corpus, settings: Settings) -> _Data:
     from_p_star = about.get("model_fingerprint") is not None
     if from_p_star and about["model_fingerprint"] != fingerprint:
         raise ValueError(f"{label} has samples of another model than p* (or p* was loaded as another dtype here)")
-    if from_p_star and not compatibility.is_whole_distribution(about):
-        drawn = ", ".join(f"{name} {about[name]}" for name in ("sample_temperature", "top_k", "top_p"))
-        raise ValueError(f"{label} was sampled with {drawn}: those are not samples of p* itself")
+    if from_p_star and SamplerSpec.of(about) != SamplerSpec():
+        raise ValueError(f"{label} was sampled at {SamplerSpec.of(about).label}: those are not samples of p* itself")
     rows = validation.rows(0, count)
     if rows.prompt_length.min() < 1:
         raise ValueError(f"{label} has rows without a prompt, whose first token no model can score")
@@ -260,7 +259,7 @@ def _check_samples(
 
 def _is_needed(entry: Entry) -> bool:
     """Whether the model itself is needed, or its samples are enough."""
-    return entry.samples is None or compatibility.is_whole_distribution(entry.samples.manifest["settings"])
+    return entry.samples is None or SamplerSpec.of(entry.samples.manifest["settings"]) == SamplerSpec()
 
 
 def _load(entry: Entry, settings: Settings) -> Model:
@@ -306,7 +305,7 @@ def _evaluate(p_star: Model, task: _Task, data: _Data, settings: Settings) -> di
                 model, task.home / "samples", task.drawn, command=f"evaluation of {name}", label=f"{name}: samples",
                 batch_size=settings.batch_size, **settings.run,
             )  # fmt: skip
-        if compatibility.is_whole_distribution(task.drawn):
+        if SamplerSpec.of(task.drawn) == SamplerSpec():
             path, label = task.home / "recall.npz", f"{name}: recall"
             recall = _score(path, model, task.key["model"], data, settings, label)
         del model

@@ -118,6 +118,59 @@ def test_one_tie_at_the_last_candidate():
     check_truncation(np.asarray(truncate(logits, 1000, 0.9)) > -np.inf, logits, 1000, 0.9)
 
 
+def reference(logits, temperature, top_k=None, top_p=None, min_p=None):
+    """Probabilities of one row from the definitions, in float64: temperature, top-k, top-p, min-p."""
+    probs = np.exp(np.float64(logits) / temperature - (np.float64(logits) / temperature).max())
+    probs /= probs.sum()
+    order = np.argsort(-probs, kind="stable")
+    if top_k is not None:
+        probs[order[top_k:]] = 0
+        probs /= probs.sum()
+    if top_p is not None:
+        probs[order[1:][np.cumsum(probs[order])[:-1] >= top_p]] = 0
+        probs /= probs.sum()
+    if min_p is not None:
+        probs[probs < min_p * probs.max()] = 0
+    return probs / probs.sum()
+
+
+@pytest.mark.parametrize("cut", [{"min_p": 0.1}, {"min_p": 0.02, "top_p": 0.9}, {"min_p": 0.1, "top_k": 5}])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_min_p_is_that_of_the_definition(cut, temperature):
+    logits = np.float32(2 * np.random.RandomState(1).standard_normal(50))
+    expected = reference(logits, temperature, **cut)
+    uniforms = jax.random.uniform(jax.random.key(3), (4000, 2))
+    drawn = jax.tree.map(np.asarray, sample(uniforms, np.broadcast_to(logits, (4000, 50)), temperature, **cut))
+    np.testing.assert_allclose(drawn.sample_log_prob, np.log(expected[drawn.token]), atol=1e-5)
+    shown = expected > 0
+    counts = np.bincount(drawn.token, minlength=50)
+    assert 1 < shown.sum() < 50 and not counts[~shown].any()
+    assert stats.chisquare(counts[shown], 4000 * expected[shown]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("min_p, kept", [(0.0, [0, 1, 2, 3]), (0.3, [0, 1]), (0.9, [0]), (1.0, [0])])
+def test_min_p_by_hand(min_p, kept):
+    # 0.8 times as likely as the likeliest, 0.2 times, 0.1 times
+    probs = np.float32([10, 8, 2, 1]) / 21
+    ends = np.stack([np.linspace(0, BELOW_ONE, 200, dtype=np.float32)] * 2, axis=1)
+    tokens = sample(ends, np.broadcast_to(np.log(probs), (200, 4)), 1.0, min_p=min_p).token
+    assert sorted(set(np.asarray(tokens).tolist())) == kept
+    # among equals all stay; the greedy choice is one of what is kept
+    tied = sample(ends, np.zeros((200, 4), np.float32), 1.0, min_p=1.0).token
+    assert set(np.asarray(tied).tolist()) == {0, 1, 2, 3}
+    assert sample(ends[0], np.log(probs), 0.0, min_p=min_p).token == 0
+
+
+def test_a_spec_is_off_by_default_and_reads_none_as_off():
+    whole = next_token.SamplerSpec()
+    assert whole.knobs() == {"sample_temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+    # a manifest of before min-p, and the flags of a command line among others
+    assert next_token.SamplerSpec.of({"sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 3}) == whole
+    some = next_token.SamplerSpec(sample_temperature=0.8, top_k=50, min_p=0.1)
+    assert next_token.SamplerSpec.of(some.knobs()) == some and some.label == "tau-0.8-top_k-50-min_p-0.1"
+    assert {name for name, value in some.arrays().items() if value is None} == {"top_p"}
+
+
 @pytest.mark.parametrize("logits, token", [([1, 2], 1), ([-1, 2, 0], 1), ([3, 3], 0), ([-5, 3, 3], 1)])
 @pytest.mark.parametrize("truncation", [(None, None), (2, 0.5)])
 def test_temperature_0_takes_the_largest(logits, token, truncation):

@@ -162,6 +162,7 @@ import jax
 import numpy as np
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.lm import decode, model
+from kd_jax.lm.decode import sampler as sampler_lib
 from kd_jax.lm.decode import slots as slots_lib
 from tests.lm.decode import test_sampler as here
 
@@ -195,7 +196,7 @@ for sizes, embedding, batch_size, slots in [
     print("same", *sizes)
 
 # Ten samples in each of two groups: from the tenth step on eight slots of each are enough, as the lengths say.
-decode._PROGRAM = 0
+sampler_lib._PROGRAM = 0
 ends = np.sort(one["lengths"].reshape(2, 10) - 1, axis=1)
 assert ends[:, 1].max() == 9
 sizes = (2, 1, 4)
@@ -309,7 +310,7 @@ def test_pages_come_and_go(monkeypatch):
         sampler_lib.kv_cache, "resize", lambda pages, n: sizes.append((pages.num_pages, n)) or resize(pages, n)
     )
     # the pool is looked at after each step, whatever the machine's speed
-    monkeypatch.setattr(decode, "_SECONDS_PER_CALL", 0)
+    monkeypatch.setattr(sampler_lib, "_SECONDS_PER_CALL", 0)
     samples = run(small()._replace(eos_ids=(5,)), num_samples=8, max_length=140, batch_size=2)
     assert 0.2 < samples.finished.mean() < 1
     assert any(after > before for before, after in sizes) and any(after < before for before, after in sizes)
@@ -388,7 +389,7 @@ def slots_held(monkeypatch):
         return state
 
     monkeypatch.setattr(slots_lib, "run", watch)
-    monkeypatch.setattr(decode, "_PROGRAM", 0)
+    monkeypatch.setattr(sampler_lib, "_PROGRAM", 0)
     return held
 
 
@@ -409,7 +410,7 @@ def test_no_more_slots_than_samples_where_that_pays(slots_held, monkeypatch):
     assert slots_held == [12] * 29
     slots_held.clear()
     # 20 slots saved for 30 steps, each of two operations with every weight
-    monkeypatch.setattr(decode, "_PROGRAM", 600 * 2 * CHAIN.num_parameters)
+    monkeypatch.setattr(sampler_lib, "_PROGRAM", 600 * 2 * CHAIN.num_parameters)
     run(chain(COUNT_UP), [1], 9, batch_size=32, max_length=30)
     assert slots_held == [32] * 29
 
@@ -521,7 +522,8 @@ def test_second_call_compiles_nothing():
         ([3], {"sample_temperature": -0.1}, "sample_temperature=-0.1"),
         ([3], {"sample_temperature": float("nan")}, "sample_temperature=nan"),
         ([3], {"sample_temperature": float("inf")}, "sample_temperature=inf"),
-        ([3], {"top_k": 0}, "top_k=0"),
+        ([3], {"top_k": -1}, "top_k=-1"),
+        ([3], {"min_p": 1.5}, "min_p=1.5"),
         ([3], {"top_p": 0.0}, "top_p=0.0"),
         ([3], {"top_p": 1.5}, "top_p=1.5"),
         ([3], {"top_p": float("nan")}, "top_p=nan"),
@@ -532,7 +534,7 @@ def test_second_call_compiles_nothing():
     ],
 )
 def test_faults_are_named_before_anything_runs(prompt, options, message, monkeypatch):
-    monkeypatch.setattr(decode, "_start", None)
+    monkeypatch.setattr(sampler_lib, "_start", None)
     options = {"num_samples": 4, "max_length": MAX_LENGTH} | options
     with pytest.raises(ValueError, match=message):
         decode.generate(small(), prompt, **options)
