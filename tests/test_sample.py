@@ -14,7 +14,7 @@ import tokenizers
 
 import kd_jax.lm
 from kd_jax import sample
-from kd_jax.lm import corpus, weights
+from kd_jax.lm import corpus, decode, weights
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.runs import cache
@@ -232,7 +232,7 @@ def test_prompt_and_longest_sample(sampler, source, tmp_path, words, prompt, max
 def test_options_reach_the_sampler_and_the_manifest(sampler, source, tmp_path):
     words = "--sample_temperature 0.8 --top_k 9 --top_p 0.95 --seed 5 --batch_size 16 --dtype bfloat16".split()
     assert sampling(source, tmp_path / "c", *words) == 0
-    drawn = {"sample_temperature": 0.8, "top_k": 9, "top_p": 0.95, "seed": 5}
+    drawn = {"sample_temperature": 0.8, "top_k": 9, "top_p": 0.95, "min_p": None, "seed": 5}
     assert sampler.calls == [
         {
             "prompt": [3],
@@ -241,7 +241,8 @@ def test_options_reach_the_sampler_and_the_manifest(sampler, source, tmp_path):
             "max_length": 7,
             "batch_size": 16,
             "mesh": None,
-            **drawn,
+            "sampler": decode.SamplerSpec.of(drawn),
+            "seed": 5,
             "compute": model_lib.Compute(dtype="bfloat16"),
         }
     ]
