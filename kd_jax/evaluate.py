@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.parallel import cluster
+from kd_jax.runs import command_line
+from kd_jax.runs.command_line import ids, mesh_sizes, number
 from kd_jax.storage import errors
 
-_LEAST = {"num_samples": 1, "num_recall": 1, "seed": 0, "batch_size": 1, "max_length": 2, "sample_temperature": 0}
 # p*'s samples have another seed than anyone's training data is likely to: what a model has seen says nothing of recall.
 _DATA_SEED = 2**31
 _COLUMNS = {
@@ -29,78 +30,41 @@ _COLUMNS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line, of which the first word is the program's name, and returns the exit code."""
+    """Runs the command line, whose first word is the program's name, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
-    try:
-        args = _parse(argv[1:])
-    except ValueError as error:
-        return _fail(error)
-    try:
-        errors.end_on_terminate()
-        cluster.check_alone("kd_jax.evaluate")
-        return _evaluate(args, argv)
-    except (ValueError, OSError, errors.RunError) as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return command_line.main(_parse, lambda args: _evaluate(args, argv), argv)
 
 
-def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(errors.explain(error).split())}", file=sys.stderr)
-    return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(
         prog="python -m kd_jax.evaluate",
         description="Evaluates models against p*: precision (their samples under p*), recall (samples of p* under "
-        "them), entropy, KL both ways, lengths and variety. The same command goes on with a run that was stopped, and "
-        "does again only what has changed.",
-        allow_abbrev=False,
+        "them), entropy, KL both ways, lengths and variety. The same command resumes a run that was stopped, and "
+        "repeats only what has changed.",
     )
+    count = number(int, at_least=1)
     add = parser.add_argument
     add("--p_star", metavar="SOURCE", help="p*: anything that kd_jax.lm.weights.load takes")
     add(
         "--model", action="extend", nargs="+", default=[], metavar="[NAME=]SOURCE",
         help="a model, under a name or that of its file; names of the form ARM/seed-N are seeds of one arm",
     )  # fmt: skip
-    add("--corpus", metavar="FOLDER", help="validation corpus: samples of p* or other data (p* is sampled for one)")
+    add("--corpus", metavar="FOLDER", help="validation corpus: samples of p* or other data (default: p* is sampled)")
     add("--out", default="runs/evaluation", metavar="FOLDER", help="where all results go (%(default)s)")
-    add("--num_samples", type=int, default=1000, metavar="N", help="samples of each model (%(default)s)")
-    add("--num_recall", type=int, metavar="N", help="validation rows (all of --corpus, else as many as --num_samples)")
-    add("--seed", type=int, default=0, help="of the samples (%(default)s)")
-    add("--sample_temperature", type=float, default=1.0, metavar="TAU", help="of the models' samples (%(default)s)")
+    add("--num_samples", type=count, default=1000, metavar="N", help="samples of each model (%(default)s)")
+    add("--num_recall", type=count, metavar="N", help="validation rows (all of --corpus, else as --num_samples)")
+    add("--seed", type=number(int, at_least=0, below=_DATA_SEED), default=0, help="of the samples (%(default)s)")
+    add(
+        "--sample_temperature", type=number(float, at_least=0), default=1.0, metavar="TAU",
+        help="of the models' samples (%(default)s)",
+    )  # fmt: skip
     add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
-    add("--prompt_ids", type=_ids, metavar="1,504", help="the prompt as token ids")
-    add("--max_length", type=int, metavar="L", help="longest sample, the prompt included (512)")
-    add("--batch_size", type=int, default=64, metavar="B", help="samples made at a time (%(default)s)")
+    add("--prompt_ids", type=ids, metavar="1,504", help="the prompt as token ids")
+    add("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, the prompt included (512)")
+    add("--batch_size", type=count, default=64, metavar="B", help="samples made at a time (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and products (%(default)s)")
-    add("--mesh", type=_mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    add("--mesh", type=mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
     return parser
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of ids such as 1,504") from error
-
-
-def _mesh_sizes(text: str) -> dict[str, int]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        sizes = {name.strip(): int(size) for name, size in pairs}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form data=2,tensor=4") from error
-    if len(sizes) < len(pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} names an axis twice")
-    return sizes
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -109,12 +73,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for name in ("p_star", "model"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing")
-    for name, least in _LEAST.items():
-        value = getattr(args, name)
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"--{name} {value}: must be at least {least} and finite")
-    if args.seed >= _DATA_SEED:
-        raise ValueError(f"--seed {args.seed}: must be below 2**31")
     if args.corpus is not None:
         for name in ("prompt", "prompt_ids", "max_length"):
             if getattr(args, name) is not None:
@@ -139,15 +97,17 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     return named
 
 
-def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
+def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.lm import corpus, evaluation, weights
     from kd_jax.runs import cache
     from kd_jax.storage.files import write_json, write_rows
 
+    errors.end_on_terminate()
+    cluster.check_alone("kd_jax.evaluate")
     start, out = time.perf_counter(), Path(args.out)
     _check_folder(out)
     validation = None if args.corpus is None else corpus.open(args.corpus)
-    mesh = _mesh(args.mesh)
+    mesh = command_line.mesh(args.mesh)
     cache.enable_compilation_cache()
     settings = evaluation.Settings(
         num_samples=args.num_samples, num_recall=args.num_recall, seed=args.seed, dtype=args.dtype, mesh=mesh,
@@ -170,7 +130,6 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> int:
     write_json(out / "manifest.json", {**manifest, "status": "finished", "finished": _now(), "seconds": seconds})
     _print_table(rows)
     print(f"\nrows: {out / 'metrics.jsonl'} ({seconds:.1f} s)")
-    return 0
 
 
 def _begin(out: Path, manifest: dict[str, Any]) -> None:
@@ -243,20 +202,6 @@ def _sample_validation(folder: Path, p_star: Any, drawn: dict[str, Any], setting
         p_star, folder, drawn, command="validation samples of p*", label="p*: samples", batch_size=settings.batch_size,
         **settings.run,
     )  # fmt: skip
-
-
-def _mesh(sizes: dict[str, int] | None) -> Any:
-    from kd_jax.parallel import mesh as mesh_lib
-
-    if sizes is None:
-        return None
-    unknown = [name for name in sizes if name not in mesh_lib.AXES]
-    if unknown:
-        raise ValueError(f"--mesh: {unknown[0]!r} is not an axis; there are {', '.join(mesh_lib.AXES)}")
-    try:
-        return mesh_lib.make(**sizes)
-    except ValueError as error:
-        raise ValueError(f"--mesh: {error}") from error
 
 
 def _manifest(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_jax.reporting import page
-from kd_jax.storage import errors, untrusted
+from kd_jax.runs import command_line
+from kd_jax.storage import untrusted
 
 # Modules by the experiment's name, so that one experiment's report does not import the others. Each has
 # write(folder), which returns the page's path.
@@ -73,17 +74,17 @@ def _check_places(folder: Path) -> None:
                 raise ValueError(f"{path} is not a file")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line: write the report of each run folder; 2 if one cannot be read or written."""
-    parser = argparse.ArgumentParser(prog="python -m kd_jax.report", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the page of each run folder; the first word is the program's name. Returns the exit code."""
+    argv = list(sys.argv if argv is None else argv)
+    parser = command_line.Parser(prog="python -m kd_jax.report", description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="run folders (config.json, metrics.jsonl)")
-    try:
-        for path in write_all(parser.parse_args(argv).folders):
-            print(path)
-    except (OSError, ValueError, errors.RunError) as error:
-        print(f"error: {errors.explain(error)}", file=sys.stderr)
-        return 2
-    return 0
+    return command_line.main(parser.parse_args, _report, argv)
+
+
+def _report(args: argparse.Namespace) -> None:
+    for path in write_all(args.folders):
+        print(path)
 
 
 if __name__ == "__main__":

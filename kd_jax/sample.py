@@ -8,16 +8,16 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import math
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_jax.lm.decode import SamplerSpec
 from kd_jax.parallel import cluster
+from kd_jax.runs import command_line
+from kd_jax.runs.command_line import ids, mesh_sizes, number
 from kd_jax.storage import errors
 
 _KNOBS = dataclasses.fields(SamplerSpec)
@@ -28,93 +28,53 @@ _SAMPLING = {
     "shard_size": 1024, "dtype": "float32", "mesh": None, "record_top_k": None, "log_prob_format": "uint16",
 }  # fmt: skip
 _READING = {"read": None, "model": None, "num_samples": 5, "first": 0, "text_out": None}
-_LEAST = {
-    "num_samples": 1, "seed": 0, "max_length": 2, "max_new_tokens": 1, "batch_size": 1, "shard_size": 1, "first": 0,
-    "record_top_k": 1,
-}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line, of which the first word is the program's name, and returns the exit code."""
+    """Runs the command line, whose first word is the program's name, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
-    try:
-        args = _parse(argv[1:])
-    except ValueError as error:
-        return _fail(error)
-    try:
-        errors.end_on_terminate()
-        cluster.check_alone("kd_jax.sample")
-        return _read(args) if "read" in args else _sample(args, argv)
-    except (ValueError, OSError, errors.RunError) as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return command_line.main(_parse, lambda args: _run(args, argv), argv)
 
 
-def _fail(error: Exception) -> int:
-    print(f"error: {' '.join(errors.explain(error).split())}", file=sys.stderr)
-    return 2
+def _run(args: argparse.Namespace, argv: list[str]) -> None:
+    errors.end_on_terminate()
+    cluster.check_alone("kd_jax.sample")
+    if "read" in args:
+        _read(args)
+    else:
+        _sample(args, argv)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(
         prog="python -m kd_jax.sample",
         description="Samples a corpus of token ids from a model (--model, --num_samples, --out), or shows one "
-        "(--read). The same command goes on with a run that was stopped; a larger --num_samples adds to one that is "
-        "done.",
-        allow_abbrev=False,
+        "(--read). The same command resumes a run that was stopped; a larger --num_samples adds to a finished corpus.",
         argument_default=argparse.SUPPRESS,
     )
+    count = number(int, at_least=1)
     add = parser.add_argument
     add("--model", metavar="SOURCE", help="what to sample from: anything that kd_jax.lm.weights.load takes")
-    add("--num_samples", type=int, metavar="N", help="how many samples there are to be; how many to show (5)")
+    add("--num_samples", type=count, metavar="N", help="size of the corpus; with --read how many to show (5)")
     add("--out", metavar="FOLDER", help="folder of the corpus")
     for knob in _KNOBS:
         add(f"--{knob.name}", type=type(knob.default), help=f"{knob.metadata['meaning']} ({knob.default})")
-    add("--seed", type=int, help="sample i is a function of the seed and i (0)")
+    add("--seed", type=number(int, at_least=0, below=2**32), help="sample i is a function of the seed and i (0)")
     add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
-    add("--prompt_ids", type=_ids, metavar="1,504", help="the prompt as token ids")
+    add("--prompt_ids", type=ids, metavar="1,504", help="the prompt as token ids")
     add("--bos", action="store_true", help="begin the prompt with the model's BOS id")
-    add("--max_length", type=int, metavar="L", help="longest sample, the prompt included (512)")
-    add("--max_new_tokens", type=int, metavar="L", help="longest sample, the prompt not included")
-    add("--batch_size", type=int, metavar="B", help="samples made at a time (64)")
-    add("--shard_size", type=int, metavar="ROWS", help="samples in one file (1024)")
+    add("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, the prompt included (512)")
+    add("--max_new_tokens", type=count, metavar="L", help="longest sample, the prompt not included")
+    add("--batch_size", type=count, metavar="B", help="samples made at a time (64)")
+    add("--shard_size", type=count, metavar="ROWS", help="samples in one file (1024)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the weights and of the products with them (float32)")
-    add("--record_top_k", type=int, metavar="K", help="record the model's K likeliest ids at each position, too")
-    add(
-        "--log_prob_format",
-        choices=("uint16", "float32"),
-        help="of what is recorded: rounded, or exact (uint16)",
-    )
-    add("--mesh", type=_mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    add("--record_top_k", type=count, metavar="K", help="record the model's K likeliest ids at each position, too")
+    add("--log_prob_format", choices=("uint16", "float32"), help="of what is recorded: rounded, or exact (uint16)")
+    add("--mesh", type=mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
     add("--read", metavar="FOLDER", help="show samples of this corpus, decoded")
-    add("--first", type=int, metavar="I", help="first sample to show (0)")
+    add("--first", type=number(int, at_least=0), metavar="I", help="first sample to show (0)")
     add("--text_out", metavar="FILE.jsonl", help="write them there, a JSON object a line, instead of showing them")
     return parser
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of ids such as 1,504") from error
-
-
-def _mesh_sizes(text: str) -> dict[str, int]:
-    try:
-        pairs = [part.split("=") for part in text.split(",")]
-        sizes = {name.strip(): int(size) for name, size in pairs}
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form data=2,tensor=4") from error
-    if len(sizes) < len(pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} names an axis twice")
-    return sizes
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
@@ -125,10 +85,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         if name not in known:
             raise ValueError(f"--{name} does not go with {asked}")
     args = argparse.Namespace(**{**known, **given})
-    for name, least in _LEAST.items():
-        value = getattr(args, name, None)
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"--{name} {value}: must be at least {least} and finite")
     if "read" in given:
         if args.text_out is not None and not Path(args.text_out).absolute().parent.is_dir():
             raise ValueError(f"--text_out {args.text_out}: there is no folder to write it in")
@@ -148,10 +104,6 @@ def _check_sampling(args: argparse.Namespace) -> None:
         _sampler(args)
     except ValueError as error:
         raise ValueError(f"--{error}") from error
-    if args.seed >= 2**32:
-        raise ValueError(f"--seed {args.seed}: must be below 2**32")
-    if any(i < 0 for i in args.prompt_ids or ()):
-        raise ValueError(f"--prompt_ids {args.prompt_ids}: ids are from 0")
     if args.prompt is None and args.prompt_ids is None:
         args.prompt = "The"
     if not args.prompt and not args.prompt_ids and not args.bos:
@@ -175,16 +127,15 @@ def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
         )
 
 
-def _sample(args: argparse.Namespace, argv: list[str]) -> int:
+def _sample(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.lm import corpus, decode, weights
     from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute
-    from kd_jax.parallel import mesh as mesh_lib
-    from kd_jax.runs import cache
+    from kd_jax.runs import cache, progress
 
     settings = _early_settings(args)
     corpus.check(args.out, settings)
-    mesh = _mesh(mesh_lib, args.mesh)
+    mesh = command_line.mesh(args.mesh)
     cache.enable_compilation_cache()
     with _count_programs() as programs:
         model = weights.load(args.model, dtype=args.dtype, mesh=mesh)
@@ -200,16 +151,15 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> int:
             print(f"{args.out}: all {held.num_rows} samples are there, nothing left to do")
         else:
             if held.num_rows:
-                print(f"{args.out}: going on after {held.num_rows} samples")
+                print(f"{args.out}: resuming after {held.num_rows} samples")
             stream = decode.stream(
                 model, settings["prompt_ids"], args.num_samples, max_length=settings["max_length"],
                 sampler=_sampler(args), seed=args.seed, first=held.num_rows, batch_size=args.batch_size,
                 compute=Compute(dtype=args.dtype), mesh=mesh,
             )  # fmt: skip
-            with _progress(held.num_rows, args.num_samples) as progress:
-                held = corpus.write(held, stream, progress, complete)
+            with progress.sampling_bar("samples", held.num_rows, args.num_samples) as report:
+                held = corpus.write(held, stream, report, complete)
     _print_summary(held, programs)
-    return 0
 
 
 def _early_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -262,18 +212,6 @@ def _prompt_ids(args: argparse.Namespace, model: Any) -> list[int]:
     return ids
 
 
-def _mesh(mesh_lib: Any, sizes: dict[str, int] | None) -> Any:
-    if sizes is None:
-        return None
-    unknown = [name for name in sizes if name not in mesh_lib.AXES]
-    if unknown:
-        raise ValueError(f"--mesh: {unknown[0]!r} is not an axis; there are {', '.join(mesh_lib.AXES)}")
-    try:
-        return mesh_lib.make(**sizes)
-    except ValueError as error:
-        raise ValueError(f"--mesh: {error}") from error
-
-
 @contextlib.contextmanager
 def _count_programs() -> Iterator[collections.Counter]:
     """Counts what JAX reports of its compilation cache, by the event's name, while the block runs."""
@@ -291,25 +229,6 @@ def _count_programs() -> Iterator[collections.Counter]:
         jax.monitoring.unregister_event_listener(count)
 
 
-@contextlib.contextmanager
-def _progress(first: int, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr in samples, with tokens/s and the time that is left."""
-    from tqdm import tqdm
-
-    start, made = time.perf_counter(), 0
-    # into a log file, a line's worth now and then
-    often = 0.1 if sys.stderr.isatty() else 30
-    with tqdm(total=total, initial=first, unit="sample", mininterval=often, dynamic_ncols=True) as bar:
-
-        def progress(samples: int, tokens: int) -> None:
-            nonlocal made
-            made += tokens
-            bar.set_postfix_str(f"{made / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
-            bar.update(samples)
-
-        yield progress
-
-
 def _print_summary(held: Any, programs: collections.Counter) -> None:
     counts, speed = held.manifest["counts"], held.manifest["speed"]
     rows, tokens = counts["rows"], counts["tokens"]
@@ -321,11 +240,10 @@ def _print_summary(held: Any, programs: collections.Counter) -> None:
     print(f"read it: python -m kd_jax.sample --read {shlex.quote(str(held.folder))}")
 
 
-def _read(args: argparse.Namespace) -> int:
+def _read(args: argparse.Namespace) -> None:
     from kd_jax.lm.corpus import show
 
     show.samples(args.read, model=args.model, first=args.first, num_samples=args.num_samples, text_out=args.text_out)
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,45 +14,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_jax.parallel import cluster
+from kd_jax.runs import command_line
 from kd_jax.storage import errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line, of which the first word is the program's name, and returns the exit code."""
+    """Runs the command line, whose first word is the program's name, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
-    args = _parser().parse_args(argv[1:])
-    try:
-        errors.end_on_terminate()
-        cluster.check_alone("kd_jax.teacher")
-        return _record(args, argv)
-    except (ValueError, OSError, errors.RunError) as error:
-        print(f"error: {' '.join(errors.explain(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return command_line.main(_parser().parse_args, lambda args: _record(args, argv), argv)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kd_jax.teacher", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="python -m kd_jax.teacher", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--corpus", metavar="FOLDER", required=True, help="the corpus to score: as kd_jax.sample makes it")
     add("--model", metavar="SOURCE", required=True, help="the teacher: anything that kd_jax.lm.weights.load takes")
-    add("--top_k", type=int, metavar="K", default=64, help="how many ids are recorded at each position (64)")
+    add("--top_k", type=command_line.number(int, at_least=1), metavar="K", default=64,
+        help="how many ids are recorded at each position (64)")  # fmt: skip
     add("--out", metavar="FOLDER", required=True, help="folder of the corpus with the teacher in it")
     add("--log_prob_format", choices=("uint16", "float32"), default="uint16", help="rounded, or exact (uint16)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the teacher (float32)")
     return parser
 
 
-def _record(args: argparse.Namespace, argv: list[str]) -> int:
+def _record(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.lm import corpus, weights
     from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute
     from kd_jax.runs import cache
 
+    errors.end_on_terminate()
+    cluster.check_alone("kd_jax.teacher")
     source = corpus.open(args.corpus)
     cache.enable_compilation_cache()
     model = weights.load(args.model, dtype=args.dtype)
@@ -69,7 +61,6 @@ def _record(args: argparse.Namespace, argv: list[str]) -> int:
     before = sum(shard["bytes"] for shard in source.manifest["shards"])
     print(f"{held.num_rows} rows, {entries} recorded tokens of {(size - before) / entries:.2f} bytes, tails included")
     print(f"corpus: {held.folder}")
-    return 0
 
 
 if __name__ == "__main__":

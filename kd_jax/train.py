@@ -4,20 +4,27 @@ The same command in several processes is one run over the devices of all (kd_jax
 each other; launch/ has scripts that start them). FOLDER is then on a file system that all of them share.
 """
 
+import argparse
 import importlib
 import sys
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from kd_jax.parallel import cluster
+from ml_collections import ConfigDict
+
+from kd_jax.runs import command_line, settings
 from kd_jax.runs import config as config_lib
 from kd_jax.storage import errors
 
-# Modules by name, so that one experiment's run does not import the others. Each has validate(config), which raises
-# ValueError on bad values, and run(config, folder), which returns what to add to the manifest. Those in STAGED run in
-# stages: run also takes `only` (names), `dry_run` and `target`, and returns None where the run is not at its end yet.
+# Modules by name, so that one experiment's run does not import the others. Each has
+#   Spec                    its settings (kd_jax.runs.settings); the functions below take them frozen
+#   validate(spec)          raises ValueError on settings that cannot work, before any work
+#   run(spec, folder)       does the work; returns what to add to the manifest
+#   result(folder)          optional: the lines that sum up a finished run
+# Those in STAGED run in stages: run also takes `only` (names), `dry_run` and `target`, and returns None where the run
+# is not at its end yet. A module without Spec takes the config as the file has it.
 EXPERIMENTS = {
     "gmm": "kd_jax.gmm.experiment",
     "gmm_frontier": "kd_jax.gmm.frontier",
@@ -27,91 +34,141 @@ STAGED = ("lm",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns the exit code."""
+    """Runs the command line, whose first word is the program's name, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
-    args = config_lib.parse(argv)
-    # after the command line is known to be good: JAX takes a moment to import, and a typing error need not wait for it
-    from kd_jax.parallel import distributed
-
-    processes = None
-    try:
-        processes = cluster.find(args.processes)
-        if processes is None:
-            errors.end_on_terminate()  # one of several may be waiting for another, where it cannot be interrupted
-        _run(args, argv, processes)
-        distributed.end()
-        return 0
-    except (ValueError, OSError, FloatingPointError, errors.RunError) as error:
-        code, said = 2, f"error: {distributed.name()}{errors.explain(error)}"
-    except KeyboardInterrupt:
-        code, said = 130, f"\n{distributed.name()}interrupted; the same command carries on"
-    except Exception:
-        if processes is None:
-            raise
-        code, said = 1, f"{distributed.name()}{traceback.format_exc()}"
-    print(said, file=sys.stderr)
-    if processes is not None:
-        distributed.leave(code)  # JAX would wait for the others, which wait for this one
-    return code
+    return command_line.main(_parse, lambda args: _run(args, argv), argv)
 
 
-def _run(args: config_lib.Args, argv: list[str], processes: cluster.Cluster | None) -> None:
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m kd_jax.train",
+        usage="%(prog)s --config FILE.py[:ARG] --workdir FOLDER [flags] [--config.KEY=VALUE ...]",
+        description="Runs one experiment from its config to its report. The same command resumes a run that was "
+        "stopped.\nWith --config, --help also lists its settings; --flagfile FILE reads flags from a file.",
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--workdir", metavar="FOLDER", help="the run folder")
+    parser.flag("overwrite", "start the run in this folder again")
+    add("--stages", type=_names, default=(), metavar="A,B", help="of an experiment in stages, run these alone")
+    plan = parser.add_argument_group("planning")
+    parser.flag("dry_run", "show the stages and what they cost; nothing is written", group=plan)
+    add = plan.add_argument
+    add("--device", default="", metavar="8xH100", help="plan for these devices (with --dry_run)")
+    add("--mfu", type=float, metavar="SHARE", help="share of their peak that training reaches (0.4)")
+    add("--price_per_hour", type=float, metavar="PRICE", help="of one of them, in any currency")
+    command_line.add_processes(parser)
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    args = config_lib.parse(words, _parser(), _spec)
+    if not args.workdir:
+        raise ValueError("--workdir is missing (for example --workdir runs/gmm)")
+    if args.device and not args.dry_run:
+        raise ValueError("--device is for --dry_run; a run takes the devices that are there")
+    if not args.device and (args.mfu is not None or args.price_per_hour is not None):
+        raise ValueError("--mfu and --price_per_hour describe the devices of --dry_run --device")
+    name = args.config.experiment
+    if name not in STAGED and (args.stages or args.dry_run):
+        raise ValueError(f"--stages and --dry_run are for experiments in stages ({', '.join(STAGED)}), not for {name}")
+    return args
+
+
+def _experiment(config: ConfigDict) -> Any:
+    """The module of the experiment that a config names. Raises ValueError for a name that is none."""
+    name = config.get("experiment")
+    if name not in EXPERIMENTS:
+        raise ValueError(f"config.experiment is {name!r}; it must be one of: {', '.join(sorted(EXPERIMENTS))}")
+    return importlib.import_module(EXPERIMENTS[name])
+
+
+def _spec(config: ConfigDict) -> type | None:
+    return getattr(_experiment(config), "Spec", None)
+
+
+def _freeze(config: ConfigDict) -> tuple[Any, dict[str, Any]]:
+    """What the experiment's functions take, and what config.json holds."""
+    kind = _spec(config)
+    if kind is None:
+        return config, config_lib.to_dict(config)
+    # `experiment` says whose settings they are, and may or may not be one of them
+    named = {key: config[key] for key in config if key != "experiment" or key in kind.__dataclass_fields__}
+    spec = settings.freeze(kind, named)
+    return spec, {"experiment": config.experiment, **settings.to_dict(spec)}
+
+
+def _dry_run(args: argparse.Namespace, experiment: Any, spec: Any) -> None:
+    from kd_jax.parallel import cluster, devices
+
+    processes = cluster.find({name: getattr(args, name) for name in cluster.NAMES})
+    target = None
+    if args.device:
+        mfu = 0.4 if args.mfu is None else args.mfu
+        target = devices.target(args.device, mfu, args.price_per_hour)
+        devices.pretend(target.devices)
+    experiment.validate(spec)
+    if processes is None or not processes.process_id:
+        experiment.run(spec, Path(args.workdir), dry_run=True, target=target)
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax import report
-    from kd_jax.parallel import devices, distributed
+    from kd_jax.parallel import distributed
     from kd_jax.runs import run as run_lib
 
     start = time.perf_counter()
-    config, name = args.config, args.config.get("experiment")
-    if name not in EXPERIMENTS:
-        raise ValueError(f"config.experiment is {name!r}; it has to be one of: {', '.join(sorted(EXPERIMENTS))}")
-    if processes is not None and not args.dry_run:
-        distributed.start(processes, args.initialization_timeout, args.heartbeat_timeout)
-    experiment = importlib.import_module(EXPERIMENTS[name])
-    staged = name in STAGED
-    if not staged and (args.stages or args.dry_run):
-        raise ValueError(f"--stages and --dry_run are for experiments in stages ({', '.join(STAGED)}), not for {name}")
-    target = None
-    if args.device:
-        target = devices.target(args.device, args.mfu, args.price_per_hour)
-        devices.pretend(target.devices)
-    experiment.validate(config)
+    experiment = _experiment(args.config)
+    spec, plain = _freeze(args.config)
     if args.dry_run:
-        if processes is None or not processes.process_id:
-            experiment.run(config, Path(args.workdir), dry_run=True, target=target)
-        return
-
-    def open_run() -> tuple[str, bool, bool]:
-        run = run_lib.open_run(args.workdir, config, argv=argv, overwrite=args.overwrite, staged=staged)
-        return str(run.folder), run.resumed, run.finished
-
-    folder, *state = distributed.once(open_run, "opening the run folder")
-    run = run_lib.Run(Path(folder), *state)
-    if not (run.folder / "config.json").exists():
-        raise errors.RunError(
-            f"process 0 has made {run.folder.absolute()}, which this process does not see: a run of several processes "
-            "needs a --workdir on a file system that all of them share"
-        )
+        return _dry_run(args, experiment, spec)
+    command_line.start_processes(args)
+    experiment.validate(spec)
+    staged = args.config.experiment in STAGED
+    run = _open(args, lambda: run_lib.open_run(args.workdir, plain, argv=argv, overwrite=args.overwrite, staged=staged))
     if run.finished:
-        page = run.folder / "report.html"
-        _say(f"{run.folder}: finished, nothing left to do (report: {page}; --overwrite starts again)")
+        _say(f"{run.folder}: finished, nothing left to do (--overwrite starts again)")
+        _say_result(experiment, run.folder)
         return
     if run.resumed:
-        _say(f"{run.folder}: carrying on")
+        _say(f"{run.folder}: resuming")
 
     ready = time.perf_counter()
-    extra = experiment.run(config, run.folder, **({"only": args.stages} if staged else {}))
+    extra = experiment.run(spec, run.folder, **({"only": args.stages} if staged else {}))
     if staged and extra is None:
         _say(f"{run.folder}: stages {', '.join(args.stages)} are finished")
         return
     ran = time.perf_counter()
-    page = distributed.once(lambda: str(report.write(run.folder)), "writing the report")
+    distributed.once(lambda: str(report.write(run.folder)), "writing the report")
     done = time.perf_counter()
 
     seconds = {"start": ready - start, "experiment": ran - ready, "report": done - ran, "total": done - start}
     if distributed.leads():
         run_lib.finish(run, **{**(extra or {}), "seconds": {key: round(value, 3) for key, value in seconds.items()}})
     _say("time: " + ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items()))
-    _say(f"report: {page}")
+    _say_result(experiment, run.folder)
+
+
+def _open(args: argparse.Namespace, open_run: Callable[[], Any]) -> Any:
+    """The run folder, which process 0 makes or opens for all. Raises RunError where another does not see it."""
+    from kd_jax.parallel import distributed
+    from kd_jax.runs import run as run_lib
+
+    def values() -> tuple[str, bool, bool]:
+        run = open_run()
+        return str(run.folder), run.resumed, run.finished
+
+    folder, *state = distributed.once(values, "opening the run folder")
+    run = run_lib.Run(Path(folder), *state)
+    if not (run.folder / "config.json").exists():
+        raise errors.RunError(
+            f"process 0 has made {run.folder.absolute()}, which this process does not see: a run of several processes "
+            "needs a --workdir on a file system that all of them share"
+        )
+    return run
 
 
 def _say(text: str) -> None:
@@ -119,7 +176,17 @@ def _say(text: str) -> None:
     from kd_jax.parallel import distributed
 
     if distributed.leads():
-        print(text)
+        print(text, flush=True)
+
+
+def _say_result(experiment: Any, folder: Path) -> None:
+    """The end of a run's output: its result, where the experiment sums it up, and the path of its page."""
+    from kd_jax.parallel import distributed
+
+    if distributed.leads():
+        for line in experiment.result(folder) if hasattr(experiment, "result") else ():
+            print(line)
+        print(f"report: {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

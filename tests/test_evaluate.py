@@ -83,14 +83,14 @@ GOOD = {"--p_star": "p", "--model": "m", "--out": "out"}
     [
         ({"--p_star": None}, ["--p_star is missing"]),
         ({"--model": None}, ["--model is missing"]),
-        ({"--num_samples": "0"}, ["--num_samples 0"]),
+        ({"--num_samples": "0"}, ["--num_samples: 0"]),
         ({"--num_samples": "1e3"}, ["--num_samples", "1e3"]),
-        ({"--num_recall": "0"}, ["--num_recall 0"]),
-        ({"--seed": "-1"}, ["--seed -1"]),
-        ({"--seed": str(2**31)}, ["--seed", "2**31"]),
-        ({"--batch_size": "0"}, ["--batch_size 0"]),
-        ({"--max_length": "1"}, ["--max_length 1"]),
-        ({"--sample_temperature": "nan"}, ["--sample_temperature nan"]),
+        ({"--num_recall": "0"}, ["--num_recall: 0"]),
+        ({"--seed": "-1"}, ["--seed: -1"]),
+        ({"--seed": str(2**31)}, ["--seed", "below 2147483648"]),
+        ({"--batch_size": "0"}, ["--batch_size: 0"]),
+        ({"--max_length": "1"}, ["--max_length: 1"]),
+        ({"--sample_temperature": "nan"}, ["--sample_temperature: nan"]),
         ({"--temperature": "1"}, ["--temperature"]),
         ({"--corp": "c"}, ["--corp"]),
         ({"--prompt": "a", "--prompt_ids": "1"}, ["--prompt ", "--prompt_ids"]),
@@ -99,7 +99,7 @@ GOOD = {"--p_star": "p", "--model": "m", "--out": "out"}
         ({"--corpus": "c", "--prompt": "The"}, ["--prompt", "--corpus"]),
         ({"--dtype": "int8"}, ["--dtype", "int8"]),
         ({"--mesh": "data"}, ["--mesh", "'data'"]),
-        ({"--mesh": "data=2,data=2"}, ["--mesh", "twice"]),
+        ({"--mesh": "data=2,data=2"}, ["--mesh", "once"]),
         ({"--mesh": "rows=2"}, ["--mesh", "'rows'"]),
         ({"--mesh": "data=4099"}, ["--mesh", "does not fit"]),
         ({"--corpus": "nothing"}, ["nothing holds no corpus"]),
@@ -128,7 +128,7 @@ def test_bad_arguments_are_named_before_anything_is_done(tmp_path, monkeypatch, 
         (["--prompt", "The cat The cat The cat The cat"], ["--max_length 8", "8 ids"]),
         (["--prompt", " "], ["prompt is empty"]),
         (["--prompt_ids", "320"], ["320 is not an id"]),
-        (["--prompt_ids", "-1"], ["-1 is not an id"]),
+        (["--prompt_ids", "-1"], ["--prompt_ids", "-1"]),
     ],
 )
 def test_what_models_cannot_take_is_named_and_nothing_written(sources, tmp_path, capsys, no_work, words, parts):
@@ -273,7 +273,7 @@ def test_interrupted_says_how_to_go_on(sources, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(score, "log_prob", interrupted)
         assert evaluated(sources, tmp_path / "out") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert json.loads((tmp_path / "out/manifest.json").read_text())["status"] == "running"
     assert evaluated(sources, tmp_path / "out") == 0
     assert evaluated(sources, tmp_path / "whole") == 0

@@ -18,7 +18,7 @@ from tests.lm.report.test_page import make_rows, make_run
 def test_each_folder_gets_the_page_of_its_experiment(tmp_path, capsys):
     gmm = mixture_run(tmp_path / "gmm", mixture_rows(), with_panels=False)
     lm = make_run(tmp_path / "lm", make_rows(seeds=1, taus=(0.8, 1.0)))
-    assert report.main([str(lm), str(gmm)]) == 0
+    assert report.main(["report", str(lm), str(gmm)]) == 0
     pages = [folder / "report.html" for folder in (lm, gmm)]
     assert capsys.readouterr().out.split() == [str(path) for path in pages]
     texts = [path.read_text(encoding="utf-8") for path in pages]
@@ -61,7 +61,7 @@ def test_bad_folder_is_one_line_naming_it_and_code_2(tmp_path, capsys, files, sa
         bad.mkdir()
     for name, text in (files or {}).items():
         (bad / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    assert report.main([str(bad)]) == 2
+    assert report.main(["report", str(bad)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and str(bad) in error and error.count("\n") == 1
     assert not (bad / "report.html").exists()
@@ -69,7 +69,7 @@ def test_bad_folder_is_one_line_naming_it_and_code_2(tmp_path, capsys, files, sa
 
 def test_no_page_is_written_unless_every_folder_is_a_run(tmp_path):
     good = make_run(tmp_path / "good", make_rows(seeds=1))
-    assert report.main([str(good), str(tmp_path / "absent")]) == 2
+    assert report.main(["report", str(good), str(tmp_path / "absent")]) == 2
     assert not (good / "report.html").exists()
 
 

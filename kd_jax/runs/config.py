@@ -1,80 +1,87 @@
-"""The command line: one config file, overrides of its fields, and the run folder."""
+"""Experiments from the command line: a config file, and flags that change its settings."""
 
-import difflib
+from __future__ import annotations
+
+import argparse
+import importlib.util
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-import ml_collections
-from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
-from kd_jax.parallel import cluster
-
-USAGE = (
-    "usage: {prog} --config FILE.py --workdir FOLDER [--overwrite] [--stages A,B] [--flagfile FILE] "
-    "[--dry_run [--device 8xH100] [--mfu 0.4] [--price_per_hour X]] "
-    "[--coordinator_address HOST:PORT --num_processes N --process_id I] [--initialization_timeout SECONDS] "
-    "[--heartbeat_timeout SECONDS] [--config.KEY=VALUE ...]"
-)
+from kd_jax.runs import settings
+from kd_jax.runs.command_line import Parser, read_flagfiles
 
 
-class Args(NamedTuple):
-    """What the command line asked for; `config` is locked, and `processes` is for kd_jax.parallel.cluster.find."""
+def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], type | None]) -> argparse.Namespace:
+    """Reads a command line that has --config FILE.py[:ARG] and overrides --config.KEY=VALUE.
 
-    config: ml_collections.ConfigDict
-    workdir: str
-    overwrite: bool
-    stages: tuple[str, ...] = ()
-    dry_run: bool = False
-    processes: dict[str, Any] = {}
-    initialization_timeout: int = 300
-    heartbeat_timeout: int = 60
-    device: str = ""
-    mfu: float = 0.4
-    price_per_hour: float | None = None
-
-
-def parse(argv: Sequence[str]) -> Args:
-    """Reads a command line (program name first, as in sys.argv).
-
-    A flag that is unknown or has a bad value ends the program: one line on stderr naming it, exit code 2.
     Nothing is written, so a typing error never leaves a half-made run folder behind.
+
+    Args:
+        words: those after the program's name.
+        parser: the command's other flags; those of the config's settings are added to it.
+        spec_of: the declaration (kd_jax.runs.settings) of the experiment that a config is for; None where there is
+            none, and the types are those of the config's own values.
+    Returns: the parser's namespace; `config` is the ConfigDict with the overrides, locked.
+    Raises: ValueError, naming the flag.
     """
-    prog = argv[0] if argv else "train"
-    if any(arg in ("--help", "-help", "-h") for arg in argv[1:]):
-        print(USAGE.format(prog=prog))
-        raise SystemExit(0)
+    words = read_flagfiles(words)
+    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="the experiment; with --help its settings are listed")
+    first = Parser(add_help=False)
+    first.add_argument("--config")
+    chosen = first.parse_known_args([word for word in words if word not in ("--help", "-h")])[0].config
+    config = types = None
+    if chosen is not None:
+        config = load(chosen)
+        types = _types(config, spec_of(config))
+        _add_settings(parser, config, types, spec_of(config))
+    args, rest = parser.parse_known_args(words)
+    for word in rest:
+        if not word.startswith("--config."):
+            parser.refuse(word)
+    if config is None:
+        raise ValueError("--config is missing (for example --config configs/gmm.py)")
+    given = {key: value for key, value in vars(args).items() if key.startswith("config.")}
+    for word in rest:
+        key, equals, text = word.removeprefix("--").partition("=")
+        # names in a dict setting are the user's own
+        if not equals or not any(hint == dict[str, Any] and key.startswith(f"{name}.") for name, hint in types.items()):
+            parser.refuse(word)
+        given[key] = text
+    for key, text in given.items():
+        _set(config, key.removeprefix("config."), settings.from_text(text, types.get(key, Any), f"--{key}"))
+    config.lock()
+    args.config = config
+    return args
+
+
+def load(name: str) -> ConfigDict:
+    """The config of FILE.py or FILE.py:ARG: what get_config() returns. Raises ValueError for whatever goes wrong."""
+    path, colon, arg = name.partition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"--config {name}: there is no file {path}")
     try:
-        # force_gnu: a --flagfile counts also after `--config FILE` written as two words
-        argv = [prog, *flags.FlagValues().read_flags_from_files(list(argv[1:]), force_gnu=True)]
-    except flags.Error as error:
-        _fail(str(error))
-
-    # First without the overrides: the fields as the file has them are what the overrides are held against.
-    defaults = _values(argv, overrides=False).config
-    if defaults is None:
-        _fail("--config is missing (for example --config configs/gmm.py)")
-    before = flatten(defaults.to_dict())
-    _check_names(argv, before)
-
-    values = _values(argv, overrides=True)
-    _check_tuples(before, flatten(values.config.to_dict()))
-    if not values.workdir:
-        _fail("--workdir is missing (for example --workdir runs/gmm)")
-    for name in ("mfu", "price_per_hour"):
-        if values[name].present and not values.device:
-            _fail(f"--{name} is of the devices that --dry_run --device names")
-    if values.device and not values.dry_run:
-        _fail("--device is what --dry_run is to reckon with; a run takes the devices that are there")
-    processes = {name: values[name].value for name in cluster.NAMES}
-    return Args(
-        values.config, values.workdir, values.overwrite, tuple(values.stages), values.dry_run, processes,
-        values.initialization_timeout, values.heartbeat_timeout, values.device, values.mfu, values.price_per_hour,
-    )  # fmt: skip
+        found = importlib.util.spec_from_file_location("kd_jax_config", path)
+        module = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        config = module.get_config(arg) if colon else module.get_config()
+    except ValueError as error:
+        prefix = "--config: " if name in str(error) else f"--config {name}: "
+        raise ValueError(f"{prefix}{error}") from error
+    except Exception as error:  # the file is Python, and may raise anything
+        last = traceback.extract_tb(sys.exc_info()[2])[-1]
+        where = f" ({last.filename}, line {last.lineno})"
+        raise ValueError(f"--config {name}: {type(error).__name__}: {' '.join(str(error).split())}{where}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"--config {name}: get_config() must return an ml_collections.ConfigDict")
+    return config
 
 
-def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def to_dict(config: ConfigDict) -> dict[str, Any]:
     """The config as plain JSON-able values: nested dicts, lists in place of tuples."""
     return _plain(config.to_dict())
 
@@ -90,105 +97,68 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _values(argv: list[str], overrides: bool) -> flags.FlagValues:
-    # Flag values of their own, since the global ones can be defined only once in a process.
-    values = flags.FlagValues()
-    # ml_collections looks for overrides in sys_argv and not in what it is called with
-    config_flags.DEFINE_config_file(
-        "config", lock_config=True, flag_values=values, sys_argv=argv if overrides else argv[:1]
-    )
-    flags.DEFINE_string("workdir", None, "The run folder.", flag_values=values)
-    flags.DEFINE_bool("overwrite", False, "Start the run in this folder again.", flag_values=values)
-    flags.DEFINE_list("stages", [], "Of an experiment in stages, run these alone.", flag_values=values)
-    flags.DEFINE_bool("dry_run", False, "Show what there is to do and what it costs.", flag_values=values)
-    flags.DEFINE_string("device", "", "Show it for these devices, such as 8xH100.", flag_values=values)
-    flags.DEFINE_float("mfu", 0.4, "Share of their peak that training reaches.", flag_values=values)
-    flags.DEFINE_float("price_per_hour", None, "Of one of them.", flag_values=values)
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=values)
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", flag_values=values)
-    flags.DEFINE_integer(
-        "initialization_timeout", 300, "Seconds to wait for all processes.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "heartbeat_timeout", 60, "Seconds of silence after which a process is dead.", lower_bound=1, flag_values=values
-    )
-    values.set_gnu_getopt(True)
-    try:
-        rest = values(argv, known_only=not overrides)
-    except flags.UnrecognizedFlagError as error:
-        _fail(f"unknown flag --{error.flagname}")
-    except flags.Error as error:
-        _fail(_one_line(error))
-    except Exception as error:  # the config file is Python: whatever it raises is about --config
-        _fail(f"--config: {type(error).__name__}: {_one_line(error)}")
-    if overrides and len(rest) > 1:
-        _fail(f"unexpected argument {rest[1]!r} (flags are written --name=value)")
-    if values.config is not None and not isinstance(values.config, ml_collections.ConfigDict):
-        # a file that is not there comes as a stand-in that raises the real error when it is first used
-        try:
-            values.config.to_dict()
-        except Exception as error:
-            _fail(f"--config={values['config'].config_filename}: {_one_line(error)}")
-        _fail("--config: get_config() has to return an ml_collections.ConfigDict")
-    return values
+def _types(config: ConfigDict, spec: type | None) -> dict[str, Any]:
+    """The type of each setting by its flag's name: as declared, else as the value in the file has it."""
+    declared = {} if spec is None else dict(settings.declared(spec))
+    free = tuple(f"{key}." for key, hint in declared.items() if hint == dict[str, Any])
+    values = {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
+    known = {key: _type(value, config, key) for key, value in values.items() if spec is None or key.startswith(free)}
+    return {**known, **declared}
 
 
-def _check_names(argv: list[str], fields: dict[str, Any]) -> None:
-    known = [
-        "config",
-        "workdir",
-        "overwrite",
-        "nooverwrite",
-        "stages",
-        "dry_run",
-        "nodry_run",
-        "device",
-        "mfu",
-        "price_per_hour",
-        *cluster.NAMES,
-        "initialization_timeout",
-        "heartbeat_timeout",
-        *(f"config.{key}" for key in fields),
-    ]
-    known += [f"noconfig.{key}" for key, value in fields.items() if isinstance(value, bool)]
-    for arg in argv[1:]:
-        if arg == "--":
-            break
-        name = arg.split("=", 1)[0].lstrip("-")
-        if not arg.startswith("-") or _is_number(arg) or name in known:
-            continue
-        if any(key.startswith(name + ".") for key in known):
-            _fail(f"--{name} is a group of fields; set one of them, for example --{name}.KEY=VALUE")
-        close = difflib.get_close_matches(name, known, n=1)
-        if not close:
-            # also by the last part alone: a field is often given without the group it is in
-            last = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
-            close = last[:1]
-        _fail(f"unknown flag --{name}" + (f"; did you mean --{close[0]}?" if close else ""))
+def _type(value: Any, config: ConfigDict, key: str) -> Any:
+    if isinstance(value, dict):
+        return dict[str, Any]
+    if isinstance(value, tuple | list):
+        members = {type(member) for member in value}
+        kind = members.pop() if len(members) == 1 else float if members == {int, float} else Any
+        return tuple[kind, ...] if kind in (bool, int, float, str) else tuple[Any, ...]
+    if value is not None:
+        return type(value)
+    *path, name = key.split(".")[1:]
+    for part in path:
+        config = config[part]
+    kind = config.get_type(name)  # of a placeholder
+    return Any if kind is type(None) else kind | None
 
 
-def _check_tuples(before: dict[str, Any], after: dict[str, Any]) -> None:
-    # ml_collections holds a tuple to being a tuple only; its members are held to the file's here.
-    for key, value in after.items():
-        default = before.get(key)
-        if not isinstance(value, tuple) or value == default or not default:
-            continue
-        types = {type(member) for member in default}
-        if float in types:
-            types.add(int)
-        for member in value:
-            if type(member) not in types:
-                names = " or ".join(sorted(kind.__name__ for kind in types))
-                _fail(f"--config.{key}={value}: {member!r} is not of type {names}")
+def _add_settings(parser: Parser, config: ConfigDict, types: dict[str, Any], spec: type | None) -> None:
+    """A flag for each setting, in a group for each part of the config."""
+    rows = {} if spec is None else {row.key: row for row in settings.describe(spec)}
+    values = {f"config.{key}": value for key, value in flatten(config.to_dict()).items()}
+    groups: dict[str, Any] = {}
+    for key, hint in types.items():
+        part = key.rpartition(".")[0]
+        if part not in groups:
+            groups[part] = parser.add_argument_group(f"settings: {part}")
+        row = rows.get(key)
+        value = values.get(key, None if row is None else row.default)
+        limits = f"{row.range}; " if row and row.range else ""
+        text = f"{row.meaning if row else ''} ({limits}default {value!r})".strip()
+        options = {"nargs": "?", "const": "true"} if hint is bool else {}
+        groups[part].add_argument(
+            f"--{key}",
+            default=argparse.SUPPRESS,
+            metavar=settings.type_name(hint),
+            help=text.replace("%", "%%"),
+            **options,
+        )
+        if hint is bool:
+            groups[part].add_argument(
+                f"--no{key}", dest=key, default=argparse.SUPPRESS, action="store_const", const="false",
+                help=argparse.SUPPRESS,
+            )  # fmt: skip
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+    *path, name = key.split(".")
+    # the type has been checked; the file's own value may be of another, such as 1 for a float
+    with config.unlocked(), config.ignore_type():
+        for part in path:
+            if part not in config:
+                config[part] = ConfigDict()
+            config = config[part]
+        config[name] = ConfigDict(value) if isinstance(value, dict) else value
 
 
 def _plain(value: Any) -> Any:
@@ -197,12 +167,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(member) for member in value]
     return value
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)

@@ -10,17 +10,16 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jaxlib
-import ml_collections
 import numpy as np
 
 import kd_jax
-from kd_jax.runs.config import flatten, to_dict
+from kd_jax.runs.config import flatten
 from kd_jax.storage import files
 from kd_jax.storage.errors import RunError
 
@@ -42,7 +41,7 @@ class Run(NamedTuple):
 
 
 def open_run(
-    workdir: str | os.PathLike, config: ml_collections.ConfigDict, *, argv: Sequence[str], overwrite: bool = False,
+    workdir: str | os.PathLike, config: Mapping[str, Any], *, argv: Sequence[str], overwrite: bool = False,
     staged: bool = False,
 ) -> Run:  # fmt: skip
     """Makes the run folder, or opens it again where it holds a run of this same config.
@@ -53,7 +52,7 @@ def open_run(
     """
     folder = Path(workdir)
     # through JSON and back, so that it compares equal with what is read from the file
-    wanted = json.loads(files.dump(to_dict(config)))
+    wanted = json.loads(files.dump(dict(config)))
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; --workdir has to be a folder")
     try:
@@ -145,7 +144,7 @@ def finish(run: Run, **extra: Any) -> None:
     files.write_json(path, {**files.read_json(path, hint=_AGAIN), **extra, "status": "finished", "finished": _now()})
 
 
-def _reopen(folder: Path, config: ml_collections.ConfigDict, argv: Sequence[str]) -> Run:
+def _reopen(folder: Path, config: Mapping[str, Any], argv: Sequence[str]) -> Run:
     path = folder / "manifest.json"
     if path.exists():
         manifest = files.read_json(path, hint=_AGAIN)
@@ -169,7 +168,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return changes
 
 
-def _manifest(config: ml_collections.ConfigDict, argv: Sequence[str]) -> dict[str, Any]:
+def _manifest(config: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     devices = jax.devices()
     return {
         "status": "running",

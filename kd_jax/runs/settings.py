@@ -16,6 +16,7 @@ dict[str, Any] for names that the user makes up.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import math
@@ -33,6 +34,21 @@ _RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "at_most": ("at most {}", lambda value, bound: value <= bound),
     "below": ("below {}", lambda value, bound: value < bound),
 }
+_BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+# What settings are called elsewhere -> what they are called here (the last part of the key).
+SYNONYMS = {
+    "lr": "learning_rate", "peak_lr": "learning_rate", "step_size": "learning_rate",
+    "steps": "epochs", "max_steps": "epochs", "num_epochs": "epochs", "num_train_epochs": "epochs",
+    "loss": "divergence", "loss_type": "divergence", "objective": "divergence", "kd_loss": "divergence",
+    "bs": "batch_size", "global_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
+    "wd": "weight_decay", "clip_norm": "clip", "grad_clip": "clip", "max_grad_norm": "clip",
+    "seq_len": "max_length", "max_seq_length": "max_length", "block_size": "max_length",
+    "tau": "taus", "temperature": "taus", "num_seeds": "seeds", "num_layers": "layers", "num_heads": "heads",
+    "hidden_size": "width", "d_model": "width", "intermediate_size": "mlp", "d_ff": "mlp",
+    "model": "source", "checkpoint": "source", "model_name_or_path": "source", "dataset": "source",
+    "logger": "trackers", "report_to": "trackers", "eval_steps": "validations",
+    "out": "workdir", "output_dir": "workdir", "logdir": "workdir", "force": "overwrite",
+}  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -98,8 +114,7 @@ def freeze(kind: type[T], config: Mapping[str, Any] | ConfigDict, at: str = "con
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(config) - set(hints))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], hints, n=1)
-        raise ValueError(f"{at}.{unknown[0]} is not a setting" + (f"; did you mean {at}.{close[0]}?" if close else ""))
+        raise ValueError(f"{at}.{unknown[0]} is not a setting{did_you_mean(unknown[0], hints, f'{at}.')}")
     values = {}
     for name in config:
         value, hint = config[name], hints[name]
@@ -131,7 +146,69 @@ def describe(kind: type, at: str = "config") -> Iterator[Setting]:
             yield from describe(hint, f"{at}.{field.name}")
         else:
             about = field.metadata
-            yield Setting(f"{at}.{field.name}", _name(hint), _default(field), _range(field), about.get("meaning", ""))
+            yield Setting(
+                f"{at}.{field.name}", type_name(hint), _default(field), _range(field), about.get("meaning", "")
+            )
+
+
+def declared(kind: type, at: str = "config") -> Iterator[tuple[str, Any]]:
+    """(key, type) of each setting of a spec, those of specs inside it included."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from declared(hint, f"{at}.{name}")
+        else:
+            yield f"{at}.{name}", hint
+
+
+def from_text(text: str, hint: Any, key: str) -> Any:
+    """A value written on a command line.
+
+    Numbers and texts are written as they are, booleans as true or false, a missing value as none; tuples and all else
+    as in Python, and a tuple of texts also as a,b.
+
+    Args:
+        hint: the declared type.
+        key: what the error calls the setting.
+    Raises: ValueError, naming the key, for a text that is no value of this type.
+    """
+    kind, optional = _optional(hint)
+    if optional and text.lower() == "none":
+        return None
+    if kind is bool:
+        value = _BOOLEANS.get(text.lower(), text)
+    elif kind is str:
+        value = text
+    elif kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = text  # named below, with the type
+    else:
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = tuple(text.split(",")) if kind == tuple[str, ...] else text
+    return _typed(value, hint, key)
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """A question for an error about an unknown name, "; did you mean PREFIX+NAME?"; empty where nothing is near.
+
+    What a setting is called in other projects (SYNONYMS) counts before its spelling, and a name without the group it is
+    in finds it in its group.
+    """
+    known = sorted(known, key=lambda key: (key.count("."), key))
+    full = {key.removeprefix("config."): key for key in known}  # what all share says nothing of how near two are
+    last = {}
+    for key in known:
+        last.setdefault(key.rpartition(".")[2], key)
+    word = name.rpartition(".")[2].lower()
+    for candidate in (SYNONYMS.get(word), word):
+        if candidate in last:
+            return f"; did you mean {prefix}{last[candidate]}?"
+    close = [full[key] for key in difflib.get_close_matches(name.removeprefix("config."), full, n=1)]
+    close += [last[part] for part in difflib.get_close_matches(word, last, n=1)]
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _default(field: dataclasses.Field) -> Any:
@@ -178,20 +255,23 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
             raise ValueError(f"{key}={value!r} must be a tuple")
         return tuple(_typed(member, typing.get_args(hint)[0], key) for member in value)
     if typing.get_origin(hint) is dict:
+        if not isinstance(value, Mapping | ConfigDict):
+            raise ValueError(f"{key}={value!r} must be a dict")
         return value.to_dict() if isinstance(value, ConfigDict) else dict(value)
     if hint is Any:
         return tuple(value) if isinstance(value, list) else value
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise ValueError(f"{key}: {value!r} must be {_name(hint)}")
+        raise ValueError(f"{key}: {value!r} must be {type_name(hint)}")
     return value
 
 
-def _name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A declared type as help and errors call it."""
     hint, optional = _optional(hint)
     if typing.get_origin(hint) is tuple:
-        name = f"tuple of {_name(typing.get_args(hint)[0])}"
+        name = f"tuple of {type_name(typing.get_args(hint)[0])}"
     else:
         name = {float: "float", int: "int", bool: "bool", str: "text"}.get(hint, "any")
     return f"{name} or none" if optional else name

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 
 from kd_jax.gmm import sweep as chunks
@@ -97,7 +96,7 @@ def page(folder):
 
 def chain(folder):
     """A run folder, two stages in it, and its end."""
-    config = ml_collections.ConfigDict({"seed": 3})
+    config = {"seed": 3}
     opened = run.open_run(folder / "w", config, argv=["train"], staged=True)
     if not opened.finished:
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -169,7 +168,7 @@ _CONFIG = {"experiment": "gmm", "seed": 0, "nested": {"a": [1, 2], "b": 0.5}}
 
 
 def _build_run(folder):
-    config = ml_collections.ConfigDict(_CONFIG)
+    config = dict(_CONFIG)
     run.finish(run.open_run(folder, config, argv=["train"]), seconds=1.0)
     rows = [{"kind": "training", "step": i, "loss": 0.5 * i, "name": "é"} for i in range(3)]
     files.write_rows(folder / "metrics.jsonl", [*rows, {"kind": "validation", "step": 3, "loss": math.nan}])
@@ -177,7 +176,7 @@ def _build_run(folder):
 
 def _load_run(folder):
     rows = files.read_rows(folder / "metrics.jsonl")
-    return rows, run.open_run(folder, ml_collections.ConfigDict(_CONFIG), argv=["train"])
+    return rows, run.open_run(folder, dict(_CONFIG), argv=["train"])
 
 
 def _check_run(found, folder):

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import pytest
 
@@ -32,7 +31,7 @@ def refused(work, folder):
 
 def test_a_run_folder(folder):
     def open_run():
-        return run.open_run(folder / "w", ml_collections.ConfigDict({"seed": 3}), argv=["train"])
+        return run.open_run(folder / "w", {"seed": 3}, argv=["train"])
 
     with disks.locked(folder):
         refused(open_run, folder)

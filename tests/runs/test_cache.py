@@ -28,7 +28,7 @@ def test_compiled_programs_are_kept(tmp_path):
 
         import jax
 
-        from kd_jax import cache
+        from kd_jax.runs import cache
 
         jax.block_until_ready(jax.numpy.zeros(3) + 1)  # a program from before
         print(cache.enable_compilation_cache())

@@ -111,8 +111,8 @@ import sys, jax, jax.numpy as jnp, numpy as np
 count, folder = int(sys.argv[1]), sys.argv[2]
 jax.config.update("jax_num_cpu_devices", count)
 from jax.sharding import NamedSharding, PartitionSpec
-from kd_jax import mesh
-from kd_jax.checkpoint import Checkpoints
+from kd_jax.parallel import mesh
+from kd_jax.runs.checkpoint import Checkpoints
 sharding = NamedSharding(mesh.one_axis("x"), PartitionSpec("x"))
 values = np.arange(64.0, dtype=np.float32).reshape(16, 4)
 with Checkpoints(folder) as saved:

@@ -1,8 +1,13 @@
+"""Configs from the command line: overrides by their declared types, flag files, names that were misspelt."""
+
 import json
+from typing import Any
 
 import pytest
 
 from kd_jax.runs import config as config_lib
+from kd_jax.runs.command_line import Parser
+from kd_jax.runs.settings import setting, spec
 
 CONFIG = """
 from ml_collections import config_dict
@@ -22,15 +27,52 @@ def get_config():
 """
 
 
-@pytest.fixture
-def parse(tmp_path):
+@spec
+class Student:
+    components: int = setting(1, "Gaussians of the student", at_least=1)
+
+
+@spec
+class Spec:
+    experiment: str = setting("gmm", "the experiment")
+    seeds: int = setting(1, "runs", at_least=1)
+    rate: float = setting(1.0, "learning rate, at most 100% of x", above=0.0)
+    flag: bool = setting(False, "whether")
+    name: str = setting("", "a name")
+    sizes: tuple[int, ...] = setting((), "sizes")
+    betas: tuple[float, ...] = setting((), "betas")
+    ids: tuple[int, ...] = setting((), "token ids")
+    words: tuple[str, ...] = setting((), "texts")
+    limit: float | None = setting(None, "clip here; none for no limit")
+    arms: dict[str, Any] = setting({}, "arms by name")
+    student: Student = setting(Student(), "the student")
+
+
+def flags():
+    parser = Parser()
+    parser.add_argument("--workdir")
+    parser.add_argument("--num_processes", type=int)
+    parser.flag("overwrite", "again")
+    return parser
+
+
+def parse_words(*words, kind=None):
+    return config_lib.parse(words, flags(), lambda config: kind)
+
+
+@pytest.fixture(params=[None, Spec], ids=["by value", "declared"])
+def parse(tmp_path, request):
+    """Both ways to know a setting's type: from the value in the config file, and from its declaration."""
     path = tmp_path / "config.py"
     path.write_text(CONFIG)
+    return lambda *words: parse_words(f"--config={path}", f"--workdir={tmp_path / 'run'}", *words, kind=request.param)
 
-    def call(*words):
-        return config_lib.parse(["train", f"--config={path}", f"--workdir={tmp_path / 'run'}", *words])
 
-    return call
+@pytest.fixture
+def parse_declared(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return lambda *words: parse_words(f"--config={path}", *words, kind=Spec)
 
 
 @pytest.mark.parametrize(
@@ -71,39 +113,125 @@ def test_override_sets_field_and_its_type(parse, word, key, value):
         ("--overwite", ["did you mean --overwrite?"]),
         ("--workdri=x", ["did you mean --workdir?"]),
         ("--overwrite=maybe", ["--overwrite"]),
-        ("--flagfile=absent.txt", ["absent.txt"]),
         ("stray", ["stray"]),
         ("--num_process=2", ["did you mean --num_processes?"]),
-        ("--process_id=first", ["--process_id", "first"]),
-        ("--initialization_timeout=0", ["--initialization_timeout"]),
+        ("--num_processes=two", ["--num_processes", "two"]),
+        ("--config.sizes=(1,", ["--config.sizes"]),
+        ("--config.sizes=3", ["--config.sizes", "tuple"]),
     ],
 )
-def test_bad_flag_is_one_line_naming_it_and_exit_2(parse, word, parts, capsys, tmp_path):
-    with pytest.raises(SystemExit) as stop:
+def test_a_bad_flag_is_one_line_that_names_it(parse, word, parts, tmp_path):
+    with pytest.raises(ValueError) as caught:
         parse(word)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "\n" not in str(caught.value)
     for part in parts:
-        assert part in error
+        assert part in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("--config.ids=(1,7)", (1, 7)),
+        ("--config.ids=1,7", (1, 7)),
+        ("--config.words=a,b", ("a", "b")),
+        ("--config.words=('a',)", ("a",)),
+        ("--config.limit=2", 2.0),
+        ("--config.limit=none", None),
+        ("--config.arms={'a': {'top_k': 3}}", {"a": {"top_k": 3}}),
+        ("--config.rate=1", 1.0),
+    ],
+)
+def test_declared_types(parse_declared, word, value):
+    got = parse_declared(word).config.to_dict()[word[len("--config.") :].split("=")[0]]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("word", ["ids=(1.7,)", "ids=(True,)", "ids=('a',)", "words=(1,)", "limit=x", "arms=3"])
+def test_a_value_of_another_type_than_declared_is_refused(parse_declared, word):
+    with pytest.raises(ValueError, match=f"--config.{word.split('=')[0]}"):
+        parse_declared(f"--config.{word}")
+
+
+def test_settings_that_the_file_leaves_out_and_names_of_the_users_own(parse_declared):
+    config = parse_declared("--config.limit=0.5", "--config.arms.wide.top_k=3", "--config.arms.wide.loss=x").config
+    assert config.limit == 0.5 and config.arms.to_dict() == {"wide": {"top_k": 3, "loss": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("config.lr", "config.train.learning_rate"), ("config.train.steps", "config.train.epochs"),
+     ("config.loss", "config.distill.divergence"), ("config.batch", "config.train.batch_size"), ("config.zzz", None)],
+)  # fmt: skip
+def test_a_name_from_elsewhere_finds_ours(name, meant):
+    known = [
+        "config.train.learning_rate",
+        "config.train.epochs",
+        "config.distill.divergence",
+        "config.train.batch_size",
+    ]
+    parser = Parser()
+    for key in known:
+        parser.add_argument(f"--{key}")
+    with pytest.raises(ValueError) as caught:
+        parser.parse_args([f"--{name}=3"])
+    assert str(caught.value) == f"unknown flag --{name}" + (f"; did you mean --{meant}?" if meant else "")
+
+
+def test_help_lists_every_setting(parse, parse_declared, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0 and "--config.student.components int" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse_declared("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--config.rate float learning rate, at most 100% of x (above 0.0; default 0.5)" in shown
+    assert "--config.limit float or none clip here" in shown and "settings: config.student" in shown
+    with pytest.raises(SystemExit):
+        parse_words("--help")
+    assert "--workdir" in capsys.readouterr().out
 
 
 def test_flagfile_counts_wherever_it_stands(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     (tmp_path / "flags.txt").write_text("--config.seeds=3\n--overwrite\n")
     words = ["--config", str(tmp_path / "config.py"), "--workdir", "w", f"--flagfile={tmp_path / 'flags.txt'}"]
-    args = config_lib.parse(["train", *words])
+    args = parse_words(*words)
     assert args.config.seeds == 3 and args.overwrite and args.workdir == "w"
 
 
-@pytest.mark.parametrize("missing", ["config", "workdir"])
-def test_missing_flag_is_named(tmp_path, missing, capsys):
+def test_flagfiles_have_comments_and_name_others(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
-    words = {"config": f"--config={tmp_path / 'config.py'}", "workdir": "--workdir=w"}
-    with pytest.raises(SystemExit) as stop:
-        config_lib.parse(["train", *(word for name, word in words.items() if name != missing)])
-    assert stop.value.code == 2 and f"--{missing}" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text(f"# seeds\n--flagfile {tmp_path / 'b.txt'}\n\n// more\n--config.name='a b'\n")
+    (tmp_path / "b.txt").write_text("--config.seeds=7\n--config.flag=False\n")
+    config = parse_words(f"--flagfile={tmp_path / 'a.txt'}", f"--config={tmp_path / 'config.py'}").config
+    assert (config.seeds, config.flag, config.name) == (7, False, "a b")
+    with pytest.raises(OSError, match=r"absent\.txt"):
+        parse_words("--flagfile=absent.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ["config.py", "no file"]),
+        ("def get_config():\n    return 3\n", ["ConfigDict"]),
+        ("def get_config():\n    return {}['a']\n", ["KeyError", "config.py, line 2"]),
+        ("def get_config(arg=''):\n    raise ValueError(f'{arg} is not known')\n", ["not known"]),
+        ("x = (\n", ["SyntaxError"]),
+    ],
+)
+def test_a_config_file_that_does_not_work_is_one_line(tmp_path, text, words):
+    if text is not None:
+        (tmp_path / "config.py").write_text(text)
+    with pytest.raises(ValueError) as caught:
+        parse_words(f"--config={tmp_path / 'config.py'}")
+    assert "--config" in str(caught.value) and "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_config_is_missing():
+    with pytest.raises(ValueError, match="--config is missing"):
+        parse_words("--workdir=w")
 
 
 def test_config_is_locked_and_plain(parse):
@@ -112,26 +240,3 @@ def test_config_is_locked_and_plain(parse):
         config.seds = 3
     plain = config_lib.to_dict(config)
     assert plain["sizes"] == [1, 2] and json.loads(json.dumps(plain)) == plain
-
-
-def test_absent_config_file_is_named(capsys):
-    with pytest.raises(SystemExit) as stop:
-        config_lib.parse(["train", "--config=absent.py", "--workdir=w"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--config" in error and "absent.py" in error
-
-
-def test_processes_are_those_of_the_flags(parse):
-    assert parse().processes == {"coordinator_address": None, "num_processes": None, "process_id": None}
-    args = parse("--coordinator_address=a:1", "--num_processes=2", "--process_id=1", "--initialization_timeout=9")
-    assert args.processes == {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1}
-    assert args.initialization_timeout == 9 and args.heartbeat_timeout == 60
-
-
-def test_devices_are_for_dry_runs(parse, capsys):
-    found = parse("--dry_run", "--device=8xH100", "--mfu=0.3", "--price_per_hour", "2.5")
-    assert (found.device, found.mfu, found.price_per_hour) == ("8xH100", 0.3, 2.5)
-    assert (parse().device, parse().mfu, parse().price_per_hour) == ("", 0.4, None)
-    with pytest.raises(SystemExit):
-        parse("--device=8xH100")
-    assert "--dry_run" in capsys.readouterr().err

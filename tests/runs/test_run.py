@@ -3,7 +3,6 @@ import math
 import subprocess
 import sys
 
-import ml_collections
 import numpy as np
 import pytest
 
@@ -14,7 +13,7 @@ ARGV = ["kd_jax/train.py", "--config", "configs/a b.py", "--workdir=run"]
 
 
 def make(**fields):
-    return ml_collections.ConfigDict({"seed": 3, "sizes": (1, 2), "student": {"components": 5}, **fields})
+    return {"seed": 3, "sizes": (1, 2), "student": {"components": 5}, **fields}
 
 
 def open_run(folder, config=None, overwrite=False):
