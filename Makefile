@@ -1,4 +1,4 @@
-# make gmm | laptop | test | cluster | fuzz | parity | lint | bench | clean. The first one called builds .venv.
+# make gmm | laptop | test | test-all | cluster | fuzz | parity | lint | bench | clean. The first one called builds .venv.
 # PYTHON=/path/to/python picks the interpreter; otherwise the first that really runs and is 3.11 to 3.13
 # (a version manager's shim can exist on PATH and still refuse to run, so each is tried).
 PYTHON ?=
@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-dev
 
-.PHONY: gmm laptop test cluster fuzz parity lint bench clean
+.PHONY: gmm laptop test test-all slow cluster fuzz parity lint bench clean
 .DEFAULT_GOAL := test
 
 $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
@@ -46,6 +46,12 @@ laptop: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not parity and not cluster" tests
+
+# what takes long: chains that are killed and resumed, many devices
+slow: $(STAMP)
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "slow and not parity and not cluster" tests
+
+test-all: test slow parity
 
 # several processes, and long rounds of faults: half an hour on two cores; SLURM's need it installed, and root
 cluster: $(STAMP)

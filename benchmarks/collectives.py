@@ -31,7 +31,8 @@ from kd_jax.lm.distill import teacher_forward as teacher
 from kd_jax.lm.model import Architecture, Compute, Model
 from kd_jax.lm.model.kv_cache import PAGE
 from kd_jax.lm.training import optimizer as optim
-from kd_jax.lm.training import step
+from kd_jax.lm.training import state as state_lib
+from kd_jax.lm.training import update as update_lib
 from kd_jax.parallel import collectives
 from kd_jax.parallel import mesh as mesh_lib
 
@@ -87,14 +88,16 @@ def _update(policy: str, sizes: tuple[int, int, int], teacher_sizes: tuple[int, 
     where = mesh_lib.sharding((None, "batch", None), mesh)
     dtypes = np.int32, np.int32, np.int32, bool
     batch = batches.Batch(*(jax.ShapeDtypeStruct((1, rows, LENGTH), dtype, sharding=where) for dtype in dtypes))
-    arguments: list[Any] = [step.abstract(STUDENT, optimizer, mesh), batch]
-    loss = None
+    arguments: list[Any] = [state_lib.abstract(STUDENT, optimizer, mesh), batch]
+    loss = distill.cross_entropy(STUDENT, compute)
     if policy == "online":
         over = mesh_lib.make(*(teacher_sizes or sizes), devices=list(mesh.devices.flat))
-        distillation = distill.Distillation(distill.Settings("online"), Model(TEACHER, _weights(TEACHER, over)))
+        distillation = distill.Distillation(
+            distill.DistillSpec(policy="online"), Model(TEACHER, _weights(TEACHER, over))
+        )
         loss = distill.loss(distillation, Model(STUDENT, {}), compute)
         arguments.append(distill.guide(distillation))
-    update = step.make(STUDENT, optimizer, schedule, compute, mesh, loss=loss)
+    update = update_lib.compiled(update_lib.make(loss, optimizer, schedule), STUDENT, optimizer, mesh)
     return update.lower(*arguments).compile()
 
 

@@ -38,7 +38,8 @@ def ours(folder: str, rows: int, length: int) -> dict:
     from kd_jax.lm.distill import loss as distill
     from kd_jax.lm.model import Compute
     from kd_jax.lm.training import optimizer as optim
-    from kd_jax.lm.training import step
+    from kd_jax.lm.training import state as state_lib
+    from kd_jax.lm.training import update as update_lib
     from kd_jax.runs import cache
 
     cache.enable_compilation_cache()
@@ -46,14 +47,14 @@ def ours(folder: str, rows: int, length: int) -> dict:
     held = memory()
     schedule = optim.wsd(1e-3, 100, 0.0, 0.0)
     optimizer = optim.adamw(schedule)
-    distillation = distill.Distillation(distill.Settings("online"), teacher)
+    distillation = distill.Distillation(distill.DistillSpec(policy="online"), teacher)
     compute = Compute()
     loss, guide = distill.loss(distillation, student, compute, packed=False), distill.guide(distillation)
-    update = step.make(student.architecture, optimizer, schedule, compute, loss=loss)
-    state = step.from_params(student.params, student.architecture, optimizer)
+    update = update_lib.compiled(update_lib.make(loss, optimizer, schedule), student.architecture, optimizer)
+    state = state_lib.from_params(student.params, student.architecture, optimizer)
     layout = batches.Layout(rows, max_length=length)
     ids = list(tokens(rows, length).astype(np.int32))
-    batch = step.place(batches.arrange(ids, np.ones(rows, int), layout), None)
+    batch = state_lib.place(batches.arrange(ids, np.ones(rows, int), layout), None)
 
     def one():
         nonlocal state

@@ -24,12 +24,15 @@ from benchmarks.lm import memory
 from configs import lm
 from kd_jax.lm import corpus, training
 from kd_jax.lm.corpus import batches
+from kd_jax.lm.distill.loss import cross_entropy
 from kd_jax.lm.experiment import cost, footprint, planning
-from kd_jax.lm.experiment import specs as settings_lib
+from kd_jax.lm.experiment.specs import LmSpec, planned_shape
 from kd_jax.lm.model import Compute, Model
-from kd_jax.lm.training import step
+from kd_jax.lm.training import state as state_lib
+from kd_jax.lm.training import update as update_lib
 from kd_jax.parallel import devices
 from kd_jax.runs import cache
+from kd_jax.runs.settings import freeze
 
 # Student, rows of an update, length, updates. The vocabulary is SmolLM2's, 49152.
 CASES = {
@@ -45,19 +48,19 @@ def config_of(name: str):
     config.student.update(student)
     config.num_train, config.num_validation, config.sampling.max_length = rows * updates, 2 * rows, length
     config.train.update(epochs=1, batch_size=rows, validations=1, log_every=1)
-    return config
+    return freeze(LmSpec, config)
 
 
 def predicted(name: str) -> dict:
     config = config_of(name)
     target = devices.target("1xCPU", 0.4, None)
-    about = cost.training(config, settings_lib.shape(config, "student"), 1)
-    program = footprint.programs(config, {name: about}, {}, target)[name]
+    about = cost.training(config, planned_shape(config, "student"))
+    program = footprint.programs(config, {name: about}, target)[name]
     by_share = planning.seconds(config, about, target)
     return {
         "memory": program.memory.total,
         "seconds": planning.seconds(config, about, target, program),
-        "writing": about["written"] / cost.writing_rate(),
+        "writing": about.written / cost.writing_rate(),
         "by_share": by_share,
     }
 
@@ -65,18 +68,19 @@ def predicted(name: str) -> dict:
 def update(name: str) -> dict:
     """Growth of the peak by a state and two updates."""
     config = config_of(name)
-    shape, settings = settings_lib.shape(config, "student"), settings_lib.training_settings(config)
-    optimizer, schedule = settings.optimizer(100), settings.schedule(100)
-    layout = footprint.layout(config, None)
+    shape, spec = planned_shape(config, "student"), config.train
+    optimizer, schedule = spec.optimizer(100), spec.schedule(100)
+    layout = footprint.layout(config, config.train, None)
     tokens = list(_tokens(layout.sequences, layout.max_length))
     batch = batches.arrange(tokens, np.ones(len(tokens), int), layout)
-    make = step.make(shape, optimizer, schedule, Compute(**config.compute))
-    compiled = make.lower(step.abstract(shape, optimizer), jax.tree.map(jnp.asarray, batch)).compile()
-    step.init(jax.random.key(0), shape, optimizer)  # compiled, too, and freed again
+    loss = cross_entropy(shape, Compute(**vars(config.compute)))
+    update = update_lib.compiled(update_lib.make(loss, optimizer, schedule), shape, optimizer)
+    compiled = update.lower(state_lib.abstract(shape, optimizer), jax.tree.map(jnp.asarray, batch)).compile()
+    state_lib.init(jax.random.key(0), shape, optimizer)  # compiled, too, and freed again
     held = memory()
-    state = step.init(jax.random.key(0), shape, optimizer)
+    state = state_lib.init(jax.random.key(0), shape, optimizer)
     for _ in range(2):
-        state, _ = jax.block_until_ready(compiled(state, step.place(batch, None)))
+        state, _ = jax.block_until_ready(compiled(state, state_lib.place(batch, None)))
     return {"memory": (memory(peak=True) - held) * 2**20}
 
 
@@ -84,12 +88,12 @@ def trained(name: str) -> dict:
     """Where the time of the training goes, by training.json."""
     cache.enable_compilation_cache()
     config = config_of(name)
-    shape, settings = settings_lib.shape(config, "student"), settings_lib.training_settings(config)
+    shape, spec = planned_shape(config, "student"), config.train
     with tempfile.TemporaryDirectory() as folder:
         held = _corpus(Path(folder) / "corpus", config)
         for run in ("first", "second"):
-            members = [training.Member(held, 0, Path(folder) / run)]
-            found = training.train(settings, Model(shape, {}), members, compute=Compute(**config.compute))[0]
+            members = [training.Member(held, config.num_validation, 0, Path(folder) / run)]
+            found = training.train(spec, Model(shape, {}), members, compute=Compute(**vars(config.compute)))[0]
     return found["seconds"]
 
 

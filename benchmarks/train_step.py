@@ -21,19 +21,22 @@ def ours(folder: str) -> dict:
 
     from kd_jax.lm import weights
     from kd_jax.lm.corpus import batches
+    from kd_jax.lm.distill.loss import cross_entropy
     from kd_jax.lm.model import Compute, flops
     from kd_jax.lm.training import optimizer as optim
-    from kd_jax.lm.training import step
+    from kd_jax.lm.training import state as state_lib
+    from kd_jax.lm.training import update as update_lib
 
     model = weights.load(folder)
     ceiling = flops.ceiling("float32")
     held = memory()
     schedule = optim.wsd(1e-5, 100, 0.0, 0.0)
     optimizer = optim.adamw(schedule)
-    update = step.make(model.architecture, optimizer, schedule, Compute())
-    state = step.State(model.params, optimizer.init(model.params), jnp.int32(0))
+    loss = cross_entropy(model.architecture, Compute())
+    update = update_lib.compiled(update_lib.make(loss, optimizer, schedule), model.architecture, optimizer)
+    state = state_lib.State(model.params, optimizer.init(model.params), jnp.int32(0))
     layout = batches.Layout(ROWS, max_length=LENGTH)
-    batch = step.place(batches.arrange(list(tokens().astype(np.int32)), np.ones(ROWS, int), layout), None)
+    batch = state_lib.place(batches.arrange(list(tokens().astype(np.int32)), np.ones(ROWS, int), layout), None)
     del model
 
     def one():

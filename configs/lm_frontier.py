@@ -44,12 +44,13 @@ def get_config(arg: str = "") -> ConfigDict:
 def _with_knobs(config, taus, top_ps, top_ks, teacher_temperatures, loss_temperatures, fractions) -> ConfigDict:
     """Adds the arms, and which of them are whose settings; each knob has the setting that changes nothing as well."""
 
-    def arms(prefix: str, key: str, values, **how) -> tuple[tuple[str, str], ...]:
+    def arms(prefix: str, key: str, values, **options) -> tuple[tuple[str, str], ...]:
         """An arm for each value; the values as text, with their arms."""
         # a dot cannot be in a config's key
         names = [f"{prefix}-{value:g}".replace(".", "_") for value in values]
         for name, value in zip(names, values, strict=True):
-            config.arms[name] = ConfigDict({**how, key: value})
+            changes = {"sampler": {key: value}} if key in ("top_p", "top_k") else {key: value}
+            config.arms[name] = ConfigDict({**options, **changes})
         return tuple((f"{value:g}", name) for name, value in zip(names, values, strict=True))
 
     config.taus = (1.0, *taus)

@@ -39,5 +39,6 @@ def get_config(arg: str = "") -> ConfigDict:
         config.sampling.update(prompt="", prompt_ids=(1,), max_length=16, batch_size=16, shard_size=32)
         config.student.update(layers=1, width=16, heads=2, kv_heads=1, mlp=32)
         config.train.update(epochs=2, batch_size=16, row_length=64, validations=3, log_every=2)
-        config.distill.record_top_k = 16
+        if "offline" in config.arms:
+            config.distill.record_top_k = 16
     return config

@@ -31,8 +31,8 @@ WORK = """
     from kd_jax.storage.files import read_rows
 
     cache.enable_compilation_cache()
-    SETTINGS = training.Settings(
-        epochs=5, batch_size=8, num_validation=8, learning_rate=3e-3, validations=2, log_every=1, keep_checkpoints=True
+    SETTINGS = training.TrainSpec(
+        epochs=5, batch_size=8, learning_rate=3e-3, validations=2, log_every=1, keep_checkpoints=True
     )
 
 
@@ -49,7 +49,7 @@ WORK = """
 
     def train(folder, mesh, stops):
         model = Model(PRESETS["tiny"], None, eos_ids=(2,))
-        member = training.Member(corpus_lib.open(arguments["corpus"]), 5, Path(folder))
+        member = training.Member(corpus_lib.open(arguments["corpus"]), 8, 5, Path(folder))
         try:
             training.train(SETTINGS, model, [member], compute=Compute(), mesh=mesh, stop=Halt(stops))
         except KeyboardInterrupt:

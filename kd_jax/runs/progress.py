@@ -12,14 +12,14 @@ from tqdm import tqdm
 from kd_jax.parallel import distributed
 
 
-def bar(label: str, first: int, total: int, unit: str) -> tqdm:
+def bar(label: str, first: int, total: int, unit: str, *, quiet: bool = False) -> tqdm:
     """A progress bar on stderr, with the rate and the time that is left."""
     # into a log file, a line's worth now and then
     often = 0.1 if sys.stderr.isatty() else 30
     scale = unit == "token"
     return tqdm(
         desc=label, initial=first, total=total, unit=unit, unit_scale=scale, mininterval=often, dynamic_ncols=True,
-        disable=not distributed.leads(),
+        disable=quiet or not distributed.leads(),
     )  # fmt: skip
 
 

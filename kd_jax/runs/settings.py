@@ -9,6 +9,7 @@ The config file's fields, the checks of the command line, its help and the docum
     defaults(TrainSpec)                     a ConfigDict of the defaults, for a config file to change
     freeze(TrainSpec, config, "config")     the spec with a config's values; ValueError names the key
     describe(TrainSpec)                     a row for each setting
+    changes(TrainSpec)                      a spec of the same settings, all of them none; `merge` puts them over others
 
 A field's type is bool, int, float, str, a tuple of one of these, one of these or None, another spec, or
 dict[str, Any] for names that the user makes up.
@@ -91,15 +92,38 @@ def spec(kind: type[T]) -> type[T]:
     return dataclasses.dataclass(frozen=True, kw_only=True)(kind)
 
 
+def changes(kind: type[T]) -> type:
+    """A spec with the settings of another, each of them none by default: what a part of a run does differently."""
+    hints = typing.get_type_hints(kind)
+    fields = [
+        (field.name, hints[field.name] | None, dataclasses.field(default=None, metadata=field.metadata))
+        for field in dataclasses.fields(kind)
+    ]
+    made = dataclasses.make_dataclass(f"{kind.__name__}Changes", fields, frozen=True, kw_only=True)
+    made.__doc__ = f"Settings of {kind.__name__} that differ; none for those that do not."
+    return made
+
+
+def merge(base: T, changed: Any, at: str) -> T:
+    """A spec with the settings of `changes(...)` that are not none in place of its own; ValueError names AT.NAME."""
+    values = {name: value for name, value in to_dict(changed).items() if value is not None}
+    try:
+        return dataclasses.replace(base, **values)
+    except ValueError as error:
+        raise ValueError(f"{at}.{error}") from error
+
+
 def defaults(kind: type) -> ConfigDict:
     """The defaults of a spec as a ConfigDict, with specs inside it as ConfigDicts of their own."""
     config, hints = ConfigDict(), typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         value, hint = _default(field), hints[field.name]
         if dataclasses.is_dataclass(hint):
-            config[field.name] = ConfigDict(to_dict(value))
+            config[field.name] = defaults(hint)
+            config[field.name].update(to_dict(value))
         elif value is None:
-            config[field.name] = config_dict.placeholder(_optional(hint)[0])
+            member = _optional(hint)[0]
+            config[field.name] = config_dict.placeholder(typing.get_origin(member) or member)
         else:
             config[field.name] = value if not isinstance(value, dict) else ConfigDict(value)
     return config

@@ -136,13 +136,13 @@ NUMBERS = """
     params = jax.jit(model_lib.init, static_argnums=1, out_shardings=where)(jax.random.key(3), PRESETS["tiny"])
     model = Model(PRESETS["tiny"], params, eos_ids=(2,))
     out = {"fingerprint": weights.fingerprint(params)}
-    settings = training.Settings(
-        epochs=5, batch_size=8, num_validation=8, learning_rate=3e-3, validations=4, log_every=1, keep_checkpoints=True
+    settings = training.TrainSpec(
+        epochs=5, batch_size=8, learning_rate=3e-3, validations=4, log_every=1, keep_checkpoints=True
     )
     corpus = corpus_lib.open(arguments["corpus"])
-    ways = {"text": None, "online": distill.Distillation(distill.Settings("online"), model)}
+    ways = {"text": None, "online": distill.Distillation(distill.DistillSpec(policy="online"), model)}
     for name, distillation in ways.items():
-        member = training.Member(corpus, 5, folder / name)
+        member = training.Member(corpus, 8, 5, folder / name)
         training.train(settings, model, [member], compute=Compute(), mesh=mesh, distillation=distillation)
         distributed.wait("rows")
         rows = read_rows(folder / name / "metrics.jsonl")
@@ -194,11 +194,11 @@ STOPPED = """
     from kd_jax.runs.run import Stop
 
     mesh = None if jax.device_count() == 1 else mesh_lib.make(fsdp=2)
-    settings = training.Settings(
-        epochs=5, batch_size=8, num_validation=8, learning_rate=3e-3, validations=2, log_every=1, keep_checkpoints=True
+    settings = training.TrainSpec(
+        epochs=5, batch_size=8, learning_rate=3e-3, validations=2, log_every=1, keep_checkpoints=True
     )
     model, steps = Model(PRESETS["tiny"], None, eos_ids=(2,)), []
-    member = training.Member(corpus_lib.open(arguments["corpus"]), 5, Path(arguments["folder"]))
+    member = training.Member(corpus_lib.open(arguments["corpus"]), 8, 5, Path(arguments["folder"]))
     batch = training.Updates.__getitem__
 
     class Told(Stop):

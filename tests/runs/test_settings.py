@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from ml_collections import ConfigDict
 
-from kd_jax.runs.settings import defaults, describe, freeze, setting, spec, to_dict
+from kd_jax.runs.settings import changes, defaults, describe, freeze, merge, setting, spec, to_dict
 
 
 @spec
@@ -85,3 +85,23 @@ def test_rows_for_help():
 
 def test_as_plain_values():
     assert to_dict(Outer(count=2))["inner"] == {"rate": 0.1, "name": "adam", "limit": None}
+
+
+Differing = changes(Outer)
+
+
+@spec
+class Part:
+    other: Differing = setting(Differing(), "what is different in it")
+
+
+def test_changes_are_put_over_others():
+    config = defaults(Part)
+    assert merge(Outer(count=5), freeze(Part, config).other, "config.other") == Outer(count=5)
+    config.other.update(shares=(0.25,), on=True)
+    assert merge(Outer(count=5), freeze(Part, config).other, "config.other") == Outer(count=5, shares=(0.25,), on=True)
+    with pytest.raises(TypeError):
+        config.other.count = "three"  # a placeholder has a type
+    config.other.count = 0
+    with pytest.raises(ValueError, match="^config.other.count=0 must be at least 1"):
+        merge(Outer(), freeze(Part, config).other, "config.other")

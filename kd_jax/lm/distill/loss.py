@@ -1,107 +1,103 @@
-"""Learning from a teacher's distribution at each position: how, and the loss of an update.
+"""What an update minimises: the text's cross-entropy, or a divergence from a teacher at each position.
 
-    online       the teacher runs inside the update, on text of p*, of its own, or a mix
-    on_policy    the same on text that the student samples with the parameters of that very update, for a share of the
+    text         cross-entropy of the corpus; no teacher
+    online       the teacher runs inside the update, on text of p*, on its own samples, or on a mix
+    on_policy    the same, on text that the student samples with the parameters of that very update, for a share of the
                  updates (generalised knowledge distillation: Agarwal et al. 2024, arXiv 2306.13649)
-    offline      the teacher's likeliest tokens were recorded with the corpus (kd_jax.lm.distill.recorded_top_k); no
-                 teacher is needed
+    offline      the teacher's most probable tokens were recorded with the corpus (kd_jax.lm.distill.recorded_top_k)
 
-The teacher is an argument of the update that is neither differentiated nor donated.
+The teacher's weights are passed to the update as an argument, without gradients or buffer donation.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kd_jax import fused, losses
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus.batches import Batch
+from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.distill import recorded_top_k
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
 from kd_jax.losses import terms
 from kd_jax.metrics import Mean
 from kd_jax.parallel import mesh as mesh_lib
+from kd_jax.runs.settings import setting, spec
 
-POLICIES = ("online", "on_policy", "offline")
+# "sequence": the teacher's samples as text, without its distributions.
+POLICIES = ("sequence", "online", "on_policy", "offline")
+# Whose text is learnt from, and whether the teacher's distributions come with it.
+DATA = ("p_star", "samples", "mix")
 TAILS = ("bucket", "renormalise")
 # loss(params, part of a batch, guide) -> the loss as a Mean over the tokens learnt from, and statistics by name
 Loss = Callable[[Any, Batch, Any], tuple[Mean, dict[str, Mean]]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a student learns from a teacher's distribution.
+@spec
+class DistillSpec:
+    """How a student learns from a teacher."""
 
-    Attributes:
-        policy: one of POLICIES.
-        divergence: one of kd_jax.losses.DIVERGENCES.
-        parameter: its beta or alpha; None for its default.
-        loss_temperature: T, by which both models' logits are divided; the divergence is multiplied by T^2.
-        teacher_temperature: by which the teacher's are divided in place of T: below T, what is learnt is more selective
-            than the teacher. None for T.
-        hard_weight: share of the cross-entropy with the text itself in the loss.
-        mix: share of the sequences that are of a member's second corpus.
-        on_policy_fraction: lambda, the probability that an update's sequences are the student's own.
-        prompt_length: of the student's own sequences, taken from rows of a corpus; 0 for the corpus' prompt.
-        student_sample_temperature: at which the student samples them.
-        rollout_batch_size: how many of them are sampled at a time; 0 for all of an update.
-        tail: offline, what becomes of the probability beyond the recorded tokens; one of TAILS.
-    """
-
-    policy: str
-    divergence: str = "forward_kl"
-    parameter: float | None = None
-    loss_temperature: float = 1.0
-    teacher_temperature: float | None = None
-    hard_weight: float = 0.0
-    mix: float = 0.0
-    on_policy_fraction: float = 0.5
-    prompt_length: int = 0
-    student_sample_temperature: float = 1.0
-    rollout_batch_size: int = 0
-    tail: str = "bucket"
+    policy: str = setting("sequence", "how students learn from the teacher", one_of=POLICIES)
+    divergence: str = setting("forward_kl", "between teacher and student at a position", one_of=losses.DIVERGENCES)
+    parameter: float | None = setting(None, "beta or alpha of the divergence; none for its default")
+    hard_weight: float = setting(0.0, "share of the text's cross-entropy in the loss", at_least=0.0, at_most=1.0)
+    loss_temperature: float = setting(1.0, "T, divides both models' logits; the divergence is times T^2", above=0.0)
+    teacher_temperature: float | None = setting(
+        None, "divides the teacher's logits in place of T: below T the teacher is more selective", above=0.0
+    )
+    data: str = setting("p_star", "text that is learnt from: p*'s, the teacher's samples, or both", one_of=DATA)
+    mix: float = setting(0.5, "share of the teacher's samples where data is mix", at_least=0.0, at_most=1.0)
+    sampler: SamplerSpec = setting(SamplerSpec(), "how the teacher is sampled")
+    on_policy_fraction: float = setting(
+        0.5, "lambda: probability that an update learns from the student's own samples", at_least=0.0, at_most=1.0
+    )
+    prompt_length: int = setting(0, "ids of p*'s rows that the student continues; 0 for the prompt", at_least=0)
+    student_sample_temperature: float = setting(1.0, "at which the student samples for on_policy", above=0.0)
+    rollout_batch_size: int = setting(0, "samples of the student at a time; 0 for all of an update", at_least=0)
+    record_top_k: int = setting(64, "tokens recorded at a position for offline", at_least=1)
+    log_prob_format: str = setting("uint16", "of recorded log-probabilities", one_of=recorded_top_k.FORMS)
+    tail: str = setting("bucket", "offline: what becomes of the tokens that are not recorded", one_of=TAILS)
+    teacher_dtype: str = setting(
+        "float32", "of the teacher's activations and products", one_of=("float32", "bfloat16", "float16")
+    )
 
     def __post_init__(self):
-        for name, known in (("policy", POLICIES), ("divergence", losses.DIVERGENCES), ("tail", TAILS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"distill.{name}={getattr(self, name)!r} is not one of {', '.join(known)}")
-        for name in ("loss_temperature", "teacher_temperature", "student_sample_temperature"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"distill.{name}={getattr(self, name)} must be above 0 and finite")
-        for name in ("hard_weight", "mix", "on_policy_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"distill.{name}={getattr(self, name)} must be from 0 to 1")
-        for name in ("prompt_length", "rollout_batch_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"distill.{name}={getattr(self, name)} must be 0 or above")
-        if self.parameter is not None:
-            if self.divergence not in losses.PARAMETER:
-                raise ValueError(f"distill.parameter={self.parameter}: {self.divergence} has none")
+        if self.parameter is not None and self.divergence not in losses.PARAMETER:
+            raise ValueError(f"parameter={self.parameter}: {self.divergence} has none")
+        try:
             terms.checked_parameter(self.divergence, self.parameter)
+        except ValueError as error:
+            raise ValueError(f"parameter: {error}") from error
+
+    @property
+    def share_of_samples(self) -> float:
+        """The share of the teacher's samples in a mix of two corpora; 0 where there is one corpus."""
+        return self.mix if self.data == "mix" else 0.0
 
 
 class Distillation(NamedTuple):
     """A teacher, and how students learn from it.
 
     Attributes:
-        settings: see there.
+        spec: how.
         teacher: with its weights where they are to lie, of whatever dtype; None offline.
         compute: how the teacher is run.
     """
 
-    settings: Settings
+    spec: DistillSpec
     teacher: Model | None = None
     compute: Compute = DEFAULT
 
 
 class Guide(NamedTuple):
-    """What the loss depends on beside the student and the batch; all traced, so other values do not recompile."""
+    """What the loss depends on beside student and batch; all traced, so that other values do not recompile."""
 
     teacher: Any  # weights; None offline
     loss_temperature: jax.Array
@@ -111,74 +107,119 @@ class Guide(NamedTuple):
 
 
 def guide(distillation: Distillation) -> Guide:
-    """The argument of the update that says whom to learn from and how."""
-    settings, teacher, _ = distillation
-    theirs = settings.loss_temperature if settings.teacher_temperature is None else settings.teacher_temperature
-    parameter = None if settings.parameter is None else jnp.float32(settings.parameter)
-    numbers = jnp.float32(settings.loss_temperature), jnp.float32(theirs), parameter, jnp.float32(settings.hard_weight)
-    return Guide(None if teacher is None else teacher.params, *numbers)
+    """The third argument of the loss: the teacher's weights and the numbers of the spec, float32 scalars."""
+    spec, teacher, _ = distillation
+    temperature = spec.loss_temperature if spec.teacher_temperature is None else spec.teacher_temperature
+    return Guide(
+        teacher=None if teacher is None else teacher.params,
+        loss_temperature=jnp.float32(spec.loss_temperature),
+        teacher_temperature=jnp.float32(temperature),
+        parameter=None if spec.parameter is None else jnp.float32(spec.parameter),
+        hard_weight=jnp.float32(spec.hard_weight),
+    )
+
+
+def cross_entropy(
+    architecture: Architecture, compute: Compute, *, num_tokens: int | None = None, packed: bool = True
+) -> Loss:
+    """The loss of learning the text itself; it has no statistics and no guide.
+
+    Args:
+        num_tokens: how many ids are real; of a padded vocabulary the others are left out, as scoring does.
+        packed: whether a row may hold several sequences; attention is quicker where none does.
+    """
+    return _cross_entropy(architecture, compute, num_tokens or architecture.vocab_size, packed)
+
+
+# The same arguments give the same function, so that what is compiled for it is found again.
+@functools.lru_cache(maxsize=16)
+def _cross_entropy(architecture: Architecture, compute: Compute, num_tokens: int, packed: bool) -> Loss:
+    def loss(params: Any, part: Batch, guide: None = None) -> tuple[Mean, dict[str, Mean]]:
+        hidden = _hidden(params, architecture, part, compute, packed)
+        head = model_lib.head(params)
+        head = head if num_tokens == architecture.vocab_size else head[:num_tokens]
+        mean = fused.linear_cross_entropy(
+            hidden, head, _next_tokens(part), part.mask, chunk=compute.chunk, mesh=compute.mesh
+        )
+        return mean, {}
+
+    return loss
 
 
 def loss(distillation: Distillation, student: Model, compute: Compute, *, packed: bool = True) -> Loss:
     """The loss of a part of a batch: (1 - hard_weight) T^2 divergence + hard_weight cross-entropy.
 
-    Its statistics are those of kd_jax.fused: divergence, cross-entropy, both models' entropies (nats a token) and how
-    often their likeliest tokens agree. `compute` says over which mesh the student lies. `packed` says that a row may
-    hold several sequences; attention is quicker where none does.
+    Its statistics are those of kd_jax.fused: divergence, cross-entropy, both models' entropies (nats per token) and how
+    often their most probable tokens agree.
+
+    Args:
+        student: its architecture and number of real ids; its weights are not used.
+        compute: how the student is run, the mesh it lies on included.
+        packed: whether a row may hold several sequences; attention is quicker where none does.
     """
-    run = _from_records if distillation.settings.policy == "offline" else _from_teacher
-
-    def function(params: Any, part: Batch, guide: Guide) -> tuple[Mean, dict[str, Mean]]:
-        part = part if packed else part._replace(segments=None)
-        hidden = _hidden(params, student.architecture, part, compute)
-        # what follows each token; of the last of a row nothing is learnt, so what rolls in does not matter
-        labels = jnp.roll(part.tokens, -1, axis=-1)
-        how = {
-            "divergence": distillation.settings.divergence, "parameter": guide.parameter,
-            "temperature": guide.loss_temperature, "teacher_temperature": guide.teacher_temperature,
-            "hard_weight": guide.hard_weight, "num_tokens": student.num_tokens,
-            "chunk": compute.chunk, "mesh": compute.mesh,
-        }  # fmt: skip
-        found, statistics = run(distillation, guide, hidden, model_lib.head(params), labels, part, how)
-        return found, statistics._asdict()
-
-    return function
+    spec, teacher, teacher_compute = distillation
+    if spec.policy == "offline":
+        compare = _Records(spec.tail)
+    else:
+        # the teacher may lie on the devices in another way than the student
+        mesh = mesh_lib.of(teacher.params)
+        compare = _Teacher(teacher.architecture, dataclasses.replace(teacher_compute, mesh=mesh), compute.mesh, packed)
+    return _loss(compare, spec.divergence, student.architecture, student.num_tokens, compute, packed)
 
 
-def _hidden(params: Any, architecture: Architecture, part: Batch, compute: Compute) -> jax.Array:
-    return model_lib.forward(
-        params, architecture, part.tokens, positions=part.positions, segments=part.segments, compute=compute
-    )
-
-
-def _from_teacher(distillation: Distillation, guide: Guide, hidden, head, labels, part: Batch, how):
-    teacher = jax.lax.stop_gradient(guide.teacher)
-    # wherever the teacher lies; its hidden states are then brought to the student's
-    over = mesh_lib.of(distillation.teacher.params)
-    compute = dataclasses.replace(distillation.compute, mesh=over)
-    theirs = _hidden(teacher, distillation.teacher.architecture, part, compute)
-    theirs = mesh_lib.constrain(theirs, ("batch", None, None), how["mesh"])
-    return fused.linear_distillation(hidden, head, theirs, model_lib.head(teacher), labels, part.mask, **how)
-
-
-def _from_records(distillation: Distillation, guide: Guide, hidden, head, labels, part: Batch, how):
-    ids, log_probs, tail = recorded_top_k.read(part.targets)
-    return fused.linear_top_k_distillation(
-        hidden, head, ids, log_probs, tail, labels, part.mask, tail=distillation.settings.tail, **how
-    )
-
-
-def cross_entropy(architecture: Architecture, compute: Compute) -> Loss:
-    """The loss of learning the text itself; it takes no guide."""
-
-    def loss(params, part: Batch, guide=None):
-        hidden = model_lib.forward(
-            params, architecture, part.tokens, positions=part.positions, segments=part.segments, compute=compute
-        )
-        # what follows each token; of the last of a row nothing is learnt, so what rolls in does not matter
-        labels = jnp.roll(part.tokens, -1, axis=-1)
-        head = model_lib.head(params)
-        found = fused.linear_cross_entropy(hidden, head, labels, part.mask, chunk=compute.chunk, mesh=compute.mesh)
-        return found, {}
+@functools.lru_cache(maxsize=16)
+def _loss(
+    compare: _Records | _Teacher, divergence: str, architecture: Architecture, num_tokens: int, compute: Compute,
+    packed: bool,
+) -> Loss:  # fmt: skip
+    def loss(params: Any, part: Batch, guide: Guide) -> tuple[Mean, dict[str, Mean]]:
+        hidden = _hidden(params, architecture, part, compute, packed)
+        mean, statistics = compare(
+            guide, part, hidden, model_lib.head(params), divergence=divergence, parameter=guide.parameter,
+            temperature=guide.loss_temperature, teacher_temperature=guide.teacher_temperature,
+            hard_weight=guide.hard_weight, num_tokens=num_tokens, chunk=compute.chunk, mesh=compute.mesh,
+        )  # fmt: skip
+        return mean, statistics._asdict()
 
     return loss
+
+
+class _Teacher(NamedTuple):
+    """Compares the student with a teacher that runs on the same text."""
+
+    architecture: Architecture
+    compute: Compute
+    student_mesh: Mesh | None
+    packed: bool
+
+    def __call__(self, guide: Guide, part: Batch, hidden: jax.Array, head: jax.Array, **loss_options):
+        teacher = jax.lax.stop_gradient(guide.teacher)
+        teacher_hidden = _hidden(teacher, self.architecture, part, self.compute, self.packed)
+        teacher_hidden = mesh_lib.constrain(teacher_hidden, ("batch", None, None), self.student_mesh)
+        return fused.linear_distillation(
+            hidden, head, teacher_hidden, model_lib.head(teacher), _next_tokens(part), part.mask, **loss_options
+        )
+
+
+class _Records(NamedTuple):
+    """Compares the student with what was recorded of a teacher."""
+
+    tail: str
+
+    def __call__(self, guide: Guide, part: Batch, hidden: jax.Array, head: jax.Array, **loss_options):
+        ids, log_probs, tail_log_prob = recorded_top_k.read(part.targets)
+        return fused.linear_top_k_distillation(
+            hidden, head, ids, log_probs, tail_log_prob, _next_tokens(part), part.mask, tail=self.tail, **loss_options
+        )
+
+
+def _next_tokens(part: Batch) -> jax.Array:
+    """The token after each; the mask leaves out the last of a row, so what rolls in there does not matter."""
+    return jnp.roll(part.tokens, -1, axis=-1)
+
+
+def _hidden(params: Any, architecture: Architecture, part: Batch, compute: Compute, packed: bool) -> jax.Array:
+    segments = part.segments if packed else None
+    return model_lib.forward(
+        params, architecture, part.tokens, positions=part.positions, segments=segments, compute=compute
+    )

@@ -1,7 +1,7 @@
-"""Sequences that the student samples itself with the parameters of an update, as the batch of that update.
+"""The student's own samples, drawn with the parameters of an update, as the batch of that update.
 
-Which updates learn from them, their prompts and their random numbers are functions of (seed, update) alone, so a
-rollout is a function of these and of the parameters: a run that goes on after a kill makes the same ones.
+Which updates learn from them, their prompts and their random numbers are functions of (seed, update) alone. So a
+rollout is a function of these and of the parameters, and a resumed run draws the same samples.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from kd_jax.lm import decode
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.corpus.batches import Batch, Layout, Sequences
-from kd_jax.lm.distill.loss import Settings
+from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.model import Compute, Model
 
 # What a random number is for, so that one seed serves all.
@@ -24,20 +24,20 @@ _CHOICE, _PROMPTS, _SAMPLES = 1, 2, 3
 
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """How a student's own sequences are made.
+    """How a student's own samples are made.
 
     Attributes:
-        settings: see kd_jax.lm.distill.loss.
-        student: its weights are not looked at.
+        spec: see kd_jax.lm.distill.loss.
+        student: its weights are not used.
         layout: of the update's batch.
         seed: of the training.
-        prompt_ids: what every sequence begins with, where settings.prompt_length is 0.
+        prompt_ids: what every sample begins with, where spec.prompt_length is 0.
         prompts: sequences whose beginnings are the prompts, where it is not.
-        max_length: longest sequence, prompt included.
+        max_length: of a sample, prompt included.
         compute, mesh: how the student is run, and where its parameters lie.
     """
 
-    settings: Settings
+    spec: DistillSpec
     student: Model
     layout: Layout
     seed: int
@@ -48,35 +48,35 @@ class Rollouts:
     mesh: Mesh | None = None
 
     def __post_init__(self):
-        longest = self.settings.prompt_length or len(self.prompt_ids)
+        longest = self.spec.prompt_length or len(self.prompt_ids)
         if not 1 <= longest < self.max_length:
             raise ValueError(
-                f"prompts of {longest} ids (distill.prompt_length, or the corpus' own prompt) must have at least one, "
-                f"and leave room in sequences of up to {self.max_length}"
+                f"a prompt of {longest} ids (distill.prompt_length, or the prompt of the corpus) must have at least "
+                f"one id, and fewer than the {self.max_length} of a whole sequence"
             )
 
     def wanted(self, update: int) -> bool:
-        """Whether an update (the first is 0) learns from the student's own sequences: with probability lambda."""
-        return bool(np.random.default_rng((self.seed, _CHOICE, update)).random() < self.settings.on_policy_fraction)
+        """Whether an update (the first is 0) learns from the student's own samples: with probability lambda."""
+        return bool(np.random.default_rng((self.seed, _CHOICE, update)).random() < self.spec.on_policy_fraction)
 
     def prompts_of(self, update: int) -> list[list[int]]:
-        """The prompts of an update: one for all of its sequences, or one for each."""
-        length, count = self.settings.prompt_length, self.layout.sequences
+        """The prompts of an update: one for all of its samples, or one for each."""
+        length, count = self.spec.prompt_length, self.layout.sequences
         if not length:
             return [list(self.prompt_ids)]
         random = np.random.default_rng((self.seed, _PROMPTS, update))
         rows = random.choice(len(self.prompts), count, replace=count > len(self.prompts))
-        # the last id of a row may be its end: something is to follow each prompt
+        # without the last id, which may be an EOS: each prompt needs something after it
         return [ids[: max(1, min(length, len(ids) - 1))].tolist() for ids in self.prompts.tokens(rows)]
 
     def batch(self, params: Any, update: int) -> Batch:
-        """The batch of an update, sampled with these parameters; what comes after an EOS is not learnt from."""
+        """The batch of an update, sampled with these parameters; what comes after an EOS is masked."""
         prompts, count = self.prompts_of(update), self.layout.sequences
         seed = np.random.SeedSequence((self.seed, _SAMPLES, update)).generate_state(1)[0]
         tokens, lengths, _ = decode.generate(
             self.student._replace(params=params), prompts, count, max_length=self.max_length,
-            sample_temperature=self.settings.student_sample_temperature, seed=int(seed),
-            batch_size=self.settings.rollout_batch_size or count, compute=self.compute, mesh=self.mesh,
+            sample_temperature=self.spec.student_sample_temperature, seed=int(seed),
+            batch_size=self.spec.rollout_batch_size or count, compute=self.compute, mesh=self.mesh,
         )  # fmt: skip
         starts = np.array([len(prompts[i % len(prompts)]) for i in range(count)])
         return batches.arrange([ids[:n] for ids, n in zip(tokens, lengths, strict=True)], starts, self.layout)

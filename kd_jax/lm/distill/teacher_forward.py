@@ -1,7 +1,7 @@
-"""The teacher's forward pass, compiled in three forms that give one result: on one device, over a mesh, and pmapped.
+"""The teacher's forward pass, compiled in three forms with the same result: on one device, over a mesh, and pmapped.
 
-Each maker puts the program together and returns a function of (tokens, lengths[, positions]). Nothing here is
-differentiated: outputs carry no gradient.
+Each of the three compiles the program and returns a function of (tokens, lengths[, positions]). Outputs carry no
+gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WANTS = ("hidden", "logits", "top_k")
 
 
 class TopK(NamedTuple):
-    """The k most probable next tokens at each position, and what is left.
+    """The k most probable next tokens at each position, and the probability of all others.
 
     Attributes:
         log_probs: float32 [row, position, k], descending, under the whole vocabulary.
@@ -43,15 +43,19 @@ def forward(
     positions: jax.Array | None = None, *, want: str = "hidden", k: int | None = None, num_tokens: int | None = None,
     compute: Compute = DEFAULT,
 ) -> jax.Array | TopK:  # fmt: skip
-    """The pure function behind all forms.
+    """The pure function behind the three forms.
 
     Args:
-        tokens, lengths: ids [row, position], and how many of each row count; outputs beyond that are 0 (top_k: as if no
-            token were probable).
-        positions: for "logits": [row, wanted], at which the logits are taken; beyond the length they are 0.
-        want: "hidden" (after the last norm, [row, position, width]), "logits" (float32 [row, wanted, num_tokens]; full
-            rows of logits are large, so only at `positions`) or "top_k".
+        params, architecture: of the teacher.
+        tokens: int ids [row, position].
+        lengths: int [row], how many tokens of each row count. Outputs beyond are 0; for "top_k", log-probabilities are
+            -inf there.
+        positions: for "logits", int [row, wanted]: where the logits are taken.
+        want: "hidden" (after the last norm, [row, position, width]), "logits" (float32 [row, wanted, num_tokens]; only
+            at `positions`, since full rows of logits are large) or "top_k" (a TopK).
+        k: for "top_k", how many tokens.
         num_tokens: how many ids are real; logits of others are left out before any softmax.
+        compute: how the model is run.
     """
     num_tokens = num_tokens or architecture.vocab_size
     hidden = model_lib.forward(params, architecture, tokens, compute=compute)
@@ -66,7 +70,7 @@ def forward(
 
         def best(logits):
             if num_tokens < logits.shape[-1]:
-                # hidden, not cut off: what is left of a head that is split would have to be dealt out anew
+                # masked, not cut off: a cut head that is split over devices would have to be redistributed
                 logits = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
             return _top_k(logits, k, compute.mesh)
 
@@ -76,11 +80,11 @@ def forward(
 
 
 def _top_k(logits, k, mesh):
-    """Log-probabilities of the k likeliest, their ids, and the log of what all others have together."""
+    """Log-probabilities of the k most probable tokens, their ids, and log of the probability of all others."""
     vocab = logits.shape[-1]
     values, ids = mesh_lib.top_k(logits, min(k + 1, vocab), ("batch", None, "vocab"), mesh)
-    # The others summed by themselves, from their own largest: one minus the sum of the top would lose a small tail to
-    # rounding. Of equals those with the lowest ids were taken.
+    # The tail is a sum of its own, relative to its largest term: 1 minus the sum of the top would lose a small tail to
+    # rounding. Among equal logits the lowest ids belong to the top.
     least, last = values[..., k - 1 : k], ids[..., k - 1 : k]
     taken = (logits > least) | ((logits == least) & (jnp.arange(vocab) <= last))
     top = values[..., -1:]
@@ -92,7 +96,15 @@ def _top_k(logits, k, mesh):
 
 
 def jitted(model: Model, *, want: str = "hidden", k: int | None = None, compute: Compute = DEFAULT) -> Callable:
-    """The forward pass on the device that the parameters lie on."""
+    """The forward pass on the device that the parameters lie on.
+
+    Args:
+        model: the teacher.
+        want, k, compute: see `forward`.
+    Returns: a function of NumPy or JAX arrays (tokens, lengths[, positions]), see `forward`.
+    Raises: ValueError for a `want` or `k` that does not exist; the function raises it for ids, lengths or positions out
+        of range.
+    """
     run = jax.jit(_bound(model, want, k, compute))
     return _checked(model, want, lambda *arrays: run(model.params, *map(jnp.asarray, arrays)))
 
@@ -100,9 +112,9 @@ def jitted(model: Model, *, want: str = "hidden", k: int | None = None, compute:
 def over_mesh(
     model: Model, mesh: Mesh, *, want: str = "hidden", k: int | None = None, compute: Compute = DEFAULT
 ) -> Callable:
-    """The forward pass over a mesh of data x fsdp x tensor; parameters are laid out on it if they are not yet.
+    """As `jitted`, over a mesh of data x fsdp x tensor; parameters are moved onto it if they are not there yet.
 
-    Rows are filled up to a multiple of the devices they are split over, and cut again.
+    Rows are padded to a multiple of the devices they are split over, and cut again.
     """
     run = jax.jit(_bound(model, want, k, dataclasses.replace(compute, mesh=mesh)))
     architecture = model.architecture
@@ -112,7 +124,7 @@ def over_mesh(
     rows = mesh_lib.sharding(("batch", None), mesh)
 
     def call(*arrays):
-        count, arrays = _fill(arrays, mesh_lib.batch_devices(mesh))
+        count, arrays = _pad_rows(arrays, mesh_lib.batch_devices(mesh))
         placed = [
             distributed.spread(array, rows if array.ndim == 2 else mesh_lib.sharding(("batch",), mesh))
             for array in arrays
@@ -126,30 +138,27 @@ def pmapped(
     model: Model, devices: Sequence[jax.Device] | None = None, *, want: str = "hidden", k: int | None = None,
     compute: Compute = DEFAULT,
 ) -> Callable:  # fmt: skip
-    """The forward pass by jax.pmap: rows are shared out among the devices of this host, parameters copied to each."""
+    """As `jitted`, by jax.pmap: rows are split over the devices of this host, parameters are copied to each."""
     devices = list(devices or jax.local_devices())
     run = jax.pmap(
         _bound(model, want, k, compute), in_axes=(None, *[0] * (3 if want == "logits" else 2)), devices=devices
     )
-
     params = jax.device_put(model.params, mesh_lib.sharding((), mesh_lib.one_axis("device", devices)))
 
     def call(*arrays):
-        count, arrays = _fill(arrays, len(devices))
+        count, arrays = _pad_rows(arrays, len(devices))
         out = run(params, *(array.reshape(len(devices), -1, *array.shape[1:]) for array in arrays))
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:count], out)
 
     return _checked(model, want, call)
 
 
-def _bound(model, want, k, compute):
-    """`forward` as a function of params, tokens, lengths[, positions]; ValueError for what cannot be wanted."""
+def _bound(model: Model, want: str, k: int | None, compute: Compute) -> Callable:
+    """`forward` as a function of params, tokens, lengths[, positions]."""
     if want not in WANTS:
-        raise ValueError(f"want={want!r} is not one of {', '.join(WANTS)}")
-    if (k is not None) != (want == "top_k") or (
-        k is not None and not (isinstance(k, int) and 1 <= k <= model.num_tokens)
-    ):
-        raise ValueError(f"k={k} with want={want!r}: top_k needs a k from 1 to {model.num_tokens}, the others none")
+        raise ValueError(f"want={want!r} must be one of {', '.join(WANTS)}")
+    if want == "top_k" and not 1 <= (k or 0) <= model.num_tokens:
+        raise ValueError(f"k={k} must be from 1 to the model's {model.num_tokens} ids")
     architecture, num_tokens = model.architecture, model.num_tokens
 
     def run(params, tokens, lengths, positions=None):
@@ -160,40 +169,29 @@ def _bound(model, want, k, compute):
     return run
 
 
-def _checked(model, want, call):
-    """`call` on host arrays that have been looked at first."""
+def _checked(model: Model, want: str, call: Callable) -> Callable:
+    """`call` on host arrays whose values are checked first: on a device, an id out of range gives a wrong result."""
 
     def run(tokens, lengths, positions=None):
         if (positions is not None) != (want == "logits"):
-            raise ValueError("positions go with want='logits', and only with it")
-        arrays = [np.asarray(array) for array in (tokens, lengths, positions) if array is not None]
-        tokens, lengths = arrays[:2]
-        for name, array, rank in zip(("tokens", "lengths", "positions"), arrays, (2, 1, 2), strict=False):
-            if array.ndim != rank or array.shape[0] != tokens.shape[0] or not array.size:
-                raise ValueError(
-                    f"need tokens [row, position], lengths [row], positions [row, wanted]; {name}: {array.shape}"
-                )
-            if not np.issubdtype(array.dtype, np.integer):
-                raise ValueError(f"{name} have to be integers, not {array.dtype}")
+            raise ValueError("want='logits' needs positions, and only that takes them")
+        tokens, lengths = np.asarray(tokens), np.asarray(lengths)
         width = tokens.shape[1]
-        if not (0 <= lengths.min() and lengths.max() <= width):
-            raise ValueError(f"lengths run from {lengths.min()} to {lengths.max()}, rows have {width} positions")
         tokens = np.where(np.arange(width) < lengths[:, None], tokens, 0)
-        if not (0 <= tokens.min() and tokens.max() < model.num_tokens):
-            raise ValueError(
-                f"ids run from {tokens.min()} to {tokens.max()}; the model's are 0 to {model.num_tokens - 1}"
-            )
-        if positions is not None and not (0 <= arrays[2].min() and arrays[2].max() < width):
-            raise ValueError(
-                f"positions run from {arrays[2].min()} to {arrays[2].max()}; they must be 0 to {width - 1}"
-            )
-        return call(*(array.astype(np.int32) for array in (tokens, *arrays[1:])))
+        arrays, ranges = [tokens, lengths], [("ids", tokens, model.num_tokens), ("lengths", lengths, width + 1)]
+        if positions is not None:
+            arrays.append(np.asarray(positions))
+            ranges.append(("positions", arrays[2], width))
+        for name, array, end in ranges:
+            if array.size and not (0 <= array.min() and array.max() < end):
+                raise ValueError(f"{name} from {array.min()} to {array.max()} must be from 0 to {end - 1}")
+        return call(*(array.astype(np.int32) for array in arrays))
 
     return run
 
 
-def _fill(arrays, multiple):
-    """Arrays with rows of zeros added up to a multiple, and how many rows they had."""
+def _pad_rows(arrays, multiple):
+    """The number of rows, and the arrays with rows of zeros added up to a multiple."""
     count = arrays[0].shape[0]
-    more = -count % multiple
-    return count, [np.pad(array, [(0, more)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]
+    padding = -count % multiple
+    return count, [np.pad(array, [(0, padding)] + [(0, 0)] * (array.ndim - 1)) for array in arrays]

@@ -1,68 +1,46 @@
-"""The students of a run by how they learn: its arms, as the config says them.
+"""The arms of a run: groups of students by how they learn.
 
 direct           the text of p*
-tau-0.8, ...     config.taus: the teacher's text at that sample_temperature (policy "sequence")
-any other name   config.arms: what differs from config.distill. Without any, and with a config.distill.policy that
-                 is not "sequence", there is one, named after the policy.
+tau-0.8, ...     config.taus: the teacher's text at that sample temperature
+any other name   config.arms: what differs from config.distill. Without any, and with a config.distill.policy other than
+                 "sequence", there is one, named after the policy.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any, NamedTuple
 
-from kd_jax.lm.distill import loss
+from kd_jax.lm.decode.next_token import SamplerSpec
+from kd_jax.lm.distill.loss import DistillSpec
+from kd_jax.lm.experiment.specs import LmSpec
+from kd_jax.runs.settings import freeze, to_dict
 
-DATA = ("p_star", "samples", "mix")
 TRAIN = "p_star/train"
-# Names of other things in a run folder, or that a report takes for something else.
+# Names of other things in a run folder, or of other rows of its metrics.
 _TAKEN = ("direct", "distilled", "teacher", "p_star", "samples", "evaluation", "model")
 _LOSS = ("divergence", "parameter", "loss_temperature", "teacher_temperature", "hard_weight")
-# The knobs that what a student learns is a function of, by policy.
+_OWN = ("on_policy_fraction", "prompt_length", "student_sample_temperature")
+_RECORDED = ("record_top_k", "log_prob_format", "teacher_dtype")
+# The settings that what a student learns depends on, by policy. The sampler counts where the teacher's text is learnt.
 _KNOBS = {
     "sequence": (),
     "online": (*_LOSS, "data", "mix", "teacher_dtype"),
-    "on_policy": (
-        *_LOSS, "data", "mix", "teacher_dtype", "on_policy_fraction", "prompt_length", "student_sample_temperature",
-    ),
-    "offline": (*_LOSS, "data", "mix", "tail"),
-}  # fmt: skip
-
-
-class Samples(NamedTuple):
-    """How the teacher is sampled.
-
-    Attributes:
-        sample_temperature: tau.
-        top_k, top_p: None for off.
-    """
-
-    sample_temperature: float
-    top_k: int | None = None
-    top_p: float | None = None
-
-    @property
-    def label(self) -> str:
-        parts = [f"tau-{self.sample_temperature:g}"]
-        parts += [] if self.top_k is None else [f"top_k-{self.top_k}"]
-        parts += [] if self.top_p is None else [f"top_p-{self.top_p:g}"]
-        return "-".join(parts)
-
-    @property
-    def name(self) -> str:
-        """Of the stage that makes them."""
-        return f"samples/{self.label}"
+    "on_policy": (*_LOSS, "data", "mix", "teacher_dtype", *_OWN),
+    "offline": (*_LOSS, "data", "mix", "tail", *_RECORDED),
+}
 
 
 class Recording(NamedTuple):
-    """What is recorded of the teacher: how many ids, in which form, and the teacher's dtype."""
+    """What is recorded of the teacher: how many ids at a position, in which form, and the teacher's dtype."""
 
     top_k: int
     log_prob_format: str
     teacher_dtype: str
 
     def name(self, corpus: str) -> str:
-        """Of the stage that records it of a corpus."""
+        """The stage that records it for a corpus."""
         exact = "" if self.log_prob_format == "uint16" else f"-{self.log_prob_format}"
         return f"top_k-{self.top_k}{exact}/{corpus}"
 
@@ -71,104 +49,123 @@ class Arm(NamedTuple):
     """Students that learn in one way.
 
     Attributes:
-        name: of the arm; its students are NAME/seed-SEED.
+        name: of the arm.
         kind: what rows call it: "direct", "distilled" (by config.taus), or the name.
-        policy: "sequence" (of text alone, whosever it is) or one of kd_jax.lm.distill.loss.POLICIES.
-        samples: the teacher's samples in what is learnt; None where there are none.
-        p_star: whether text of p* is in it.
-        recording: offline.
-        settings: how the teacher's distribution is learnt; None where text alone is.
-        knobs: what rows say of it, and what the students' stages are named by.
+        policy: one of kd_jax.lm.distill.loss.POLICIES; "sequence" for all that learn text alone.
+        sampler: how the teacher's text was sampled; None where none is learnt.
+        p_star: whether p*'s text is learnt.
+        distill: how the teacher's distribution is learnt; None where text alone is.
+        knobs: the settings by which it differs from other arms, for rows and for the stages of its students.
     """
 
     name: str
     kind: str
     policy: str = "sequence"
-    samples: Samples | None = None
+    sampler: SamplerSpec | None = None
     p_star: bool = False
-    recording: Recording | None = None
-    settings: loss.Settings | None = None
+    distill: DistillSpec | None = None
     knobs: dict[str, Any] = {}
 
     @property
     def tau(self) -> float | None:
-        """The teacher's sample_temperature in what is learnt."""
-        return None if self.samples is None else self.samples.sample_temperature
+        """The teacher's sample temperature in what is learnt."""
+        return None if self.sampler is None else self.sampler.sample_temperature
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """The stages whose corpora are learnt from: p*'s first, if both are."""
-        return (TRAIN,) * self.p_star + (() if self.samples is None else (self.samples.name,))
+        """The stages whose corpora are learnt from; p*'s first, if there are two."""
+        return (TRAIN,) * self.p_star + (() if self.sampler is None else (samples_stage(self.sampler),))
 
     @property
-    def rollouts(self) -> float:
-        """The share of updates that learn from the student's own sequences."""
-        return self.settings.on_policy_fraction if self.policy == "on_policy" else 0.0
+    def recording(self) -> Recording | None:
+        """What is recorded of the teacher; None unless the policy is offline."""
+        if self.policy != "offline":
+            return None
+        return Recording(self.distill.record_top_k, self.distill.log_prob_format, self.distill.teacher_dtype)
 
     @property
     def corpora(self) -> tuple[str, ...]:
-        """The same, with what was recorded of the teacher where that is learnt from."""
+        """As `texts`; the stages with what was recorded of the teacher where that is learnt from."""
         return self.texts if self.recording is None else tuple(self.recording.name(text) for text in self.texts)
 
+    @property
+    def teacher_runs(self) -> bool:
+        """Whether the teacher runs inside the updates."""
+        return self.policy in ("online", "on_policy")
 
-def arms(config) -> list[Arm]:
-    """All arms of a run. Raises ValueError, naming the key, for one that cannot be."""
-    found = [Arm("direct", "direct", p_star=True)]
-    found += [Arm(f"tau-{tau:g}", "distilled", samples=Samples(tau)) for tau in config.taus]
-    if not config.arms and config.distill.policy != "sequence":
-        return [*found, _arm(config, config.distill.policy, {}, "config.distill")]
-    for name, changes in config.arms.items():
-        if name in _TAKEN or not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(("tau-", "top_k-")):
-            raise ValueError(f"config.arms: {name!r} cannot name an arm")
-        # where the teacher lies is the same for all
-        unknown = sorted(set(changes) - (set(config.distill) - {"teacher_mesh"}))
-        if unknown:
-            raise ValueError(f"config.arms.{name}.{unknown[0]} is not a setting of config.distill")
-        found.append(_arm(config, name, dict(changes), f"config.arms.{name}"))
-    return found
+    @property
+    def rollouts(self) -> float:
+        """The share of updates that learn from the student's own samples."""
+        return self.distill.on_policy_fraction if self.policy == "on_policy" else 0.0
 
 
-def _arm(config, name: str, changes: dict[str, Any], label: str) -> Arm:
-    values = {**config.distill, **changes}
-    if values["policy"] not in _KNOBS:
-        raise ValueError(f"{label}.policy={values['policy']!r} is not one of {', '.join(_KNOBS)}")
-    if values["data"] not in DATA:
-        raise ValueError(f"{label}.data={values['data']!r} is not one of {', '.join(DATA)}")
-    policy = values["policy"]
-    data = "samples" if policy == "sequence" else values["data"]
-    samples = None if data == "p_star" else _samples(values, label)
-    knobs = {key: values[key] for key in _KNOBS[policy] if key != "mix" or data == "mix"}
-    if values["teacher_temperature"] is None:  # what is off is not said
+def samples_stage(sampler: SamplerSpec) -> str:
+    """The stage that samples the teacher."""
+    return f"samples/{sampler.label}"
+
+
+def arms(spec: LmSpec) -> list[Arm]:
+    """All arms of a run.
+
+    Raises: ValueError, naming the key, for a name that is taken, a setting that is none, or one without effect.
+    """
+    named = [Arm("direct", "direct", p_star=True)]
+    named += [Arm(f"tau-{tau:g}", "distilled", sampler=SamplerSpec(sample_temperature=tau)) for tau in spec.taus]
+    if spec.arms:
+        for name, changes in spec.arms.items():
+            if name in _TAKEN or not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(("tau-", "top_k-")):
+                raise ValueError(f"config.arms: {name!r} cannot name an arm")
+            named.append(_changed_arm(spec.distill, name, dict(changes)))
+    elif spec.distill.policy != "sequence":
+        named.append(_arm(spec.distill.policy, spec.distill))
+    _check_effect(spec.distill, [arm for arm in named if arm.kind not in ("direct", "distilled")])
+    return named
+
+
+def _changed_arm(base: DistillSpec, name: str, changes: dict[str, Any]) -> Arm:
+    label = f"config.arms.{name}"
+    values = to_dict(base)
+    if isinstance(changes.get("sampler"), dict):
+        changes["sampler"] = {**values["sampler"], **changes["sampler"]}
+    distill = freeze(DistillSpec, {**values, **changes}, label)
+    used = _used(distill)
+    for key in changes:
+        if key not in used and getattr(distill, key) != getattr(base, key):
+            raise ValueError(f"{label}.{key} has no effect with policy={distill.policy!r} and data={distill.data!r}")
+    return _arm(name, distill)
+
+
+def _arm(name: str, distill: DistillSpec) -> Arm:
+    policy = distill.policy
+    data = "samples" if policy == "sequence" else distill.data
+    knobs = {key: getattr(distill, key) for key in _KNOBS[policy] if key != "mix" or data == "mix"}
+    if distill.teacher_temperature is None:  # what is off is not said
         knobs.pop("teacher_temperature", None)
-    recording = _recording(values, label) if policy == "offline" else None
-    settings = None
-    if policy != "sequence":
-        names = ("prompt_length", "student_sample_temperature", "on_policy_fraction", "rollout_batch_size", "tail")
-        how = {key: values[key] for key in (*_LOSS, *names)}
-        try:
-            settings = loss.Settings(policy, mix=values["mix"] if data == "mix" else 0.0, **how)
-        except ValueError as error:
-            raise ValueError(str(error).replace("distill.", f"{label}.", 1)) from error
-    knobs = {"policy": policy} | knobs
-    names = () if recording is None else ("record_top_k", "log_prob_format", "teacher_dtype")
-    knobs |= {key: values[key] for key in names}
-    return Arm(name, name, policy, samples, data != "samples", recording, settings, knobs)
+    return Arm(
+        name, name, policy, sampler=None if data == "p_star" else distill.sampler, p_star=data != "samples",
+        distill=None if policy == "sequence" else distill, knobs={"policy": policy} | knobs,
+    )  # fmt: skip
 
 
-def _samples(values: dict[str, Any], label: str) -> Samples:
-    tau, k, p = values["sample_temperature"], values["top_k"], values["top_p"]
-    if not 0 < tau < float("inf"):
-        raise ValueError(f"{label}.sample_temperature={tau} must be above 0 and finite")
-    if k < 0:
-        raise ValueError(f"{label}.top_k={k} must be 0 (off) or above")
-    if not 0 < p <= 1:
-        raise ValueError(f"{label}.top_p={p} must be above 0 and at most 1 (off)")
-    return Samples(tau, k or None, p if p < 1 else None)
+def _used(distill: DistillSpec) -> set[str]:
+    """The settings that have an effect under the others."""
+    used = {"policy", *_KNOBS[distill.policy]}
+    if distill.policy == "sequence" or distill.data != "p_star":
+        used.add("sampler")
+    if distill.data != "mix":
+        used.discard("mix")
+    if distill.policy == "on_policy":
+        used.add("rollout_batch_size")
+    return used
 
 
-def _recording(values: dict[str, Any], label: str) -> Recording:
-    if values["record_top_k"] < 1:
-        raise ValueError(f"{label}.record_top_k={values['record_top_k']} must be at least 1")
-    if values["log_prob_format"] not in ("uint16", "float32"):
-        raise ValueError(f"{label}.log_prob_format={values['log_prob_format']!r} is neither uint16 nor float32")
-    return Recording(values["record_top_k"], values["log_prob_format"], values["teacher_dtype"])
+def _check_effect(base: DistillSpec, named: list[Arm]) -> None:
+    """Raises ValueError for a setting of config.distill that was changed and that no arm uses."""
+    used = {"policy"} | {key for arm in named for key in _used(arm.distill or base)}
+    default = DistillSpec()
+    for field in dataclasses.fields(DistillSpec):
+        if field.name not in used and getattr(base, field.name) != getattr(default, field.name):
+            raise ValueError(
+                f"config.distill.{field.name}={getattr(base, field.name)!r} has no effect: no arm uses it "
+                "(students of config.taus learn the teacher's text alone)"
+            )

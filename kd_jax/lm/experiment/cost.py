@@ -1,4 +1,4 @@
-"""What work costs in floating-point operations and time, and how many operations a second this device can do."""
+"""What the stages of a run cost in floating-point operations, time and disk space."""
 
 from __future__ import annotations
 
@@ -7,101 +7,138 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 
-from kd_jax.lm.experiment import arms
-from kd_jax.lm.model import Architecture
-from kd_jax.lm.model import flops as flops_lib
+from kd_jax.lm.experiment.arms import Arm, arms
+from kd_jax.lm.experiment.specs import LmSpec
+from kd_jax.lm.model import Architecture, flops
+from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.runs.checkpoint import Checkpoints
 
-# Shares of the measured ceiling that the parts of a run reach, for the times of --dry_run.
+# Shares of the measured peak rate that the parts of a run reach, for the times of --dry_run.
 SHARES = {"training": 0.4, "sampling": 0.2, "scoring": 0.4}
+
+
+class Cost(NamedTuple):
+    """What a stage costs at most.
+
+    Attributes:
+        kind: a key of SHARES.
+        tokens: that are sampled, scored or learnt from.
+        shape: of the model; None where the config does not say it, and then neither flops nor disk are known.
+        flops: floating-point operations; a multiplication and an addition are two.
+        disk: bytes that stay on disk.
+        written: bytes of checkpoints that are written.
+        count: models that are trained by one program.
+        teacher: that runs inside the updates, if one does.
+        arm: of the students, if it is a training of students.
+        top_k: tokens that are recorded at each position, if they are.
+        train: of a training, its settings.
+    """
+
+    kind: str
+    tokens: int
+    shape: Architecture | None
+    flops: float = math.nan
+    disk: float = math.nan
+    written: float = 0.0
+    count: int = 1
+    teacher: Architecture | None = None
+    arm: Arm | None = None
+    top_k: int | None = None
+    train: TrainSpec | None = None
+
+
+def sampling(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost:
+    """Of drawing samples."""
+    tokens = num_samples * spec.sampling.max_length
+    # ids as int32 and a few numbers for each row; Parquet packs them somewhat
+    return _cost("sampling", spec, shape, tokens, disk=4 * tokens + 40 * num_samples)
+
+
+def training(
+    spec: LmSpec, shape: Architecture | None, *, count: int = 1, arm: Arm | None = None,
+    teacher: Architecture | None = None, train: TrainSpec | None = None,
+) -> Cost:  # fmt: skip
+    """Of training `count` models together, by default as config.train says. Validation counts as operations alone."""
+    train, length = train or spec.train, spec.sampling.max_length
+    tokens = count * spec.num_train * length * train.epochs
+    validated = count * spec.num_validation * length * train.validations
+    # a rollout runs the student forward once more, at the rate of sampling
+    rollouts = 0.0 if arm is None else arm.rollouts
+    passes = 3 + rollouts * SHARES["training"] / SHARES["sampling"]
+    cost = _cost("training", spec, shape, tokens, passes=passes)._replace(
+        count=count, arm=arm, teacher=teacher, train=train
+    )
+    if shape is None:
+        return cost
+    updates = spec.num_train * train.epochs // train.batch_size
+    saves = train.validations + (updates // train.save_every if train.save_every else 0)
+    extra = flops.forward_flops(shape, length) * validated
+    if teacher is not None:
+        extra += flops.forward_flops(teacher, length) * (tokens + validated)
+    # a checkpoint has float32 weights and two moments; at the end the weights are written once more
+    kept = 4 + 12 * (train.keep + 1) * train.keep_checkpoints
+    parameters = count * shape.num_parameters
+    return cost._replace(flops=cost.flops + extra, disk=kept * parameters, written=(12 * saves + 4) * parameters)
+
+
+def scoring(spec: LmSpec, shape: Architecture | None, top_k: int) -> Cost:
+    """Of recording the teacher's top_k tokens at each position of a corpus."""
+    tokens = (spec.num_train + spec.num_validation) * spec.sampling.max_length
+    return _cost("scoring", spec, shape, tokens, disk=4 * tokens * (1 + top_k))._replace(top_k=top_k)
+
+
+def evaluation(spec: LmSpec, shape: Architecture | None) -> Cost:
+    """Of scoring the samples of every model under p*, which is by far the most of it; `shape` is that of p*."""
+    groups = arms(spec)
+    models = spec.seeds * len(groups) + len({arm.sampler for arm in groups if arm.sampler is not None})
+    tokens = models * spec.num_samples * spec.sampling.max_length
+    return _cost("scoring", spec, shape, tokens, disk=8 * tokens)
+
+
+def _cost(
+    kind: str, spec: LmSpec, shape: Architecture | None, tokens: int, *, passes: float = 1.0, disk: float = math.nan
+) -> Cost:
+    if shape is None:
+        return Cost(kind, tokens, None)
+    return Cost(kind, tokens, shape, passes * flops.forward_flops(shape, spec.sampling.max_length) * tokens, disk)
 
 
 @functools.cache
 def writing_rate() -> float:
-    """Bytes per second that checkpoints are written with, measured here in two seconds, where temporary files go."""
-    # half a GiB: a few MiB would be quicker than what is to come, as disks and caches take the first of it at once
+    """Bytes per second of writing checkpoints, measured here in two seconds, where temporary files go."""
+    # half a GiB: disks and caches take the first few MiB at once, which would promise too much
     tree = {str(i): jax.random.normal(jax.random.key(i), (1 << 24,)) for i in range(8)}
-    with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1) as saved:
-        saved.save(0, {"weights": jax.tree.map(lambda leaf: leaf[:1], tree)})  # there is something to compile
+    with tempfile.TemporaryDirectory() as folder, Checkpoints(folder, keep=1) as checkpoints:
+        checkpoints.save(0, {"weights": jax.tree.map(lambda leaf: leaf[:1], tree)})  # compiles what it needs
         began = time.perf_counter()
-        saved.save(1, {"weights": tree})
-        saved.wait()
+        checkpoints.save(1, {"weights": tree})
+        checkpoints.wait()
         return sum(leaf.nbytes for leaf in tree.values()) / (time.perf_counter() - began)
 
 
-# The stages of an experiment. What is written on disk is in bytes; a count of tokens is the most there can be.
-
-
-def sampling(config, shape: Architecture | None, num_samples: int) -> dict[str, Any]:
-    tokens = num_samples * config.sampling.max_length
-    # ids as int32, a few numbers a row; Parquet packs them somewhat
-    return _cost("sampling", shape, tokens, 1, config, 4 * tokens + 40 * num_samples)
-
-
-def training(
-    config, shape: Architecture | None, count: int, teacher: Architecture | None = None, rollouts: float = 0.0
-) -> dict[str, Any]:
-    """Of `count` models; with a teacher that is run on all that is learnt, and a share of updates that sample first.
-
-    Validation counts as operations, not as tokens.
-    """
-    tokens = count * config.num_train * config.sampling.max_length * config.train.epochs
-    validated = count * config.num_validation * config.sampling.max_length * config.train.validations
-    held = count * (4 + 12 * (config.train.keep + 1) * config.train.keep_checkpoints)
-    # a rollout runs the student forward once more, at the pace of sampling
-    passes = 3 + rollouts * SHARES["training"] / SHARES["sampling"]
-    found = _cost("training", shape, tokens, passes, config, 0 if shape is None else held * shape.num_parameters)
-    updates = config.num_train * config.train.epochs // config.train.batch_size
-    saves = config.train.validations + (updates // config.train.save_every if config.train.save_every else 0)
-    # weights and two moments each time, and at the end the weights once more
-    written = 0 if shape is None else count * (12 * saves + 4) * shape.num_parameters
-    found |= {"count": count, "teacher": teacher, "written": written}
-    if shape is not None:
-        found["flops"] += flops_lib.forward_flops(shape, config.sampling.max_length) * validated
-    if shape is not None and teacher is not None:
-        found["flops"] += flops_lib.forward_flops(teacher, config.sampling.max_length) * (tokens + validated)
-    return found
-
-
-def scoring(config, shape: Architecture | None, top_k: int) -> dict[str, Any]:
-    """Of a corpus, its teacher's top_k ids recorded at each position."""
-    tokens = (config.num_train + config.num_validation) * config.sampling.max_length
-    return _cost("scoring", shape, tokens, 1, config, 4 * tokens * (1 + top_k)) | {"top_k": top_k}
-
-
-def _cost(kind: str, shape: Architecture | None, tokens: int, passes: int, config, disk: float) -> dict[str, Any]:
-    if shape is None:
-        return {"kind": kind, "tokens": tokens, "shape": None}
-    flops = passes * flops_lib.forward_flops(shape, config.sampling.max_length) * tokens
-    about = {"kind": kind, "parameters": shape.num_parameters, "tokens": tokens, "flops": flops, "disk": disk}
-    return about | {"shape": shape}
-
-
-def evaluation(config, shape: Architecture | None) -> dict[str, Any]:
-    """Samples of every model scored under p*, which is by far the most of it; `shape` is that of p*."""
-    found = arms.arms(config)
-    models = config.seeds * len(found) + len({arm.samples for arm in found if arm.samples is not None})
-    tokens = models * config.num_samples * config.sampling.max_length
-    return _cost("scoring", shape, tokens, 1, config, 8 * tokens)
-
-
-def show(dtype: str, costs: dict[str, dict[str, Any]], finished: Callable[[str], bool]) -> None:
-    """Prints the costs of stages by name: what is done, and what the others take at most."""
-    rate, total = flops_lib.ceiling(dtype), 0.0
+def show(dtype: str, costs: dict[str, Cost], finished: Callable[[str], bool]) -> None:
+    """Prints the costs of stages by name: which are finished, and how long the others take at most on this machine."""
+    rate, total, unknown = flops.ceiling(dtype), 0.0, False
     print(f"{'stage':24} {'parameters':>13} {'tokens':>14} {'FLOPs':>9} {'disk MB':>9} {'minutes':>10}  state")
-    for name, c in costs.items():
-        seconds = c["flops"] / (rate * SHARES[c["kind"]]) if "flops" in c else math.nan
-        total += 0 if finished(name) else seconds
+    for name, cost in costs.items():
+        seconds = cost.flops / (rate * SHARES[cost.kind])
+        unknown |= math.isnan(seconds)
+        total += 0 if finished(name) or math.isnan(seconds) else seconds
+        numbers = ["?" if cost.shape is None else f"{cost.shape.num_parameters:,}", f"{cost.tokens:,}"]
+        numbers += ["?" if cost.shape is None else text for text in (
+            f"{cost.flops:.2e}", f"{cost.disk / 1e6:.0f}", f"{seconds / 60:.1f}")]  # fmt: skip
+        state = "finished" if finished(name) else "to do"
         print(
-            f"{name:24} {c.get('parameters', math.nan):13,} {c['tokens']:14,} {c.get('flops', math.nan):9.2e} "
-            f"{c.get('disk', math.nan) / 1e6:9.0f} {seconds / 60:10.1f}  {'finished' if finished(name) else 'to do'}"
+            f"{name:24} " + " ".join(f"{n:>{w}}" for n, w in zip(numbers, (13, 14, 9, 9, 10), strict=True)), "", state
         )
+    if unknown:
+        print("?: unknown until p* is there; config.p_star.architecture names a preset to plan with")
     print(
-        f"at most {total / 60:.0f} minutes are left on {jax.device_count()} x {jax.devices()[0].device_kind}, which "
-        f"does {rate / 1e9:.0f} GFLOP/s in large products; of that sampling is taken to reach "
-        f"{SHARES['sampling']:.0%}, training {SHARES['training']:.0%}, scoring {SHARES['scoring']:.0%}"
+        f"at most {total / 60:.0f} minutes are left{' beside them' if unknown else ''} on {jax.device_count()} x "
+        f"{jax.devices()[0].device_kind}, which does {rate / 1e9:.0f} GFLOP/s in large products; sampling is taken to "
+        f"reach {SHARES['sampling']:.0%} of that, training {SHARES['training']:.0%}, scoring {SHARES['scoring']:.0%}"
     )

@@ -1,12 +1,12 @@
-"""The knobs of selectivity that a run compares: which arms are the settings of which knob, and what those came to.
+"""The knobs of selectivity that a run compares: which arms are the settings of which knob.
 
-    config.frontier.knobs        ((name, ((value, arm), ...)), ...): values as text, in order; arms:
-                                 kd_jax.lm.experiment.arms
-    config.frontier.references   arms in which knobs change nothing: all are counted from the first, and each knob as
-                                 well from the first that is a setting of its own
-    config.frontier.gains        nats a token of precision above them, at which knobs are compared
+    config.frontier.knobs        ((name, ((value, arm), ...)), ...): values as text, in order; arms as
+                                 kd_jax.lm.experiment.arms names them
+    config.frontier.references   arms in which knobs change nothing: gains are counted from the first, and for each knob
+                                 also from the first that is a setting of its own
+    config.frontier.gains        nats per token of precision above the reference, at which knobs are compared
 
-Knobs may share arms: the setting at which a knob changes nothing is another's too.
+Knobs may share arms: the setting at which a knob changes nothing may belong to several.
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from kd_jax.runs.settings import freeze, setting, spec
 
-from kd_jax.reporting.row_kinds import SIZE, is_kind
+
+@spec
+class FrontierSpec:
+    """Knobs of selectivity that are compared."""
+
+    knobs: tuple[Any, ...] = setting((), "((name, ((value, arm), ...)), ...), values as text, in order")
+    references: tuple[str, ...] = setting(("tau-1",), "arms in which knobs change nothing")
+    gains: tuple[float, ...] = setting(
+        (0.5, 1.0, 2.0), "nats per token of precision above them, at which knobs are compared", above=0.0
+    )
 
 
 class Knob(NamedTuple):
@@ -27,7 +36,7 @@ class Knob(NamedTuple):
 
 
 class Frontier(NamedTuple):
-    """What config.frontier says."""
+    """A FrontierSpec, read."""
 
     references: tuple[str, ...]
     gains: tuple[float, ...]
@@ -35,12 +44,12 @@ class Frontier(NamedTuple):
 
     @property
     def reference(self) -> str:
-        """The arm that all is counted from."""
+        """The arm that gains are counted from."""
         return self.references[0]
 
     def neutral(self, knob: str) -> str:
         """The arm in which a knob changes nothing."""
-        (arms,) = ([arm for _, arm in own.settings] for own in self.knobs if own.name == knob)
+        (arms,) = ([arm for _, arm in one.settings] for one in self.knobs if one.name == knob)
         return next(arm for arm in self.references if arm in arms)
 
     @property
@@ -49,58 +58,51 @@ class Frontier(NamedTuple):
         return list(dict.fromkeys([self.reference, *(arm for knob in self.knobs for _, arm in knob.settings)]))
 
     def label(self, arm: str) -> str:
-        """Of which knobs an arm is which setting; the arm's own name where it is of none."""
-        found = [f"{knob.name} = {value}" for knob in self.knobs for value, own in knob.settings if own == arm]
-        return ", ".join(found) or arm
+        """The knobs that an arm is a setting of, with its values; its own name where there are none."""
+        settings = [f"{knob.name} = {value}" for knob in self.knobs for value, name in knob.settings if name == arm]
+        return ", ".join(settings) or arm
 
 
-def read(config: Mapping[str, Any]) -> Frontier | None:
-    """What a config, or a run's config.json, says of knobs; None where it has none.
+def read(config: Mapping[str, Any] | FrontierSpec) -> Frontier | None:
+    """The knobs of a spec, or of a run's config.json; None where there are none.
 
-    Raises ValueError, naming the key, for what is not so put together.
+    Raises: ValueError, naming the key, for knobs of another form, or without a setting in which they change nothing.
     """
-    found = config.get("frontier") or {}
-    if not isinstance(found, (Mapping, ConfigDict)):
-        raise ValueError(f"config.frontier is {found!r:.40}; it has knobs, references and gains")
-    if not found.get("knobs"):
+    spec = config
+    if not isinstance(spec, FrontierSpec):
+        spec = freeze(FrontierSpec, config.get("frontier") or {}, "config.frontier")
+    if not spec.knobs:
         return None
-    for name in ("knobs", "references", "gains"):
-        if not isinstance(found.get(name) or (), (list, tuple)):
-            raise ValueError(f"config.frontier.{name}={found[name]!r:.40} must be a list")
-    knobs = tuple(_knob(knob) for knob in found["knobs"])
-    if len({knob.name for knob in knobs}) < len(knobs):
-        raise ValueError(f"config.frontier.knobs has a name twice: {', '.join(knob.name for knob in knobs)}")
-    gains = tuple(found.get("gains") or ())
-    if not gains or not all(is_kind(gain, SIZE) and gain > 0 for gain in gains):
-        raise ValueError(f"config.frontier.gains={gains} must be numbers above 0, at least one")
-    references = tuple(found.get("references") or ())
-    if not all(isinstance(arm, str) for arm in references):
-        raise ValueError(f"config.frontier.references={references!r:.40} must be names of arms")
+    knobs = tuple(_knob(knob) for knob in spec.knobs)
+    names = [knob.name for knob in knobs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"config.frontier.knobs has a name twice: {', '.join(names)}")
+    if not spec.gains:
+        raise ValueError("config.frontier.gains is empty; knobs are compared at one gain at least")
     for knob in knobs:
-        if not set(references) & {arm for _, arm in knob.settings}:
-            raise ValueError(f"config.frontier.references={references}: none is a setting of {knob.name}")
-    return Frontier(references, gains, knobs)
+        if not set(spec.references) & {arm for _, arm in knob.settings}:
+            raise ValueError(f"config.frontier.references={spec.references}: none is a setting of {knob.name}")
+    return Frontier(spec.references, spec.gains, knobs)
 
 
-def _knob(found: Any) -> Knob:
+def _knob(entry: Any) -> Knob:
     try:
-        name, settings = found
+        name, settings = entry
         settings = tuple((value, arm) for value, arm in settings)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config.frontier.knobs: {found!r} is not (name, ((value, arm), ...))") from error
-    if not all(isinstance(text, str) and text for text in (name, *sum(settings, ()))):
-        raise ValueError(f"config.frontier.knobs: {found!r}: names, values and arms are text")
-    if not settings:
-        raise ValueError(f"config.frontier.knobs: {name} has no settings")
+        well_formed = settings and all(isinstance(text, str) and text for text in (name, *sum(settings, ())))
+    except (TypeError, ValueError):
+        well_formed = False
+    if not well_formed:
+        raise ValueError(f"config.frontier.knobs: {entry!r} is not (name, ((value, arm), ...)), all of them text")
     for texts in zip(*settings, strict=True):
         if len(set(texts)) < len(texts):
             raise ValueError(f"config.frontier.knobs: {name} has a setting twice: {', '.join(texts)}")
     return Knob(name, settings)
 
 
-def check(config: Mapping[str, Any], arms: Collection[str]) -> None:
-    """Raises ValueError, naming the key, for knobs that cannot be: of `arms`, the run's, above all."""
-    frontier = read(config)
+def check(spec: FrontierSpec, arms: Collection[str]) -> None:
+    """Raises ValueError, naming the key, for an arm that the run does not have."""
+    frontier = read(spec)
     if frontier is None:
         return
     places = {"config.frontier.references": frontier.references}

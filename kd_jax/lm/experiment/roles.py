@@ -1,4 +1,4 @@
-"""p* and the teacher of a language-model experiment: from where the config says, or, of the teacher, a stage's."""
+"""p* and the teacher: loaded from the sources that the config names, or the teacher from its stage."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import weights
-from kd_jax.lm.experiment import specs as settings_lib
+from kd_jax.lm.experiment.specs import LmSpec, make_mesh
 from kd_jax.lm.model import PRESETS, Model
 from kd_jax.parallel import mesh as mesh_lib
 
 
-def p_star(config) -> Model:
-    """p* with its weights; a random one where the config has no source."""
+def p_star(spec: LmSpec) -> Model:
+    """p* with its weights; random weights where the config has no source."""
     return _load_p_star(
-        config.p_star.source, config.p_star.architecture, config.seed, config.sampling.dtype, settings_lib.mesh(config)
+        spec.p_star.source, spec.p_star.architecture, spec.seed, spec.sampling.dtype, make_mesh(spec.mesh)
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _load_p_star(source: str, preset: str, seed: int, dtype: str, over) -> Model:
+def _load_p_star(source: str, preset: str, seed: int, dtype: str, mesh: Mesh | None) -> Model:
     if source:
-        return weights.load(source, dtype=dtype, mesh=over)
-    shape, kind, where = PRESETS[preset], jnp.dtype(dtype), None
-    if over is not None:
-        where = mesh_lib.shardings(model_lib.logical_axes(shape), model_lib.abstract(shape, kind), over)
-    init = jax.jit(model_lib.init, static_argnums=(1, 2), out_shardings=where)
+        return weights.load(source, dtype=dtype, mesh=mesh)
+    shape, kind, shardings = PRESETS[preset], jnp.dtype(dtype), None
+    if mesh is not None:
+        shardings = mesh_lib.shardings(model_lib.logical_axes(shape), model_lib.abstract(shape, kind), mesh)
+    init = jax.jit(model_lib.init, static_argnums=(1, 2), out_shardings=shardings)
     params = init(jax.random.key(seed), shape, kind)
-    # such a model says any id as soon as any other; one of them ends a sequence
-    return Model(PRESETS[preset], params, eos_ids=(0,))
+    # random weights make all ids about equally probable; id 0 ends a sequence
+    return Model(shape, params, eos_ids=(0,))
 
 
 @functools.lru_cache(maxsize=2)
@@ -41,24 +42,24 @@ def _source_identity(source: str) -> str:
     return weights.identity(source)
 
 
-def p_star_identity(config) -> str:
-    """What tells p*'s weights from others, found without loading them."""
-    return _source_identity(config.p_star.source) if config.p_star.source else f"random, seed {config.seed}"
+def p_star_identity(spec: LmSpec) -> str:
+    """A fingerprint of p*'s weights, found without loading them."""
+    return _source_identity(spec.p_star.source) if spec.p_star.source else f"random, seed {spec.seed}"
 
 
-def teacher(config, inputs: dict[str, Path], dtype: str, over) -> Model:
-    """The teacher with its weights, over the mesh `over`; p* itself where both have one source."""
-    source = config.teacher.source
-    if source and source == config.p_star.source:
-        return _load_p_star(source, config.p_star.architecture, config.seed, dtype, over)
-    return weights.load(source or inputs["teacher"], dtype=dtype, mesh=over)
+def teacher(spec: LmSpec, inputs: dict[str, Path], dtype: str, mesh: Mesh | None) -> Model:
+    """The teacher with its weights on a mesh; p* itself, loaded once, where both have the same source."""
+    source = spec.teacher.source
+    if source and source == spec.p_star.source:
+        return _load_p_star(source, spec.p_star.architecture, spec.seed, dtype, mesh)
+    return weights.load(source or inputs["teacher"], dtype=dtype, mesh=mesh)
 
 
-def teacher_inputs(config) -> tuple[str, ...]:
-    """The stages that a stage which uses the teacher needs for it."""
-    return () if config.teacher.source else ("teacher",)
+def teacher_inputs(spec: LmSpec) -> tuple[str, ...]:
+    """The stages that have to be finished before the teacher can be loaded."""
+    return () if spec.teacher.source else ("teacher",)
 
 
-def teacher_identity(config) -> dict[str, Any]:
-    """What such a stage's settings say of it; nothing where it is a stage itself, whose key says it all."""
-    return {"teacher": _source_identity(config.teacher.source)} if config.teacher.source else {}
+def teacher_identity(spec: LmSpec) -> dict[str, Any]:
+    """The teacher's part of a stage's settings; nothing where the teacher is a stage, whose key is an input's."""
+    return {"teacher": _source_identity(spec.teacher.source)} if spec.teacher.source else {}

@@ -1,155 +1,170 @@
-"""What a config of the language-model experiment says, checked."""
+"""The settings of a language-model run. Each wing declares its own; here are the others, and `LmSpec` with them all."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import Any
 
 import jax
 
-from kd_jax.lm import model as model_lib
-from kd_jax.lm import training, weights
-from kd_jax.lm.corpus import compatibility
-from kd_jax.lm.experiment import arms as arms_lib
-from kd_jax.lm.experiment import knobs
-from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
+from kd_jax.lm.distill.loss import DistillSpec
+from kd_jax.lm.experiment.knobs import FrontierSpec
+from kd_jax.lm.model import PRESETS, Architecture, Compute
+from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.parallel import mesh as mesh_lib
+from kd_jax.runs.settings import changes, merge, setting, spec
+
+_DTYPES = ("float32", "bfloat16", "float16")
+TrainChanges = changes(TrainSpec)
 
 
-def validate(config) -> None:
-    """Raises ValueError, naming the key, for a value that cannot work."""
-    for name in ("seeds", "num_train", "num_validation", "num_recall", "num_samples"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name}={config[name]} must be at least 1")
-    if not 0 <= config.seed < 2**20:
-        raise ValueError(f"config.seed={config.seed} must be from 0 and below {2**20}")
-    if len(set(config.taus)) < len(config.taus):
-        raise ValueError(f"config.taus={tuple(config.taus)} must have none twice")
-    for tau in config.taus:
-        if not 0 < tau < math.inf:
-            raise ValueError(f"config.taus: {tau} must be above 0 and finite")
-    if config.sampling.max_length < 2:
-        raise ValueError(f"config.sampling.max_length={config.sampling.max_length} must be at least 2")
-    _check_arms(config)
-    _check_p_star(config, config.p_star)
-    if training_settings(config).batch_size > config.num_train:
-        raise ValueError(
-            f"config.train.batch_size={config.train.batch_size} is above config.num_train={config.num_train}"
-        )
-    for role in ("teacher", "student"):
-        architecture(config[role], PRESETS["tiny"], f"config.{role}")
-    Compute(**config.compute)
-    _check_meshes(config)
+@spec
+class PStarSpec:
+    """p*, the model whose distribution is learnt."""
+
+    source: str = setting("", "a model: anything that kd_jax.lm.weights.load takes")
+    architecture: str = setting(
+        "", "a preset: of a source, what --dry_run plans with; without a source, random weights of it are p*",
+        one_of=("", *PRESETS),
+    )  # fmt: skip
 
 
-def _check_arms(config) -> None:
-    found = arms_lib.arms(config)
-    if len(found) == 1:
-        raise ValueError(f"config.taus={tuple(config.taus)} is empty, and there is no other arm (config.arms)")
-    Compute(dtype=config.distill.teacher_dtype)
-    for arm in found:
-        if arm.policy == "on_policy" and config.train.together > 1:
-            raise ValueError(f"config.train.together={config.train.together}: {arm.name} needs its students alone (1)")
-        if arm.settings is not None and arm.settings.prompt_length >= config.sampling.max_length:
+@spec
+class DataSpec:
+    """A data set in place of p*'s samples. p* then scores samples for precision, and has the tokenizer."""
+
+    source: str = setting("", "files, a folder or a hub id: see kd_jax.lm.corpus.ingest.from_dataset")
+    split: str = setting("train", "of a data set with several")
+    text_column: str = setting("", "column of texts; empty to find it")
+    ids_column: str = setting("", "column of token ids, in place of text")
+
+
+@spec
+class SamplingSpec:
+    """Corpora of samples: of p*, of the teacher, and of every model that is evaluated."""
+
+    prompt: str = setting("The", "text that every sample begins with")
+    prompt_ids: tuple[int, ...] = setting((), "its token ids, in place of the text", at_least=0)
+    max_length: int = setting(48, "tokens of a sample at most, prompt included", at_least=2)
+    batch_size: int = setting(64, "samples drawn side by side", at_least=1)
+    shard_size: int = setting(1024, "samples of a file", at_least=1)
+    dtype: str = setting("float32", "of activations and products", one_of=_DTYPES)
+
+
+@spec
+class StudentSpec:
+    """The shape of a model that is trained: a preset, or numbers. Its vocabulary is p*'s."""
+
+    preset: str = setting("", "in place of the numbers", one_of=("", *PRESETS))
+    layers: int = setting(2, "transformer layers", at_least=1)
+    width: int = setting(128, "of the hidden states", at_least=1)
+    heads: int = setting(4, "query heads", at_least=1)
+    kv_heads: int = setting(2, "key-value heads", at_least=1)
+    mlp: int = setting(384, "width of the MLP", at_least=1)
+    train: TrainChanges = setting(TrainChanges(), "settings of config.train that are different for it")
+
+
+@spec
+class TeacherSpec(StudentSpec):
+    """The teacher: trained on p*'s corpus, or a model that exists."""
+
+    source: str = setting("", "a model that is the teacher, in place of one trained on p*'s corpus")
+
+
+@spec
+class ComputeSpec:
+    """How models are run in training."""
+
+    dtype: str = setting("float32", "of activations and products", one_of=_DTYPES)
+    attention: str = setting("auto", "kind of attention: see kd_jax.lm.model.attention")
+    query_block: int = setting(128, "queries at a time in blocked attention", at_least=1)
+    remat: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+
+
+@spec
+class MeshSpec:
+    """How devices are arranged: their product is the number of devices, -1 stands for what is left."""
+
+    data: int = setting(-1, "groups of devices that each have some rows of a batch")
+    fsdp: int = setting(1, "devices that share weights and optimiser state, and gather weights for each layer")
+    tensor: int = setting(1, "devices that split heads, MLP and vocabulary")
+
+
+@spec
+class LmSpec:
+    """A language-model run: p* -> corpus -> teacher -> its corpora -> students -> evaluation."""
+
+    experiment: str = setting("lm", "which experiment a config is of", one_of=("lm",))
+    seed: int = setting(0, "of everything random", at_least=0, below=2**20)
+    p_star: PStarSpec = setting(PStarSpec(), "p*")
+    data: DataSpec = setting(DataSpec(), "data in place of p*'s samples")
+    num_train: int = setting(1024, "sequences that a model is trained on", at_least=1)
+    num_validation: int = setting(128, "further ones, which choose its checkpoint", at_least=1)
+    num_recall: int = setting(512, "sequences of p* that recall is measured on", at_least=1)
+    num_samples: int = setting(512, "samples of each model that precision is measured on", at_least=1)
+    taus: tuple[float, ...] = setting(
+        (0.8, 0.875, 0.95, 1.0), "sample temperatures of the teacher whose text students learn", above=0.0
+    )
+    seeds: int = setting(3, "students of each arm", at_least=1)
+    sampling: SamplingSpec = setting(SamplingSpec(), "corpora of samples")
+    distill: DistillSpec = setting(DistillSpec(), "how students learn from a teacher, beside those of taus")
+    arms: dict[str, Any] = setting({}, "students by name: for each, what differs from distill")
+    frontier: FrontierSpec = setting(FrontierSpec(), "knobs of selectivity that are compared")
+    teacher: TeacherSpec = setting(TeacherSpec(), "the teacher")
+    student: StudentSpec = setting(StudentSpec(), "the students")
+    train: TrainSpec = setting(TrainSpec(), "how models are trained")
+    compute: ComputeSpec = setting(ComputeSpec(), "how models are run in training")
+    mesh: MeshSpec = setting(MeshSpec(), "how devices are arranged")
+    teacher_mesh: MeshSpec = setting(MeshSpec(), "the same for a teacher that runs while a student learns from it")
+
+    def __post_init__(self):
+        if len(set(self.taus)) < len(self.taus):
+            raise ValueError(f"taus={self.taus} must have none twice")
+        if not self.p_star.source and not self.p_star.architecture:
+            raise ValueError("p_star needs a source, or an architecture to draw random weights for")
+        if self.data.source and not (self.p_star.source and self.sampling.prompt_ids):
             raise ValueError(
-                f"{arm.name}: prompt_length={arm.settings.prompt_length} leaves no room in "
-                f"config.sampling.max_length={config.sampling.max_length}"
+                "data.source needs p_star.source (the model that scores samples and has the tokenizer) and "
+                "sampling.prompt_ids (what each row, and each sample, begins with: BOS, for instance)"
             )
-    knobs.check(config, [arm.name for arm in found])
+        for role in ("teacher", "student"):
+            architecture(getattr(self, role), PRESETS["tiny"], role)
+            batch_size = self.train_of(role).batch_size
+            if batch_size > self.num_train:
+                raise ValueError(f"train.batch_size={batch_size} of the {role} is above num_train={self.num_train}")
+        Compute(**vars(self.compute))
+
+    def train_of(self, role: str) -> TrainSpec:
+        """How the teacher, or a student, is trained."""
+        return merge(self.train, getattr(self, role).train, f"{role}.train")
 
 
-def _check_meshes(config) -> None:
-    """That the models whose shapes the config says can be split over their devices: all but those of a source."""
-    p_star, over = PRESETS.get(config.p_star.architecture), mesh(config)
-    learnt_from = any(arm.settings is not None for arm in arms_lib.arms(config))
-    if not config.p_star.source:
-        _check_split(p_star, over, "config.p_star.architecture", "config.mesh")
-    _check_split(_shape(config, "student", over), over, "config.student", "config.mesh")
-    lies = teacher_mesh(config)
-    if not config.teacher.source:
-        _check_split(_shape(config, "teacher", over), over, "config.teacher", "config.mesh")
-        if learnt_from:
-            _check_split(_shape(config, "teacher", lies), lies, "config.teacher", "config.distill.teacher_mesh")
+def make_mesh(sizes: MeshSpec) -> jax.sharding.Mesh | None:
+    """The mesh of these sizes; None for the default on one device, where programs are simpler without."""
+    return None if sizes == MeshSpec() and jax.device_count() == 1 else mesh_lib.make(**vars(sizes))
 
 
-def _shape(config, role: str, over: jax.sharding.Mesh | None) -> Architecture:
-    """Of a role; where p*'s vocabulary is not known yet it is one that can be split."""
-    known = None if config.p_star.source else shape(config, role)
-    size = 1 if over is None else over.size
-    return known or dataclasses.replace(architecture(config[role], PRESETS["tiny"], role), vocab_size=size)
+def architecture(shape: StudentSpec, p_star: Architecture, role: str) -> Architecture:
+    """The architecture of a model to be trained, with the vocabulary of p*.
+
+    Unless it is a preset, its rotary embedding and longest sequence are p*'s, too.
+    """
+    if shape.preset:
+        return dataclasses.replace(PRESETS[shape.preset], vocab_size=p_star.vocab_size)
+    if shape.width % shape.heads:
+        raise ValueError(f"{role}.width={shape.width} is not a multiple of {role}.heads={shape.heads}")
+    try:
+        return Architecture(
+            vocab_size=p_star.vocab_size, hidden_size=shape.width, intermediate_size=shape.mlp,
+            num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
+            rope_theta=p_star.rope_theta, max_position_embeddings=p_star.max_position_embeddings,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"{role}: {error}") from error
 
 
-def _check_split(shape: Architecture, over: jax.sharding.Mesh | None, label: str, where: str) -> None:
-    if over is not None:
-        try:
-            mesh_lib.shardings(model_lib.logical_axes(shape), model_lib.abstract(shape), over)
-        except ValueError as error:
-            raise ValueError(f"{label} does not go with {where}: {error}") from error
-
-
-def _check_p_star(config, p_star) -> None:
-    if p_star.architecture and p_star.architecture not in PRESETS:
-        raise ValueError(f"config.p_star.architecture={p_star.architecture!r} is not one of {', '.join(PRESETS)}")
-    if config.data.source and not (p_star.source and config.sampling.prompt_ids):
-        raise ValueError(
-            "config.data.source needs config.p_star.source (the model that scores samples and has the tokenizer) and "
-            "config.sampling.prompt_ids (what each row, and each sample, begins with: BOS, say)"
-        )
-    if not p_star.source and not p_star.architecture:
-        raise ValueError("config.p_star needs a source, or an architecture to draw random weights for")
-
-
-def check_teacher(config) -> None:
-    """Raises ValueError for a teacher of another vocabulary than p*'s, as far as the tokenizers alone say it."""
-    source, p_star = config.teacher.source, config.p_star.source
-    if source and p_star and source != p_star:
-        tokenizers = weights.tokenizer(source), weights.tokenizer(p_star)
-        if None not in tokenizers:
-            compatibility.check_teacher(*(Model(PRESETS["tiny"], {}, tokenizer=one) for one in tokenizers))
-
-
-def training_settings(config) -> training.Settings:
-    how = {key: value for key, value in config.train.items() if key != "together"}
-    return training.Settings(num_validation=config.num_validation, **{**how, "trackers": tuple(config.train.trackers)})
-
-
-def mesh(config) -> jax.sharding.Mesh | None:
-    return _mesh(config.mesh)
-
-
-def teacher_mesh(config) -> jax.sharding.Mesh | None:
-    """Where the teacher lies while a student learns from its distribution: the same devices, perhaps otherwise."""
-    return _mesh(config.distill.teacher_mesh)
-
-
-def _mesh(axes) -> jax.sharding.Mesh | None:
-    sizes = dict(axes)
-    return None if sizes == {"data": -1, "fsdp": 1, "tensor": 1} and jax.device_count() == 1 else mesh_lib.make(**sizes)
-
-
-def architecture(settings, p_star: Architecture, label: str) -> Architecture:
-    """The shape that a config's `teacher` or `student` says, with the vocabulary of p* and, unless it is a preset, its
-    rotary embedding; a preset has its own."""
-    if settings.preset:
-        if settings.preset not in PRESETS:
-            raise ValueError(f"{label}.preset={settings.preset!r} is not one of {', '.join(PRESETS)}")
-        found = PRESETS[settings.preset]
-    else:
-        if settings.heads < 1 or settings.width % settings.heads:
-            raise ValueError(f"{label}.width={settings.width} is not a multiple of {label}.heads={settings.heads}")
-        try:
-            found = Architecture(
-                vocab_size=p_star.vocab_size, hidden_size=settings.width, intermediate_size=settings.mlp,
-                num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
-                num_key_value_heads=settings.kv_heads, head_dim=settings.width // settings.heads,
-                rope_theta=p_star.rope_theta, max_position_embeddings=p_star.max_position_embeddings,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"{label}: {error}") from error
-    return dataclasses.replace(found, vocab_size=p_star.vocab_size)
-
-
-def shape(config, role: str) -> Architecture | None:
-    """The shape of teacher or student, as far as the config alone says it."""
-    p_star = PRESETS.get(config.p_star.architecture)
-    return None if p_star is None else architecture(config[role], p_star, f"config.{role}")
+def planned_shape(spec: LmSpec, role: str) -> Architecture | None:
+    """The architecture of teacher or student as far as the config alone says it."""
+    p_star = PRESETS.get(spec.p_star.architecture)
+    return None if p_star is None else architecture(getattr(spec, role), p_star, role)

@@ -197,12 +197,11 @@ class Curves(NamedTuple):
 
 def students_of(rows: list[dict]) -> dict[str, dict[int, dict]]:
     """The evaluation rows of students: arm -> seed -> row."""
-    found: dict[str, dict[int, dict]] = {}
+    students: dict[str, dict[int, dict]] = {}
     for row in summary.of_kind(rows, "evaluation"):
-        arm, mark, _ = row["name"].rpartition("/seed-")
-        if mark and row.get("seed") is not None:
-            found.setdefault(arm, {})[row["seed"]] = row
-    return found
+        if row.get("seed") is not None:
+            students.setdefault(summary.arm_name(row), {})[row["seed"]] = row
+    return students
 
 
 def read_curves(frontier: Frontier, rows: list[dict]) -> Curves | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from scipy.special import stdtr
 
-from kd_jax.lm.experiment.arms import DATA
+from kd_jax.lm.distill.loss import DATA
 from kd_jax.reporting import row_kinds
 from kd_jax.reporting.page import mean_se, number, show
 
@@ -105,6 +105,11 @@ def group_key(row: dict) -> tuple:
         return arm, 1.0 if tau is None else float(tau), None  # the teacher itself is its tau of 1
     alone = arm not in ORDER and row.get("seed") is None
     return arm, None if tau is None else float(tau), row["name"] if alone else None
+
+
+def arm_name(row: dict) -> str:
+    """The name of a student's arm: rows of config.taus have the kind "distilled", and their tau tells them apart."""
+    return f"tau-{row['tau']:g}" if row["arm"] == "distilled" else row["arm"]
 
 
 def is_student(group: Group) -> bool:

@@ -1,11 +1,7 @@
-"""Training: the update, the loop around it, its data, settings and log."""
+"""Training: the update, the loop around it, its data, its settings and its log."""
 
-from kd_jax.lm.training.loop import RULE, train
-from kd_jax.lm.training.recipe import Member, Settings
+from kd_jax.lm.training.loop import train
+from kd_jax.lm.training.recipe import Member, TrainSpec
+from kd_jax.lm.training.session import RULE
 
-__all__ = [
-    "RULE",
-    "Member",
-    "Settings",
-    "train",
-]
+__all__ = ["RULE", "Member", "TrainSpec", "train"]

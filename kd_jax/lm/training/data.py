@@ -1,4 +1,4 @@
-"""What a training learns from: the rows of its corpora as the batches of its updates, and those it is judged by."""
+"""The data of a training: batches of its updates, held-out batches, and how the student's own samples are made."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from jax.sharding import Mesh
 
 from kd_jax.lm.corpus import Corpus, batches
 from kd_jax.lm.corpus.batches import Layout, Sequences, Updates
-from kd_jax.lm.distill import loss
-from kd_jax.lm.distill.loss import Distillation
+from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.distill.rollouts import Rollouts
 from kd_jax.lm.model import Compute, Model
-from kd_jax.lm.training.recipe import Member, Settings
+from kd_jax.lm.training.recipe import Member, TrainSpec
 from kd_jax.parallel import distributed
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.storage.files import remove
 
 
 class Data(NamedTuple):
-    """What is trained on, the batches the checkpoint is chosen by, and how the student's own sequences are made."""
+    """Batches to train on, batches that choose the checkpoint, and the student's own samples (on_policy alone)."""
 
     updates: Updates
     validation: list[batches.Batch]
@@ -29,54 +28,61 @@ class Data(NamedTuple):
 
 
 def prepare(
-    settings: Settings, model: Model, member: Member, compute: Compute, mesh: Mesh | None,
-    distillation: Distillation | None,
-) -> Data:  # fmt: skip
-    """The data of a member (all arguments as of kd_jax.lm.training.train). Raises ValueError for a corpus too small."""
-    how = None if distillation is None else distillation.settings
+    spec: TrainSpec, model: Model, member: Member, compute: Compute, mesh: Mesh | None, distill: DistillSpec | None
+) -> Data:
+    """The data of a member. Arguments as of kd_jax.lm.training.train; `distill` is None where text alone is learnt.
+
+    Raises: ValueError for a corpus with too few rows.
+    """
     if distributed.leads():
-        remove(member.folder / "arrow")  # of an earlier start: the corpus has checksums, a copy of it has none
-    train, rest = _sequences(settings, member, how)
-    own = how is not None and how.policy == "on_policy"
-    about = member.corpus.manifest["settings"]
-    longest = max(int(part.lengths.max()) for part in (train, rest))
-    if own:  # one shape for both kinds of sequences
-        longest = max(longest, about["max_length"])
+        # left by an earlier start; a corpus has checksums, its Arrow copy has none
+        remove(member.folder / "arrow")
+    train, held_out = _sequences(member, distill)
+    on_policy = distill is not None and distill.policy == "on_policy"
+    corpus_settings = member.corpus.manifest["settings"]
+    longest = max(int(part.lengths.max()) for part in (train, held_out))
+    if on_policy:  # one shape for corpus rows and samples
+        longest = max(longest, corpus_settings["max_length"])
     layout = Layout(
-        settings.batch_size, longest, settings.row_length and max(settings.row_length, longest), settings.parts,
+        spec.batch_size, longest, spec.row_length and max(spec.row_length, longest), spec.parts,
         mesh_lib.batch_devices(mesh),
     )  # fmt: skip
-    # in the order they come; a last batch that is not full is filled up with empty rows
+    # in corpus order; a last batch that is not full gets empty rows
     validation = []
-    for first in range(0, len(rest), settings.batch_size):
-        rows = np.arange(first, min(first + settings.batch_size, len(rest)))
-        validation.append(batches.arrange(rest.tokens(rows), rest.prompt_lengths[rows], layout, rest.targets(rows)))
-    updates = Updates(train, layout, member.seed, settings.epochs)
-    if not own:
+    for first in range(0, len(held_out), spec.batch_size):
+        rows = np.arange(first, min(first + spec.batch_size, len(held_out)))
+        validation.append(
+            batches.arrange(held_out.tokens(rows), held_out.prompt_lengths[rows], layout, held_out.targets(rows))
+        )
+    updates = Updates(train, layout, member.seed, spec.epochs)
+    if not on_policy:
         return Data(updates, validation, None)
     prompts = train
-    if member.prompts is not None and how.prompt_length:
-        prompts = _halves(settings, member.prompts, member.folder)[0]
+    if member.prompts is not None and distill.prompt_length:
+        prompts = _split(member.prompts, member)[0]
     rollouts = Rollouts(
-        how, model, layout, member.seed, about["prompt_ids"], prompts, about["max_length"], compute, mesh
-    )
+        spec=distill, student=model, layout=layout, seed=member.seed, prompt_ids=corpus_settings["prompt_ids"],
+        prompts=prompts, max_length=corpus_settings["max_length"], compute=compute, mesh=mesh,
+    )  # fmt: skip
     return Data(updates, validation, rollouts)
 
 
-def _sequences(settings: Settings, member: Member, how: loss.Settings | None) -> tuple[Sequences, Sequences]:
-    """Sequences to train on and to choose the checkpoint by, of both of the member's corpora if there are two."""
-    recorded = how is not None and how.policy == "offline"
-    halves = _halves(settings, member.corpus, member.folder, recorded)
-    if how is None or not how.mix:
-        return halves
-    others = _halves(settings, member.mixed, member.folder, recorded)
-    train, rest = (ours.mixed(theirs, how.mix) for ours, theirs in zip(halves, others, strict=True))
-    return train, rest
+def _sequences(member: Member, distill: DistillSpec | None) -> tuple[Sequences, Sequences]:
+    """Sequences to train on and held-out ones, from both of the member's corpora if there are two."""
+    recorded = distill is not None and distill.policy == "offline"
+    parts = _split(member.corpus, member, recorded)
+    if distill is None or not distill.share_of_samples:
+        return parts
+    others = _split(member.mixed, member, recorded)
+    train, held_out = (ours.mixed(theirs, distill.mix) for ours, theirs in zip(parts, others, strict=True))
+    return train, held_out
 
 
-def _halves(settings: Settings, corpus: Corpus, folder: Path, targets: bool = False) -> tuple[Sequences, Sequences]:
+def _split(corpus: Corpus, member: Member, targets: bool = False) -> tuple[Sequences, Sequences]:
+    cache: Path = member.folder / "arrow"
     with distributed.first_alone("Arrow files"):
-        sequences, held = Sequences.of(corpus, str(folder / "arrow"), targets), settings.num_validation
-    if not held < len(sequences):
-        raise ValueError(f"{corpus.folder} has {len(sequences)} rows; {held} of them would be held out for validation")
-    return sequences.part(0, len(sequences) - held), sequences.part(len(sequences) - held, len(sequences))
+        sequences = Sequences.of(corpus, str(cache), targets)
+    count, held_out = len(sequences), member.num_validation
+    if not held_out < count:
+        raise ValueError(f"{corpus.folder} has {count} rows; {held_out} of them would be held out for validation")
+    return sequences.part(0, count - held_out), sequences.part(count - held_out, count)

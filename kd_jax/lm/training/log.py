@@ -1,37 +1,35 @@
-"""What a training says while it goes on: rows of its metrics.jsonl, a progress bar, and trackers."""
+"""The log of a training: rows of its metrics.jsonl, a progress bar, and trackers."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from kd_jax.lm.training import step
+from kd_jax.lm.training.update import Metrics
 from kd_jax.parallel import distributed
-from kd_jax.runs import trackers
+from kd_jax.runs import progress, trackers
 from kd_jax.runs.run import Clock
 from kd_jax.storage.files import append_rows, read_rows, write_rows
 
-# What every row of it has.
+# The fields that every row has.
 ROW = {"kind": str, "step": int}
 
 
 class Log:
-    """Rows of metrics.jsonl, the progress bar, and whatever else the settings ask for; process 0's alone.
+    """Rows of metrics.jsonl, the progress bar and the trackers of one training; only process 0 writes.
 
     Args:
         folder: of the training.
         tags: fields of every row, "name" among them.
-        first: updates that are done already; rows beyond them come again, and are removed.
+        first: updates that are finished; rows beyond them were written before a kill, are removed, and come again.
         total: updates in all.
-        log_every, trackers: see kd_jax.lm.training.Settings.
-        tokens_at_ceiling: tokens a second that the device's best rate would be.
-        clock: of the training, for the share of time that went into rollouts.
+        log_every: updates between rows.
+        names: trackers, see kd_jax.runs.trackers.
+        tokens_at_ceiling: tokens per second at the device's measured peak rate.
+        clock: of the training, for the share of time that rollouts take.
         quiet: no progress bar.
     """
 
@@ -45,39 +43,46 @@ class Log:
             write_rows(self._path, [row for row in read_rows(self._path, ROW, cut=True) if row["step"] <= first])
         self._track = trackers.start(names if self._leads else (), folder)
         self._ceiling, self._clock = tokens_at_ceiling, clock
-        # tokens, time, and seconds of rollouts at the row before; the speed that was shown
-        self._before, self._speed = None, ""
-        often = 0.1 if sys.stderr.isatty() else 30  # into a log file, a line now and then
-        self._bar = tqdm(
-            total=total, initial=first, unit="update", desc=tags["name"], mininterval=often, dynamic_ncols=True,
-            disable=quiet or not self._leads,
-        )  # fmt: skip
+        # tokens, time, and seconds of rollouts at the previous row; the rate that the bar shows
+        self._previous, self._rate = None, ""
+        self._bar = progress.bar(tags["name"], first, total, "update", quiet=quiet)
 
-    def update(self, done: int, tokens: int, metrics: step.Metrics, on_policy: bool | None = None) -> None:
-        """An update is done; `on_policy` says whether it learnt from the student's own sequences."""
+    def update(self, done: int, tokens: int, metrics: Metrics, on_policy: bool | None = None) -> None:
+        """Logs an update.
+
+        Args:
+            done: its number, from 1.
+            tokens: learnt from so far.
+            metrics: its metrics, as floats.
+            on_policy: whether it learnt from the student's own samples; None where no update does.
+        """
         self._bar.update(1)
         if done % self._every and done != self._total:
             return
         now, speed, share = time.perf_counter(), None, None
         rollouts = self._clock.seconds["rollouts"]
-        if self._before is not None:
-            speed = (tokens - self._before[0]) / (now - self._before[1])
-            share = (rollouts - self._before[2]) / (now - self._before[1])
-        self._before = tokens, now, rollouts
+        # the first row has no rate: its time has the compilation in it
+        if self._previous is not None:
+            seconds = now - self._previous[1]
+            speed, share = (tokens - self._previous[0]) / seconds, (rollouts - self._previous[2]) / seconds
+        self._previous = tokens, now, rollouts
         values = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "learning_rate": metrics.learning_rate}
-        # of the first row the time is unknown: it has the compilation in it
         values |= {"tokens_per_second": speed, "share_of_ceiling": speed and speed / self._ceiling}
         if on_policy is not None:
             values |= {"on_policy": on_policy, "share_of_rollouts": share}
-        self._speed = self._speed if speed is None else f", {speed:.0f} tokens/s"
-        self._bar.set_postfix_str(f"loss {metrics.loss:.3f}{self._speed}", refresh=False)
+        self._rate = self._rate if speed is None else f", {speed:.0f} tokens/s"
+        self._bar.set_postfix_str(f"loss {metrics.loss:.3f}{self._rate}", refresh=False)
         self._row("training", done, values | metrics.statistics | {"tokens": tokens})
 
-    def validation(self, done: int, found: dict[str, float]) -> None:
-        """The validation loss, as "loss", and its statistics; without a cross-entropy among them the loss is one."""
-        perplexity = math.exp(found.get("cross_entropy", found["loss"]))
-        self._row("validation", done, {"loss": found["loss"], "perplexity": perplexity} | found)
-        self._before = None  # the next row's time would have the validation in it
+    def validation(self, done: int, values: dict[str, float]) -> None:
+        """Logs the validation loss, as "loss", and its statistics.
+
+        The perplexity is of the cross-entropy: the loss itself unless the statistics have one.
+        """
+        nats = values.get("cross_entropy", values["loss"])
+        perplexity = math.exp(nats) if nats < 709 else math.inf  # e^710 is beyond float64
+        self._row("validation", done, {"loss": values["loss"], "perplexity": perplexity} | values)
+        self._previous = None  # the time until the next row has the validation in it
 
     def _row(self, kind: str, done: int, values: dict[str, Any]) -> None:
         if self._leads:

@@ -1,70 +1,54 @@
-"""How a model is trained: the settings of kd_jax.lm.training, checked."""
+"""How a model is trained, and on what."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import optax
+
 from kd_jax.lm.corpus import Corpus
-from kd_jax.lm.training import optimizer as optim
-from kd_jax.runs import trackers
+from kd_jax.lm.training import optimizer
+from kd_jax.runs.settings import setting, spec
+from kd_jax.runs.trackers import TRACKERS
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How a model is trained.
+@spec
+class TrainSpec:
+    """How a model is trained."""
 
-    Attributes:
-        epochs: times through the corpus.
-        batch_size: sequences of an update.
-        row_length: of packed rows; 0 for a row each.
-        parts: an update's batch is computed in so many parts.
-        num_validation: rows at the end of the corpus that are not trained on: by them the checkpoint is chosen.
-        validations: how many times, evenly spread, the last update included; each saves a checkpoint.
-        save_every: updates between further checkpoints; 0 for none.
-        log_every: updates between rows of metrics.
-        keep: how many of the last checkpoints stay, beside the best.
-        keep_checkpoints: leave them there once the training is done.
-        learning_rate, warmup, decay, b1, b2, eps, weight_decay, clip: see kd_jax.lm.training.optimizer.
-        trackers: names out of kd_jax.runs.trackers.TRACKERS.
-    """
-
-    epochs: int
-    batch_size: int
-    num_validation: int
-    learning_rate: float
-    row_length: int = 0
-    parts: int = 1
-    validations: int = 10
-    save_every: int = 0
-    log_every: int = 10
-    keep: int = 1
-    keep_checkpoints: bool = False
-    warmup: float = 0.01
-    decay: float = 0.2
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    trackers: tuple[str, ...] = ()
+    epochs: int = setting(5, "passes over the corpus", at_least=1)
+    batch_size: int = setting(256, "sequences of an update", at_least=1)
+    row_length: int = setting(0, "tokens of a packed row; 0 gives each sequence a row", at_least=0)
+    parts: int = setting(1, "an update's batch is computed in so many parts (gradient accumulation)", at_least=1)
+    learning_rate: float = setting(5e-4, "AdamW's, after the warm-up", above=0.0)
+    warmup: float = setting(0.01, "share of the updates in which the learning rate rises", at_least=0.0, at_most=1.0)
+    decay: float = setting(0.2, "share of the updates in which it falls to 0", at_least=0.0, at_most=1.0)
+    b1: float = setting(0.9, "AdamW's decay of the first moment", at_least=0.0, below=1.0)
+    b2: float = setting(0.95, "AdamW's decay of the second moment", at_least=0.0, below=1.0)
+    eps: float = setting(1e-8, "AdamW's epsilon", above=0.0)
+    weight_decay: float = setting(0.0, "AdamW's, of matrices alone", at_least=0.0)
+    clip: float = setting(1.0, "global norm that gradients are clipped to; 0 for none", at_least=0.0)
+    validations: int = setting(10, "evenly spread, the last update included; each saves a checkpoint", at_least=1)
+    save_every: int = setting(0, "updates between further checkpoints; 0 for none", at_least=0)
+    log_every: int = setting(10, "updates between rows of metrics", at_least=1)
+    keep: int = setting(1, "checkpoints that stay beside the best", at_least=1)
+    keep_checkpoints: bool = setting(False, "leave them there once the training has finished")
+    trackers: tuple[str, ...] = setting((), "where metrics are logged beside metrics.jsonl", one_of=TRACKERS)
+    together: int = setting(1, "students of an arm trained by one program: faster on a GPU that one does not fill",
+                            at_least=1)  # fmt: skip
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "num_validation", "parts", "validations", "log_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config.train.{name}={getattr(self, name)} must be at least 1")
-        for name in ("row_length", "save_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"config.train.{name}={getattr(self, name)} must be 0 or above")
-        optim.validate(self)
-        trackers.check(self.trackers)
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup={self.warmup} and decay={self.decay} must not be above 1 together")
 
-    def schedule(self, updates: int):
-        return optim.wsd(self.learning_rate, updates, self.warmup, self.decay)
+    def schedule(self, updates: int) -> optax.Schedule:
+        """The learning rate by the number of finished updates, of `updates` in all."""
+        return optimizer.wsd(self.learning_rate, updates, self.warmup, self.decay)
 
-    def optimizer(self, updates: int):
-        return optim.adamw(
+    def optimizer(self, updates: int) -> optax.GradientTransformation:
+        """AdamW with that schedule."""
+        return optimizer.adamw(
             self.schedule(updates), b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay, clip=self.clip
         )
 
@@ -73,16 +57,18 @@ class Member(NamedTuple):
     """A model to be trained.
 
     Attributes:
-        corpus: its last settings.num_validation rows choose the checkpoint, the others are trained on.
+        corpus: its last num_validation rows choose the checkpoint; the model is trained on the others.
+        num_validation: how many.
         seed: of its random start and of the order of its data.
-        folder: what it leaves.
+        folder: what it writes.
         name: for the progress bar.
         tags: fields for every row of its metrics.jsonl.
-        mixed: the corpus that distill.mix takes its share of sequences from.
-        prompts: the corpus whose rows give the prompts of the student's own sequences; by default `corpus`.
+        mixed: the corpus that DistillSpec.mix takes its share of sequences from.
+        prompts: the corpus whose rows give the prompts of the student's own samples; by default `corpus`.
     """
 
     corpus: Corpus
+    num_validation: int
     seed: int
     folder: Path
     name: str = "model"

@@ -59,17 +59,22 @@ def load(source: str | os.PathLike, *, dtype=jnp.float32, mesh: jax.sharding.Mes
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype} has to be a floating-point type")
     path = sources.locate(source)
-    if path.is_dir():
-        found = sources.checkpoint(path)
-        if found is not None:
-            return _restore(*found, dtype, mesh)
-        if not (path / "config.json").exists():
-            raise sources.no_model(path)
-    stored = gguf_file.open_file(path) if path.is_file() else hf_files.open_folder(path)
-    _check_tensors(stored, path)
-    _check_tokenizer(stored.model, path)
+    saved = sources.checkpoint(path) if path.is_dir() else None
+    if saved is not None:
+        return _restore(*saved, dtype, mesh)
+    stored = _open(path)
     shapes, shardings = _layout(stored.model.architecture, dtype, mesh)
     return stored.model._replace(params=_place(stored, shapes, shardings))
+
+
+def describe(source: str | os.PathLike) -> Model:
+    """A model without its weights (params is empty): architecture, special ids and tokenizer, from file headers.
+
+    `source` and errors are those of `load`.
+    """
+    path = sources.locate(source)
+    saved = sources.checkpoint(path) if path.is_dir() else None
+    return about(saved[0]) if saved is not None else _open(path).model
 
 
 def save(model: Model, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -126,6 +131,16 @@ def export(
             files.write_json(partial / "generation_config.json", generation)
             if model.tokenizer is not None:
                 model.tokenizer.save(partial)
+
+
+def _open(path: Path) -> hf_files.Stored:
+    """The headers of a .gguf file or of a Hugging Face folder, checked."""
+    if path.is_dir() and not (path / "config.json").exists():
+        raise sources.no_model(path)
+    stored = gguf_file.open_file(path) if path.is_file() else hf_files.open_folder(path)
+    _check_tensors(stored, path)
+    _check_tokenizer(stored.model, path)
+    return stored
 
 
 def _save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:

@@ -15,10 +15,11 @@ from kd_jax.lm import weights
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.corpus.batches import Layout
 from kd_jax.lm.distill import loss as distill
-from kd_jax.lm.distill.loss import Distillation, Settings
+from kd_jax.lm.distill.loss import Distillation, DistillSpec
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.lm.training import optimizer as optim
-from kd_jax.lm.training import step
+from kd_jax.lm.training import state as state_lib
+from kd_jax.lm.training import update as update_lib
 
 TINY = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=1)  # compiles quicker
 WIDE = dataclasses.replace(TINY, hidden_size=64, num_hidden_layers=2)
@@ -44,7 +45,7 @@ def teacher():
 
 
 def batch(**layout):
-    return step.place(batches.arrange(TOKENS, PROMPTS, Layout(len(TOKENS), max_length=16, **layout)), None)
+    return state_lib.place(batches.arrange(TOKENS, PROMPTS, Layout(len(TOKENS), max_length=16, **layout)), None)
 
 
 # each sequence in a row of its own: which positions are learnt, and what follows them
@@ -86,12 +87,12 @@ def definition(params, teacher, temperature, hard_weight, reverse, teacher_tempe
     ],
 )
 def test_loss_gradients_and_statistics_are_the_definition(student, teacher, how, layout):
-    settings = Settings("online", **how)
+    settings = DistillSpec(policy="online", **how)
     distillation = Distillation(settings, teacher)
     packed = "row_length" in layout
     loss, guide = distill.loss(distillation, student, COMPUTE, packed=packed), distill.guide(distillation)
     (found, statistics), gradient, count = jax.jit(
-        lambda params, batch, guide: step._loss_and_gradient(loss, params, batch, guide)
+        lambda params, batch, guide: update_lib.loss_and_gradient(loss, params, batch, guide)
     )(student.params, batch(**layout), guide)
     reverse = settings.divergence == "reverse_kl"
     by_hand = jax.jit(jax.value_and_grad(definition, has_aux=True), static_argnums=4)
@@ -110,7 +111,7 @@ def test_loss_gradients_and_statistics_are_the_definition(student, teacher, how,
 
 
 def test_the_teacher_gets_no_gradient(student, teacher):
-    distillation = Distillation(Settings("online"), teacher)
+    distillation = Distillation(DistillSpec(policy="online"), teacher)
     loss, guide = distill.loss(distillation, student, COMPUTE), distill.guide(distillation)
     part = jax.tree.map(lambda leaf: leaf[0], batch())
     gradient = jax.jit(jax.grad(lambda guide: loss(student.params, part, guide)[0].mean))(guide)
@@ -122,13 +123,14 @@ def test_a_student_that_starts_as_the_teacher_leaves_it_alone():
     before = weights.fingerprint(teacher.params)
     schedule = optim.wsd(1e-2, 10, 0.0, 0.0)
     optimizer = optim.adamw(schedule)
-    state = step.from_params(teacher.params, TINY, optimizer)
+    state = state_lib.from_params(teacher.params, TINY, optimizer)
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(teacher.params), strict=True):
         assert ours.unsafe_buffer_pointer() != theirs.unsafe_buffer_pointer()
     assert weights.fingerprint(state.params) == before
     # cross-entropy beside the divergence, which is 0 at the start
-    distillation = Distillation(Settings("online", hard_weight=0.5), teacher)
-    update = step.make(TINY, optimizer, schedule, COMPUTE, loss=distill.loss(distillation, teacher, COMPUTE))
+    distillation = Distillation(DistillSpec(policy="online", hard_weight=0.5), teacher)
+    loss = distill.loss(distillation, teacher, COMPUTE)
+    update = update_lib.compiled(update_lib.make(loss, optimizer, schedule), TINY, optimizer)
     guide, divergences = distill.guide(distillation), []
     for _ in range(3):
         state, metrics = update(state, batch(), guide)
@@ -150,7 +152,7 @@ def test_ids_beyond_the_tokenizers_have_no_part_in_it():
             smaller = dataclasses.replace(architecture, vocab_size=size)
             models.append(Model(smaller, found.params | {"embedding": embedding}, tokenizer=real))
         student, teacher = models[-2:]
-        distillation = Distillation(Settings("online"), teacher)
+        distillation = Distillation(DistillSpec(policy="online"), teacher)
         loss, guide = distill.loss(distillation, student, COMPUTE), distill.guide(distillation)
         losses.append(float(jax.jit(loss)(student.params, part, guide)[0].mean))
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
@@ -160,32 +162,33 @@ def test_other_numbers_are_no_other_program(student, teacher):
     schedule = optim.wsd(1e-3, 10, 0.0, 0.0)
     optimizer = optim.adamw(schedule)
     how = {"divergence": "jensen_shannon", "parameter": 0.1}
-    distillation = Distillation(Settings("online", **how), teacher)
-    update = step.make(TINY, optimizer, schedule, COMPUTE, loss=distill.loss(distillation, student, COMPUTE))
-    state, losses = step.from_params(student.params, TINY, optimizer), []
+    distillation = Distillation(DistillSpec(policy="online", **how), teacher)
+    loss = distill.loss(distillation, student, COMPUTE)
+    update = update_lib.compiled(update_lib.make(loss, optimizer, schedule), TINY, optimizer)
+    state, losses = state_lib.from_params(student.params, TINY, optimizer), []
     names = {"loss_temperature": 3.0, "teacher_temperature": 0.4, "parameter": 0.7, "hard_weight": 0.9}
     for changes in ({}, *({name: value} for name, value in names.items())):
-        other = distillation._replace(settings=Settings("online", **{**how, **changes}))
+        other = distillation._replace(spec=DistillSpec(policy="online", **{**how, **changes}))
         state, metrics = update(state, batch(), distill.guide(other))
         losses.append(float(metrics.loss))
     assert update._cache_size() == 1 and len(set(losses)) == 5
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"policy": "offsite"}, "distill.policy='offsite'"),
-    ({"divergence": "kl"}, "distill.divergence='kl'"),
-    ({"tail": "drop"}, "distill.tail='drop'"),
-    ({"loss_temperature": 0.0}, "distill.loss_temperature=0.0"),
-    ({"teacher_temperature": -1.0}, "distill.teacher_temperature=-1.0"),
-    ({"hard_weight": 1.5}, "distill.hard_weight=1.5"),
-    ({"on_policy_fraction": -0.1}, "distill.on_policy_fraction=-0.1"),
-    ({"prompt_length": -1}, "distill.prompt_length=-1"),
+    ({"policy": "offsite"}, "policy='offsite'"),
+    ({"divergence": "kl"}, "divergence='kl'"),
+    ({"tail": "drop"}, "tail='drop'"),
+    ({"loss_temperature": 0.0}, "loss_temperature=0.0"),
+    ({"teacher_temperature": -1.0}, "teacher_temperature=-1.0"),
+    ({"hard_weight": 1.5}, "hard_weight=1.5"),
+    ({"on_policy_fraction": -0.1}, "on_policy_fraction=-0.1"),
+    ({"prompt_length": -1}, "prompt_length=-1"),
     ({"parameter": 0.5}, "forward_kl has none"),
     ({"divergence": "jensen_shannon", "parameter": 1.5}, "beta of jensen_shannon"),
 ])  # fmt: skip
 def test_settings_faults(change, message):
     with pytest.raises(ValueError, match=message):
-        Settings(**{"policy": "online", **change})
+        DistillSpec(**{"policy": "online", **change})
 
 
 MESHES = """
@@ -195,7 +198,8 @@ from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.lm.training import optimizer as optim
 from kd_jax.lm.distill import loss as distill
 from kd_jax.lm import model as model_lib, weights
-from kd_jax.lm.training import step
+from kd_jax.lm.training import state as state_lib
+from kd_jax.lm.training import update as update_lib
 from tests.lm.distill.test_loss import *
 schedule = optim.wsd(1e-2, 10, 0.0, 0.0)
 optimizer = optim.adamw(schedule)
@@ -210,14 +214,14 @@ for sizes, other, dtype in (
     if over is not None:
         params = jax.device_put(params, mesh_lib.shardings(model_lib.logical_axes(WIDE), params, over))
     before = weights.fingerprint(params)
-    settings = Settings("online", loss_temperature=2.0)
+    settings = DistillSpec(policy="online", loss_temperature=2.0)
     distillation = Distillation(settings, teacher._replace(params=params), Compute(dtype))
     student = model()
-    state = step.from_params(student.params, TINY, optimizer, mesh)
+    state = state_lib.from_params(student.params, TINY, optimizer, mesh)
     loss = distill.loss(distillation, student, COMPUTE)
-    update = step.make(TINY, optimizer, schedule, COMPUTE, mesh, loss=loss)
+    update = update_lib.compiled(update_lib.make(loss, optimizer, schedule), TINY, optimizer, mesh)
     layout = Layout(len(TOKENS), max_length=16, row_length=24, row_multiple=mesh_lib.batch_devices(mesh))
-    batch = step.place(batches.arrange(TOKENS, PROMPTS, layout), mesh)
+    batch = state_lib.place(batches.arrange(TOKENS, PROMPTS, layout), mesh)
     numbers = []
     for _ in range(3):
         state, metrics = update(state, batch, distill.guide(distillation))

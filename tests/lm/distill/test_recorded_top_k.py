@@ -147,7 +147,7 @@ def test_faults(corpus, tmp_path):
     for k in (0, VOCAB + 1):
         with pytest.raises(ValueError, match=f"top_k={k}"):
             recorded(corpus, tmp_path / "c", k, "uint16")
-    with pytest.raises(ValueError, match="'float16' is not one of"):
+    with pytest.raises(ValueError, match="'float16' must be one of"):
         recorded(corpus, tmp_path / "c", 5, "float16")
     broken = tiny()._replace(params=tiny().params | {"norm": tiny().params["norm"].at[0].set(jnp.nan)})
     for form in recorded_top_k.FORMS:

@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 from configs import lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm.experiment import arms, chain
+from kd_jax.lm.experiment.specs import LmSpec
 from kd_jax.runs import stages
+from kd_jax.runs.settings import freeze
 from kd_jax.storage.files import read_rows
 
 # Of rows: what a run measures of itself.
@@ -26,7 +28,11 @@ TIMED = (
 
 
 def folders(config):
-    return stages.folders("w", chain.plan(config, "p*"))
+    return stages.folders("w", chain.plan(freeze(LmSpec, config), "p*"))
+
+
+def validate(config):
+    chain.validate(freeze(LmSpec, config))
 
 
 def changed(**changes):
@@ -49,6 +55,8 @@ def test_a_changed_setting_redoes_what_depends_on_it():
     assert changed(num_recall=5) == {"p_star/validation"}
     assert changed(**{"train.epochs": 3}) == {"teacher"} | students | samples
     assert changed(**{"train.trackers": ("tensorboard",)}) == set()
+    assert changed(**{"student.train.learning_rate": 1e-3}) == students
+    assert changed(**{"teacher.train.epochs": 3}) == {"teacher"} | samples | distilled
     assert changed(num_train=64) == {"p_star/train", "teacher"} | students | samples
 
 
@@ -61,15 +69,15 @@ def with_arms(changes=None, **settings):
 
 
 ARMS = {
-    "sharp": {"policy": "sequence", "sample_temperature": 0.5, "top_p": 0.9},
+    "sharp": {"policy": "sequence", "sampler": {"sample_temperature": 0.5, "top_p": 0.9}},
     "rkl": {"policy": "online", "divergence": "reverse_kl", "loss_temperature": 2.0},
-    "gkd": {"policy": "on_policy", "data": "mix", "sample_temperature": 0.5, "prompt_length": 2},
+    "gkd": {"policy": "on_policy", "data": "mix", "sampler": {"sample_temperature": 0.5}, "prompt_length": 2},
     "stored": {"policy": "offline", "data": "samples", "record_top_k": 8},
 }
 
 
 def test_arms_are_what_the_config_says():
-    found = {arm.name: arm for arm in arms.arms(with_arms(**ARMS))}
+    found = {arm.name: arm for arm in arms.arms(freeze(LmSpec, with_arms(**ARMS)))}
     assert list(found) == ["direct", "tau-0.5", "tau-1", "gkd", "rkl", "sharp", "stored"]
     assert {name: arm.texts for name, arm in found.items()} == {
         "direct": ("p_star/train",), "tau-0.5": ("samples/tau-0.5",), "tau-1": ("samples/tau-1",),
@@ -80,22 +88,22 @@ def test_arms_are_what_the_config_says():
     assert {name: arm.tau for name, arm in found.items() if name in ARMS} == {
         "gkd": 0.5, "rkl": None, "sharp": 0.5, "stored": 1.0,
     }  # fmt: skip
-    settings = found["gkd"].settings
-    assert (settings.mix, settings.prompt_length, settings.on_policy_fraction) == (0.5, 2, 0.5)
-    assert found["rkl"].settings.divergence == "reverse_kl" and found["sharp"].settings is None
+    spec = found["gkd"].distill
+    assert (spec.mix, spec.prompt_length, spec.on_policy_fraction) == (0.5, 2, 0.5)
+    assert found["rkl"].distill.divergence == "reverse_kl" and found["sharp"].distill is None
 
 
 def test_a_policy_alone_is_an_arm_of_its_name():
     config = lm_laptop.get_config("smoke")
     config.distill.policy = "online"
-    assert [arm.name for arm in arms.arms(config)] == ["direct", "tau-0.5", "tau-1", "online"]
+    assert [arm.name for arm in arms.arms(freeze(LmSpec, config))] == ["direct", "tau-0.5", "tau-1", "online"]
 
 
 def test_a_changed_knob_redoes_its_arm():
-    before = stages.folders("w", chain.plan(with_arms(**ARMS), "p*"))
+    before = folders(with_arms(**ARMS))
 
     def changed(changes):
-        after = stages.folders("w", chain.plan(with_arms(changes, **ARMS), "p*"))
+        after = folders(with_arms(changes, **ARMS))
         return {name for name in after if after[name] != before.get(name)}
 
     def seeds(*names):
@@ -108,8 +116,8 @@ def test_a_changed_knob_redoes_its_arm():
     assert changed({"distill.on_policy_fraction": 0.9}) == seeds("gkd")
     assert changed({"distill.tail": "renormalise"}) == seeds("stored")
     assert changed({"arms.stored.record_top_k": 9}) == {"top_k-9/samples/tau-1"} | seeds("stored")
-    assert changed({"arms.sharp.top_p": 0.8}) == {"samples/tau-0.5-top_p-0.8"} | seeds("sharp")
-    assert changed({"distill.rollout_batch_size": 3, "distill.teacher_mesh.data": 1}) == set()
+    assert changed({"arms.sharp.sampler.top_p": 0.8}) == {"samples/tau-0.5-top_p-0.8"} | seeds("sharp")
+    assert changed({"distill.rollout_batch_size": 3, "teacher_mesh.data": 1}) == set()
 
 
 @pytest.mark.parametrize("arm, changes, message", [
@@ -119,48 +127,53 @@ def test_a_changed_knob_redoes_its_arm():
     ("a", {"policy": "online", "lambda": 0.5}, "config.arms.a.lambda is not a setting"),
     ("a", {"policy": "online", "divergence": "kl"}, "config.arms.a.divergence='kl'"),
     ("a", {"policy": "online", "data": "both"}, "config.arms.a.data='both'"),
-    ("a", {"policy": "sequence", "sample_temperature": 0.0}, "config.arms.a.sample_temperature=0.0"),
-    ("a", {"policy": "sequence", "top_p": 0.0}, "config.arms.a.top_p=0.0"),
+    ("a", {"policy": "sequence", "sampler": {"sample_temperature": -1.0}}, "a.sampler.sample_temperature=-1.0"),
+    ("a", {"policy": "sequence", "sampler": {"top_p": 0.0}}, "config.arms.a.sampler.top_p=0.0"),
     ("a", {"policy": "offline", "record_top_k": 0}, "config.arms.a.record_top_k=0"),
     ("a", {"policy": "on_policy", "prompt_length": 16}, "a: prompt_length=16 leaves no room"),
+    ("a", {"policy": "online", "tail": "renormalise"}, "config.arms.a.tail has no effect with policy='online'"),
+    ("a", {"policy": "sequence", "divergence": "reverse_kl"}, "config.arms.a.divergence has no effect"),
+    ("a", {"policy": "online", "sampler": {"top_k": 5}}, "config.arms.a.sampler has no effect"),
+    ("a", {"policy": "online", "mix": 0.2}, "config.arms.a.mix has no effect with policy='online' and data='p_star'"),
 ])  # fmt: skip
 def test_faults_of_arms(arm, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        chain.validate(with_arms(**{arm: changes}))
+        validate(with_arms(**{arm: changes}))
 
 
 def test_rollouts_are_of_students_alone():
-    with pytest.raises(ValueError, match="config.train.together=2: gkd"):
-        chain.validate(with_arms({"train.together": 2}, **ARMS))
+    with pytest.raises(ValueError, match="config.train.together: gkd needs"):
+        validate(with_arms({"train.together": 2}, **ARMS))
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"taus": ()}, "config.taus"),
     ({"taus": (1.0, 1.0)}, "none twice"),
-    ({"taus": (0.0,)}, "config.taus: 0.0"),
+    ({"taus": (0.0,)}, "config.taus=0.0"),
     ({"seeds": 0}, "config.seeds=0"),
     ({"student.heads": 3}, "config.student.width=16 is not a multiple"),
     ({"teacher.preset": "gpt2"}, "config.teacher.preset='gpt2'"),
     ({"p_star.architecture": "huge"}, "config.p_star.architecture='huge'"),
     ({"train.learning_rate": -1.0}, "config.train.learning_rate"),
-    ({"train.batch_size": 1000}, "config.train.batch_size=1000"),
-    ({"compute.dtype": "int8"}, "int8"),
+    ({"train.batch_size": 1000}, "config.train.batch_size=1000 of the teacher"),
+    ({"compute.dtype": "int8"}, "config.compute.dtype='int8'"),
+    ({"distill.divergence": "reverse_kl"}, "config.distill.divergence='reverse_kl' has no effect: no arm uses it"),
     ({"mesh.tensor": 3}, "does not fit"),
 ])  # fmt: skip
 def test_faults_before_any_work(changes, message):
     config = lm_laptop.get_config("smoke")
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=re.escape(message)):
-        chain.validate(config)
+        validate(config)
 
 
 @pytest.mark.parametrize("module", [lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick])
 def test_configs_are_valid(module):
-    chain.validate(module.get_config())
+    validate(module.get_config())
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
-    chain.run(lm_paper.get_config(), tmp_path / "w", dry_run=True)
+    chain.run(freeze(LmSpec, lm_paper.get_config()), tmp_path / "w", dry_run=True)
     shown = capsys.readouterr().out
     assert len(re.findall(r"^tau-[\d.]+/seed-\d", shown, re.M)) == 20 and "1,711,376,384" in shown
     assert not (tmp_path / "w").exists()

@@ -12,10 +12,12 @@ from ml_collections import ConfigDict
 
 from configs import lm, lm_frontier, lm_laptop
 from kd_jax.lm.experiment import arms, chain, knobs
+from kd_jax.lm.experiment.specs import LmSpec
 from kd_jax.lm.report import frontier as frontier_lib
 from kd_jax.lm.report import frontier as frontier_report
 from kd_jax.lm.report import page as report
 from kd_jax.reporting import page
+from kd_jax.runs.settings import freeze
 from kd_jax.storage.files import read_rows
 
 KNOBS = (
@@ -24,7 +26,7 @@ KNOBS = (
     ("divergence", (("forward KL", "fkl"), ("reverse KL", "rkl"))),
 )
 ARMS = {
-    "topk": {"policy": "sequence", "top_k": 20},
+    "topk": {"policy": "sequence", "sampler": {"top_k": 20}},
     "fkl": {"policy": "online"},
     "rkl": {"policy": "online", "divergence": "reverse_kl"},
 }
@@ -38,8 +40,12 @@ def config(**changes):
     return found
 
 
+def validate(config):
+    chain.validate(freeze(LmSpec, config))
+
+
 def test_config_says_which_arms_are_whose_settings():
-    chain.validate(config())
+    validate(config())
     found = knobs.read(config())
     assert found.arms == ["tau-1", "tau-0.5", "topk", "fkl", "rkl"]
     assert [found.neutral(knob.name) for knob in found.knobs] == ["tau-1", "tau-1", "fkl"]
@@ -57,20 +63,20 @@ def test_without_knobs_there_is_no_frontier():
     ({"references": ("tau-1", "fkl", "tau-2")}, "config.frontier.references: 'tau-2' is not one of the run's arms"),
     ({"references": ()}, "config.frontier.references=(): none is a setting of tau"),
     ({"references": ("tau-1",)}, "config.frontier.references=('tau-1',): none is a setting of divergence"),
-    ({"gains": ()}, "config.frontier.gains=()"),
-    ({"gains": (0.5, -1.0)}, "config.frontier.gains=(0.5, -1.0)"),
-    ({"gains": (float("inf"),)}, "config.frontier.gains=(inf,)"),
+    ({"gains": ()}, "config.frontier.gains is empty"),
+    ({"gains": (0.5, -1.0)}, "config.frontier.gains=-1.0 must be above 0"),
+    ({"gains": (float("inf"),)}, "config.frontier.gains=inf must be above 0"),
     ({"knobs": (("tau", (("1", "tau-1"), ("2", "tau-2"))),)}, "config.frontier.knobs: tau: 'tau-2'"),
-    ({"knobs": (("tau", ()),)}, "tau has no settings"),
+    ({"knobs": (("tau", ()),)}, "('tau', ()) is not (name"),
     ({"knobs": (*KNOBS, KNOBS[0])}, "has a name twice: tau, top-k, divergence, tau"),
     ({"knobs": (("tau", (("1", "tau-1"), ("1", "tau-0.5"))),)}, "tau has a setting twice: 1, 1"),
     ({"knobs": (("tau", (("1", "tau-1"), ("0.5", "tau-1"))),)}, "tau has a setting twice: tau-1, tau-1"),
-    ({"knobs": (("tau", ((1.0, "tau-1"),)),)}, "are text"),
+    ({"knobs": (("tau", ((1.0, "tau-1"),)),)}, "all of them text"),
     ({"knobs": ("tau",)}, "'tau' is not (name, ((value, arm), ...))"),
 ])  # fmt: skip
 def test_faults_before_any_work(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        chain.validate(config(**changes))
+        validate(config(**changes))
 
 
 # What each knob of the config is to turn, of what an arm says of its samples and of its loss.
@@ -83,16 +89,16 @@ TURNS = {
 @pytest.mark.parametrize("variant", ["", "smoke"])
 def test_a_knob_of_the_config_turns_one_thing(variant):
     made = lm_frontier.get_config(variant)
-    chain.validate(made)
-    found, by_name = knobs.read(made), {arm.name: arm for arm in arms.arms(made)}
+    validate(made)
+    found, by_name = knobs.read(made), {arm.name: arm for arm in arms.arms(freeze(LmSpec, made))}
     assert {knob.name for knob in found.knobs} == set(TURNS)
     assert set(by_name) == {"direct", *found.arms}  # every student is on the figure
     for knob in found.knobs:
         settings = []
         for _, name in knob.settings:
             arm = by_name[name]
-            samples = {} if arm.samples is None else arm.samples._asdict()
-            loss = {} if arm.settings is None else vars(arm.settings).copy()
+            samples = {} if arm.sampler is None else vars(arm.sampler)
+            loss = {} if arm.distill is None else vars(arm.distill).copy()
             if loss.get("policy") == "online":  # as on-policy learning without any
                 loss |= {"policy": "on_policy", "on_policy_fraction": 0.0}
             settings.append({**samples, **loss, "p_star": arm.p_star})

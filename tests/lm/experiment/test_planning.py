@@ -1,5 +1,6 @@
 """--dry_run --device: memory by the compiled programs, time and cost by reckoning, and what is said of them."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -15,13 +16,14 @@ from configs import lm_laptop, lm_paper
 from kd_jax import train
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.experiment import cost, footprint, planning
-from kd_jax.lm.experiment import specs as settings_lib
 from kd_jax.lm.experiment.arms import Recording, arms
 from kd_jax.lm.experiment.footprint import Memory, Program
+from kd_jax.lm.experiment.specs import LmSpec, planned_shape
 from kd_jax.lm.model import PRESETS
 from kd_jax.lm.model.kv_cache import PAGE
-from kd_jax.lm.training import step
+from kd_jax.lm.training import state as state_lib
 from kd_jax.parallel import devices
+from kd_jax.runs.settings import freeze
 
 GIB = 2**30
 
@@ -33,7 +35,7 @@ def target(text="1xH100", mfu=0.5, price=None):
 def smoke(**changes):
     config = lm_laptop.get_config("smoke")
     config.update_from_flattened_dict(changes)
-    return config
+    return freeze(LmSpec, config)
 
 
 def num_bytes(tree):
@@ -42,30 +44,32 @@ def num_bytes(tree):
 
 def test_memory_of_an_update_is_that_of_its_arrays():
     config = smoke()
-    shape = settings_lib.shape(config, "student")
-    need = footprint.update(config, cost.training(config, shape, 1), arms(config)[0], target()).memory
-    state = step.init(jax.random.key(0), shape, settings_lib.training_settings(config).optimizer(10))
+    shape = planned_shape(config, "student")
+    need = footprint.update(config, cost.training(config, shape), target()).memory
+    state = state_lib.init(jax.random.key(0), shape, config.train.optimizer(10))
     # 16 sequences of 16 ids, in rows of 64
     batch = batches.Batch(*(np.zeros((1, 4, 64), dtype) for dtype in (np.int32, np.int32, np.int32, bool)))
     held = num_bytes(state) + num_bytes(batch)
-    assert held <= need.held <= 1.01 * held + 512
+    assert held <= need.resident <= 1.01 * held + 512
     # the gradient; and the logits of all 256 tokens, as less than 4096 are held at once
     assert need.temporary >= 4 * shape.num_parameters + 4 * 256 * shape.vocab_size
-    assert need.total == need.held + need.temporary
+    assert need.total == need.resident + need.temporary
 
 
 def test_a_teacher_and_records_are_held_too():
-    shape = settings_lib.shape(smoke(), "student")
+    shape = planned_shape(smoke(), "student")
     online = smoke(**{"distill.policy": "online"})
-    plain = footprint.update(online, cost.training(online, shape, 1), None, target()).memory
-    teacher = settings_lib.shape(online, "teacher")
-    both = footprint.update(online, cost.training(online, shape, 1, teacher), arms(online)[-1], target()).memory
-    assert both.held - plain.held == pytest.approx(4 * teacher.num_parameters, rel=0.02)
+    plain = footprint.update(online, cost.training(online, shape), target()).memory
+    teacher = planned_shape(online, "teacher")
+    both = footprint.update(
+        online, cost.training(online, shape, arm=arms(online)[-1], teacher=teacher), target()
+    ).memory
+    assert both.resident - plain.resident == pytest.approx(4 * teacher.num_parameters, rel=0.02)
     offline = smoke(**{"distill.policy": "offline", "distill.record_top_k": 8})
     arm = arms(offline)[-1]
     assert arm.recording == Recording(8, "uint16", "float32")
-    recorded = footprint.update(offline, cost.training(offline, shape, 1), arm, target()).memory
-    assert recorded.held - plain.held == pytest.approx(256 * (8 * 2 + 8 * 2 + 2), abs=512)
+    recorded = footprint.update(offline, cost.training(offline, shape, arm=arm), target()).memory
+    assert recorded.resident - plain.resident == pytest.approx(256 * (8 * 2 + 8 * 2 + 2), abs=512)
 
 
 def test_memory_of_sampling_is_weights_and_cache():
@@ -76,35 +80,35 @@ def test_memory_of_sampling_is_weights_and_cache():
     # ids and two log-probabilities of 8 samples in the slots, and of 64 that are done
     rows = 4 * 3 * (8 + 64) * 3 * PAGE
     wanted = 2 * 4 * shape.num_parameters + cache + rows
-    assert wanted <= need.held <= 1.05 * wanted
+    assert wanted <= need.resident <= 1.05 * wanted
     half = footprint.sampling(config, shape, 8, "bfloat16", target())
-    assert need.held - half.held == pytest.approx(4 * shape.num_parameters + cache / 2, rel=0.02)
+    assert need.resident - half.resident == pytest.approx(4 * shape.num_parameters + cache / 2, rel=0.02)
 
 
 def test_time_of_training_is_that_of_its_operations():
-    config = lm_paper.get_config()
-    about = cost.training(config, PRESETS["smollm2-135m"], 1)
+    config = freeze(LmSpec, lm_paper.get_config())
+    about = cost.training(config, PRESETS["smollm2-135m"])
     # 6 operations a weight and token; attention and validation are some more
     tokens = 5 * 10_000_000 * 512
-    assert about["tokens"] == tokens and 1 < about["flops"] / (6 * 134_515_008 * tokens) < 1.1
+    assert about.tokens == tokens and 1 < about.flops / (6 * 134_515_008 * tokens) < 1.1
     found = planning.seconds(config, about, target("8xH100", 0.5))
-    assert found == pytest.approx(about["flops"] / (8 * 989e12 * 0.5))
-    config.compute.dtype = "float32"
-    assert planning.seconds(config, about, target("8xH100", 0.5)) == pytest.approx(about["flops"] / (8 * 67e12 * 0.5))
+    assert found == pytest.approx(about.flops / (8 * 989e12 * 0.5))
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, dtype="float32"))
+    assert planning.seconds(config, about, target("8xH100", 0.5)) == pytest.approx(about.flops / (8 * 67e12 * 0.5))
 
 
 def test_time_here_is_what_was_measured_and_that_of_writing(monkeypatch):
     monkeypatch.setattr(cost, "writing_rate", lambda: 1e8)
     config = smoke(**{"num_train": 320, "train.batch_size": 16, "train.epochs": 2, "train.validations": 3})
-    shape, here = settings_lib.shape(config, "student"), target("1xCPU")
+    shape, here = planned_shape(config, "student"), target("1xCPU")
     # two models; weights and two moments of each, three times, and its weights
     written = 2 * (3 * 3 + 1) * 4 * shape.num_parameters
-    about = cost.training(config, shape, 2)
+    about = cost.training(config, shape, count=2)
     found = planning.seconds(config, about, here, Program(Memory(1, 1), 1e12))
-    assert found == pytest.approx(about["flops"] / 1e12 + written / 1e8)
+    assert found == pytest.approx(about.flops / 1e12 + written / 1e8)
     # 40 updates: every fifth is saved, too
-    config.train.save_every = 5
-    more = planning.seconds(config, cost.training(config, shape, 2), here, Program(Memory(1, 1), 1e12))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, save_every=5))
+    more = planning.seconds(config, cost.training(config, shape, count=2), here, Program(Memory(1, 1), 1e12))
     assert more - found == pytest.approx(2 * 8 * 12 * shape.num_parameters / 1e8)
 
 
@@ -123,29 +127,35 @@ def test_the_pace_of_writing_is_that_of_half_a_gibibyte(monkeypatch):
 
 
 def test_time_of_sampling_is_at_least_that_of_reading_the_weights(monkeypatch):
-    config, shape = lm_paper.get_config(), PRESETS["smollm2-1.7b"]
-    config.sampling.update(batch_size=1)
+    shape = PRESETS["smollm2-1.7b"]
+
+    def with_slots(batch_size):
+        config = lm_paper.get_config()
+        config.sampling.batch_size = batch_size
+        return freeze(LmSpec, config)
+
+    config = with_slots(1)
     about = cost.sampling(config, shape, 10)
     cached = 2 * 24 * 32 * 64 * 256
     step_seconds = 2 * (1_711_376_384 + cached) / (3.35e12 * 0.6)
     assert planning.seconds(config, about, target()) == pytest.approx(10 * 512 * step_seconds)
     # eight slots of four devices' rows, each with all weights but for what tensor splits
-    config.sampling.update(batch_size=8)
+    config = with_slots(8)
     over = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 4})
     with monkeypatch.context() as patch:
-        patch.setattr(settings_lib, "mesh", lambda config: over)
+        patch.setattr(planning, "make_mesh", lambda sizes: over)
         found = planning.seconds(config, about, target("16xH100"))
     step_seconds = 2 * (1_711_376_384 + 2 * cached) / 4 / (3.35e12 * 0.6)
     assert found == pytest.approx(10 * 512 / 8 * step_seconds)
-    config.sampling.update(batch_size=100_000)
+    config = with_slots(100_000)
     found = planning.seconds(config, about, target("1xH100", 1e-4))
-    assert found == pytest.approx(about["flops"] / (989e12 * 1e-4))
+    assert found == pytest.approx(about.flops / (989e12 * 1e-4))
 
 
 def shown(monkeypatch, capsys, needs, finished=(), price=None, **changes):
     config = smoke(**changes)
-    shape = settings_lib.shape(config, "student")
-    costs = {"samples/tau-1": cost.sampling(config, shape, 32), "direct/seed-0": cost.training(config, shape, 1)}
+    shape = planned_shape(config, "student")
+    costs = {"samples/tau-1": cost.sampling(config, shape, 32), "direct/seed-0": cost.training(config, shape)}
     programs = {
         name: Program(Memory(*(round(gib * GIB) for gib in need))) for name, need in zip(costs, needs, strict=True)
     }
@@ -176,8 +186,8 @@ def test_cost_is_the_price_of_what_is_left(monkeypatch, capsys):
     said = shown(monkeypatch, capsys, [(1, 1), (1, 1)], price=1e9)
     costs = {line.split()[0]: float(line.split()[7].replace(",", "")) for line in said.splitlines()[2:4]}
     config = smoke()
-    about = cost.training(config, settings_lib.shape(config, "student"), 1)
-    hours = about["flops"] / (67e12 * 0.5) / 3600
+    about = cost.training(config, planned_shape(config, "student"))
+    hours = about.flops / (67e12 * 0.5) / 3600
     assert costs["direct/seed-0"] == pytest.approx(1e9 * hours, rel=1e-3)
     total = float(re.search(r"cost ([\d,.]+)$", said, re.M)[1].replace(",", ""))
     assert total == pytest.approx(sum(costs.values()), rel=1e-3)
@@ -203,11 +213,11 @@ def test_an_unknown_device_ends_before_anything_is_compiled(tmp_path, capsys):
         (["--config.mesh.fsdp=3"], "mesh data=-1 x fsdp=3 x tensor=1 does not fit 8 devices"),
         (
             ["--config.mesh.tensor=8", "--config.student.mlp=36"],
-            "config.student does not go with config.mesh: ['layers']['down']: axis 'mlp' of size 36 cannot be split",
+            "config.student cannot be split over config.mesh: ['layers']['down']: axis 'mlp' of size 36 cannot",
         ),
         (
-            ["--config.distill.teacher_mesh.fsdp=8", "--config.teacher.width=36", "--config.distill.policy=offline"],
-            "config.teacher does not go with config.distill.teacher_mesh: ['embedding']: axis 'embed' of size 36",
+            ["--config.teacher_mesh.fsdp=8", "--config.teacher.width=36", "--config.distill.policy=offline"],
+            "config.teacher cannot be split over config.teacher_mesh: ['embedding']: axis 'embed' of size 36",
         ),
     ],
 )

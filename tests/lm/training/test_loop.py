@@ -1,5 +1,6 @@
 """The training loop on corpora on disk: what it learns, what it leaves, and that it goes on where it was."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ import pytest
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import training, weights
 from kd_jax.lm.model import PRESETS, Compute, Model
-from kd_jax.lm.training import Member, Settings
+from kd_jax.lm.training import Member, TrainSpec, loop
+from kd_jax.lm.training.log import Log
+from kd_jax.runs.run import Clock
 from kd_jax.storage.files import read_rows
 
 TINY = PRESETS["tiny"]
@@ -42,8 +45,8 @@ def make_corpus(folder, rows: int = 40, seed: int = 0):
 
 
 def settings(**changes):
-    return Settings(**{
-        "epochs": 3, "batch_size": 8, "num_validation": 8, "learning_rate": 3e-3, "validations": 4, "log_every": 1,
+    return TrainSpec(**{
+        "epochs": 3, "batch_size": 8, "learning_rate": 3e-3, "validations": 4, "log_every": 1,
         "keep_checkpoints": True, **changes,
     })  # fmt: skip
 
@@ -52,8 +55,8 @@ def model():
     return Model(TINY, None, eos_ids=(2,))
 
 
-def train(folder, corpus, *, seed=5, changes=None, **options):
-    members = [Member(corpus, seed, folder)]
+def train(folder, corpus, *, seed=5, num_validation=8, changes=None, **options):
+    members = [Member(corpus, num_validation, seed, folder)]
     return training.train(settings(**(changes or {})), model(), members, compute=COMPUTE, **options)[0]
 
 
@@ -154,10 +157,10 @@ def test_tensorboard_files(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"epochs": 0}, "config.train.epochs=0"),
-    ({"learning_rate": 0.0}, "config.train.learning_rate"),
-    ({"warmup": 0.6, "decay": 0.6}, "more than 1 together"),
-    ({"trackers": ("mlflow",)}, "'mlflow' is not one of"),
+    ({"epochs": 0}, "epochs=0 must be at least 1"),
+    ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+    ({"warmup": 0.6, "decay": 0.6}, "must not be above 1 together"),
+    ({"trackers": ("mlflow",)}, "'mlflow' must be one of"),
 ])  # fmt: skip
 def test_settings_faults(change, message):
     with pytest.raises(ValueError, match=message):
@@ -166,7 +169,7 @@ def test_settings_faults(change, message):
 
 def test_corpus_too_small_for_its_validation(corpus, tmp_path):
     with pytest.raises(ValueError, match="40 rows"):
-        train(tmp_path / "t", corpus, changes={"num_validation": 40})
+        train(tmp_path / "t", corpus, num_validation=40)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +186,7 @@ PACKED = {"row_length": 32}
 
 
 def together(root, members, **options):
-    chosen = [Member(held, seed, root / f"seed-{seed}", f"seed-{seed}") for held, seed in members]
+    chosen = [Member(held, 8, seed, root / f"seed-{seed}", f"seed-{seed}") for held, seed in members]
     return training.train(settings(**PACKED), model(), chosen, compute=COMPUTE, **options)
 
 
@@ -214,3 +217,24 @@ def test_together_interrupted_it_ends_with_the_same_numbers(pair):
 
 def last_step(folder):
     return max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def test_a_second_training_of_a_kind_compiles_nothing(corpus, tmp_path):
+    """Two shapes of models, each trained twice with other seeds: two programs."""
+    loop._programs.cache_clear()
+    wide = dataclasses.replace(TINY, intermediate_size=48)
+    for architecture in (TINY, wide):
+        for seed in (0, 1):
+            members = [Member(corpus, 8, seed, tmp_path / f"{architecture.intermediate_size}-{seed}")]
+            one = Model(architecture, None, eos_ids=(2,))
+            training.train(settings(epochs=1, validations=1), one, members, compute=COMPUTE)
+    used = loop._programs.cache_info()
+    assert (used.misses, used.hits) == (2, 2)
+
+
+def test_a_loss_beyond_what_exp_holds_is_logged(tmp_path):
+    log = Log(tmp_path, {"name": "a"}, 0, 1, 1, (), tokens_at_ceiling=1.0, clock=Clock(), quiet=True)
+    log.validation(1, {"loss": 800.0})
+    log.close()
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    assert row["loss"] == 800.0 and row["perplexity"] == float("inf")

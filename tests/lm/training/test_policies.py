@@ -9,7 +9,7 @@ import pytest
 from kd_jax.lm import training, weights
 from kd_jax.lm.corpus.batches import Layout, Sequences
 from kd_jax.lm.distill import rollouts as rollouts_lib
-from kd_jax.lm.distill.loss import Distillation, Settings
+from kd_jax.lm.distill.loss import Distillation, DistillSpec
 from kd_jax.lm.distill.rollouts import Rollouts
 from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.training import Member
@@ -37,9 +37,11 @@ def corpora(tmp_path_factory):
 
 def train(folder, corpora, policy, *, changes=None, stop=None, **how):
     held, other = corpora[policy == "offline"]
-    distillation = Distillation(Settings(policy, **{**HOW[policy], **how}), None if policy == "offline" else tiny(9))
+    distillation = Distillation(
+        DistillSpec(policy=policy, **{**HOW[policy], **how}), None if policy == "offline" else tiny(9)
+    )
     return training.train(
-        settings(epochs=2, **(changes or {})), STUDENT, [Member(held, 5, folder, mixed=other)], compute=COMPUTE,
+        settings(epochs=2, **(changes or {})), STUDENT, [Member(held, 8, 5, folder, mixed=other)], compute=COMPUTE,
         stop=stop, distillation=distillation,
     )[0]  # fmt: skip
 
@@ -88,8 +90,8 @@ def test_offline_with_all_ids_is_online(corpora, tmp_path):
     exact = recorded(held, tmp_path / "whole", VOCAB, "float32", tiny(9))
     found = {}
     for policy, corpus, teacher in (("online", held, tiny(9)), ("offline", exact, None)):
-        distillation = Distillation(Settings(policy, loss_temperature=1.5, hard_weight=0.1), teacher)
-        members = [Member(corpus, 5, tmp_path / policy)]
+        distillation = Distillation(DistillSpec(policy=policy, loss_temperature=1.5, hard_weight=0.1), teacher)
+        members = [Member(corpus, 8, 5, tmp_path / policy)]
         training.train(settings(epochs=2), STUDENT, members, compute=COMPUTE, distillation=distillation)
         found[policy] = numbers(tmp_path / policy), weights.load(tmp_path / policy / "checkpoints" / "8").params
     (rows, params), (others, theirs) = found.values()
@@ -111,7 +113,9 @@ def test_a_mix_takes_its_share_of_both(corpora, tmp_path):
     wanted = [*one.tokens(np.arange(30)), *two.tokens(np.arange(10))]
     assert all(np.array_equal(a, b) for a, b in zip(rows, wanted, strict=True))
     losses = [
-        train(tmp_path / f"{mix}", corpora, "online", mix=mix, changes={"validations": 1})["validation_loss"]
+        train(tmp_path / f"{mix}", corpora, "online", data="mix", mix=mix, changes={"validations": 1})[
+            "validation_loss"
+        ]
         for mix in (0.0, 0.5)
     ]
     assert losses[0] != losses[1]
@@ -139,7 +143,9 @@ def prompts(corpora, tmp_path_factory):
 
 
 def rollouts(prompts, seed=5, **how):
-    return Rollouts(Settings("on_policy", **how), STUDENT, Layout(8, max_length=16), seed, [1], prompts, 16, COMPUTE)
+    return Rollouts(
+        DistillSpec(policy="on_policy", **how), STUDENT, Layout(8, max_length=16), seed, [1], prompts, 16, COMPUTE
+    )
 
 
 def often_ending():
@@ -203,11 +209,11 @@ def test_rollouts_of_other_parameters_compile_nothing(prompts):
 
 @pytest.mark.slow
 def test_students_together_have_the_numbers_they_have_alone(corpora, tmp_path):
-    distillation = Distillation(Settings("online", divergence="reverse_kl"), tiny(9))
+    distillation = Distillation(DistillSpec(policy="online", divergence="reverse_kl"), tiny(9))
     chosen = list(zip(corpora[0], (5, 6), strict=True))
 
     def run(name, pairs):
-        members = [Member(held, seed, tmp_path / name / str(seed)) for held, seed in pairs]
+        members = [Member(held, 8, seed, tmp_path / name / str(seed)) for held, seed in pairs]
         training.train(settings(epochs=1, row_length=32), STUDENT, members, compute=COMPUTE, distillation=distillation)
         return [[row["loss"] for row in numbers(tmp_path / name / str(seed))] for _, seed in pairs]
 
@@ -223,23 +229,23 @@ def test_another_vocabulary_is_refused(corpora, tmp_path, change, message):
     student = STUDENT
     if change["tokenizer"].vocab_size == VOCAB:
         student = STUDENT._replace(tokenizer=types.SimpleNamespace(vocab_size=VOCAB, fingerprint="a" * 64))
-    distillation = Distillation(Settings("online"), tiny()._replace(**change))
-    members = [Member(corpora[0][0], 5, tmp_path / "t")]
+    distillation = Distillation(DistillSpec(policy="online"), tiny()._replace(**change))
+    members = [Member(corpora[0][0], 8, 5, tmp_path / "t")]
     with pytest.raises(ValueError, match=message):
         training.train(settings(), student, members, compute=COMPUTE, distillation=distillation)
 
 
 def test_faults(corpora, tmp_path):
-    members = [Member(corpora[0][0], 5, tmp_path / "t")]
+    members = [Member(corpora[0][0], 8, 5, tmp_path / "t")]
 
     def fails(message, how, teacher, members=members):
         with pytest.raises(ValueError, match=message):
-            distillation = Distillation(Settings(**how), teacher)
+            distillation = Distillation(DistillSpec(**how), teacher)
             training.train(settings(), STUDENT, members, compute=COMPUTE, distillation=distillation)
 
     fails("needs a teacher", {"policy": "online"}, None)
     fails("needs no teacher", {"policy": "offline"}, tiny())
     fails("no top-k columns", {"policy": "offline"}, None)
-    fails("second corpus", {"policy": "online", "mix": 0.5}, tiny())
+    fails("second corpus", {"policy": "online", "data": "mix"}, tiny())
     fails("trained alone", {"policy": "on_policy"}, tiny(), 2 * members)
-    fails("prompts of 16 ids", {"policy": "on_policy", "prompt_length": 16}, tiny())
+    fails("a prompt of 16 ids", {"policy": "on_policy", "prompt_length": 16}, tiny())

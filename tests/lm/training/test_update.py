@@ -12,15 +12,23 @@ import pytest
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.corpus.batches import Layout
+from kd_jax.lm.distill.loss import cross_entropy
 from kd_jax.lm.model import PRESETS, Compute
 from kd_jax.lm.training import optimizer as optim
-from kd_jax.lm.training import step
+from kd_jax.lm.training import state as state_lib
+from kd_jax.lm.training import update as update_lib
+from kd_jax.lm.training import validation
 
 TINY = PRESETS["tiny"]
-COMPUTE = Compute()
+LOSS = cross_entropy(TINY, Compute())
 RNG = np.random.default_rng(0)
 TOKENS = [RNG.integers(0, TINY.vocab_size, length).astype(np.int32) for length in (9, 3, 16, 2, 12, 5, 16, 7)]
 PROMPTS = np.array([1, 2, 1, 1, 3, 1, 1, 1])
+
+
+def compiled(optimizer, schedule, mesh=None):
+    loss = cross_entropy(TINY, Compute(mesh=mesh))
+    return update_lib.compiled(update_lib.make(loss, optimizer, schedule), TINY, optimizer, mesh)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +37,7 @@ def params():
 
 
 def batch(**layout):
-    return step.place(batches.arrange(TOKENS, PROMPTS, Layout(len(TOKENS), max_length=16, **layout)), None)
+    return state_lib.place(batches.arrange(TOKENS, PROMPTS, Layout(len(TOKENS), max_length=16, **layout)), None)
 
 
 def definition(params):
@@ -47,7 +55,7 @@ def definition(params):
     "layout", [{}, {"row_length": 16}, {"row_length": 40}, {"parts": 2}, {"row_length": 24, "parts": 3}]
 )
 def test_loss_and_gradients_are_the_definition(params, layout):
-    loss, gradient, count = step.loss_and_gradient(params, TINY, batch(**layout), COMPUTE)
+    (loss, _), gradient, count = update_lib.loss_and_gradient(LOSS, params, batch(**layout))
     wanted, wanted_gradient = jax.value_and_grad(definition)(params)
     assert int(count) == sum(map(len, TOKENS)) - PROMPTS.sum()
     np.testing.assert_allclose(loss, wanted, rtol=2e-6)
@@ -58,7 +66,7 @@ def test_loss_and_gradients_are_the_definition(params, layout):
 
 def test_a_batch_without_a_token_to_learn_moves_nothing(params):
     empty = batch()._replace(mask=jnp.zeros_like(batch().mask))
-    loss, gradient, count = step.loss_and_gradient(params, TINY, empty, COMPUTE)
+    (loss, _), gradient, count = update_lib.loss_and_gradient(LOSS, params, empty)
     assert float(loss) == 0 and int(count) == 0
     assert all(float(abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient))
 
@@ -66,11 +74,13 @@ def test_a_batch_without_a_token_to_learn_moves_nothing(params):
 def test_update_is_the_optimisers(params):
     schedule = optim.wsd(1e-2, 10, 0.0, 0.0)
     optimizer = optim.adamw(schedule)
-    update = step.make(TINY, optimizer, schedule, COMPUTE)
-    _, gradient, _ = step.loss_and_gradient(params, TINY, batch(), COMPUTE)
+    update = compiled(optimizer, schedule)
+    _, gradient, _ = update_lib.loss_and_gradient(LOSS, params, batch())
     changes, _ = optimizer.update(gradient, optimizer.init(params), params)
     wanted = optax.apply_updates(params, changes)
-    state, metrics = update(step.State(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0)), batch())
+    state, metrics = update(
+        state_lib.State(jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.int32(0)), batch()
+    )
     for ours, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(wanted), strict=True):
         # Adam divides by the root of the square of the gradient: where that is near 0, rounding shows
         np.testing.assert_allclose(ours, other, atol=2e-4)
@@ -80,8 +90,8 @@ def test_update_is_the_optimisers(params):
 
 def test_the_state_is_taken_over_three_times():
     schedule = optim.wsd(1e-2, 10, 0.0, 0.0)
-    update = step.make(TINY, optim.adamw(schedule), schedule, COMPUTE)
-    state = step.init(jax.random.key(1), TINY, optim.adamw(schedule))
+    update = compiled(optim.adamw(schedule), schedule)
+    state = state_lib.init(jax.random.key(1), TINY, optim.adamw(schedule))
     losses = []
     for _ in range(3):
         before = state
@@ -94,12 +104,12 @@ def test_the_state_is_taken_over_three_times():
 
 def test_evaluate_is_the_mean_over_all_batches(params):
     parts = [batches.arrange(TOKENS[i : i + 3], PROMPTS[i : i + 3], Layout(3, max_length=16)) for i in (0, 3, 6)]
-    found = step.evaluate(params, TINY, [step.place(part, None) for part in parts], COMPUTE)
+    found = validation.make(LOSS)(params, [state_lib.place(part, None) for part in parts])["loss"]
     np.testing.assert_allclose(found, definition(params), rtol=2e-6)
 
 
 def test_bf16_compute_keeps_float32_weights_and_gradients(params):
-    _, gradient, _ = step.loss_and_gradient(params, TINY, batch(), Compute(dtype="bfloat16"))
+    _, gradient, _ = update_lib.loss_and_gradient(cross_entropy(TINY, Compute(dtype="bfloat16")), params, batch())
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
 
 
@@ -108,17 +118,18 @@ import jax, numpy as np
 jax.config.update("jax_num_cpu_devices", 8)
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.lm.training import optimizer as optim
-from kd_jax.lm.training import step
-from tests.lm.training.test_step import TINY, COMPUTE, TOKENS, PROMPTS, batches, Layout
+from kd_jax.lm.training import state as state_lib
+from kd_jax.lm.training import update as update_lib
+from tests.lm.training.test_update import TINY, compiled, TOKENS, PROMPTS, batches, Layout
 schedule = optim.wsd(1e-2, 10, 0.0, 0.0)
 optimizer = optim.adamw(schedule)
 wanted = None
 for sizes in (None, (8, 1, 1), (2, 2, 2), (1, 4, 2)):
     mesh = sizes and mesh_lib.make(*sizes)
-    state = step.init(jax.random.key(0), TINY, optimizer, mesh)
-    update = step.make(TINY, optimizer, schedule, COMPUTE, mesh)
+    state = state_lib.init(jax.random.key(0), TINY, optimizer, mesh)
+    update = compiled(optimizer, schedule, mesh)
     layout = Layout(len(TOKENS), max_length=16, row_length=24, row_multiple=mesh_lib.batch_devices(mesh))
-    batch = step.place(batches.arrange(TOKENS, PROMPTS, layout), mesh)
+    batch = state_lib.place(batches.arrange(TOKENS, PROMPTS, layout), mesh)
     losses = []
     for _ in range(3):
         state, metrics = update(state, batch)

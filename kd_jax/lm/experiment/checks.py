@@ -1,0 +1,108 @@
+"""Everything that is checked before the first stage of a run, in --dry_run too.
+
+What one setting may be is declared with it (kd_jax.runs.settings). Here is what depends on several settings (`check`),
+and on the models and data that the config names (`check_sources`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from kd_jax.lm import model as model_lib
+from kd_jax.lm import weights
+from kd_jax.lm.corpus import compatibility, documents
+from kd_jax.lm.experiment import knobs
+from kd_jax.lm.experiment.arms import arms
+from kd_jax.lm.experiment.specs import LmSpec, architecture, make_mesh, planned_shape
+from kd_jax.lm.model import PRESETS, Architecture, Model
+from kd_jax.parallel import mesh as mesh_lib
+from kd_jax.runs import trackers
+
+
+def check(spec: LmSpec) -> None:
+    """Raises ValueError, naming the key, for settings that cannot work together."""
+    groups = arms(spec)
+    if len(groups) == 1:
+        raise ValueError(f"config.taus={spec.taus} is empty, and there is no other arm (config.arms)")
+    for arm in groups:
+        if arm.policy == "on_policy" and spec.train_of("student").together > 1:
+            raise ValueError(f"config.train.together: {arm.name} needs its students alone (1)")
+        if arm.distill is not None and arm.distill.prompt_length >= spec.sampling.max_length:
+            raise ValueError(
+                f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "
+                f"config.sampling.max_length={spec.sampling.max_length}"
+            )
+    knobs.check(spec.frontier, [arm.name for arm in groups])
+    for role in ("teacher", "student"):
+        trackers.check(spec.train_of(role).trackers)
+    _check_meshes(spec, any(arm.distill is not None for arm in groups))
+
+
+def check_sources(spec: LmSpec) -> None:
+    """Checks the models and data that the config names, from file headers alone: no weights are loaded.
+
+    Raises: ValueError, FileNotFoundError or RunError for
+        p*: a source that cannot be opened, fewer positions than sampling.max_length, no EOS (its samples would all have
+            the maximal length), a prompt without ids, with ids beyond the vocabulary, or without room after it;
+        the teacher: a source that cannot be opened, or that cannot be compared with p* (another vocabulary, tokenizer
+            or EOS, too few positions);
+        the data: a source that cannot be opened.
+    """
+    length = spec.sampling.max_length
+    p_star = Model(PRESETS[spec.p_star.architecture], {}, eos_ids=(0,)) if not spec.p_star.source else None
+    p_star = p_star or weights.describe(spec.p_star.source)
+    compatibility.check_model("config.p_star", p_star, p_star, length)
+    if not p_star.eos_ids:
+        raise ValueError("config.p_star has no EOS id: every sample would have the maximal length")
+    _check_prompt(spec, p_star)
+    if spec.teacher.source and spec.teacher.source != spec.p_star.source:
+        teacher = weights.describe(spec.teacher.source)
+        compatibility.check_model("config.teacher.source", teacher, p_star, length)
+        compatibility.check_teacher(teacher, p_star)
+    if spec.data.source:
+        documents.identity(spec.data.source)
+
+
+def _check_prompt(spec: LmSpec, p_star: Model) -> None:
+    ids, text = spec.sampling.prompt_ids, spec.sampling.prompt
+    if not ids and p_star.tokenizer is None:
+        raise ValueError(f"config.sampling.prompt={text!r} needs a tokenizer, which p* has not; set prompt_ids")
+    ids = ids or p_star.tokenizer.encode(text)
+    if not ids or len(ids) >= spec.sampling.max_length:
+        raise ValueError(
+            f"the prompt has {len(ids)} ids; it needs at least 1, and fewer than config.sampling.max_length="
+            f"{spec.sampling.max_length}"
+        )
+    if max(ids) >= p_star.num_tokens:
+        raise ValueError(f"config.sampling.prompt_ids has {max(ids)}; the ids of p* end at {p_star.num_tokens - 1}")
+
+
+def _check_meshes(spec: LmSpec, distilled: bool) -> None:
+    """That each model whose shape the config says can be split over the mesh that it will lie on."""
+    mesh, teacher_mesh = make_mesh(spec.mesh), make_mesh(spec.teacher_mesh)
+    if not spec.p_star.source:
+        _check_split(PRESETS[spec.p_star.architecture], mesh, "config.p_star.architecture", "config.mesh")
+    _check_split(_any_shape(spec, "student", mesh), mesh, "config.student", "config.mesh")
+    if not spec.teacher.source:
+        _check_split(_any_shape(spec, "teacher", mesh), mesh, "config.teacher", "config.mesh")
+        if distilled:
+            shape = _any_shape(spec, "teacher", teacher_mesh)
+            _check_split(shape, teacher_mesh, "config.teacher", "config.teacher_mesh")
+
+
+def _any_shape(spec: LmSpec, role: str, mesh: jax.sharding.Mesh | None) -> Architecture:
+    """The shape of a role; while p*'s vocabulary is unknown, with one that can be split."""
+    known = None if spec.p_star.source else planned_shape(spec, role)
+    size = 1 if mesh is None else mesh.size
+    return known or dataclasses.replace(architecture(getattr(spec, role), PRESETS["tiny"], role), vocab_size=size)
+
+
+def _check_split(shape: Architecture, mesh: jax.sharding.Mesh | None, label: str, mesh_label: str) -> None:
+    if mesh is None:
+        return
+    try:
+        mesh_lib.shardings(model_lib.logical_axes(shape), model_lib.abstract(shape), mesh)
+    except ValueError as error:
+        raise ValueError(f"{label} cannot be split over {mesh_label}: {error}") from error

@@ -1,0 +1,152 @@
+"""One model in training: its data, its checkpoints and its log, and which checkpoint becomes the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax.lm import weights
+from kd_jax.lm.corpus import batches
+from kd_jax.lm.distill.loss import Distillation
+from kd_jax.lm.model import Compute, Model, flops
+from kd_jax.lm.training import state as state_lib
+from kd_jax.lm.training.data import Data
+from kd_jax.lm.training.log import ROW, Log
+from kd_jax.lm.training.recipe import Member, TrainSpec
+from kd_jax.lm.training.state import State
+from kd_jax.lm.training.update import Metrics
+from kd_jax.parallel import distributed
+from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.runs.run import Clock
+from kd_jax.storage.errors import RunError
+from kd_jax.storage.files import read_rows, replacing, write_rows
+
+RULE = "the least validation loss (nats per token, padding not counted)"
+# (weights, placed batches) -> the loss, as "loss", and its statistics
+Evaluate = Callable[[Any, Iterable[batches.Batch]], dict[str, float]]
+
+
+@dataclasses.dataclass
+class Session:
+    """What stays the same while a member is trained, and how many tokens it has learnt from."""
+
+    spec: TrainSpec
+    model: Model
+    data: Data
+    member: Member
+    checkpoints: Checkpoints
+    compute: Compute
+    mesh: Mesh | None
+    clock: Clock
+    tokens: int = 0
+
+    @property
+    def total(self) -> int:
+        """Updates in all."""
+        return len(self.data.updates)
+
+    def count(self, batch: batches.Batch) -> int:
+        """Adds the tokens that a batch teaches; returns how many it is so far."""
+        self.tokens += int(batch.mask.sum())
+        return self.tokens
+
+    def log(self, first: int, distillation: Distillation | None, quiet: bool) -> Log:
+        """The log of the updates after `first`."""
+        layout = self.data.updates.layout
+        length = layout.row_length or layout.max_length
+        per_token = flops.training_flops(self.model.architecture, length)
+        if distillation is not None and distillation.teacher is not None:
+            per_token += flops.forward_flops(distillation.teacher.architecture, length)
+        return Log(
+            self.member.folder, {"name": self.member.name, **self.member.tags}, first, self.total, self.spec.log_every,
+            self.spec.trackers, tokens_at_ceiling=flops.ceiling(self.compute.dtype) / per_token, clock=self.clock,
+            quiet=quiet,
+        )  # fmt: skip
+
+    def on_policy(self, done: int) -> bool | None:
+        """Whether update `done` (the first is 1) learns from the student's own samples; None where no update does."""
+        return None if self.data.rollouts is None else self.data.rollouts.wanted(done - 1)
+
+    def rollout(self, state: State, done: int) -> batches.Batch:
+        """The student's own samples as the batch of update `done`."""
+        with self.clock("updates"):
+            jax.block_until_ready(state.params)  # so that the previous update's time is not counted as the rollout's
+        with self.clock("rollouts"):
+            return self.data.rollouts.batch(state.params, done - 1)
+
+    def restore(self, first: int, optimizer) -> State:
+        """The state after `first` updates: the checkpoint's, or a new one for 0."""
+        self.checkpoints.drop_after(first)
+        if not first:
+            key = jax.random.key(self.member.seed)
+            return state_lib.init(key, self.model.architecture, optimizer, self.mesh)
+        about = self.checkpoints.values(first)
+        if (about.get("seed"), about.get("updates")) != (self.member.seed, self.total) or "tokens" not in about:
+            raise RunError(f"{self.checkpoints.folder(first)} is of another training: {about}; choose another folder")
+        like = state_lib.abstract(self.model.architecture, optimizer, self.mesh)
+        trees = self.checkpoints.load(first, {"weights": like.params, "optimizer": like.optimizer})
+        self.tokens = about["tokens"]
+        return State(trees["weights"], trees["optimizer"], jax.device_put(np.int32(first), like.step.sharding))
+
+    def check(self, done: int, metrics: Metrics, batch: batches.Batch) -> None:
+        """Raises FloatingPointError, with the batch saved, where an update's loss or gradient is not finite."""
+        if math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm):
+            return
+        path = self.member.folder / f"batch-{done}.npz"
+        arrays = batch._asdict() | ({} if batch.targets is None else batch.targets._asdict())
+        del arrays["targets"]
+        if distributed.leads():
+            with replacing(path) as file:
+                np.savez(file, rows=self.data.updates.rows(done - 1), **arrays)
+        raise FloatingPointError(
+            f"update {done} has loss {metrics.loss} and gradient norm {metrics.gradient_norm}; its batch is in {path}"
+        )
+
+    def validate(self, state: State, done: int, log: Log, evaluate: Evaluate) -> float:
+        """The validation loss after update `done`, logged."""
+        with self.clock("validation"):
+            placed = (state_lib.place(batch, self.mesh) for batch in self.data.validation)
+            values = evaluate(state.params, placed)
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(f"the validation loss after update {done} is {values['loss']}")
+        with self.clock("logging"):
+            log.validation(done, values)
+        return values["loss"]
+
+    def save(self, done: int, state: State, loss: float | None) -> None:
+        """Saves a checkpoint, in the background; `loss` is the validation's, if there was one."""
+        about = {"updates": self.total, "seed": self.member.seed, "tokens": self.tokens}
+        with self.clock("checkpoints"):
+            trees = {"weights": state.params, "optimizer": state.optimizer}
+            self.checkpoints.save(done, trees, about, metrics=None if loss is None else {"loss": loss})
+
+    def choose(self, state: State) -> dict[str, Any]:
+        """Writes FOLDER/model, the checkpoint that RULE names; returns what training.json says of it."""
+        path = self.member.folder / "metrics.jsonl"
+        rows = distributed.once(lambda: read_rows(path, ROW), "the rows of a training")
+        validations = {row["step"]: row for row in rows if row["kind"] == "validation"}
+        with self.clock("checkpoints"):
+            self.checkpoints.wait()
+            saved = set(validations) & set(self.checkpoints.steps())
+            chosen = min(saved, key=lambda step: (validations[step]["loss"], step))
+            params = state.params
+            if chosen != self.total:
+                like = state_lib.abstract(self.model.architecture, self.spec.optimizer(self.total), self.mesh)
+                params = self.checkpoints.load(chosen, {"weights": like.params})["weights"]
+            weights.save(self.model._replace(params=params), self.member.folder / "model", overwrite=True)
+        if distributed.leads():
+            write_rows(
+                path,
+                [row | {"chosen": row["step"] == chosen} if row["kind"] == "validation" else row for row in rows],
+            )
+        return {
+            "rule": RULE, "chosen": chosen, "updates": self.total, "tokens": self.tokens,
+            "validation_loss": validations[chosen]["loss"], "perplexity": validations[chosen]["perplexity"],
+            "fingerprint": weights.fingerprint(params),
+        }  # fmt: skip

@@ -1,0 +1,110 @@
+"""The state that an update changes, and where it and a batch lie on the devices."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.corpus.batches import Batch
+from kd_jax.lm.model import Architecture
+from kd_jax.parallel import distributed
+from kd_jax.parallel import mesh as mesh_lib
+
+
+class State(NamedTuple):
+    """All that an update changes.
+
+    Attributes:
+        params: the weights, float32.
+        optimizer: optax's state for them.
+        step: int32, the number of finished updates.
+    """
+
+    params: Any
+    optimizer: Any
+    step: jax.Array
+
+
+def init(
+    key: jax.Array, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> State:
+    """Random float32 weights and an empty optimiser state, allocated with their shardings."""
+    make = functools.partial(_init, architecture=architecture, optimizer=optimizer)
+    return jax.jit(make, out_shardings=shardings(architecture, optimizer, mesh))(key)
+
+
+def abstract(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> State:
+    """Shapes, dtypes and shardings of a state; nothing is allocated."""
+    shapes = _shapes(architecture, optimizer)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes, shardings(architecture, optimizer, mesh),
+    )  # fmt: skip
+
+
+def from_params(
+    params: Any, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
+) -> State:
+    """A state that starts from given weights. They are copied, since an update donates the buffers of its state."""
+    to = shardings(architecture, optimizer, mesh)
+    copied = jax.tree.map(lambda leaf, to: jax.device_put(jnp.copy(leaf).astype(jnp.float32), to), params, to.params)
+    empty = jax.jit(lambda params: (optimizer.init(params), jnp.int32(0)), out_shardings=(to.optimizer, to.step))
+    return State(copied, *empty(copied))
+
+
+def shardings(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> State:
+    """The sharding of each leaf of a state: moments as the weights they belong to, all else replicated."""
+    shapes = _shapes(architecture, optimizer)
+    if mesh is None:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: device, shapes)
+    weights = mesh_lib.shardings(model_lib.logical_axes(architecture), shapes.params, mesh)
+    replicated = mesh_lib.sharding((), mesh)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, sharding: sharding, shapes.optimizer, weights,
+        transform_non_params=lambda _: replicated,
+    )  # fmt: skip
+    return State(weights, moments, replicated)
+
+
+def place(batch: Batch, mesh: Mesh | None) -> Batch:
+    """The batch on the devices, its rows split over them; each process sends only its own part."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+
+    # [part, row, position, ...], perhaps with an axis over members before them
+    leading = batch.tokens.ndim - 2
+
+    def one(array):
+        axes = (None,) * leading + ("batch",) + (None,) * (array.ndim - leading - 1)
+        return distributed.spread(array, mesh_lib.sharding(axes, mesh))
+
+    return jax.tree.map(one, batch)
+
+
+def stack(batches: Sequence[Batch]) -> Batch:
+    """A batch for each member -> one batch with a leading axis over members; all get the rows of the largest."""
+    rows = max(batch.tokens.shape[1] for batch in batches)
+
+    def one(*arrays):
+        pads = [[(0, 0), (0, rows - array.shape[1])] + [(0, 0)] * (array.ndim - 2) for array in arrays]
+        return np.stack([np.pad(array, pad) for array, pad in zip(arrays, pads, strict=True)])
+
+    return jax.tree.map(one, *batches)
+
+
+def _init(key, architecture, optimizer):
+    params = model_lib.init(key, architecture)
+    return State(params, optimizer.init(params), jnp.int32(0))
+
+
+def _shapes(architecture, optimizer) -> State:
+    return jax.eval_shape(lambda: _init(jax.random.key(0), architecture, optimizer))

@@ -1,0 +1,65 @@
+"""Every check that a run makes of its models and data comes before its first stage, from file headers alone."""
+
+import json
+
+import pytest
+
+from configs import lm_laptop
+from kd_jax.lm.experiment import chain, checks
+from kd_jax.lm.experiment.specs import LmSpec
+from kd_jax.lm.weights import load_save
+from kd_jax.runs import stages
+from kd_jax.runs.settings import freeze
+from kd_jax.storage.errors import RunError
+from tests.lm.weights.checkpoints import TINY, write_folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """p* and models that differ from it in one thing."""
+    root = tmp_path_factory.mktemp("models")
+    write_folder(root / "p_star")
+    write_folder(root / "endless", eos_token_id=None)
+    write_folder(root / "other_end", eos_token_id=3)
+    write_folder(root / "short", max_position_embeddings=8)
+    write_folder(root / "fields", model_type="mystery", architectures=["MysteryForCausalLM"])
+    (root / "data.jsonl").write_text(json.dumps({"text": "a"}) + "\n")
+    return root
+
+
+def spec_of(folders, **changes):
+    config = lm_laptop.get_config("smoke")
+    config.p_star.update(source=str(folders / "p_star"), architecture="tiny")
+    changes = {k: str(folders / v) if k.endswith(".source") and v else v for k, v in changes.items()}
+    config.update_from_flattened_dict(changes)
+    return freeze(LmSpec, config)
+
+
+def test_a_run_that_can_be_is_not_refused_and_no_weights_are_read(folders, monkeypatch):
+    monkeypatch.setattr(load_save, "_place", None)
+    checks.check_sources(spec_of(folders))
+    checks.check_sources(spec_of(folders, **{"teacher.source": "p_star"}))
+    checks.check_sources(freeze(LmSpec, lm_laptop.get_config("smoke")))  # random p*
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"p_star.source": "missing"}, "missing"),
+    ({"p_star.source": "fields"}, "mystery"),
+    ({"p_star.source": "short"}, "has 8 positions, and sequences are up to 16"),
+    ({"p_star.source": "endless"}, "no EOS id"),
+    ({"sampling.prompt_ids": ()}, "needs a tokenizer, which p\\* has not"),
+    ({"sampling.prompt_ids": (1,) * 16}, "the prompt has 16 ids"),
+    ({"sampling.prompt_ids": (TINY.vocab_size,)}, f"the ids of p\\* end at {TINY.vocab_size - 1}"),
+    ({"teacher.source": "other_end"}, "ends a sequence with ids \\[3\\], p\\* with \\[2\\]"),
+    ({"teacher.source": "short"}, "config.teacher.source has 8 positions"),
+    ({"teacher.source": "missing"}, "missing"),
+    ({"data.source": "no.jsonl"}, "no.jsonl"),
+])  # fmt: skip
+def test_what_cannot_be_is_said_before_the_first_stage(folders, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr(stages, "run", lambda *_: pytest.fail("a stage has begun"))
+    spec = spec_of(folders, **changes)
+    with pytest.raises((ValueError, OSError, RunError), match=message):
+        chain.run(spec, tmp_path / "run")
+    with pytest.raises((ValueError, OSError, RunError), match=message):
+        checks.check_sources(spec)  # what --dry_run calls
+    assert not (tmp_path / "run").exists()
