@@ -8,23 +8,22 @@ checkpoint. Recall is measured on a corpus of p* of its own. Seeds are those of 
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import evaluation, training, weights
-from kd_jax.lm.corpus import Corpus, documents, ingest
+from kd_jax.lm import training, weights
+from kd_jax.lm.corpus import documents, ingest
 from kd_jax.lm.decode import to_corpus
 from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.distill import loss as distill
 from kd_jax.lm.distill import recorded_top_k
-from kd_jax.lm.evaluation import Entry, estimates
+from kd_jax.lm.evaluation import estimates
 from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import checks, cost, planning, results, roles
 from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording
-from kd_jax.lm.experiment.results import Evaluated, Student
-from kd_jax.lm.experiment.specs import LmSpec, StudentSpec, architecture, make_mesh, planned_shape
+from kd_jax.lm.experiment.results import Student
+from kd_jax.lm.experiment.specs import LmSpec, StudentSpec, TeacherSpec, architecture, make_mesh, planned_shape
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.parallel import distributed
 from kd_jax.parallel.devices import Target
@@ -33,11 +32,11 @@ from kd_jax.runs.run import Stop
 from kd_jax.runs.settings import to_dict
 from kd_jax.runs.stages import Stage
 from kd_jax.storage.errors import RunError
-from kd_jax.storage.files import read_rows, write_rows
 
 Spec = LmSpec
-# What a random number is for: seeds of corpora and models are config.seed plus one of these, far apart.
-_TRAIN, _VALIDATION, _TEACHER, _SAMPLES, _STUDENT, _EVALUATION = (1_000_000 * i for i in range(1, 7))
+# What a random number is for: seeds of corpora and models are config.seed plus one of these, far apart. 6 million is
+# that of the evaluation (results.py).
+_TRAIN, _VALIDATION, _TEACHER, _SAMPLES, _STUDENT = (1_000_000 * i for i in range(1, 6))
 
 
 def validate(spec: LmSpec) -> None:
@@ -72,7 +71,7 @@ def run(
         stages.run(folder, chain, [name for name in only if name != "evaluation"])
     if only and "evaluation" not in only:
         return None
-    return evaluate(spec, folder, chain)
+    return results.evaluate(spec, folder, chain)
 
 
 def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
@@ -184,15 +183,17 @@ def _students(spec: LmSpec, arm: Arm) -> list[Stage]:
     return stages_of_arm
 
 
-def _training(spec: LmSpec, name: str, shape: StudentSpec, students: list[Student]) -> Stage:
+def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, students: list[Student]) -> Stage:
     arm, role = students[0].arm, "teacher" if shape is spec.teacher else "student"
     train_spec = spec.train_of(role)
     train = {key: value for key, value in to_dict(train_spec).items() if key not in ("together", "trackers")}
     settings = {
-        "model": {key: value for key, value in to_dict(shape).items() if key not in ("source", "train")},
+        "model": {key: value for key, value in to_dict(shape).items() if key not in ("source", "init", "train")},
         "train": {**train, "trackers": []}, "num_validation": spec.num_validation,
         "seed": spec.seed + students[0].purpose, "compute": to_dict(spec.compute),
     }  # fmt: skip
+    if shape.start:
+        settings["start"] = weights.identity(shape.start)
     if len(students) > 1:
         settings["together"] = len(students)
     if arm.distill is not None:
@@ -202,6 +203,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec, students: list[Studen
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         p_star = weights.about(inputs[TRAIN])
         model = p_star._replace(architecture=architecture(shape, p_star.architecture, "config"))
+        start = weights.load(shape.start, mesh=make_mesh(spec.mesh)).params if shape.start else None
         corpora = [corpus_lib.open(inputs[corpus] / "corpus") for corpus in arm.corpora]
         members = [
             training.Member(
@@ -209,7 +211,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec, students: list[Studen
                 folder=results.home(folder, students, student), name=student.name,
                 tags={"arm": arm.kind, "tau": arm.tau, "seed": student.seed},
                 mixed=corpora[1] if len(corpora) > 1 else None,
-                prompts=corpus_lib.open(inputs[TRAIN] / "corpus"),
+                prompts=corpus_lib.open(inputs[TRAIN] / "corpus"), start=start,
             )
             for student in students
         ]  # fmt: skip
@@ -285,64 +287,3 @@ def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[st
         return corpus.manifest["counts"]
 
     return {**distributed.once(read, f"reading {data.source}"), "entropy": None, "entropy_se": None}
-
-
-def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
-    """Scores every model and writes the rows of the whole run; returns what to add to the manifest."""
-    folders = stages.folders(folder, chain)
-    missing = [stage.name for stage in chain if not stages.finished(folders[stage.name])]
-    if missing:
-        raise RunError(f"the evaluation needs {missing[0]}, which is not finished; run it first")
-    p_star = roles.p_star(spec)
-    validation = corpus_lib.open(folders["p_star/validation"] / "corpus")
-    models = _teachers(spec, folders, validation)
-    for student, home in results.trained(chain, folders):
-        if student.seed is not None:
-            entry = Entry(home, student.arm.kind, student.arm.tau, student.seed)
-            models[student.name] = Evaluated(entry, arm=student.arm, home=home)
-    entries = {name: model.entry for name, model in models.items()}
-    settings = evaluation.Settings(
-        num_samples=spec.num_samples, seed=spec.seed + _EVALUATION, dtype=spec.sampling.dtype,
-        batch_size=spec.sampling.batch_size, mesh=make_mesh(spec.mesh),
-    )  # fmt: skip
-    rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation")
-    gather = functools.partial(_gather, spec, folder, chain, rows, models, p_star, validation)
-    return distributed.once(gather, "gathering the rows")
-
-
-def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dict[str, Evaluated]:
-    """The teacher with each sampler whose text a student learns; if there is none, as it is."""
-    source = spec.teacher.source or folders["teacher"]
-    models = {}
-    for sampler in dict.fromkeys(arm.sampler for arm in arms_lib.arms(spec) if arm.sampler is not None):
-        name = f"teacher/{sampler.label}"
-        truncated = any(value is not None for key, value in sampler.knobs().items() if key != "sample_temperature")
-        samples = corpus_lib.open(folders[arms_lib.samples_stage(sampler)] / "corpus")
-        entry = Entry(source, name if truncated else "teacher", sampler.sample_temperature, None, samples)
-        models[name] = Evaluated(entry, sampler=sampler)
-    if not models:
-        is_p_star = source == spec.p_star.source and spec.num_samples <= spec.num_recall
-        samples = validation if is_p_star and not spec.data.source else None
-        models["teacher/tau-1"] = Evaluated(Entry(source, "teacher", 1.0, None, samples))
-    return models
-
-
-def _gather(
-    spec: LmSpec, folder: Path, chain: list[Stage], rows: list[dict[str, Any]], models: dict[str, Evaluated],
-    p_star: Model, validation: Corpus,
-) -> dict[str, Any]:  # fmt: skip
-    """Writes metrics.jsonl and samples.jsonl of the run; returns what the manifest says of its stages."""
-    folders = stages.folders(folder, chain)
-    rows = [row | results.learnt_from(models[row["name"]], folders) for row in rows]
-    seconds = evaluation.seconds(folder / "evaluation", models)
-    training_rows = [read_rows(home / "metrics.jsonl") for _, home in results.trained(chain, folders)]
-    stage_rows = results.stage_rows(chain, folders, seconds)
-    write_rows(folder / "metrics.jsonl", [*rows, *sum(training_rows, []), *stage_rows])
-    write_rows(folder / "samples.jsonl", results.sample_rows(spec, p_star, models, validation, folder))
-    records = []
-    for stage in chain:
-        record = stages.about(folders[stage.name])
-        place = str(folders[stage.name].relative_to(folder))
-        records.append({"name": stage.name, "folder": place, **{key: record[key] for key in ("seconds", "starts")}})
-    records.append({"name": "evaluation", "folder": "evaluation", "seconds": seconds})
-    return {"stages": records, "overhead": results.overhead(chain, folders)}

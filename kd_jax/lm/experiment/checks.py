@@ -48,6 +48,7 @@ def check_sources(spec: LmSpec) -> None:
             the maximal length), a prompt without ids, with ids beyond the vocabulary, or without room after it;
         the teacher: a source that cannot be opened, or that cannot be compared with p* (another vocabulary, tokenizer
             or EOS, too few positions);
+        a model that training starts from: the same;
         the data: a source that cannot be opened.
     """
     length = spec.sampling.max_length
@@ -61,6 +62,10 @@ def check_sources(spec: LmSpec) -> None:
         teacher = weights.describe(spec.teacher.source)
         compatibility.check_model("config.teacher.source", teacher, p_star, length)
         compatibility.check_teacher(teacher, p_star)
+    for role, shape in (("teacher", spec.teacher), ("student", spec.student)):
+        if shape.start:
+            key = "config.teacher.init" if role == "teacher" else "config.student.source"
+            compatibility.check_model(key, weights.describe(shape.start), p_star, length)
     if spec.data.source:
         documents.identity(spec.data.source)
 

@@ -1,23 +1,31 @@
-"""The rows of a run's metrics.jsonl and samples.jsonl, from what its stages have written."""
+"""The evaluation of a run, and the rows of its metrics.jsonl and samples.jsonl."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import evaluation
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.evaluation import Entry
+from kd_jax.lm.experiment import arms as arms_lib
+from kd_jax.lm.experiment import roles
 from kd_jax.lm.experiment.arms import Arm, samples_stage
-from kd_jax.lm.experiment.specs import LmSpec
+from kd_jax.lm.experiment.specs import LmSpec, make_mesh
 from kd_jax.lm.model import Model
 from kd_jax.lm.training.log import ROW
+from kd_jax.parallel import distributed
 from kd_jax.runs import stages
 from kd_jax.runs.stages import Stage
 from kd_jax.storage.errors import RunError
-from kd_jax.storage.files import read_rows
+from kd_jax.storage.files import read_rows, write_rows
+
+# Added to config.seed for the samples of the evaluation.
+_EVALUATION = 6_000_000
 
 
 class Student(NamedTuple):
@@ -50,6 +58,67 @@ class Evaluated(NamedTuple):
     arm: Arm | None = None
     sampler: SamplerSpec | None = None
     home: Path | None = None
+
+
+def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
+    """Scores every model and writes the rows of the whole run; returns what to add to the manifest."""
+    folders = stages.folders(folder, chain)
+    missing = [stage.name for stage in chain if not stages.finished(folders[stage.name])]
+    if missing:
+        raise RunError(f"the evaluation needs {missing[0]}, which is not finished; run it first")
+    p_star = roles.p_star(spec)
+    validation = corpus_lib.open(folders["p_star/validation"] / "corpus")
+    models = _teachers(spec, folders, validation)
+    for student, home in trained(chain, folders):
+        if student.seed is not None:
+            entry = Entry(home, student.arm.kind, student.arm.tau, student.seed)
+            models[student.name] = Evaluated(entry, arm=student.arm, home=home)
+    entries = {name: model.entry for name, model in models.items()}
+    settings = evaluation.Settings(
+        num_samples=spec.num_samples, seed=spec.seed + _EVALUATION, dtype=spec.sampling.dtype,
+        batch_size=spec.sampling.batch_size, mesh=make_mesh(spec.mesh),
+    )  # fmt: skip
+    rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation")
+    gather = functools.partial(_gather, spec, folder, chain, rows, models, p_star, validation)
+    return distributed.once(gather, "gathering the rows")
+
+
+def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dict[str, Evaluated]:
+    """The teacher with each sampler whose text a student learns; if there is none, as it is."""
+    source = spec.teacher.source or folders["teacher"]
+    models = {}
+    for sampler in dict.fromkeys(arm.sampler for arm in arms_lib.arms(spec) if arm.sampler is not None):
+        name = f"teacher/{sampler.label}"
+        truncated = any(value is not None for key, value in sampler.knobs().items() if key != "sample_temperature")
+        samples = corpus_lib.open(folders[arms_lib.samples_stage(sampler)] / "corpus")
+        entry = Entry(source, name if truncated else "teacher", sampler.sample_temperature, None, samples)
+        models[name] = Evaluated(entry, sampler=sampler)
+    if not models:
+        is_p_star = source == spec.p_star.source and spec.num_samples <= spec.num_recall
+        samples = validation if is_p_star and not spec.data.source else None
+        models["teacher/tau-1"] = Evaluated(Entry(source, "teacher", 1.0, None, samples))
+    return models
+
+
+def _gather(
+    spec: LmSpec, folder: Path, chain: list[Stage], rows: list[dict[str, Any]], models: dict[str, Evaluated],
+    p_star: Model, validation: Corpus,
+) -> dict[str, Any]:  # fmt: skip
+    """Writes metrics.jsonl and samples.jsonl of the run; returns what the manifest says of its stages."""
+    folders = stages.folders(folder, chain)
+    rows = [row | learnt_from(models[row["name"]], folders) for row in rows]
+    seconds = evaluation.seconds(folder / "evaluation", models)
+    training_rows = [read_rows(home / "metrics.jsonl") for _, home in trained(chain, folders)]
+    rows = [*rows, *sum(training_rows, []), *stage_rows(chain, folders, seconds)]
+    write_rows(folder / "metrics.jsonl", rows)
+    write_rows(folder / "samples.jsonl", sample_rows(spec, p_star, models, validation, folder))
+    records = []
+    for stage in chain:
+        record = stages.about(folders[stage.name])
+        place = str(folders[stage.name].relative_to(folder))
+        records.append({"name": stage.name, "folder": place, **{key: record[key] for key in ("seconds", "starts")}})
+    records.append({"name": "evaluation", "folder": "evaluation", "seconds": seconds})
+    return {"stages": records, "overhead": overhead(chain, folders)}
 
 
 def home(folder: Path, students: Sequence[Student], student: Student) -> Path:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 
+from kd_jax.lm import weights
 from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.experiment.knobs import FrontierSpec
-from kd_jax.lm.model import PRESETS, Architecture, Compute
+from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
 from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import changes, merge, setting, spec
@@ -52,8 +54,8 @@ class SamplingSpec:
 
 
 @spec
-class StudentSpec:
-    """The shape of a model that is trained: a preset, or numbers. Its vocabulary is p*'s."""
+class ModelSpec:
+    """A model that is trained: its shape, as a preset or in numbers, and how it is trained. Its vocabulary is p*'s."""
 
     preset: str = setting("", "in place of the numbers", one_of=("", *PRESETS))
     layers: int = setting(2, "transformer layers", at_least=1)
@@ -65,10 +67,32 @@ class StudentSpec:
 
 
 @spec
-class TeacherSpec(StudentSpec):
+class StudentSpec(ModelSpec):
+    """The students: trained from random weights, or from those of a model that exists."""
+
+    source: str = setting("", "a model whose weights students start from; it also gives their shape")
+
+    @property
+    def start(self) -> str:
+        """The model that training starts from; empty for random weights."""
+        return self.source
+
+
+@spec
+class TeacherSpec(ModelSpec):
     """The teacher: trained on p*'s corpus, or a model that exists."""
 
     source: str = setting("", "a model that is the teacher, in place of one trained on p*'s corpus")
+    init: str = setting("", "a model whose weights the teacher's training starts from; it also gives its shape")
+
+    def __post_init__(self):
+        if self.source and self.init:
+            raise ValueError(f"init={self.init!r} has no effect: source={self.source!r} is the teacher")
+
+    @property
+    def start(self) -> str:
+        """The model that training starts from; empty for random weights."""
+        return self.init
 
 
 @spec
@@ -128,7 +152,7 @@ class LmSpec:
                 "sampling.prompt_ids (what each row, and each sample, begins with: BOS, for instance)"
             )
         for role in ("teacher", "student"):
-            architecture(getattr(self, role), PRESETS["tiny"], role)
+            _check_shape(getattr(self, role), role)
             batch_size = self.train_of(role).batch_size
             if batch_size > self.num_train:
                 raise ValueError(f"train.batch_size={batch_size} of the {role} is above num_train={self.num_train}")
@@ -139,16 +163,27 @@ class LmSpec:
         return merge(self.train, getattr(self, role).train, f"{role}.train")
 
 
+def _check_shape(shape: StudentSpec | TeacherSpec, role: str) -> None:
+    if not shape.start:
+        architecture(shape, PRESETS["tiny"], role)
+        return
+    for field in dataclasses.fields(ModelSpec):
+        if field.name != "train" and getattr(shape, field.name) != field.default:
+            raise ValueError(f"{role}.{field.name} has no effect: {shape.start!r} gives the shape")
+
+
 def make_mesh(sizes: MeshSpec) -> jax.sharding.Mesh | None:
     """The mesh of these sizes; None for the default on one device, where programs are simpler without."""
     return None if sizes == MeshSpec() and jax.device_count() == 1 else mesh_lib.make(**vars(sizes))
 
 
-def architecture(shape: StudentSpec, p_star: Architecture, role: str) -> Architecture:
-    """The architecture of a model to be trained, with the vocabulary of p*.
+def architecture(shape: StudentSpec | TeacherSpec, p_star: Architecture, role: str) -> Architecture:
+    """The architecture of a model to be trained: that of its start, or the config's with p*'s vocabulary.
 
-    Unless it is a preset, its rotary embedding and longest sequence are p*'s, too.
+    Unless it is a preset, the config's shape has the rotary embedding and the longest sequence of p*, too.
     """
+    if shape.start:
+        return _describe(shape.start).architecture
     if shape.preset:
         return dataclasses.replace(PRESETS[shape.preset], vocab_size=p_star.vocab_size)
     if shape.width % shape.heads:
@@ -162,6 +197,11 @@ def architecture(shape: StudentSpec, p_star: Architecture, role: str) -> Archite
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{role}: {error}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _describe(source: str) -> Model:
+    return weights.describe(source)
 
 
 def planned_shape(spec: LmSpec, role: str) -> Architecture | None:

@@ -65,6 +65,7 @@ class Member(NamedTuple):
         tags: fields for every row of its metrics.jsonl.
         mixed: the corpus that DistillSpec.mix takes its share of sequences from.
         prompts: the corpus whose rows give the prompts of the student's own samples; by default `corpus`.
+        start: weights that training starts from; None for random ones. They are copied.
     """
 
     corpus: Corpus
@@ -75,3 +76,4 @@ class Member(NamedTuple):
     tags: dict[str, Any] = {}
     mixed: Corpus | None = None
     prompts: Corpus | None = None
+    start: Any = None

@@ -81,9 +81,11 @@ class Session:
             return self.data.rollouts.batch(state.params, done - 1)
 
     def restore(self, first: int, optimizer) -> State:
-        """The state after `first` updates: the checkpoint's, or a new one for 0."""
+        """The state after `first` updates: the checkpoint's; for 0 a new one, from the member's start or random."""
         self.checkpoints.drop_after(first)
         if not first:
+            if self.member.start is not None:
+                return state_lib.from_params(self.member.start, self.model.architecture, optimizer, self.mesh)
             key = jax.random.key(self.member.seed)
             return state_lib.init(key, self.model.architecture, optimizer, self.mesh)
         about = self.checkpoints.values(first)

@@ -63,3 +63,19 @@ def test_what_cannot_be_is_said_before_the_first_stage(folders, tmp_path, monkey
     with pytest.raises((ValueError, OSError, RunError), match=message):
         checks.check_sources(spec)  # what --dry_run calls
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"student.source": "other_end"}, "config.student.source ends a sequence with ids"),
+    ({"teacher.init": "short"}, "config.teacher.init has 8 positions"),
+])  # fmt: skip
+def test_a_start_has_to_go_with_p_star(folders, changes, message):
+    role = next(iter(changes)).split(".")[0]
+    default = {f"{role}.{k}": v for k, v in {"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}.items()}
+    with pytest.raises(ValueError, match=message):
+        checks.check_sources(spec_of(folders, **{k: str(folders / v) for k, v in changes.items()}, **default))
+
+
+def test_a_shape_beside_a_start_has_no_effect(folders):
+    with pytest.raises(ValueError, match="config.student.layers has no effect: .* gives the shape"):
+        spec_of(folders, **{"student.source": "p_star"})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import model as model_lib
 from kd_jax.lm import training, weights
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.lm.training import Member, TrainSpec, loop
@@ -238,3 +239,13 @@ def test_a_loss_beyond_what_exp_holds_is_logged(tmp_path):
     log.close()
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert row["loss"] == 800.0 and row["perplexity"] == float("inf")
+
+
+def test_a_start_is_where_training_begins(corpus, tmp_path):
+    """At a learning rate of (nearly) nothing the model is what it started from, and the start itself is untouched."""
+    start = model_lib.init(jax.random.key(9), TINY)
+    before = weights.fingerprint(start)
+    members = [Member(corpus, 8, 5, tmp_path / "t", start=start)]
+    spec = settings(epochs=1, validations=1, learning_rate=1e-30)
+    result = training.train(spec, model(), members, compute=COMPUTE)[0]
+    assert result["fingerprint"] == before == weights.fingerprint(start)
