@@ -55,8 +55,8 @@ def _parser() -> command_line.Parser:
     add("--num_recall", type=count, metavar="N", help="validation rows (all of --corpus, else as --num_samples)")
     add("--seed", type=number(int, at_least=0, below=_DATA_SEED), default=0, help="of the samples (%(default)s)")
     add(
-        "--sample_temperature", type=number(float, at_least=0), default=1.0, metavar="TAU",
-        help="of the models' samples (%(default)s)",
+        "--sample_temperature", type=number(float, at_least=0), nargs="+", default=[1.0], metavar="TAU",
+        help="of the models: a row for each model at each of these (1)",
     )  # fmt: skip
     add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
     add("--prompt_ids", type=ids, metavar="1,504", help="the prompt as token ids")
@@ -98,7 +98,7 @@ def _named(models: Sequence[str]) -> dict[str, str]:
 
 
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
-    from kd_jax.lm import corpus, evaluation, weights
+    from kd_jax.lm import corpus, evaluation
     from kd_jax.runs import cache
     from kd_jax.storage.files import write_json, write_rows
 
@@ -109,20 +109,19 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     validation = None if args.corpus is None else corpus.open(args.corpus)
     mesh = command_line.mesh(args.mesh)
     cache.enable_compilation_cache()
-    settings = evaluation.Settings(
-        num_samples=args.num_samples, num_recall=args.num_recall, seed=args.seed, dtype=args.dtype, mesh=mesh,
-        sample_temperature=args.sample_temperature, batch_size=args.batch_size,
+    spec = evaluation.EvaluationSpec(
+        num_samples=args.num_samples, num_recall=args.num_recall, seed=args.seed, dtype=args.dtype,
+        sample_temperatures=tuple(args.sample_temperature), batch_size=args.batch_size,
     )  # fmt: skip
     entries = {name: evaluation.Entry(source, *_arm(name)) for name, source in args.model.items()}
-    p_star = weights.load(args.p_star, dtype=args.dtype, mesh=mesh)
-    manifest = _manifest(args, argv)
+    manifest, p_star = _manifest(args, argv), evaluation.LazyModel(args.p_star, args.dtype, mesh, out / "models")
     if validation is None:
-        drawn = _validation_settings(args, p_star, settings)
+        prompt_ids, max_length = _prompt(args, p_star.metadata)
         # before p* is sampled, which may take hours
-        evaluation.check(p_star, entries, drawn["max_length"], settings)
+        evaluation.check(p_star, entries, spec, max_length)
         _begin(out, manifest)
-        validation = _sample_validation(out / "p_star", p_star, drawn, settings)
-    plan = evaluation.plan(p_star, entries, validation, settings, out / "models")
+        validation = _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh)
+    plan = evaluation.plan(p_star, entries, validation, spec, out / "models", mesh)
     _begin(out, manifest)
     rows = evaluation.carry_out(plan)
     write_rows(out / "metrics.jsonl", rows)
@@ -168,10 +167,8 @@ def _check_folder(out: Path) -> None:
         raise RunError(f"--out {out} holds something else than an evaluation ({there[0]}); choose another folder")
 
 
-def _validation_settings(args: argparse.Namespace, p_star: Any, settings: Any) -> dict[str, Any]:
-    """The settings of the corpus of p*'s own samples. Raises ValueError for a prompt or a length it cannot have."""
-    from kd_jax.lm import evaluation, weights
-
+def _prompt(args: argparse.Namespace, p_star: Any) -> tuple[list[int], int]:
+    """Prompt and longest length of p*'s own samples. Raises ValueError for a prompt or a length it cannot have."""
     ids = args.prompt_ids
     if ids is None and p_star.tokenizer is None:
         raise ValueError(f"{args.p_star} has no tokenizer for --prompt; give the prompt as --prompt_ids")
@@ -187,20 +184,24 @@ def _validation_settings(args: argparse.Namespace, p_star: Any, settings: Any) -
         raise ValueError(
             f"--max_length {max_length} counts the prompt, which has {len(ids)} ids; nothing could be added"
         )
+    return ids, max_length
+
+
+def _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh) -> Any:
+    """The corpus of p*'s own samples."""
+    from kd_jax.lm import evaluation
+    from kd_jax.lm.decode import WHOLE, to_corpus
+    from kd_jax.lm.model import Compute
+
     path = Path(args.p_star).expanduser()
     source = str(path.absolute()) if path.exists() else args.p_star
-    found = evaluation.Found(p_star, weights.fingerprint(p_star.params))
     count = args.num_samples if args.num_recall is None else args.num_recall
-    whole = settings._replace(sample_temperature=1.0)
-    return evaluation.sampling_settings(found, source, ids, max_length, count, _DATA_SEED + args.seed, whole)
-
-
-def _sample_validation(folder: Path, p_star: Any, drawn: dict[str, Any], settings: Any) -> Any:
-    from kd_jax.lm.decode import to_corpus
-
+    drawn = evaluation.sampling_settings(
+        p_star, source, prompt_ids, max_length, count, _DATA_SEED + args.seed, WHOLE, spec
+    )
     return to_corpus.sample(
-        p_star, folder, drawn, command="validation samples of p*", label="p*: samples", batch_size=settings.batch_size,
-        **settings.run,
+        p_star.load, Path(args.out) / "p_star", drawn, command="validation samples of p*", label="p*: samples",
+        batch_size=spec.batch_size, compute=Compute(dtype=spec.dtype), mesh=mesh,
     )  # fmt: skip
 
 
@@ -229,24 +230,32 @@ def _now() -> str:
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
     print("nats per token (sum over all tokens / number of tokens), with the standard error over sequences")
-    _print_grid([[row["name"], *(_value(row[key], row[f"{key}_se"]) for key in _COLUMNS)] for row in rows])
+    _print_grid([[_label(row), *(_value(row[key], row[f"{key}_se"]) for key in _COLUMNS)] for row in rows])
     for row in rows:
         if row["precision_num_infinite"]:
-            print(f"{row['name']}: {row['precision_num_infinite']} of its samples have probability 0 under p*")
+            print(f"{_label(row)}: {row['precision_num_infinite']} of its samples have probability 0 under p*")
         if row["recall_num_infinite"]:
-            print(f"{row['name']}: {row['recall_num_infinite']} validation rows have probability 0 under it")
-    if any(row["recall"] is None for row in rows):
-        print("- : recall is of the model itself, not of samples at another temperature than 1")
+            print(f"{_label(row)}: {row['recall_num_infinite']} validation rows have probability 0 under it")
+        if row["precision_excess"] is not None and row["precision_excess"] > 2 * row["precision_excess_se"]:
+            print(
+                f"{_label(row)}: its samples are likelier under p* than p*'s own, which bad text can be too: entropy "
+                f"{row['entropy']:.2f}, distinct-2 {row['distinct_2']:.2f}, repetition {row['repetition_4']:.2f}"
+            )
     seeds = {}
     for row in rows:
         if row["seed"] is not None:
-            seeds.setdefault(row["name"].rpartition("/seed-")[0], []).append(row)
+            seeds.setdefault(_label({**row, "name": row["name"].rpartition("/seed-")[0]}), []).append(row)
     groups = {arm: group for arm, group in seeds.items() if len(group) > 1}
     if groups:
         print("\nmean over seeds, with its standard error")
         _print_grid(
             [[f"{arm} ({len(group)})", *(_over_seeds(group, key) for key in _COLUMNS)] for arm, group in groups.items()]
         )
+
+
+def _label(row: dict[str, Any]) -> str:
+    tau = row["sample_temperature"]
+    return row["name"] if tau == 1 else f"{row['name']} at {tau:g}"
 
 
 def _over_seeds(group: list[dict[str, Any]], key: str) -> str:

@@ -53,7 +53,7 @@ def no_cache(monkeypatch):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    for module, name in ((decode, "stream"), (score, "log_prob")):
+    for module, name in ((decode, "stream"), (score, "per_token")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work is done"))
 
 
@@ -246,20 +246,21 @@ def test_seeds_have_a_mean_and_a_standard_error(sources, tmp_path, capsys):
     assert f"{(a + b) / 2:.4f} ± {abs(a - b) / 2:.4f}" in line
 
 
-def test_samples_at_another_temperature_have_no_recall(sources, tmp_path, capsys):
-    assert evaluated(sources, tmp_path / "out", "--sample_temperature", 0.7) == 0
-    (row,) = files.read_rows(tmp_path / "out/metrics.jsonl")
-    assert row["sample_temperature"] == 0.7 and row["recall"] is None and row["kl_data_model"] is None
+def test_a_row_for_each_temperature(sources, tmp_path, capsys):
+    assert evaluated(sources, tmp_path / "out", "--sample_temperature", 1.0, 0.7) == 0
+    whole, cool = files.read_rows(tmp_path / "out/metrics.jsonl")
+    assert (whole["sample_temperature"], cool["sample_temperature"]) == (1.0, 0.7)
+    assert cool["recall"] is not None and cool["recall"] != whole["recall"] and cool["entropy"] < whole["entropy"]
     text = capsys.readouterr().out
-    assert "- : recall is of the model itself" in text
+    assert f"{whole['name']} at 0.7" in text
     assert corpus.open(tmp_path / "out/p_star").manifest["settings"]["sample_temperature"] == 1
 
 
 def test_infinite_values_are_said(capsys):
-    base = {"seed": None, "precision_num_infinite": 0, "recall_num_infinite": 3, "name": "m"}
+    base = {"seed": None, "precision_num_infinite": 0, "recall_num_infinite": 3, "name": "m", "sample_temperature": 1.0}
     keys = ("precision", "recall", "entropy", "kl_model_data", "kl_data_model")
     values = {key: -1.0 for key in keys} | {f"{key}_se": 0.5 for key in keys}
-    row = {**base, **values, "recall": -math.inf, "recall_se": math.nan}
+    row = {**base, **values, "recall": -math.inf, "recall_se": math.nan, "precision_excess": None}
     evaluate._print_table([row | {"name": f"a/seed-{seed}", "seed": seed} for seed in (0, 1)])
     text = capsys.readouterr().out
     assert "a/seed-0: 3 validation rows have probability 0 under it" in text

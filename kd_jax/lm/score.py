@@ -1,14 +1,15 @@
 """Log-probabilities of token sequences under a model, of any number and any lengths.
 
-Rows are sorted by length and run in batches of nearly equal lengths, so that padding costs little; the order they come
-in, the batches and the padding do not enter the result (but through the rounding of float arithmetic).
+Rows are sorted by length and run in batches of nearly equal lengths, so that padding costs little. Their order, the
+batches and the padding change a result by rounding only.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,10 @@ from kd_jax.parallel import mesh as mesh_lib
 
 def log_prob(
     model: Model, tokens: np.ndarray, lengths: np.ndarray, *, prefix: Sequence[int] = (), entropy: bool = False,
-    batch_tokens: int = 4096, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+    sample_temperature: float = 1.0, batch_tokens: int | None = None, compute: Compute = DEFAULT,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """Natural log-probability of each token given those before it, at temperature 1.
+    """Natural log-probability of each token given those before it.
 
     Args:
         tokens: int [N, L]; what lies beyond a row's length does not matter.
@@ -35,18 +37,57 @@ def log_prob(
             has nothing to be predicted from and is not scored: the result is a column shorter, and a row of length 1
             has no scored token.
         entropy: also return the entropy of each prediction, in nats.
-        batch_tokens: about how many tokens run at a time.
+        sample_temperature: score under softmax(logits / sample_temperature); above 0.
+        batch_tokens: about how many tokens run at a time; by default `tokens_at_once`.
         mesh: where the parameters lie, if on more than one device.
     Returns: log-probabilities float32 [N, L - 1] (entry j is of token j + 1; with a prefix [N, L], of token j) and the
         mask bool of what is scored; elsewhere they are 0. With `entropy`, the entropies as a third array.
     Raises: ValueError for ids, lengths or shapes that cannot be.
     """
+    function = _log_prob_and_entropy if entropy else _log_prob
+    values, mask = per_token(
+        model, tokens, lengths, function, None if sample_temperature == 1 else np.float32(sample_temperature),
+        prefix=prefix, batch_tokens=batch_tokens, compute=compute, mesh=mesh,
+    )  # fmt: skip
+    return values[0], mask, *values[1:]
+
+
+def _log_prob(logits: jax.Array, ids: jax.Array, temperature: jax.Array | None) -> tuple[jax.Array]:
+    logits = logits if temperature is None else logits / temperature
+    return (jnp.take_along_axis(logits, ids[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1),)
+
+
+def _log_prob_and_entropy(logits: jax.Array, ids: jax.Array, temperature: jax.Array | None) -> tuple[jax.Array, ...]:
+    logits = logits if temperature is None else logits / temperature
+    below = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # a token of probability 0 adds nothing: 0 * -inf would be NaN
+    entropy = -jnp.where(below > -jnp.inf, jnp.exp(below) * below, 0).sum(axis=-1)
+    return *_log_prob(logits, ids, None), entropy
+
+
+def per_token(
+    model: Model, tokens: np.ndarray, lengths: np.ndarray, function: Callable[..., Any], *arguments: Any,
+    prefix: Sequence[int] = (), batch_tokens: int | None = None, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> tuple[Any, np.ndarray]:  # fmt: skip
+    """A function of each token and of the logits that predict it; [tokens, vocab] never exists as a whole.
+
+    Args:
+        function: takes float32 logits [..., position, vocab] over the real ids, the ids [..., position] and the
+            arguments; returns float32 or int32 arrays [..., position] in any tree. It is part of the compiled program:
+            give the same function object again, not a new one.
+        arguments: arrays and scalars in any trees, traced.
+        tokens, lengths, prefix, batch_tokens, mesh: as of `log_prob`.
+    Returns: the tree with arrays [N, L - 1] (with a prefix [N, L]), 0 where nothing is scored, and the mask of what is.
+    Raises: ValueError for ids, lengths or shapes that cannot be.
+    """
     tokens, lengths = _check(model, np.asarray(tokens), np.asarray(lengths), list(prefix))
     compute = dataclasses.replace(compute, mesh=mesh)
+    batch_tokens = tokens_at_once(mesh) if batch_tokens is None else batch_tokens
     rows, width = tokens.shape[0], tokens.shape[1] - 1
+    scored_from = max(0, len(prefix) - 1)
     mask = np.arange(width) < lengths[:, None] - 1
-    mask[:, : max(0, len(prefix) - 1)] = False
-    out = [np.zeros((rows, width), np.float32) for _ in range(1 + entropy)]
+    mask[:, :scored_from] = False
+    whole = jax.tree.map(lambda leaf: np.zeros((rows, width), leaf.dtype), _shapes(model, function, arguments))
     for chosen, shape in batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
         batch = np.zeros(shape, np.int32)
         longest = min(shape[1], tokens.shape[1])
@@ -55,11 +96,23 @@ def log_prob(
             batch = jnp.asarray(batch)
         else:
             batch = distributed.spread(batch, mesh_lib.sharding(("batch", None), mesh))
-        scores = distributed.fetch(_score(model.params, model.architecture, batch, model.num_tokens, entropy, compute))
-        for whole, part in zip(out, scores, strict=False):
-            whole[chosen, : longest - 1] = part[: len(chosen), : longest - 1]
-    cut = slice(max(0, len(prefix) - 1), None)
-    return tuple([np.where(mask, out[0], 0)[:, cut], mask[:, cut], *(np.where(mask, x, 0)[:, cut] for x in out[1:])])
+        part = distributed.fetch(
+            _score(model.params, model.architecture, batch, arguments, model.num_tokens, function, compute)
+        )
+        for out, values in zip(jax.tree.leaves(whole), jax.tree.leaves(part), strict=True):
+            out[chosen, : longest - 1] = values[: len(chosen), : longest - 1]
+    return jax.tree.map(lambda out: np.where(mask, out, 0)[:, scored_from:], whole), mask[:, scored_from:]
+
+
+def _shapes(model: Model, function: Callable, arguments: tuple):
+    """Of what the function returns for one token."""
+    logits = jax.ShapeDtypeStruct((1, model.num_tokens), np.float32)
+    return jax.eval_shape(function, logits, jax.ShapeDtypeStruct((1,), np.int32), *arguments)
+
+
+def tokens_at_once(mesh: Mesh | None = None, each: int = 4096) -> int:
+    """About how many tokens are scored at a time: `each` for every part of the mesh that rows are split over."""
+    return each * mesh_lib.batch_devices(mesh)
 
 
 def batches(
@@ -115,12 +168,18 @@ def _check(model, tokens, lengths, prefix):
 
 
 def lower(model: Model, tokens: jax.ShapeDtypeStruct, compute: Compute) -> jax.stages.Lowered:
-    """The program for a batch of these tokens [row, position], for a plan; `model.params` are shapes, too."""
-    return _score.lower(model.params, model.architecture, tokens, model.num_tokens, False, compute)
+    """The program of `log_prob` for a batch of these tokens [row, position], for a plan; `model.params` are shapes."""
+    return _score.lower(model.params, model.architecture, tokens, (None,), model.num_tokens, _log_prob, compute)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3, 4, 5))
-def _score(params, architecture: Architecture, tokens, num_tokens: int, entropy: bool, compute: Compute):
+@functools.partial(jax.jit, static_argnames=("architecture", "num_tokens", "function", "compute"))
+def _score(
+    params, architecture: Architecture, tokens, arguments: tuple, num_tokens: int, function: Callable, compute: Compute
+):  # fmt: skip
     hidden = model_lib.forward(params, architecture, tokens[:, :-1], compute=compute)
+    # Only the ids that the tokenizer has: a vocabulary padded to a round size has probability on ids that never occur.
     head = model_lib.head(params)[:num_tokens]
-    return fused.linear_log_prob(hidden, head, tokens[:, 1:], entropy=entropy, chunk=compute.chunk, mesh=compute.mesh)
+    return fused.linear_map(
+        lambda logits, ids: function(logits, ids, *arguments), hidden, head, tokens[:, 1:], chunk=compute.chunk,
+        mesh=compute.mesh,
+    )  # fmt: skip

@@ -47,7 +47,9 @@ def check_corpus(label: str, held: Corpus, p_star: Model, num_rows: int) -> None
     tokenizers = about["tokenizer_fingerprint"], tokenizer_fingerprint(p_star)
     if None not in tokenizers and len(set(tokenizers)) > 1:
         raise ValueError(f"{label} was made with another tokenizer than p*'s")
-    if set(about["eos_ids"]) != set(p_star.eos_ids):
+    # Documents end with one id; of a model that has several, any of them will do.
+    ends, known = set(about["eos_ids"]), set(p_star.eos_ids)
+    if ends != known and not (held.kind == "data" and ends and ends <= known):
         raise ValueError(f"{label} has rows that end with ids {about['eos_ids']}; p*'s are {sorted(p_star.eos_ids)}")
 
 

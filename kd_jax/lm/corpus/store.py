@@ -95,8 +95,19 @@ class Corpus(NamedTuple):
 
     def lengths(self) -> np.ndarray:
         """Lengths of all rows, int32 [num_rows]."""
-        tables = [shards.read(self.folder, shard, ["length"]) for shard in self.manifest["shards"]]
-        return np.concatenate([np.zeros(0, np.int32), *(table["length"].to_numpy() for table in tables)])
+        return self.columns("length")["length"]
+
+    def columns(self, *names: str) -> dict[str, np.ndarray]:
+        """Some columns of numbers of all rows, [num_rows] each; the tokens are not read, and a shard is held at a time.
+
+        Raises RunError, naming the file, for a damaged shard.
+        """
+        parts = {name: [SCHEMA.empty_table()[name].to_numpy()] for name in names}
+        for shard in self.manifest["shards"]:
+            table = shards.read(self.folder, shard, list(names))
+            for name in names:
+                parts[name].append(table[name].to_numpy())
+        return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
     def verify(self) -> None:
         """Reads every shard; RunError names the first that is missing or damaged."""

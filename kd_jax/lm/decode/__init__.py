@@ -1,9 +1,10 @@
 """Sampling from a model: any number of samples through a fixed number of slots."""
 
-from kd_jax.lm.decode.next_token import SamplerSpec
+from kd_jax.lm.decode.next_token import WHOLE, SamplerSpec
 from kd_jax.lm.decode.sampler import Samples, generate, lower, stream
 
 __all__ = [
+    "WHOLE",
     "SamplerSpec",
     "Samples",
     "generate",

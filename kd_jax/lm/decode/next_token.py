@@ -1,7 +1,7 @@
 """Drawing a token from logits. Pure functions; all arithmetic is float32.
 
-A new way to draw is added in two places here, a field of SamplerSpec and an argument of `sample` of the same name, and
-in the documentation. Command lines, corpus manifests and the device program take the fields as they are.
+A new way to draw is added in three places: a field of SamplerSpec, an argument of the same name in `cut` here, and the
+documentation. Command lines, corpus manifests, the device program and scoring take the fields as they are.
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class SamplerSpec:
 
 
 _TEMPERATURE = "sample_temperature"
+# The model's own distribution.
+WHOLE = SamplerSpec()
 
 
 class Draw(NamedTuple):
@@ -77,31 +79,25 @@ class Draw(NamedTuple):
 
 
 def sample(
-    uniforms: jax.Array, logits: jax.Array, sample_temperature: jax.Array, top_k: jax.Array | None = None,
-    top_p: jax.Array | None = None, min_p: jax.Array | None = None, *, mesh: Mesh | None = None,
+    uniforms: jax.Array, logits: jax.Array, sample_temperature: jax.Array, *, mesh: Mesh | None = None,
+    **truncation: jax.Array | None,
 ) -> Draw:  # fmt: skip
-    """Draws a token for each row of logits; see `temper`, `truncate` and `draw`.
+    """Draws a token for each row of logits; see `temper`, `cut` and `draw`.
 
     All values are traced, so that others do not compile again; a truncation that is None is no part of the program.
 
     Args:
-        uniforms: [..., 2] in [0, 1), float32.
+        uniforms: float32 [..., 2], in [0, 1).
         logits: [..., vocab].
         sample_temperature: a scalar or [...]; 0 takes the likeliest id.
-        top_k, top_p, min_p: scalars, see SamplerSpec; None for off.
         mesh: where rows [row, vocab] are split over devices, and the vocabulary where tensor splits the head.
+        truncation: of `cut`.
     """
     logits = logits.astype(jnp.float32)
     temperature = jnp.broadcast_to(jnp.asarray(sample_temperature, jnp.float32), logits.shape[:-1])
     greedy = temperature == 0
     below = logits - logits.max(axis=-1, keepdims=True)
-    tempered = temper(logits, temperature)
-    if top_k is not None or top_p is not None:
-        vocab = logits.shape[-1]
-        tempered = truncate(tempered, vocab if top_k is None else top_k, 1.0 if top_p is None else top_p, mesh)
-    if min_p is not None:
-        # the likeliest id is never cut before, so that its tempered logit is 0 here still
-        tempered = jnp.where(jnp.exp(tempered) >= min_p, tempered, -jnp.inf)
+    tempered = cut(temper(logits, temperature), **truncation, mesh=mesh)
     # among equals the greedy choice is the lowest id, which is what a uniform of 0 picks
     token, log_total = draw(jnp.where(greedy[..., None], 0, uniforms), tempered)
     drawn = jnp.take_along_axis(below, token[..., None], axis=-1)[..., 0]
@@ -109,8 +105,48 @@ def sample(
     return Draw(token, log_prob, jnp.where(greedy, 0, drawn / _divisor(temperature) - log_total))
 
 
+def log_prob(
+    logits: jax.Array, ids: jax.Array, sample_temperature: jax.Array, **truncation: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """How likely ids are under the distribution that `sample` draws from, and how likely its likeliest id is.
+
+    Args:
+        logits: [..., vocab].
+        ids: int [...].
+        sample_temperature: a scalar; at 0 the likeliest id has all of the probability.
+        truncation: of `cut`.
+    Returns: log-probabilities of the ids, -inf for one that is never drawn, and of the likeliest id, float32 [...].
+    """
+    tempered = temper(logits, sample_temperature)
+    # Not the shifted logits: at temperature 1 these are the logits themselves, and rounded as the model's own scores.
+    scaled = logits.astype(jnp.float32) / _divisor(jnp.asarray(sample_temperature, jnp.float32))
+    scaled = jnp.where(cut(tempered, **truncation) > -jnp.inf, scaled, -jnp.inf)
+    total = jax.nn.logsumexp(scaled, axis=-1)
+    return jnp.take_along_axis(scaled, ids[..., None], axis=-1)[..., 0] - total, scaled.max(axis=-1) - total
+
+
+def cut(
+    tempered: jax.Array, *, top_k: jax.Array | None = None, top_p: jax.Array | None = None,
+    min_p: jax.Array | None = None, mesh: Mesh | None = None,
+) -> jax.Array:  # fmt: skip
+    """-inf for the ids that truncation leaves out: by top-k, then top-p, then min-p; see SamplerSpec.
+
+    Args:
+        tempered: logits [..., vocab], the largest 0 (see `temper`).
+        top_k, top_p, min_p: scalars; None for off, and then no part of the program.
+        mesh: see `sample`.
+    """
+    if top_k is not None or top_p is not None:
+        vocab = tempered.shape[-1]
+        tempered = truncate(tempered, vocab if top_k is None else top_k, 1.0 if top_p is None else top_p, mesh)
+    if min_p is not None:
+        # the likeliest id is never left out before, so its logit is still 0
+        tempered = jnp.where(jnp.exp(tempered) >= min_p, tempered, -jnp.inf)
+    return tempered
+
+
 def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """float32 logits / temperature, shifted so that the largest is 0; at temperature 0 the rest is out of sight.
+    """float32 logits / temperature, shifted so that the largest is 0; at temperature 0 all others underflow in exp.
 
     Args:
         logits: [..., vocab].
@@ -122,7 +158,7 @@ def temper(logits: jax.Array, temperature: jax.Array) -> jax.Array:
 
 
 def _divisor(temperature: jax.Array) -> jax.Array:
-    # Divided by this, any difference that float32 logits of a usual size can have is beyond the range of exp.
+    # Divided by 1e-30, any difference of float32 logits of a usual size underflows in exp.
     return jnp.where(temperature > 0, temperature, 1e-30)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import slots as slots_lib
-from kd_jax.lm.decode.next_token import SamplerSpec
+from kd_jax.lm.decode.next_token import WHOLE, SamplerSpec
 from kd_jax.lm.decode.slots import Rows, Settings, State
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model, kv_cache
 from kd_jax.lm.model.kv_cache import PAGE, Pages
@@ -32,8 +32,6 @@ _SECONDS_PER_CALL = 1.0
 # How many operations of a model take a CPU as long as it takes to have one more program, from disk. An accelerator has
 # no use for fewer slots: a step there is reading the weights.
 _PROGRAM = 3e11
-# the model's own distribution
-WHOLE = SamplerSpec()
 
 
 class Samples(NamedTuple):

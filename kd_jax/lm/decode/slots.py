@@ -202,7 +202,8 @@ def run(
 def _refill(state: State, settings: Settings) -> State:
     """Gives idle slots the next samples."""
     wanted = ~state.active
-    index = state.next_index + jnp.cumsum(wanted) - 1
+    # int32 said here and below: sums of booleans are int64 under JAX_ENABLE_X64, and a loop's carry keeps its types
+    index = state.next_index + jnp.cumsum(wanted, dtype=jnp.int32) - 1
     begins = wanted & (index < settings.num_samples)
     which = index % settings.prompts.shape[0]
     # A shared prompt's keys are in the slot already, and stay: what a sample writes comes after them. All but its last
@@ -252,7 +253,10 @@ def _advance(state: State, params, settings: Settings, architecture: Architectur
         finished=~given & (token[:, None] == settings.eos_ids).any(axis=-1),
     )
     return state._replace(
-        cache=cache, slots=slots, steps=state.steps + 1, active_steps=state.active_steps + state.active.sum()
+        cache=cache,
+        slots=slots,
+        steps=state.steps + 1,
+        active_steps=state.active_steps + state.active.sum(dtype=jnp.int32),
     )
 
 
@@ -260,7 +264,8 @@ def _uniforms(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Arr
     """Two uniforms [slot, 2] for the token of sample `index` at `position`."""
 
     def one(index, position):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position), (2,))
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
+        return jax.random.uniform(key, (2,), jnp.float32)
 
     return jax.vmap(one)(index, position)
 

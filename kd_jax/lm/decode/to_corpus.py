@@ -1,6 +1,6 @@
 """Sampling into a corpus on disk: it resumes after a kill and gives the same samples.
 
-Samples are made a shard at a time. What ran beside a sample changes how its numbers are rounded, and a shard always has
+Samples are drawn a shard at a time. What runs beside a sample changes how its numbers are rounded; a shard always has
 the same samples, so those of a resumed run are the same to the bit. With several processes all of them sample, each on
 its own devices, and process 0 writes.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +26,40 @@ from kd_jax.storage.files import remove
 
 
 def sample(
-    model: Model, folder: str | os.PathLike, settings: dict[str, Any], *, command: str, label: str,
-    batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+    model: Model | Callable[[], Model], folder: str | os.PathLike, settings: dict[str, Any], *, command: str,
+    label: str, batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
 ) -> Corpus:  # fmt: skip
-    """The corpus of these settings (kd_jax.lm.corpus.SETTINGS), sampled as far as it is not there yet.
+    """The corpus of these settings, with the samples that were missing.
 
-    A corpus of other settings in that folder is removed first. Fewer samples are gone on from, and another `source` is
-    another name of the same weights. Raises RunError for a folder of other things. `label` is that of the progress bar.
+    A corpus of other settings in that folder is removed first; one with fewer samples is completed. Another `source` is
+    another name of the same weights.
+
+    Args:
+        model: or a function that loads it, called only if samples are missing.
+        settings: see kd_jax.lm.corpus.SETTINGS.
+        command: what the manifest says that made it.
+        label: of the progress bar.
+        batch_size: samples drawn at a time.
+    Raises: RunError for a folder of other things.
     """
     folder = Path(folder)
-    held = Corpus(folder, distributed.once(lambda: _open(folder, settings, command), f"opening {folder}"))
-    if held.finished:
-        return held
-    wanted = held.manifest["settings"]
+    corpus = Corpus(folder, distributed.once(lambda: _open(folder, settings, command), f"opening {folder}"))
+    if corpus.finished:
+        return corpus
+    wanted = corpus.manifest["settings"]
+    model = model if isinstance(model, Model) else model()
 
     def stream() -> Iterator[decode.Samples]:
-        for first in range(held.num_rows, wanted["num_samples"], wanted["shard_size"]):
+        for first in range(corpus.num_rows, wanted["num_samples"], wanted["shard_size"]):
             yield from decode.stream(
                 model, wanted["prompt_ids"], min(first + wanted["shard_size"], wanted["num_samples"]),
                 first=first, max_length=wanted["max_length"], sampler=SamplerSpec.of(wanted), seed=wanted["seed"],
                 batch_size=batch_size, compute=compute, mesh=mesh,
             )  # fmt: skip
 
-    with progress.sampling_bar(label, held.num_rows, wanted["num_samples"]) as report:
+    with progress.sampling_bar(label, corpus.num_rows, wanted["num_samples"]) as report:
         if distributed.leads():
-            corpus_lib.write(held, stream(), report)
+            corpus_lib.write(corpus, stream(), report)
         else:
             collections.deque(stream(), maxlen=0)
     distributed.wait(f"{folder} is written")
@@ -62,12 +71,12 @@ def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any
     old = folder.with_name(f".{folder.name}.old")
     remove(old)  # from a run that was killed
     if (folder / "manifest.json").exists():
-        there = corpus_lib.open(folder).manifest["settings"]
-        names = set(settings) - {"source", "num_samples"}
-        if all(there.get(name) == settings[name] for name in names) and there["num_samples"] <= settings["num_samples"]:
-            settings = {**settings, "source": there["source"]}
+        before = corpus_lib.open(folder).manifest["settings"]
+        same = all(before.get(name) == settings[name] for name in set(settings) - {"source", "num_samples"})
+        if same and before["num_samples"] <= settings["num_samples"]:
+            settings = {**settings, "source": before["source"]}
         else:
-            # first out of the way: half removed, it would be neither a corpus nor an empty folder
+            # renamed first: half removed, it would be neither a corpus nor an empty folder
             os.replace(folder, old)
             remove(old)
     return corpus_lib.create_or_resume(folder, settings, command=command).manifest

@@ -1,24 +1,20 @@
 """Precision and recall of models against p*, and the numbers that go with them."""
 
-from kd_jax.lm.evaluation.precision_recall import (
-    Entry,
-    Found,
-    Settings,
-    carry_out,
-    check,
-    evaluate,
-    plan,
-    sampling_settings,
-    seconds,
-)
+from kd_jax.lm.evaluation.lazy_models import LazyModel
+from kd_jax.lm.evaluation.metric_rows import METRICS
+from kd_jax.lm.evaluation.precision_recall import carry_out, evaluate, home, plan, sampling_settings, seconds
+from kd_jax.lm.evaluation.preconditions import Entry, EvaluationSpec, MeasureSpec, check
 
 __all__ = [
+    "METRICS",
     "Entry",
-    "Found",
-    "Settings",
+    "EvaluationSpec",
+    "LazyModel",
+    "MeasureSpec",
     "carry_out",
     "check",
     "evaluate",
+    "home",
     "plan",
     "sampling_settings",
     "seconds",

@@ -1,25 +1,26 @@
-"""What a set of samples says of a model: averages with their standard errors, lengths, variety. Arrays in, numbers out.
+"""Averages with standard errors, lengths and variety of a set of sequences. Arrays in, numbers out.
 
 Of N sequences, `values` are sums over each one's scored tokens (nats) and `tokens` how many those are. There are two
 averages, and a name says which:
 
-    per token (NAME)                    sum of all values / number of all tokens: long sequences count for more
+    per token (NAME)                    sum of all values / number of all tokens: long sequences weigh more
     per sequence (NAME_per_sequence)    mean of the values
 
-Neither is the mean of the sequences' own means per token, nor is any of them exponentiated.
+Neither is the mean of the sequences' own means per token, and none is exponentiated.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.lm.corpus import Rows
+from kd_jax.lm.corpus import Corpus
 from kd_jax.metrics import Mean
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# Bins of equal width over confidence from 0 to 1, as usual for this error.
+CALIBRATION_BINS = 15
 
 
 def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
@@ -47,55 +48,17 @@ def per_sequence(values: np.ndarray) -> tuple[float, float]:
         return float(mean.mean), float(mean.standard_error)
 
 
-def numbers(
-    rows: Rows, under_p_star: np.ndarray, recall_tokens: np.ndarray, recall: np.ndarray | None,
-    data_log_prob: np.ndarray, from_p_star: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """All numbers of a model.
-
-    Args:
-        rows: its samples.
-        under_p_star: log p* of each, float64 [n].
-        recall_tokens: how many tokens of each validation row are scored, int [m].
-        recall: log model of each validation row, float64 [m]; None where the model is not scored.
-        data_log_prob: log p* of each validation row, float64 [m].
-        from_p_star: whether those rows were drawn from p*; of other data, KL(p* || model) is not known.
-    """
-    tokens, own = rows.length - rows.prompt_length, rows.sample_log_prob
-    finished, finished_se = share(rows.finished)
-    gap = data_log_prob - recall if from_p_star and recall is not None else None
-    generated = [ids[start:] for ids, start in zip(rows.tokens, rows.prompt_length, strict=True)]
-    variety = {f"distinct_{n}": value for n, value in enumerate(distinct(generated), start=1)}
-    return {
-        "num_samples": len(tokens), "num_tokens": int(tokens.sum()), "num_recall": len(recall_tokens),
-        "num_recall_tokens": int(recall_tokens.sum()),
-        **averages("precision", under_p_star, tokens), "precision_num_infinite": int(np.isinf(under_p_star).sum()),
-        **(absent("recall") if recall is None else averages("recall", recall, recall_tokens)),
-        "recall_num_infinite": None if recall is None else int(np.isinf(recall).sum()),
-        **averages("entropy", -own, tokens),
-        # one mean of differences, not a difference of means: both are of the same draws, and much of their noise is
-        **averages("kl_model_data", own - under_p_star, tokens),
-        **(absent("kl_data_model") if gap is None else averages("kl_data_model", gap, recall_tokens)),
-        **averages("data_log_prob", data_log_prob, recall_tokens),
-        "finished": finished, "finished_se": finished_se, **lengths(tokens), **variety,
-        "repetition_4": repetition(generated),
-    }  # fmt: skip
+def both_averages(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float, float]:
+    """Per token and its standard error, per sequence and its standard error."""
+    return *per_token(values, tokens), *per_sequence(values)
 
 
-def averages(name: str, values: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
-    """Both averages and their standard errors, as NAME, NAME_se, NAME_per_sequence and NAME_per_sequence_se.
-
-    Raises ValueError for a NaN among the values, which no average of log-probabilities can have.
-    """
-    if np.isnan(values).any():
-        raise ValueError(f"{name}: sequence {int(np.isnan(values).argmax())} has NaN for its log-probability")
-    numbers = (*per_token(values, tokens), *per_sequence(values))
-    return dict(zip(absent(name), numbers, strict=True))
-
-
-def absent(name: str) -> dict[str, None]:
-    """The names of `averages`, where there is nothing to average."""
-    return dict.fromkeys((name, f"{name}_se", f"{name}_per_sequence", f"{name}_per_sequence_se"))
+def difference(
+    values: np.ndarray, tokens: np.ndarray, other_values: np.ndarray, other_tokens: np.ndarray
+) -> tuple[float, float]:
+    """The difference of two averages per token over independent sequences, and its standard error."""
+    (a, a_se), (b, b_se) = per_token(values, tokens), per_token(other_values, other_tokens)
+    return a - b, float(np.hypot(a_se, b_se))
 
 
 def share(where: np.ndarray) -> tuple[float, float]:
@@ -104,15 +67,35 @@ def share(where: np.ndarray) -> tuple[float, float]:
     return mean, float(np.sqrt(mean * (1 - mean) / len(where)))
 
 
-def lengths(tokens: np.ndarray) -> dict[str, Any]:
-    """Mean, standard deviation and quantiles of how long sequences are."""
+def lengths(tokens: np.ndarray) -> tuple[float, float, dict[str, float]]:
+    """Mean, standard deviation and quantiles of the lengths of sequences [N]."""
     sd = float(np.std(tokens, ddof=1)) if len(tokens) > 1 else float("nan")
     quantiles = {str(q): float(value) for q, value in zip(QUANTILES, np.quantile(tokens, QUANTILES), strict=True)}
-    return {"length_mean": float(np.mean(tokens)), "length_sd": sd, "length_quantiles": quantiles}
+    return float(np.mean(tokens)), sd, quantiles
+
+
+def calibration_error(bins: np.ndarray) -> float:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599).
+
+    Args:
+        bins: [bin, 3]: tokens whose likeliest id has a probability in the bin, the sum of these probabilities
+            (confidence), and at how many tokens that id was right.
+    """
+    tokens, confidence, right = np.asarray(bins, np.float64).T
+    return float(np.abs(right - confidence).sum() / tokens.sum()) if tokens.sum() else float("nan")
+
+
+def corpus_entropy(corpus: Corpus) -> tuple[float, float]:
+    """Entropy per token of the distribution that samples were drawn from, in nats, and its standard error.
+
+    Reads three narrow columns and no tokens.
+    """
+    columns = corpus.columns("length", "prompt_length", "sample_log_prob")
+    return per_token(-columns["sample_log_prob"], columns["length"] - columns["prompt_length"])
 
 
 def distinct(rows: Sequence[np.ndarray], n: int = 4) -> list[float]:
-    """distinct-1 to distinct-n: how many different n-grams there are among all rows, over how many n-grams.
+    """distinct-1 to distinct-n: different n-grams among all rows / n-grams.
 
     It falls with the number of rows: only sets of equal size can be compared (Li et al. 2016, arXiv 1510.03055). An
     n-gram lies within one row; NaN where no row has one.
@@ -130,8 +113,8 @@ def repetition(rows: Sequence[np.ndarray], n: int = 4) -> float:
         return float("nan")
     different = np.unique(row * (codes.max() + 1) + codes) // (codes.max() + 1)
     counts, all_counts = (np.bincount(which, minlength=len(rows)) for which in (different, row))
-    there = all_counts > 0
-    return float(np.mean(1 - counts[there] / all_counts[there]))
+    long_enough = all_counts > 0
+    return float(np.mean(1 - counts[long_enough] / all_counts[long_enough]))
 
 
 def _ngrams(rows: Sequence[np.ndarray], most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -142,7 +125,7 @@ def _ngrams(rows: Sequence[np.ndarray], most: int) -> Iterator[tuple[np.ndarray,
     starts, codes, different = np.arange(len(ids)), ids, ids.max(initial=0) + 1
     for n in range(1, most + 1):
         if n > 1:
-            # numbered anew each time: the product of two numbers below the count of tokens fits int64
+            # numbered anew for each n: the product of two numbers below the count of tokens fits int64
             longer = starts + n - 1 < len(ids)
             longer[longer] = row[starts[longer]] == row[starts[longer] + n - 1]
             starts, codes = starts[longer], codes[longer]

@@ -1,25 +1,28 @@
-"""Log-probabilities of rows under a model, kept in a file and resumed from it.
+"""Log-probabilities of rows under a model at several ways of sampling it, kept in files and resumed from them.
 
-Rows are scored in batches that depend on their lengths alone. What ran beside a row changes how its numbers are
-rounded, so the same batches give the same numbers after a restart. With several processes all of them score, each on
-its own devices, and process 0 writes.
+One pass over the rows serves all temperatures and truncations. Rows are scored in batches that depend on their lengths
+alone: what runs beside a row changes how its numbers are rounded, and the same batches give the same numbers after a
+restart. With several processes all of them score, each on its own devices, and process 0 writes.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import score
 from kd_jax.lm.corpus import Rows
+from kd_jax.lm.decode import WHOLE, SamplerSpec, next_token
+from kd_jax.lm.evaluation.estimates import CALIBRATION_BINS
 from kd_jax.lm.model import DEFAULT, Compute, Model
 from kd_jax.parallel import distributed
 from kd_jax.parallel import mesh as mesh_lib
@@ -31,70 +34,201 @@ from kd_jax.storage.files import read_arrays, replacing
 _SAVE_SECONDS = 10.0
 
 
-def log_probs(
-    path: str | os.PathLike, key: dict[str, Any], model: Model, rows: Rows, *, label: str,
-    batch_tokens: int = 4096, compute: Compute = DEFAULT, mesh: Mesh | None = None,
-) -> np.ndarray:  # fmt: skip
-    """log model(row) in nats, summed over what was generated (the EOS included), float64 [n]; kept in `path`, an .npz.
+class Wanted(NamedTuple):
+    """Scores to have.
 
-    Those in the file already are not worked out again, if they are of the same `key`: whatever says which model and
-    which rows these are. Raises RunError where a row's log-probability is NaN, or the file is damaged.
+    Attributes:
+        path: the .npz they are kept in.
+        key: what says which model and which rows they are of.
+        sampler: how the model is sampled.
     """
-    path = Path(path)
-    # several processes read the same: process 0 does not write before all have scored a batch with it
-    sums = _read(path, key, len(rows.index))
+
+    path: Path
+    key: dict[str, Any]
+    sampler: SamplerSpec = WHOLE
+
+    @property
+    def text(self) -> str:
+        """The whole key, as it is kept in the file."""
+        return json.dumps({**self.key, "sampler": self.sampler.knobs()}, sort_keys=True, allow_nan=False)
+
+
+class Scores(NamedTuple):
+    """What a model says of n rows.
+
+    Attributes:
+        log_prob: log model(row) in nats, summed over what was generated (the EOS included), float64 [n].
+        calibration: of these tokens, float64 [bin, 3]; see estimates.calibration_error.
+        agreement: at how many of a row's tokens the likeliest id is that of another model, float64 [n]; 0 where there
+            is no other.
+    """
+
+    log_prob: np.ndarray
+    calibration: np.ndarray
+    agreement: np.ndarray
+
+
+def score_rows(
+    wanted: Sequence[Wanted], load: Callable[[], Model], rows: Rows, *, label: str, other: np.ndarray | None = None,
+    batch_tokens: int | None = None, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> list[Scores]:  # fmt: skip
+    """The scores of the rows in one pass, those that are in the files already taken from there.
+
+    Args:
+        wanted: at least one; all of the model that `load` returns.
+        load: called only if something has to be scored.
+        label: of the progress bar, and in errors.
+        other: another model's likeliest id at each generated token, as `likeliest_ids` gives them.
+        batch_tokens: about how many tokens run at a time; by default score.tokens_at_once.
+    Raises: RunError where a row's log-probability is NaN, or a file is damaged.
+    """
+    # several processes read the same: process 0 does not write before all have scored a batch
+    kept = [_read(one, len(rows.index)) for one in wanted]
+    todo = [i for i, scores in enumerate(kept) if np.isnan(scores.log_prob).any()]
+    if not todo:
+        return kept
+    model = load()
+    batch_tokens = score.tokens_at_once(mesh) if batch_tokens is None else batch_tokens
+    knobs = tuple(wanted[i].sampler.arrays() for i in todo)
+    unscored = np.any([np.isnan(kept[i].log_prob) for i in todo], axis=0)
     tokens, lengths = corpus_lib.padded(rows)
     generated = lengths - rows.prompt_length
+    # row by row; a view per row
+    others = None if other is None else np.split(other, np.cumsum(generated)[:-1])
     saved = time.monotonic()
-    with progress.bar(label, int(generated[~np.isnan(sums)].sum()), int(generated.sum()), "token") as bar:
+    with progress.bar(label, int(generated[~unscored].sum()), int(generated.sum()), "token") as bar:
         for chosen, _ in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
-            missing = chosen[np.isnan(sums[chosen])]
-            if not len(missing):
+            if not unscored[chosen].any():
                 continue
-            scored, _ = score.log_prob(
-                model, tokens[chosen], lengths[chosen], batch_tokens=batch_tokens, compute=compute, mesh=mesh
+            (values, top_ids), _ = score.per_token(
+                model, tokens[chosen], lengths[chosen], _at_samplers if other is None else _at_samplers_and_top, knobs,
+                batch_tokens=batch_tokens, compute=compute, mesh=mesh,
+            )  # fmt: skip
+            spans = rows.prompt_length[chosen], lengths[chosen]
+            agreement = (
+                np.zeros(len(chosen)) if others is None else _agreement(top_ids, [others[i] for i in chosen], *spans)
             )
-            sums[chosen] = _sums(scored, rows.prompt_length[chosen], lengths[chosen])
-            if np.isnan(sums[chosen]).any():
-                row = rows.index[chosen[np.isnan(sums[chosen]).argmax()]]
-                raise RunError(f"{label}: the model gives NaN for row {row}; are all of its weights finite?")
-            bar.update(int(generated[missing].sum()))
+            for i, (log_probs, top) in zip(todo, values, strict=True):
+                _add(kept[i], chosen, log_probs, top, agreement, *spans, label)
+            bar.update(int(generated[chosen[unscored[chosen]]].sum()))
             if time.monotonic() - saved >= _SAVE_SECONDS:
-                _write(path, key, sums)
+                _write([wanted[i] for i in todo], [kept[i] for i in todo])
                 saved = time.monotonic()
-    _write(path, key, sums)
-    return sums
+    _write([wanted[i] for i in todo], [kept[i] for i in todo])
+    return kept
 
 
-def _sums(log_probs: np.ndarray, prompt_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Of each row's tokens after its prompt; entry j of log_probs is of token j + 1. Exactly rounded, in float64."""
-    spans = zip(log_probs, prompt_lengths, lengths, strict=True)
-    return np.array([math.fsum(row[max(start, 1) - 1 : end - 1].tolist()) for row, start, end in spans])
+def _at_samplers(logits: jax.Array, ids: jax.Array, knobs: tuple[dict[str, jax.Array | None], ...]):
+    """For each sampler the log-probabilities of the ids and of the likeliest id."""
+    return tuple(next_token.log_prob(logits, ids, **each) for each in knobs), None
 
 
-def _read(path: Path, key: dict[str, Any], count: int) -> np.ndarray:
-    """The sums that are in the file, NaN for others."""
-    if path.exists():
+def _at_samplers_and_top(logits: jax.Array, ids: jax.Array, knobs: tuple[dict[str, jax.Array | None], ...]):
+    return _at_samplers(logits, ids, knobs)[0], logits.argmax(axis=-1).astype(np.int32)
+
+
+def _generated(width: int, prompt_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """bool [row, width]: the tokens after the prompt, where entry j is of token j + 1."""
+    at = np.arange(width)
+    return (at >= np.maximum(prompt_lengths, 1)[:, None] - 1) & (at < lengths[:, None] - 1)
+
+
+def _agreement(top_ids, others: Sequence[np.ndarray], prompt_lengths, lengths) -> np.ndarray:
+    inside = _generated(top_ids.shape[1], prompt_lengths, lengths)
+    return np.array(
+        [(row[mask] == other).sum() for row, mask, other in zip(top_ids, inside, others, strict=True)], float
+    )
+
+
+def _add(scores: Scores, chosen, log_probs, top, agreement, prompt_lengths, lengths, label: str) -> None:
+    """Adds a batch to the scores, in place; entry j of log_probs and top [row, position] is of token j + 1."""
+    inside = _generated(log_probs.shape[1], prompt_lengths, lengths)
+    # exactly rounded sums, so that padding and the order of rows do not enter
+    sums = np.array([math.fsum(row[mask].tolist()) for row, mask in zip(log_probs, inside, strict=True)])
+    if np.isnan(sums).any():
+        bad = chosen[np.isnan(sums).argmax()]
+        raise RunError(f"{label}: the model gives NaN for row {bad}; are all of its weights finite?")
+    new = np.isnan(scores.log_prob[chosen])
+    scores.log_prob[chosen] = np.where(new, sums, scores.log_prob[chosen])
+    scores.agreement[chosen] = np.where(new, agreement, scores.agreement[chosen])
+    inside = inside & new[:, None]
+    confidence = np.exp(top[inside].astype(np.float64))
+    right = log_probs[inside] == top[inside]
+    bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    for column, weights in enumerate((np.ones(len(bins)), confidence, right)):
+        scores.calibration[:, column] += np.bincount(bins, weights, CALIBRATION_BINS)
+
+
+def _read(wanted: Wanted, count: int) -> Scores:
+    """What is in the file: NaN for rows that are not scored yet, nothing where it has another key."""
+    if wanted.path.exists():
         hint = "; remove it, and the same command makes it again"
-        arrays = read_arrays(path, hint=hint)
-        if arrays.keys() != {"key", "log_prob"}:
-            raise RunError(f"{path} does not hold what is kept in it{hint}")
-        if str(arrays["key"]) == _dump(key):
-            sums = arrays["log_prob"]
-            if (sums.shape, sums.dtype) != ((count,), np.float64):
-                raise RunError(f"{path} is damaged: it has {sums.dtype} {sums.shape}, not {count} float64{hint}")
-            return sums.copy()  # a view of what was read cannot be written to
-    return np.full(count, np.nan)
+        arrays = read_arrays(wanted.path, hint=hint)
+        if str(arrays.get("key")) == wanted.text:
+            try:
+                # views of what was read cannot be written to
+                scores = Scores(*(arrays[name].copy() for name in Scores._fields))
+            except KeyError as error:
+                raise RunError(f"{wanted.path} is damaged: it has no {error}{hint}") from error
+            if scores.log_prob.shape != (count,):
+                raise RunError(f"{wanted.path} is damaged: it has {scores.log_prob.shape} rows, not {count}{hint}")
+            return scores
+    return Scores(np.full(count, np.nan), np.zeros((CALIBRATION_BINS, 3)), np.zeros(count))
 
 
-def _write(path: Path, key: dict[str, Any], sums: np.ndarray) -> None:
-    """Writes the file whole or not at all."""
+def _write(wanted: Sequence[Wanted], kept: Sequence[Scores]) -> None:
+    """Writes each file whole or not at all."""
     if not distributed.leads():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        np.savez(file, key=np.array(_dump(key)), log_prob=sums)
+    for one, scores in zip(wanted, kept, strict=True):
+        one.path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(one.path) as file:
+            np.savez(file, key=np.array(one.text), **scores._asdict())
 
 
-def _dump(key: dict[str, Any]) -> str:
-    return json.dumps(key, sort_keys=True, allow_nan=False)
+def likeliest_ids(
+    path: Path, key: dict[str, Any], load: Callable[[], Model], rows: Rows, *, label: str,
+    batch_tokens: int | None = None, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The likeliest id at each generated token, all rows one after another, int32 [token]; kept in `path`.
+
+    Args:
+        path: the .npz it is kept in, and resumed from.
+        key: what says which model and which rows these are.
+        load: called only if something has to be scored.
+    Raises: RunError where the file is damaged.
+    """
+    tokens, lengths = corpus_lib.padded(rows)
+    ends = np.cumsum(lengths - rows.prompt_length)
+    text, ids = json.dumps(key, sort_keys=True), np.full(ends[-1], -1, np.int32)
+    if path.exists():
+        arrays = read_arrays(path, hint="; remove it, and the same command makes it again")
+        ids = arrays["ids"].copy() if str(arrays.get("key")) == text else ids
+    if (ids >= 0).all():
+        return ids
+    model, batch_tokens = load(), score.tokens_at_once(mesh) if batch_tokens is None else batch_tokens
+    saved = time.monotonic()
+
+    def save() -> None:
+        if distributed.leads():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as file:
+                np.savez(file, key=np.array(text), ids=ids)
+
+    with progress.bar(label, int((ids >= 0).sum()), len(ids), "token") as bar:
+        for chosen, _ in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
+            if (ids[ends[chosen] - 1] >= 0).all():
+                continue
+            (_, top_ids), _ = score.per_token(
+                model, tokens[chosen], lengths[chosen], _at_samplers_and_top, (), batch_tokens=batch_tokens,
+                compute=compute, mesh=mesh,
+            )  # fmt: skip
+            inside = _generated(top_ids.shape[1], rows.prompt_length[chosen], lengths[chosen])
+            for i, row, mask in zip(chosen, top_ids, inside, strict=True):
+                ids[ends[i] - mask.sum() : ends[i]] = row[mask]
+            bar.update(int(inside.sum()))
+            if time.monotonic() - saved >= _SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+    save()
+    return ids

@@ -267,9 +267,7 @@ def _sample(spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], 
         model, folder / "corpus", corpus_settings, command=f"stage {label}", label=label,
         batch_size=spec.sampling.batch_size, compute=Compute(dtype=settings["dtype"]), mesh=make_mesh(spec.mesh),
     )  # fmt: skip
-    rows = corpus.rows()
-    tokens = (rows.length - rows.prompt_length).astype(float)
-    entropy, entropy_se = estimates.per_token(-rows.sample_log_prob, tokens)
+    entropy, entropy_se = estimates.corpus_entropy(corpus)
     return {**corpus.manifest["counts"], "entropy": entropy, "entropy_se": entropy_se}
 
 

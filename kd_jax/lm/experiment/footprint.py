@@ -162,7 +162,7 @@ def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target
     compute = _compute(target, mesh, dtype=dtype)
     model = _model(shape, compute.dtype, mesh)
     lengths = np.full(1, spec.sampling.max_length)
-    _, (rows, length) = next(score.batches(lengths, 4096, mesh_lib.batch_devices(mesh)))
+    _, (rows, length) = next(score.batches(lengths, score.tokens_at_once(mesh), mesh_lib.batch_devices(mesh)))
     tokens = _shape((rows, length), np.int32, ("batch", None), mesh)
     arguments = [model.params, tokens]
     if top_k is None:

@@ -74,11 +74,11 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
             entry = Entry(home, student.arm.kind, student.arm.tau, student.seed)
             models[student.name] = Evaluated(entry, arm=student.arm, home=home)
     entries = {name: model.entry for name, model in models.items()}
-    settings = evaluation.Settings(
-        num_samples=spec.num_samples, seed=spec.seed + _EVALUATION, dtype=spec.sampling.dtype,
-        batch_size=spec.sampling.batch_size, mesh=make_mesh(spec.mesh),
+    settings = evaluation.EvaluationSpec(
+        **vars(spec.evaluation), num_samples=spec.num_samples, seed=spec.seed + _EVALUATION, dtype=spec.sampling.dtype,
+        batch_size=spec.sampling.batch_size,
     )  # fmt: skip
-    rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation")
+    rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation", make_mesh(spec.mesh))
     gather = functools.partial(_gather, spec, folder, chain, rows, models, p_star, validation)
     return distributed.once(gather, "gathering the rows")
 

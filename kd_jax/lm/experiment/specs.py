@@ -10,6 +10,7 @@ import jax
 
 from kd_jax.lm import weights
 from kd_jax.lm.distill.loss import DistillSpec
+from kd_jax.lm.evaluation import MeasureSpec
 from kd_jax.lm.experiment.knobs import FrontierSpec
 from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
 from kd_jax.lm.training.recipe import TrainSpec
@@ -126,6 +127,7 @@ class LmSpec:
     num_validation: int = setting(128, "further ones, which choose its checkpoint", at_least=1)
     num_recall: int = setting(512, "sequences of p* that recall is measured on", at_least=1)
     num_samples: int = setting(512, "samples of each model that precision is measured on", at_least=1)
+    evaluation: MeasureSpec = setting(MeasureSpec(), "what is measured of each model")
     taus: tuple[float, ...] = setting(
         (0.8, 0.875, 0.95, 1.0), "sample temperatures of the teacher whose text students learn", above=0.0
     )

@@ -198,7 +198,7 @@ class Curves(NamedTuple):
 def students_of(rows: list[dict]) -> dict[str, dict[int, dict]]:
     """The evaluation rows of students: arm -> seed -> row."""
     students: dict[str, dict[int, dict]] = {}
-    for row in summary.of_kind(rows, "evaluation"):
+    for row in summary.evaluations(rows):
         if row.get("seed") is not None:
             students.setdefault(summary.arm_name(row), {})[row["seed"]] = row
     return students

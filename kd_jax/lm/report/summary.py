@@ -98,6 +98,13 @@ def of_kind(rows: list[dict], kind: str) -> list[dict]:
     return [row for row in rows if row.get("kind") == kind]
 
 
+def evaluations(rows: list[dict]) -> list[dict]:
+    """The evaluation rows, one a model: of a model evaluated at several temperatures, the row at temperature 1."""
+    rows = of_kind(rows, "evaluation")
+    whole = {row["name"] for row in rows if row.get("sample_temperature", 1) == 1}
+    return [row for row in rows if row["name"] not in whole or row.get("sample_temperature", 1) == 1]
+
+
 def group_key(row: dict) -> tuple:
     """What makes rows one group: arm and tau; of other arms, a model without a seed stands alone, by its name."""
     arm, tau = row["arm"], row.get("tau")
@@ -149,7 +156,7 @@ def check(rows: list[dict], path: Any) -> None:
         if row.get("distill") is not None:
             _check_distill(row["distill"], f"{where}: distill")
         if kind == "evaluation":
-            model = (row["name"], *group_key(row), row.get("seed"))
+            model = (row["name"], *group_key(row), row.get("seed"), row.get("sample_temperature", 1))
             if model in seen:
                 raise ValueError(f"{where}: {row['name']} is evaluated twice at tau {row.get('tau')}")
             seen.add(model)
@@ -173,16 +180,16 @@ def _check_distill(how: Any, where: str) -> None:
 
 def summarise(rows: list[dict]) -> list[Group]:
     """The groups, in the page's order, of all models that have been evaluated or have chosen a checkpoint."""
-    evaluations: dict[tuple, list[dict]] = {}
+    evaluated: dict[tuple, list[dict]] = {}
     perplexities: dict[tuple, dict[str, float]] = {}
-    for row in of_kind(rows, "evaluation"):
-        evaluations.setdefault(group_key(row), []).append(row)
+    for row in evaluations(rows):
+        evaluated.setdefault(group_key(row), []).append(row)
     for row in of_kind(rows, "validation"):
         if row.get("chosen"):
             perplexities.setdefault(group_key(row), {})[row["name"]] = number(row.get("perplexity"))
     groups = []
-    for key in sorted(evaluations.keys() | perplexities.keys(), key=position):
-        members = evaluations.get(key, [])
+    for key in sorted(evaluated.keys() | perplexities.keys(), key=position):
+        members = evaluated.get(key, [])
         estimates = {name: _estimate(members, name) for name in METRICS}
         estimates["validation_perplexity"] = _of_values(list(perplexities.get(key, {}).values()))
         if key[0] == "teacher":

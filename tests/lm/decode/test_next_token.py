@@ -161,6 +161,37 @@ def test_min_p_by_hand(min_p, kept):
     assert sample(ends[0], np.log(probs), 0.0, min_p=min_p).token == 0
 
 
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"sample_temperature": 0.5},
+        {"sample_temperature": 0.7, "top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.1, "top_k": 9},
+    ],
+)
+def test_log_prob_is_that_of_the_distribution_drawn_from(knobs):
+    logits = np.float32(3 * np.random.RandomState(2).standard_normal((4, 50)))
+    spec = next_token.SamplerSpec(**knobs)
+    own, top = jax.jit(next_token.log_prob)(np.repeat(logits[:, None], 50, 1), np.arange(50)[None], **spec.arrays())
+    temperature = knobs.get("sample_temperature", 1.0)
+    cut = {name: value for name, value in knobs.items() if name != "sample_temperature"}
+    expected = np.stack([reference(row, temperature, **cut) for row in logits])
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(own, np.log(expected), atol=2e-5)
+    np.testing.assert_allclose(top, np.log(expected.max(axis=-1))[:, None].repeat(50, 1), atol=2e-5)
+
+
+def test_raw_and_tempered_log_probs_of_a_known_case():
+    logits = np.float32([[2, 1, 0]])
+    for temperature, expected in ((1.0, -0.4076060), (0.5, -0.1429316)):
+        own, _ = next_token.log_prob(logits, np.array([0]), sample_temperature=temperature)
+        np.testing.assert_allclose(own, expected, atol=1e-6)
+    own, _ = next_token.log_prob(logits, np.array([0]), sample_temperature=0.0)
+    assert own == 0 and next_token.log_prob(logits, np.array([1]), sample_temperature=0.0)[0] < -1e20
+
+
 def test_a_spec_is_off_by_default_and_reads_none_as_off():
     whole = next_token.SamplerSpec()
     assert whole.knobs() == {"sample_temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
@@ -172,10 +203,10 @@ def test_a_spec_is_off_by_default_and_reads_none_as_off():
 
 
 @pytest.mark.parametrize("logits, token", [([1, 2], 1), ([-1, 2, 0], 1), ([3, 3], 0), ([-5, 3, 3], 1)])
-@pytest.mark.parametrize("truncation", [(None, None), (2, 0.5)])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 2, "top_p": 0.5}])
 def test_temperature_0_takes_the_largest(logits, token, truncation):
     for uniform in (0, 0.5, BELOW_ONE):
-        drawn = sample(np.full(2, uniform, np.float32), np.float32(logits), 0.0, *truncation)
+        drawn = sample(np.full(2, uniform, np.float32), np.float32(logits), 0.0, **truncation)
         assert drawn.token == token and drawn.token.dtype == jnp.int32 and drawn.sample_log_prob == 0
         np.testing.assert_allclose(drawn.log_prob, -np.log(np.exp(np.subtract(logits, logits[token])).sum()), atol=1e-6)
 
@@ -200,8 +231,8 @@ def test_log_prob_under_the_model_and_as_drawn():
     np.testing.assert_allclose(drawn.log_prob, -0.4076060, atol=1e-6)
     np.testing.assert_allclose(drawn.sample_log_prob, -0.1429316, atol=1e-6)
     # of tokens 0 and 1 alone, at temperature 0.5: 1 / (1 + exp(-2))
-    for truncation in [(2, None), (None, 0.9), (2, 0.9)]:
-        drawn = draw(0.5, *truncation)
+    for truncation in [{"top_k": 2}, {"top_p": 0.9}, {"top_k": 2, "top_p": 0.9}]:
+        drawn = draw(0.5, **truncation)
         np.testing.assert_allclose(drawn.log_prob, -0.4076060, atol=1e-6)
         np.testing.assert_allclose(drawn.sample_log_prob, -np.log1p(np.exp(-2)), atol=1e-6)
 
@@ -216,8 +247,8 @@ def test_minus_infinity_is_never_drawn(vocab):
     for uniform in (0, 0.3, BELOW_ONE):
         uniforms = np.full((64, 2), uniform, np.float32)
         for temperature in (0.0, 0.01, 1.0, 100.0):
-            for truncation in [(None, None), (2, 1.0), (vocab, 0.5), (40, 0.999)]:
-                drawn = jax.tree.map(np.asarray, sample(uniforms, logits, temperature, *truncation))
+            for top_k, top_p in [(None, None), (2, 1.0), (vocab, 0.5), (40, 0.999)]:
+                drawn = jax.tree.map(np.asarray, sample(uniforms, logits, temperature, top_k=top_k, top_p=top_p))
                 assert np.isfinite(logits[np.arange(64), drawn.token]).all()
                 for log_prob in (drawn.log_prob, drawn.sample_log_prob):
                     assert np.isfinite(log_prob).all() and (log_prob <= 1e-6).all()
@@ -286,7 +317,7 @@ def test_other_values_do_not_compile_again():
     counted = jax.jit(chex.assert_max_traces(next_token.sample, n=1))
     uniforms, logits = np.float32([[0.5, 0.5]]), np.float32([[1, 0, 0.5]])
     tokens = {
-        int(counted(uniforms, logits, temperature, top_k, top_p).token[0])
+        int(counted(uniforms, logits, temperature, top_k=top_k, top_p=top_p).token[0])
         for temperature, top_k, top_p in [(0.0, 3, 1.0), (0.5, 1, 0.9), (2.0, 2, 0.99), (100.0, 3, 1.0)]
     }
     assert tokens == {0, 1}  # the settings do count

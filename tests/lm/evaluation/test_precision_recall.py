@@ -11,8 +11,8 @@ import tokenizers
 
 from kd_jax.lm import corpus, decode, evaluation, score, weights
 from kd_jax.lm import model as model_lib
-from kd_jax.lm.decode import to_corpus
-from kd_jax.lm.evaluation import Entry, Settings
+from kd_jax.lm.decode import SamplerSpec, to_corpus
+from kd_jax.lm.evaluation import Entry, EvaluationSpec, LazyModel, precision_recall, scores
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.storage import errors
 
@@ -40,14 +40,14 @@ def unigram(probabilities):
 
 
 def settings(num_samples=40, **changes):
-    return Settings(num_samples=num_samples, batch_size=8, **changes)
+    return EvaluationSpec(num_samples=num_samples, batch_size=8, **changes)
 
 
 def drawn(model, folder, num_samples=40, max_length=6, seed=77, temperature=1.0, **changes):
     """A corpus of the model's samples."""
-    found = evaluation.Found(model, weights.fingerprint(model.params))
+    sampler = SamplerSpec(sample_temperature=temperature)
     about = evaluation.sampling_settings(
-        found, "m", [PROMPT], max_length, num_samples, seed, settings(sample_temperature=temperature)
+        LazyModel(model, "float32", None, folder), "m", [PROMPT], max_length, num_samples, seed, sampler, settings()
     )
     return to_corpus.sample(model, folder, about | changes, command="test", label="test", batch_size=8)
 
@@ -135,17 +135,74 @@ def test_estimates_are_the_sums_over_all_sequences(tmp_path):
     assert row["num_tokens"] == round(row["length_mean"] * count) and row["num_recall"] == count
 
 
-def test_samples_at_another_temperature_stand_for_that_distribution(tmp_path):
+def test_every_number_is_of_the_model_as_it_is_sampled(tmp_path):
+    """A row for each temperature; recall and KL(p* || model) too are of softmax(logits / temperature)."""
+    p_star, other, count = random_model(0), random_model(1), 1500
+    validation = drawn(p_star, tmp_path / "data", count, max_length=3)
+    spec = settings(count, sample_temperatures=(1.0, 0.5))
+    rows = evaluation.evaluate(p_star, {"other": Entry(other)}, validation, spec, tmp_path / "out")
+    assert [row["sample_temperature"] for row in rows] == [1.0, 0.5] and {row["name"] for row in rows} == {"other"}
+    p, data = enumerated(p_star), np.exp(enumerated(p_star))
+    for row in rows:
+        q = enumerated(other, row["sample_temperature"])
+        for name, values, probability in (
+            ("precision", p, np.exp(q)), ("recall", q, data), ("entropy", -q, np.exp(q)),
+            ("kl_model_data", q - p, np.exp(q)), ("kl_data_model", p - q, data),
+        ):  # fmt: skip
+            assert_near(row, exact(name, values, probability, count), name)
+    # the same numbers, but for rounding, where a temperature is asked for alone; to the bit where one is added later
+    (alone,) = evaluation.evaluate(
+        p_star, {"other": Entry(other)}, validation, settings(count, sample_temperatures=(0.5,)), tmp_path / "alone"
+    )
+    assert numbers(alone) == pytest.approx(numbers(rows[1]), rel=1e-5, abs=1e-6, nan_ok=True)
+    more = settings(count, sample_temperatures=(1.0, 0.5, 0.8))
+    again = evaluation.evaluate(p_star, {"other": Entry(other)}, validation, more, tmp_path / "out")
+    for before, now in zip(rows, again, strict=False):
+        assert numbers(now) == pytest.approx(numbers(before), rel=0, abs=0, nan_ok=True)
+    assert [row["sample_temperature"] for row in again] == [1.0, 0.5, 0.8]
+
+
+def numbers(row):
+    return {name: value for name, value in row.items() if isinstance(value, float)}
+
+
+def test_calibration_and_agreement_against_numpy(tmp_path):
+    p_star, other = random_model(0), random_model(1)
+    validation = drawn(p_star, tmp_path / "data", 30)
+    spec = settings(10, sample_temperatures=(1.0, 0.5), agreement=True)
+    rows = evaluation.evaluate(p_star, {"m": Entry(other)}, validation, spec, tmp_path / "out")
+    probs, theirs, targets = [], [], []
+    for ids in validation.rows().tokens:
+        tokens = np.zeros((1, 12), np.int32)
+        tokens[0, : len(ids)] = ids
+        both = [np.asarray(_logits(m.params, SMALL, tokens), np.float64)[0, : len(ids) - 1] for m in (other, p_star)]
+        probs.append(both[0])
+        theirs.append(both[1].argmax(axis=-1))
+        targets.append(ids[1:])
+    logits, theirs, targets = map(np.concatenate, (probs, theirs, targets))
+    for row in rows:
+        p = np.exp(logits / row["sample_temperature"])
+        p /= p.sum(axis=-1, keepdims=True)
+        confidence, right = p.max(axis=-1), p.argmax(axis=-1) == targets
+        bins = np.ceil(confidence * 15) - 1  # a value on an edge is unlikely
+        error = sum(abs((right - confidence)[bins == b].sum()) for b in range(15)) / len(right)
+        assert row["calibration_error"] == pytest.approx(error, abs=1e-5)
+        assert row["agreement"] == pytest.approx((p.argmax(axis=-1) == theirs).mean()) and row["agreement_se"] > 0
+    (own, _) = evaluation.evaluate(p_star, {"own": Entry(p_star)}, validation, spec, tmp_path / "out")
+    assert own["agreement"] == 1
+
+
+def test_given_samples_are_evaluated_as_they_were_drawn(tmp_path):
     p_star, teacher, count = random_model(0), random_model(1), 1500
     validation = drawn(p_star, tmp_path / "data", 50, max_length=3)
     cool = drawn(teacher, tmp_path / "cool", count + 7, max_length=3, temperature=0.5)
-    # the model is not needed, and not loaded
-    entry = Entry(tmp_path / "nothing", "teacher", 0.5, samples=cool)
+    entry = Entry(teacher, "teacher", 0.5, samples=cool)
     (row,) = evaluation.evaluate(p_star, {"teacher": entry}, validation, settings(count), tmp_path / "out")
     p, q = enumerated(p_star), enumerated(teacher, 0.5)
     for name, values in (("precision", p), ("entropy", -q), ("kl_model_data", q - p)):
         assert_near(row, exact(name, values, np.exp(q), count), name)
-    assert {row[name] for name in ("recall", "recall_se", "kl_data_model", "recall_num_infinite")} == {None}
+    recall = log_prob(teacher, validation.rows().tokens, 0.5)
+    assert row["recall_per_sequence"] == pytest.approx(recall.mean(), abs=1e-5) and row["recall_num_infinite"] == 0
     assert (row["num_samples"], row["tau"], row["sample_temperature"]) == (count, 0.5, 0.5)
     assert not (tmp_path / "out/teacher/samples").exists()
 
@@ -153,6 +210,24 @@ def test_samples_at_another_temperature_stand_for_that_distribution(tmp_path):
     entry = entry._replace(samples=drawn(teacher, tmp_path / "again", count, max_length=3, seed=3, temperature=0.5))
     (other,) = evaluation.evaluate(p_star, {"teacher": entry}, validation, settings(count), tmp_path / "out")
     assert other["entropy"] != row["entropy"] and other["precision"] != row["precision"]
+    assert other["recall"] == row["recall"]
+
+
+def test_a_truncated_model_never_gives_some_of_the_data(tmp_path):
+    p_star, teacher = random_model(0), random_model(1)
+    validation = drawn(p_star, tmp_path / "data", 60, max_length=3)
+    greedy = drawn(teacher, tmp_path / "top", 40, max_length=3, top_k=2)
+    (row,) = evaluation.evaluate(
+        p_star, {"teacher": Entry(teacher, samples=greedy)}, validation, settings(40), tmp_path / "out"
+    )
+    # from the definition: a row has a token that is not among the two likeliest
+    never = 0
+    for ids in validation.rows().tokens:
+        tokens = np.zeros((1, 12), np.int32)
+        tokens[0, : len(ids)] = ids
+        logits = np.asarray(_logits(teacher.params, SMALL, tokens))[0]
+        never += any(ids[i] not in np.argsort(-logits[i - 1])[:2] for i in range(1, len(ids)))
+    assert 0 < never < 60 and row["recall_num_infinite"] == never and row["recall"] == -math.inf
 
 
 def test_a_longer_model_against_numpy(tmp_path):
@@ -251,11 +326,11 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch):
     # many small parts: shards of 16 samples, batches of a few rows, each saved at once
-    monkeypatch.setattr(evaluation, "_SHARD_ROWS", 16)
-    monkeypatch.setattr(evaluation, "_SHARD_BATCHES", 2)
-    monkeypatch.setattr(to_corpus, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(precision_recall, "_SHARD_ROWS", 16)
+    monkeypatch.setattr(precision_recall, "_SHARD_BATCHES", 2)
+    monkeypatch.setattr(scores, "_SAVE_SECONDS", 0.0)
     return {name: Counted(monkeypatch, *where) for name, where in {
-        "sample": (decode, "stream"), "score": (score, "log_prob"), "result": (evaluation, "write_rows"),
+        "sample": (decode, "stream"), "score": (score, "per_token"), "result": (precision_recall, "write_rows"),
     }.items()}  # fmt: skip
 
 
@@ -344,17 +419,66 @@ def test_models_of_one_seed_share_random_numbers_and_other_seeds_do_not(tmp_path
     assert same == {"a/seed-0": True, "a/seed-1": False, "b/seed-0": True, "b/seed-1": False}
 
 
-def test_a_source_is_loaded_once_for_the_check_and_once_for_the_work(tmp_path, monkeypatch):
+@pytest.fixture
+def loads(monkeypatch):
+    """The sources that were loaded, in a list that grows."""
+    sources, load = [], weights.load
+    monkeypatch.setattr(weights, "load", lambda source, **kw: sources.append(str(source)) or load(source, **kw))
+    return sources
+
+
+def test_each_model_is_loaded_once_and_the_second_time_none(tmp_path, loads):
+    paths = {name: str(tmp_path / name) for name in ("p_star", "one", "two")}
+    for seed, path in enumerate(paths.values()):
+        weights.save(random_model(seed), path)
+    validation = drawn(random_model(0), tmp_path / "data", 10)
+
+    def evaluated(**changes):
+        loads.clear()
+        models = {name: Entry(paths[name]) for name in ("one", "two")}
+        return evaluation.evaluate(paths["p_star"], models, validation, settings(10, **changes), tmp_path / "out")
+
+    rows = evaluated()
+    assert sorted(loads) == sorted(paths.values())
+    assert evaluated() == rows and loads == []
+    # all temperatures of a model in one load
+    evaluated(sample_temperatures=(1.0, 0.8, 0.6))
+    assert sorted(loads) == sorted(paths.values())
+    # numbers are those of models that are given as they are
+    given = evaluation.evaluate(
+        random_model(0), {"one": Entry(random_model(1))}, validation, settings(10), tmp_path / "given"
+    )
+    assert given == [{**rows[0], "source": "one"}]
+
+
+def test_weights_that_change_meanwhile_are_named(tmp_path, monkeypatch):
+    weights.save(random_model(1), tmp_path / "m")
+    validation = drawn(random_model(0), tmp_path / "data", 10)
+    identities = iter(["a", "b"])
+    monkeypatch.setattr(weights, "identity", lambda _: next(identities))
+    with pytest.raises(errors.RunError, match="weights of .*m have changed"):
+        evaluation.evaluate(random_model(0), {"m": Entry(tmp_path / "m")}, validation, settings(10), tmp_path / "out")
+
+
+def test_a_new_metric_is_computed_for_old_runs_and_a_changed_one_again(tmp_path, monkeypatch, request):
     p_star = random_model(0)
-    weights.save(random_model(1), tmp_path / "model")
-    validation = drawn(p_star, tmp_path / "data", 10)
-    (row,) = evaluation.evaluate(p_star, {"m": Entry(tmp_path / "model")}, validation, settings(10), tmp_path / "out")
-    (same,) = evaluation.evaluate(p_star, {"m": Entry(random_model(1))}, validation, settings(10), tmp_path / "other")
-    assert row == {**same, "source": str(tmp_path / "model")}
-    loads = iter([random_model(1), random_model(2)])
-    monkeypatch.setattr(weights, "load", lambda *_, **__: next(loads))
-    with pytest.raises(errors.RunError, match="weights of m .* have changed"):
-        evaluation.evaluate(p_star, {"m": Entry("moving")}, validation, settings(10), tmp_path / "third")
+    validation = drawn(p_star, tmp_path / "data", 20)
+
+    def evaluated():
+        return evaluation.evaluate(p_star, {"m": Entry(random_model(1))}, validation, settings(20), tmp_path / "out")
+
+    (row,) = evaluated()
+    request.getfixturevalue("no_work")
+    table = precision_recall.metric_rows
+    new = table.Metric(
+        "longest", ("samples",), table.NUMBER, "tokens", "longer", "max length", lambda s: (int(s.length.max()),)
+    )
+    old = table.METRICS["repetition_4"]
+    changed = old._replace(values=lambda s: (-1.0,), version=old.version + 1)
+    monkeypatch.setattr(table, "METRICS", {**table.METRICS, "longest": new, "repetition_4": changed})
+    (again,) = evaluated()
+    longest = max(len(ids) for ids in corpus.open(tmp_path / "out/m/samples").rows().tokens)
+    assert again == {**row, "longest": longest, "repetition_4": -1.0}
 
 
 # What is refused
@@ -370,7 +494,7 @@ LETTERS = tokenizer(*"abcde")
 
 @pytest.fixture
 def no_work(monkeypatch):
-    for module, name in ((decode, "stream"), (score, "log_prob")):
+    for module, name in ((decode, "stream"), (score, "per_token")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work is done"))
 
 
@@ -394,11 +518,11 @@ def test_a_model_that_does_not_go_together_with_p_star(tmp_path, request, change
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["", "..", "a/../b", "/a", "a//b", "a/samples", "a b", "a:b"])
+@pytest.mark.parametrize("name", ["", "..", "a/../b", "/a", "a//b", "a/samples", "a/at", "a b", "a:b"])
 def test_a_name_that_cannot_be_a_folder(tmp_path, name):
     p_star = random_model(0)
     with pytest.raises(ValueError, match="cannot name a model"):
-        evaluation.check(p_star, {"a": Entry(p_star), name: Entry(p_star)}, 6, settings())
+        evaluation.check(p_star, {"a": Entry(p_star), name: Entry(p_star)}, settings(), 6)
 
 
 def test_a_source_that_is_not_there_is_found_before_any_work(tmp_path, request):
@@ -416,8 +540,8 @@ def test_a_source_that_is_not_there_is_found_before_any_work(tmp_path, request):
     ("about", "message"),
     [
         ({"model_fingerprint": "ab"}, "another model than p*"),
-        ({"sample_temperature": 0.8}, "sample_temperature 0.8"),
-        ({"top_p": 0.9}, "top_p 0.9"),
+        ({"sample_temperature": 0.8}, "sampled at tau-0.8"),
+        ({"top_p": 0.9}, "sampled at tau-1-top_p-0.9"),
         ({"tokenizer_fingerprint": "cd"}, "another tokenizer"),
         ({"eos_ids": [4]}, r"end with ids \[4\]"),
         ({"prompt_ids": []}, "no prompt"),
@@ -442,7 +566,6 @@ def test_corpora_that_are_too_short_or_of_something_else(tmp_path):
             )
 
     refused("has 10 rows, and 11 of them", num_recall=11)
-    refused("has 10 rows, and 0 of them", num_recall=0)
     refused("m: .* has 10 rows, and 40 of them", samples=drawn(other, tmp_path / "few", 10))
     refused("m: .* of another model", samples=drawn(p_star, tmp_path / "wrong"))
     refused("max_length 5, the validation corpus 6", samples=drawn(other, tmp_path / "short", max_length=5))
@@ -483,18 +606,22 @@ def test_transformers_says_the_same(tmp_path):
     architecture = dataclasses.replace(model_lib.PRESETS["tiny"], vocab_size=97)
     models = {"p_star": random_model(5, architecture), "student": random_model(6, architecture)}
     validation = drawn(models["p_star"], tmp_path / "data", 30, max_length=24)
-    (row,) = evaluation.evaluate(
-        models["p_star"], {"student": Entry(models["student"])}, validation, settings(30), tmp_path / "out"
+    spec = settings(30, sample_temperatures=(1.0, 0.7))
+    row, cool = evaluation.evaluate(
+        models["p_star"], {"student": Entry(models["student"])}, validation, spec, tmp_path / "out"
     )
     samples = corpus.open(tmp_path / "out/student/samples").rows()
-    for name, by, rows in (("precision", "p_star", samples), ("recall", "student", validation.rows())):
-        weights.export(models[by], tmp_path / by)
+    for name, by, rows, got, temperature in (
+        ("precision", "p_star", samples, row, 1.0), ("recall", "student", validation.rows(), row, 1.0),
+        ("recall", "student", validation.rows(), cool, 0.7),
+    ):  # fmt: skip
+        weights.export(models[by], tmp_path / by, overwrite=True)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / by, dtype=torch.float32)
         sums = []
         for ids in rows.tokens:
             with torch.inference_mode():
                 logits = theirs(torch.tensor(ids.tolist())[None]).logits[0].double()
-            scored = torch.log_softmax(logits, -1)[range(len(ids) - 1), ids[1:].tolist()]
+            scored = torch.log_softmax(logits / temperature, -1)[range(len(ids) - 1), ids[1:].tolist()]
             sums.append(float(scored.sum()))
-        assert row[name] == pytest.approx(sum(sums) / sum(len(ids) - 1 for ids in rows.tokens), abs=1e-3)
-        assert row[f"{name}_per_sequence"] == pytest.approx(np.mean(sums), abs=1e-3)
+        assert got[name] == pytest.approx(sum(sums) / sum(len(ids) - 1 for ids in rows.tokens), abs=1e-4)
+        assert got[f"{name}_per_sequence"] == pytest.approx(np.mean(sums), abs=1e-3)

@@ -1,0 +1,87 @@
+"""Texts as points: the mean hidden state of a model over each text, kept in a file.
+
+The model is any that loads, best not p* (whose own likelihood is a metric already). Where it has another tokenizer than
+the corpus, texts are decoded and encoded again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from kd_jax.lm import model as model_lib
+from kd_jax.lm import score
+from kd_jax.lm.corpus import Rows, compatibility
+from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
+from kd_jax.parallel import distributed
+from kd_jax.parallel import mesh as mesh_lib
+from kd_jax.runs import progress
+from kd_jax.storage.files import read_arrays, replacing
+
+
+def mean_hidden_states(
+    path: Path, key: dict[str, Any], load: Callable[[], Model], rows: Rows, tokenizer: Any, *, label: str,
+    batch_tokens: int | None = None, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The embedding of each row, float32 [n, width]: its last hidden states, averaged over all of its tokens.
+
+    Args:
+        path: the .npz it is kept in.
+        key: what says which model and which rows these are.
+        load: the model that embeds; called only if the file does not have this key.
+        tokenizer: of the rows; None where they are ids of the model that embeds.
+        label: of the progress bar.
+        batch_tokens: about how many tokens run at a time; by default score.tokens_at_once.
+    """
+    text = json.dumps(key, sort_keys=True)
+    if path.exists():
+        arrays = read_arrays(path, hint="; remove it, and the same command makes it again")
+        if str(arrays.get("key")) == text:
+            return arrays["embeddings"]
+    model = load()
+    ids = _ids(rows.tokens, tokenizer, model)
+    lengths = np.array([len(row) for row in ids])
+    batch_tokens = score.tokens_at_once(mesh) if batch_tokens is None else batch_tokens
+    out = np.zeros((len(ids), model.architecture.hidden_size), np.float32)
+    with progress.bar(label, 0, int(lengths.sum()), "token") as bar:
+        for chosen, shape in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
+            batch, sizes = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
+            for i, row in enumerate(chosen):
+                batch[i, : lengths[row]], sizes[i] = ids[row], lengths[row]
+            if mesh is not None:
+                batch = distributed.spread(batch, mesh_lib.sharding(("batch", None), mesh))
+                sizes = distributed.spread(sizes, mesh_lib.sharding(("batch",), mesh))
+            means = distributed.fetch(_means(model.params, batch, sizes, model.architecture, compute))
+            out[chosen] = means[: len(chosen)]
+            bar.update(int(lengths[chosen].sum()))
+    if distributed.leads():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file:
+            np.savez(file, key=np.array(text), embeddings=out)
+    return out
+
+
+def _ids(tokens: Sequence[np.ndarray], tokenizer: Any, model: Model) -> list[np.ndarray]:
+    """The rows as ids of the model that embeds, at most as many as it has positions, and at least one."""
+    limit = model.architecture.max_position_embeddings
+    own = compatibility.tokenizer_fingerprint(model)
+    if tokenizer is None or own in (None, tokenizer.fingerprint):
+        return [np.asarray(row)[:limit] for row in tokens]
+    encoded = (model.tokenizer.encode(tokenizer.decode(row)) for row in tokens)
+    # a text of no token, such as a lone EOS, still has to be a point: the first id stands for it
+    return [np.asarray(row or [0])[:limit] for row in encoded]
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def _means(params, tokens, lengths, architecture: Architecture, compute: Compute) -> jax.Array:
+    hidden = model_lib.forward(params, architecture, tokens, compute=compute).astype(jnp.float32)
+    inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    return jnp.where(inside[..., None], hidden, 0).sum(axis=1) / lengths[:, None].astype(jnp.float32)

@@ -1,0 +1,63 @@
+"""Differences between evaluated models, paired by seed and, where they score the same rows, by sequence.
+
+Results keep a value for each sequence, so that what two models share (hard rows, a teacher's corpus, the random
+numbers of samples) does not count as noise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kd_jax.lm.decode import WHOLE, SamplerSpec
+from kd_jax.lm.evaluation.precision_recall import home
+from kd_jax.metrics import statistics
+from kd_jax.metrics.statistics import Interval
+from kd_jax.storage.errors import RunError
+from kd_jax.storage.files import read_arrays
+
+
+def sequence_values(folder: str | os.PathLike, name: str, quantity: str, sampler: SamplerSpec = WHOLE) -> np.ndarray:
+    """A value for each sequence, nats, float64 [n].
+
+    Args:
+        folder: of the evaluation.
+        name: of the model.
+        quantity: "recall" (log model of each validation row) or "precision" (log p* of each of its samples).
+        sampler: how the model was sampled.
+    Raises: RunError where there is no such result.
+    """
+    path = home(Path(folder), name, sampler) / f"{quantity}.npz"
+    if not path.exists():
+        raise RunError(f"{path} is missing: {name} is not evaluated at {sampler.label}")
+    return read_arrays(path)["log_prob"]
+
+
+def difference(
+    folder: str | os.PathLike, one: Sequence[str], other: Sequence[str], quantity: str, *,
+    samplers: tuple[SamplerSpec, SamplerSpec] = (WHOLE, WHOLE), confidence: float = 0.95,
+) -> Interval:  # fmt: skip
+    """How much more of a quantity models have than others, in nats per sequence.
+
+    Recall is of the same rows under all models: both seeds and sequences are random, the two-way interval's case.
+    Samples are each model's own: a seed's mean is one value.
+
+    Args:
+        one, other: names of models, in the order of their seeds; pairs are of one seed.
+        quantity: as in `sequence_values`.
+        samplers: how `one` and `other` were sampled.
+    Returns: the interval of the mean of one - other. With one seed it is over sequences alone.
+    """
+    pairs = zip(one, other, strict=True)
+    differences = np.stack([
+        sequence_values(folder, a, quantity, samplers[0]) - sequence_values(folder, b, quantity, samplers[1])
+        for a, b in pairs
+    ])  # fmt: skip
+    if len(differences) == 1:
+        return statistics.t_interval(differences[0], confidence)
+    if quantity == "recall":
+        return statistics.two_way(differences, confidence)
+    return statistics.t_interval(differences.mean(axis=1), confidence)

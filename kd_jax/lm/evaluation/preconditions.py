@@ -1,0 +1,95 @@
+"""What an evaluation is asked to do, and whether it can: every check that needs no weights, for a dry run too."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from kd_jax.lm.corpus import Corpus, compatibility
+from kd_jax.lm.evaluation.lazy_models import LazyModel, metadata
+from kd_jax.lm.model import Model
+from kd_jax.runs.settings import setting, spec
+
+_NAME = re.compile(r"[\w.@+-]+(/[\w.@+-]+)*")
+# Parts of a name that would collide with the files of another model.
+_TAKEN = {"samples", "at", ".", ".."}
+
+
+@spec
+class MeasureSpec:
+    """What is measured of each model."""
+
+    sample_temperatures: tuple[float, ...] = setting(
+        (1.0,), "each model is evaluated at each of these; 1 is its own distribution", above=0
+    )
+    agreement: bool = setting(False, "score p* on the validation rows, too: how often its likeliest id is a model's")
+    batch_tokens: int | None = setting(
+        None, "tokens scored at a time; none is 4096 for each part of the mesh that rows are split over", at_least=1
+    )
+
+
+@spec
+class EvaluationSpec(MeasureSpec):
+    """How models are evaluated."""
+
+    num_samples: int = setting(1000, "samples of each model at each temperature", at_least=1)
+    num_recall: int | None = setting(None, "validation rows; none takes all of the corpus", at_least=1)
+    seed: int = setting(0, "of the samples; a model's own seed is added")
+    dtype: str = setting("float32", "of weights and matrix products", one_of=("float32", "bfloat16", "float16"))
+    batch_size: int = setting(64, "samples drawn at a time", at_least=1)
+
+
+class Entry(NamedTuple):
+    """A model to evaluate.
+
+    Attributes:
+        source: what kd_jax.lm.weights.load takes, or the model itself.
+        arm: "direct", "distilled", "teacher" or "model". Like `tau`, it only says in the row what this is.
+        tau: the sample temperature of the teacher, in the samples the model learnt from or in its own here.
+        seed: of the model's training. Models of one seed are sampled with the same random numbers, which makes the
+            differences between them less noisy; those of other seeds with others.
+        samples: samples of the model to take, the first num_samples; it is then evaluated as they were drawn.
+    """
+
+    source: str | os.PathLike | Model
+    arm: str = "model"
+    tau: float | None = None
+    seed: int | None = None
+    samples: Corpus | None = None
+
+
+def check(
+    p_star: str | os.PathLike | Model | LazyModel, models: Mapping[str, Entry], spec: EvaluationSpec, max_length: int
+) -> None:
+    """The checks of models that need no weights: a Model here may have empty params, for one yet to be trained.
+
+    Args:
+        max_length: of the validation rows and of the samples, the prompt included.
+    Raises: ValueError for models that do not go together with p* (vocabulary, tokenizer, EOS ids), have fewer than
+        max_length positions, or a name that cannot be a folder; FileNotFoundError or RunError for a source that is not
+        there or cannot be opened.
+    """
+    if not spec.sample_temperatures or len(set(spec.sample_temperatures)) < len(spec.sample_temperatures):
+        raise ValueError(f"sample_temperatures={spec.sample_temperatures} must be different numbers, at least one")
+    for name in models:
+        if not _NAME.fullmatch(name) or _TAKEN & set(name.split("/")):
+            raise ValueError(
+                f"{name!r} cannot name a model: use letters, digits and . _ @ + - with / between, and no part "
+                "'samples' or 'at'"
+            )
+    reference = p_star.metadata if isinstance(p_star, LazyModel) else metadata(p_star)
+    compatibility.check_model("p*", reference, reference, max_length)
+    for name, entry in models.items():
+        compatibility.check_model(name, metadata(entry.source), reference, max_length)
+
+
+def check_samples(name: str, samples: Corpus, p_star: Model, validation: Mapping[str, Any], num_samples: int) -> None:
+    """Raises ValueError unless given samples are enough, and like the validation rows, of these settings."""
+    label = f"{name}: the corpus {samples.folder}"
+    compatibility.check_corpus(label, samples, p_star, num_samples)
+    for key in ("prompt_ids", "max_length"):
+        value = samples.manifest["settings"][key]
+        if value != validation[key]:
+            raise ValueError(f"{label} has {key} {value}, the validation corpus {validation[key]}")

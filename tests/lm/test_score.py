@@ -1,0 +1,132 @@
+"""Scoring against the definition; cases L01 to L08 have their values from public reports."""
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from kd_jax.lm import model as model_lib
+from kd_jax.lm import score
+from kd_jax.lm.model import Architecture, Model
+
+SHAPE = Architecture(
+    vocab_size=4, hidden_size=24, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=4, rope_theta=1e4, max_position_embeddings=64, tie_word_embeddings=False,
+)  # fmt: skip
+TINY = dataclasses.replace(model_lib.PRESETS["tiny"], vocab_size=23)
+
+
+def after(logits):
+    """A model with these logits [id, next id] after each id."""
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), model_lib.abstract(SHAPE))
+    params["norm"] += 1
+    params["embedding"] += np.eye(4, 24, dtype=np.float32)
+    # the norm makes sqrt(24) of the 1 in an embedding, but for its epsilon
+    params["head"][:, :4] = np.transpose(logits) / np.sqrt(24 / (1 + 24 * SHAPE.rms_norm_eps))
+    return Model(SHAPE, params, eos_ids=())
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def tiny():
+    return Model(TINY, model_lib.init(jax.random.key(1), TINY), eos_ids=(2,))
+
+
+def rows(count=7, longest=12, seed=0):
+    random = np.random.RandomState(seed)
+    return random.randint(0, TINY.vocab_size, (count, longest)), random.randint(1, longest + 1, count)
+
+
+def expected_log_probs(model, tokens, temperature=1.0):
+    logits = model_lib.logits(model.params, model_lib.forward(model.params, model.architecture, tokens))
+    scores = log_softmax(np.asarray(logits, np.float64)[:, :-1] / temperature)
+    return np.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0], scores
+
+
+def test_a_token_is_scored_by_the_logits_before_it():  # L01
+    logits = np.zeros((4, 4))
+    logits[0, 1] = logits[1, 2] = 10
+    log_probs, mask = score.log_prob(after(logits), np.array([[0, 1, 2]]), np.array([3]))
+    np.testing.assert_allclose(log_probs, [[-0.0001361905, -0.0001361905]], atol=2e-7)
+    assert mask.tolist() == [[True, True]]
+
+
+def test_the_first_token_the_prefix_and_short_texts():  # L04
+    uniform, tokens = after(np.zeros((4, 4))), np.array([[3, 1, 0, 2, 1]])
+    for prefix, count, total in (((), 4, -5.5451774), ((1,), 5, -6.9314718), ((1, 2), 5, -6.9314718)):
+        log_probs, mask = score.log_prob(uniform, tokens, np.array([5]), prefix=prefix)
+        assert mask.sum() == count and log_probs.sum() == pytest.approx(total, abs=1e-5)
+    log_probs, mask = score.log_prob(uniform, tokens, np.array([1]))
+    assert not mask.any() and not log_probs.any()
+
+
+def test_padding_and_batches_do_not_enter():  # L02
+    model, (tokens, lengths) = tiny(), rows()
+    whole, mask = score.log_prob(model, tokens, lengths)
+    assert mask.sum() == (lengths - 1).sum() and not whole[~mask].any()
+    np.testing.assert_allclose(whole[mask], expected_log_probs(model, tokens)[0][mask], atol=1e-5)
+    for batch_tokens in (1, 40):
+        other, _ = score.log_prob(model, tokens, lengths, batch_tokens=batch_tokens)
+        np.testing.assert_allclose(other, whole, atol=1e-5)
+    padded = np.pad(tokens, ((0, 0), (0, 9)), constant_values=22)
+    np.testing.assert_allclose(score.log_prob(model, padded, lengths)[0][:, :11], whole, atol=1e-5)
+
+
+def test_scores_at_a_temperature_are_of_the_logits_divided_by_it():  # L08
+    known = after([[2, 1, 0, -1e9]] + [[0, 0, 0, -1e9]] * 3)
+    for temperature, expected in ((1.0, -0.4076060), (0.5, -0.1429316)):
+        log_probs, _ = score.log_prob(known, np.array([[0, 0]]), np.array([2]), sample_temperature=temperature)
+        assert log_probs[0, 0] == pytest.approx(expected, abs=1e-6)
+    model, (tokens, lengths) = tiny(), rows()
+    log_probs, mask, entropy = score.log_prob(model, tokens, lengths, sample_temperature=0.6, entropy=True)
+    expected, scores = expected_log_probs(model, tokens, 0.6)
+    np.testing.assert_allclose(log_probs[mask], expected[mask], atol=1e-5)
+    np.testing.assert_allclose(entropy[mask], -(np.exp(scores) * scores).sum(axis=-1)[mask], atol=1e-5)
+
+
+def test_a_padded_vocabulary_is_scored_over_the_real_ids():
+    model = tiny()._replace(tokenizer=types.SimpleNamespace(vocab_size=20))
+    tokens = np.random.RandomState(0).randint(0, 20, (3, 6))
+    log_probs, mask = score.log_prob(model, tokens, np.full(3, 6))
+    logits = np.asarray(model_lib.logits(model.params, model_lib.forward(model.params, TINY, tokens)), np.float64)
+    expected = np.take_along_axis(log_softmax(logits[:, :-1, :20]), tokens[:, 1:, None], axis=-1)[..., 0]
+    np.testing.assert_allclose(log_probs, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="row 0 has id 20"):
+        score.log_prob(model, np.full((1, 3), 20), np.array([3]))
+
+
+def test_any_function_of_logits_and_ids():
+    model, (tokens, lengths) = tiny(), rows()
+    (top, shifted), mask = score.per_token(model, tokens, lengths, _top_and_shifted, np.float32(3))
+    logits = np.asarray(model_lib.logits(model.params, model_lib.forward(model.params, TINY, tokens)))[:, :-1]
+    np.testing.assert_array_equal(top[mask], logits.argmax(axis=-1)[mask])
+    np.testing.assert_array_equal(shifted[mask], tokens[:, 1:][mask] + 3)
+    assert not top[~mask].any() and top.dtype == np.int32
+    (top, _), mask = score.per_token(model, tokens[:0], lengths[:0], _top_and_shifted, np.float32(3))
+    assert top.shape == mask.shape == (0, 11)
+
+
+def _top_and_shifted(logits, ids, by):
+    return logits.argmax(axis=-1).astype(np.int32), ids + by
+
+
+def test_scores_under_x64_are_the_same():
+    model, (tokens, lengths) = tiny(), rows()
+    expected = score.log_prob(model, tokens, lengths, entropy=True, sample_temperature=0.7)
+    with jax.enable_x64(True):
+        got = score.log_prob(model, tokens, lengths, entropy=True, sample_temperature=0.7)
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_tokens_at_once_grow_with_what_rows_are_split_over():
+    assert score.tokens_at_once() == 4096 and score.tokens_at_once(each=100) == 100
+    ((chosen, shape),) = score.batches(np.array([5, 30, 9]), 96)
+    assert chosen.tolist() == [1, 2, 0] and shape == (3, 32)
