@@ -18,7 +18,7 @@ from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import setting, spec
 
 _BLOCK = 128
-# how many of the most probable tokens truncation looks at before it searches all
+# Truncation first looks at this many of the likeliest ids: they nearly always decide, and a full search is slow.
 _CANDIDATES = 256
 
 
@@ -65,11 +65,11 @@ WHOLE = SamplerSpec()
 
 
 class Draw(NamedTuple):
-    """Tokens and what they were drawn with, each [...].
+    """Tokens and their log-probabilities, each [...].
 
     Attributes:
         token: int32 ids.
-        log_prob: under the model itself, temperature 1.
+        log_prob: under the model itself (temperature 1, no truncation), float32 nats.
         sample_log_prob: under the distribution drawn from, after temperature and truncation; 0 for the greedy choice.
     """
 
@@ -163,14 +163,14 @@ def _divisor(temperature: jax.Array) -> jax.Array:
 
 
 def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """-inf for what top-k and then top-p leave out, as if tokens were sorted by logit and, among equals, by id.
+    """-inf for the ids that top-k and then top-p leave out. Ids are ordered by logit and, among equals, by id.
 
     Args:
-        logits: [..., vocab], largest 0 (see `temper`).
-        top_k: how many are kept, from 1; vocab or more keeps all.
-        top_p: the fewest tokens whose probability, after top-k, reaches this are kept, the one that crosses it among
-            them; from above 0 to 1, which keeps all.
-        mesh: what logits [row, vocab] are split over, see `sample`.
+        logits: [..., vocab], the largest 0 (see `temper`).
+        top_k: how many are kept, at least 1; vocab or more keeps all.
+        top_p: the fewest ids are kept whose probability after top-k reaches this, the one that crosses it included;
+            above 0, and 1 keeps all.
+        mesh: see `sample`.
     """
     vocab = logits.shape[-1]
     top_k, top_p = jnp.asarray(top_k, jnp.float32), jnp.asarray(top_p, jnp.float32)
@@ -183,7 +183,7 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, mesh: Mesh |
     kept = jnp.minimum(jnp.minimum(by_mass, top_k), possible)
     last = jnp.minimum(kept - 1, values.shape[-1] - 1).astype(jnp.int32)[..., None]
     leading = (logits >= jnp.take_along_axis(values, last, axis=-1)) & (logits > -jnp.inf)
-    # Nearly always the few leading tokens decide. Where they do not, or equals straddle the edge, all are searched.
+    # Where the candidates do not decide, or equal logits lie on both sides of the edge, the vocabulary is searched.
     decided = ((leading.sum(axis=-1) == kept) & (kept <= values.shape[-1])).all()
     decided = decided & ((top_k <= values.shape[-1]) | (top_k >= vocab))
     everything = (top_k >= vocab) & (top_p >= 1)
@@ -193,14 +193,14 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, mesh: Mesh |
 
 
 def draw(uniforms: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Inverse of the cumulative distribution, in two levels: a block of 128 ids, then an id of it.
+    """Draws by inverting the cumulative distribution in two levels: first a block of 128 ids, then an id in it.
 
-    Two cheap uniforms a row in place of one Gumbel variate for each id; the second one also resolves tails that lie
-    below the step of the first, 2**-23.
+    This needs two uniforms a row, where Gumbel noise needs one variate for each id of the vocabulary. Two levels also
+    reach ids in tails below the resolution of one float32 uniform, 2**-23.
 
     Args:
         uniforms: [..., 2], in [0, 1); 0 picks the first id that has any weight.
-        logits: [..., vocab], largest 0; -inf is never drawn.
+        logits: [..., vocab], the largest 0; -inf is never drawn.
     Returns: int32 ids [...], and the logarithm of the sum of exp(logits) [...].
     """
     pad = -logits.shape[-1] % _BLOCK
@@ -215,16 +215,16 @@ def draw(uniforms: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
-    """The first index at which the cumulative weight passes `uniform` of the total; never one of weight 0."""
+    """The first index at which the cumulative weight exceeds `uniform` times the total; never one of weight 0."""
     total = jnp.cumsum(weights, axis=-1)
     passed = (total > (uniform * total[..., -1])[..., None]) & (weights > 0)
-    # rounding can leave none: then the last that has weight
+    # rounding can leave none; then it is the last that has weight
     last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights > 0, axis=-1), axis=-1)
     return jnp.where(passed.any(axis=-1), jnp.argmax(passed, axis=-1), last)
 
 
 def _search(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The mask of `truncate`, by bisection over all of the vocabulary."""
+    """The mask of what `truncate` keeps, by bisection over the whole vocabulary."""
     order = _sortable(logits)
 
     def by_count():
@@ -236,29 +236,29 @@ def _search(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 
 
 def _sortable(x: jax.Array) -> jax.Array:
-    """uint32 in the order of the floats; 0.0 and -0.0 alike."""
+    """uint32 in the order of the floats; 0.0 and -0.0 are equal."""
     x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _leading(order: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
-    """Mask of the leading tokens, the fewest whose weights reach `wanted`.
+    """Mask of the leading ids: the fewest whose weights reach `wanted`.
 
-    By bisection over the bits of the sort key, and then of the id among those of equal key: a sort of the vocabulary
-    costs several times as much.
+    By bisection over the bits of the sort key, then over the ids among equal keys; sorting the vocabulary takes several
+    times as long.
     """
 
     def weigh(mask):
         return jnp.where(mask, weights, 0).sum(axis=-1)
 
-    # the largest key such that it and all above reach what is wanted
+    # the largest key such that it and all larger ones reach `wanted`
     key = _largest(lambda key: weigh(order >= key[..., None]) >= wanted, wanted.shape, 32)
     above = order > key[..., None]
     equal = order == key[..., None]
     missing = wanted - weigh(above)
     ids = jnp.arange(order.shape[-1], dtype=jnp.uint32)
-    # the last of the equals that is needed: before it, too little
+    # the last id that is needed among the equal ones: with those before it, the weight is too small
     last = _largest(
         lambda last: weigh(equal & (ids < last[..., None])) < missing, key.shape, order.shape[-1].bit_length()
     )
@@ -266,10 +266,10 @@ def _leading(order: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Arr
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], bits: int) -> jax.Array:
-    """The largest number of so many bits for which `holds` is true, if it is true up to some number and then false."""
+    """The largest number of `bits` bits for which `holds` is true; it must be true up to some number, then false."""
 
-    def step(i, found):
-        tried = found | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-        return jnp.where(holds(tried), tried, found)
+    def step(i, largest):
+        tried = largest | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        return jnp.where(holds(tried), tried, largest)
 
     return jax.lax.fori_loop(0, bits, step, jnp.zeros(shape, jnp.uint32))

@@ -1,8 +1,8 @@
-"""Sampling: a batch of slots that a finished sample leaves to the next one at once, on the device.
+"""Sampling in a batch of slots, where the next sample starts as soon as another ends (continuous batching).
 
 Sample i depends on (seed, i) alone: the uniforms of its token at a position come from a key folded from the seed, i and
-the position. Which slot it ran in, beside what, on how many devices or after how many restarts does not enter (but
-through the rounding of the model's own float arithmetic).
+the position. Its slot, the samples beside it, the number of devices and restarts change it only where the rounding of
+the model's arithmetic does.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from kd_jax.lm.model.kv_cache import PAGE, Pages
 from kd_jax.parallel import distributed
 from kd_jax.parallel import mesh as mesh_lib
 
-# One call of the device program is to take about so long: progress moves, and Ctrl-C answers.
+# A call of the device program takes about this long, so that progress is shown and Ctrl-C is answered.
 _SECONDS_PER_CALL = 1.0
-# How many operations of a model take a CPU as long as it takes to have one more program, from disk. An accelerator has
-# no use for fewer slots: a step there is reading the weights.
+# FLOPs that take a CPU as long as loading one more compiled program from disk. An accelerator gains nothing from fewer
+# slots: the time of a step there is that of reading the weights.
 _PROGRAM = 3e11
 
 
 class Samples(NamedTuple):
-    """Samples that are done, as NumPy arrays, one row each.
+    """Finished samples, as NumPy arrays, one row each.
 
     Attributes:
         index: int64 [n], which sample.
@@ -44,9 +44,9 @@ class Samples(NamedTuple):
         prompt_lengths: int32 [n].
         finished: bool [n]; ended with an EOS id, else cut at max_length.
         log_probs: float32 [n, max_length], of each generated token under the model itself (temperature 1); else 0.
-        sample_log_probs: the same under the distribution it was drawn from.
+        sample_log_probs: the same under the distribution that it was drawn from.
         utilisation: share of the slots' steps so far that ran a sample; there are fewer slots towards the end.
-        steps: how many steps were run so far.
+        steps: number of steps so far.
     """
 
     index: np.ndarray
@@ -69,7 +69,7 @@ def generate(
 
     Args:
         sampler: how tokens are drawn.
-        knobs: instead of it, settings of SamplerSpec: sample_temperature, top_k, top_p, min_p.
+        knobs: instead of it, settings of SamplerSpec such as sample_temperature=0.8 or top_k=50.
 
     Returns: tokens int32 [num_samples, max_length], lengths int32 [num_samples], log_probs float32
     [num_samples, max_length] under the model itself.
@@ -98,9 +98,10 @@ def stream(
             count.
         max_length: longest sample, prompt included.
         sampler: how tokens are drawn.
-        knobs: instead of it, settings of SamplerSpec: sample_temperature, top_k, top_p, min_p. 0, 1, 0 or None is off.
-        batch_size: how many samples run at a time; rounded up to a multiple of the devices they are split over. On
-            CPUs there are fewer where no more samples are left to start, if that is quicker.
+        knobs: instead of it, settings of SamplerSpec by name; None is off.
+        seed, first: sample i is a function of the seed and i; those before `first` are left out.
+        batch_size: samples that run at a time, rounded up to a multiple of the devices they are split over. On CPUs
+            there are fewer once no more samples are left to start, if that is quicker.
         mesh: where the parameters lie, if on more than one device (see kd_jax.parallel.mesh.make).
     Raises: ValueError for a value that cannot work, before anything is run.
     """
@@ -130,7 +131,7 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         taken = time.perf_counter() - began
         if len(rows.index):
             yield _samples(rows, prompts, max_length, active_steps / slot_steps, steps)
-        # the clocks of several processes differ, what they run must not
+        # clocks differ between processes, and all of them have to run the same number of steps
         num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
 
 
@@ -140,7 +141,7 @@ def _sampler(sampler: SamplerSpec, knobs: dict[str, float | None]) -> SamplerSpe
 
 
 def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
-    """The prompts as a list of lists of ids; raises ValueError for what cannot work."""
+    """The prompts as a list of lists of ids. Raises ValueError for arguments that cannot work."""
     prompts = [list(map(int, p)) for p in ([prompt] if not len(prompt) or np.ndim(prompt[0]) == 0 else prompt)]
     for number, ids in enumerate(prompts):
         if not ids:
@@ -213,9 +214,9 @@ def lower(
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _laid_out(params, architecture: Architecture, mesh: Mesh):
-    """The weights as the loop reads them: layer by layer, and whole on each device but for what tensor splits.
+    """The weights as the loop reads them: layer by layer, whole on each device but for what tensor splits.
 
-    A step has few tokens, and no time to gather weights for them, as training does where fsdp splits them.
+    Where fsdp splits weights, training gathers them for each layer; a sampling step has too few tokens for that.
     """
     return jax.tree.map(
         lambda leaf, axes: mesh_lib.constrain(leaf, axes, mesh), model_lib.unstack(params), _axes(architecture)
@@ -223,7 +224,7 @@ def _laid_out(params, architecture: Architecture, mesh: Mesh):
 
 
 def _axes(architecture: Architecture) -> dict[str, Any]:
-    """Logical axes of the weights as `_laid_out` makes them."""
+    """Logical axes of the weights that `_laid_out` returns."""
     axes = model_lib.logical_axes(architecture)
 
     def whole(names):
@@ -234,21 +235,21 @@ def _axes(architecture: Architecture) -> dict[str, Any]:
 
 
 def _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh) -> State:
-    """Idle slots, and nothing done; with one prompt, its keys and values already lie in every slot."""
+    """Idle slots and no finished samples; a shared prompt's KV cache is resident in every slot."""
     devices = mesh_lib.batch_devices(mesh)
     each, wanted = (-(-rows // devices) for rows in (batch_size, int(settings.num_samples) - first))
     slots = devices * int(slots_lib.enough(each, wanted, max_length, settings.worth))
-    # a prompt for all is run through once; of several, each slot runs its own, and starts with nothing
+    # a shared prompt is run through once; of several prompts, each slot runs its own from an empty cache
     prompt = np.asarray(prompts[0] if len(prompts) == 1 else prompts[0][:1], np.int32)
-    # rows are rounded up so that other lengths find the same program compiled
+    # rounded up to whole pages, so that other lengths use the same compiled program
     width = -(-max_length // PAGE) * PAGE
     cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
     state = _empty(cache, slots, width, first)
-    # Committed to where the parameters are, as what `_run` returns is: otherwise the second call compiles again.
+    # Committed to the parameters' devices, as what `run` returns is: otherwise the second call compiles again.
     where = next(iter(cache.owner.devices())) if mesh is None else slots_lib.shardings(state, mesh)
     if not distributed.several():
         return jax.device_put(state, where)
-    place = {True: jax.device_put, False: distributed.spread}  # from the devices, from every host
+    place = {True: jax.device_put, False: distributed.spread}  # arrays on devices; arrays that every host has
     return jax.tree.map(lambda leaf, to: place[isinstance(leaf, jax.Array)](leaf, to), state, where)
 
 
@@ -265,29 +266,29 @@ def _empty(cache: Pages, slots: int, width: int, first: int) -> State:
 def _prefill(
     params, prompt, architecture: Architecture, groups: int, slots: int, length: int, compute: Compute
 ) -> Pages:  # fmt: skip
-    """A pool whose slots all hold this prompt (but for its last token, which is written again)."""
+    """A pool whose slots all hold this prompt, but for its last token, which the first step writes."""
     kept = slots_lib.prompt_pages(len(prompt) - 1)
     cache = model_lib.empty_cache(architecture, 1, kept * PAGE, jnp.dtype(compute.dtype))
     if len(prompt) > 1:
         positions = jnp.arange(len(prompt))[None]
         _, cache = model_lib.extend(params, architecture, cache, prompt[None], positions, compute=compute)
-    # a page more for each slot: all begin at once
+    # one page more for each slot, since all begin at once
     return kv_cache.paged(cache, groups, slots, slots * min(kept + 1, length // PAGE), length)
 
 
 def _rows(length: int, *rows: int) -> Rows:
     def zeros(dtype, *shape):
-        return np.zeros((*rows, *shape), dtype)  # each its own: donated buffers must not be shared
+        return np.zeros((*rows, *shape), dtype)  # an array each: donated buffers must not be shared
 
     wide = zeros(np.int32, length), zeros(np.float32, length), zeros(np.float32, length)
     return Rows(zeros(np.int32), *wide, zeros(np.int32), zeros(bool))
 
 
 def _collect(state: State) -> tuple[State, Rows]:
-    """Empties the pool of samples that are done, and counts from 0 again."""
+    """Takes the finished samples out of the state, with its counts back at 0."""
     filled, done = distributed.fetch(state.num_done), state.done
     if len(filled) > 1:
-        # no more than there is; few sizes, as each is a program of its own
+        # Only the filled part is fetched; sizes are powers of two, since each is a compiled program.
         done = _first(done, min(1 << (int(filled.max()) - 1).bit_length(), done.index.shape[1]))
     done = distributed.fetch(done)
     rows = jax.tree.map(lambda leaf: np.concatenate([leaf[i, :n] for i, n in enumerate(filled)]), done)

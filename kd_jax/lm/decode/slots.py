@@ -1,7 +1,7 @@
-"""The device program of kd_jax.lm.decode: slots that each run a sample, and what lies between two calls of it.
+"""The device program of kd_jax.lm.decode, in which each slot runs a sample, and what happens between two calls of it.
 
-A step computes a row for every slot. While there are samples to start, a slot that one leaves has the next at once;
-then the slots that run dry are left out, a good part of them at a time, and the pool of pages shrinks with them.
+A step computes a row for every slot. While samples are left to start, a slot takes the next one when its own ends.
+After that idle slots are removed, many at a time, and the pool of pages shrinks with them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from kd_jax.lm.model import Architecture, Compute, kv_cache
 from kd_jax.lm.model.kv_cache import PAGE, Pages
 from kd_jax.parallel import mesh as mesh_lib
 
-# A group has no fewer slots than this: a step then is reading the weights, and no shorter with fewer rows.
+# Fewest slots of a group: with this few rows a step is bound by reading the weights, and fewer would not be quicker.
 _LEAST = 8
-# Room for samples that are done, for each slot.
+# Finished samples that there is room for, for each slot.
 DONE = 8
 
 
 class Rows(NamedTuple):
-    """Samples on the device: those in the slots [slot, ...], or those that are done [group, place, ...]."""
+    """Samples on the device: those in the slots [slot, ...], or finished ones [group, place, ...]."""
 
     index: jax.Array
     tokens: jax.Array
@@ -37,27 +37,27 @@ class Rows(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a run of the loop starts from and leaves; slots are those of all groups of the cache, one after another."""
+    """The loop's state. Slots are those of all groups of the cache, one group after another."""
 
     cache: Pages
     slots: Rows
     active: jax.Array  # bool [slot]
-    done: Rows  # of each group the first num_done places are filled
+    done: Rows  # finished samples: the first num_done places of each group
     num_done: jax.Array  # [group]
     next_index: jax.Array  # the next sample to start
-    steps: jax.Array  # since the host last looked
-    active_steps: jax.Array  # of all slots together
+    steps: jax.Array  # since the host last fetched finished samples
+    active_steps: jax.Array  # of these, those of slots that ran a sample, over all slots
 
 
 class Settings(NamedTuple):
-    """What a run of the loop depends on beside the state; all traced."""
+    """What the loop depends on beside its state; all traced, so that other values do not compile again."""
 
     prompts: jax.Array  # int32 [prompt, longest]
     prompt_lengths: jax.Array
-    start: jax.Array  # the position where samples start: what is before, of a prompt for all, is in every slot for good
+    start: jax.Array  # where samples start: a shared prompt's KV cache before it is resident in every slot
     num_samples: jax.Array
     max_length: jax.Array
-    worth: jax.Array  # steps of a slot that have to be saved for a program with fewer slots to pay
+    worth: jax.Array  # slot steps that a program with fewer slots has to save to be worth loading
     seed: jax.Array
     eos_ids: jax.Array  # padded with -1
     num_tokens: jax.Array  # ids from here on do not exist
@@ -65,12 +65,12 @@ class Settings(NamedTuple):
 
 
 def prompt_pages(start):
-    """How many pages hold the positions before `start`."""
+    """Number of pages that hold the positions before `start`."""
     return -(-start // PAGE)
 
 
 def shardings(state: State, mesh: Mesh) -> State:
-    """Where a state lies: each group on the devices of its rows, its keys and values split by their heads there."""
+    """The state's layout: each group on the devices of its rows, its keys and values split by heads there."""
 
     def rows(leaf):
         return mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), mesh)
@@ -94,22 +94,22 @@ def shardings(state: State, mesh: Mesh) -> State:
 
 
 def sizes(slots: int) -> list[int]:
-    """How many slots a group of so many may be cut down to, and that: powers of two and three quarters of them.
+    """The numbers of slots that a group may shrink to, its own included: 2**k and 1.5 * 2**k.
 
-    Each is a program of its own, and these are the same ones whatever the number at first.
+    Each number is a compiled program; these few are shared by all starting sizes.
     """
     powers = [_LEAST << i for i in range(slots.bit_length())]
     return [size for power in powers for size in (power, power * 3 // 2) if size < slots] + [slots]
 
 
 def fit(state: State, settings: Settings, first_pages: int) -> State:
-    """Fewer slots where that pays from now on, and as many pages as these need; nothing may lie in `done`.
+    """The state with fewer slots where that pays, and with the pages that these need; `done` must be empty.
 
-    Attention reads the whole pool of pages: it becomes larger where the next step could find too few, and smaller where
-    many are idle. Each size is a program of its own, so there are few, and none is left for the next one.
+    Attention reads the whole pool of pages, so the pool grows only when the next step could run out, and shrinks when
+    many pages are idle. Each size of the pool is a compiled program: sizes are steps of an eighth, kept for a while.
 
     Args:
-        first_pages: how many pages of the pool a slot has at the least.
+        first_pages: least number of pages of the pool for each slot.
     """
     slots, spare = int(_slots_needed(state, settings)), 2
     if slots < state.cache.num_slots:
@@ -124,17 +124,17 @@ def fit(state: State, settings: Settings, first_pages: int) -> State:
 
 
 def enough(slots: int, wanted: jax.Array, longest: jax.Array, worth: jax.Array) -> jax.Array:
-    """The fewest slots of a group that are enough for `wanted` samples, of `longest` steps at the most, if it pays."""
+    """The fewest slots of a group for `wanted` samples of at most `longest` steps, if changing to it pays."""
     fewer = jnp.asarray(sizes(slots))
     fewer = jnp.where(fewer >= wanted, fewer, slots).min()
     saved = slots - fewer
-    # a quotient: the product could pass the end of int32
+    # compared by a quotient, since the product could overflow int32
     return jnp.where((saved > 0) & (longest >= -(-worth // jnp.maximum(1, saved))), fewer, slots)
 
 
 @jax.jit
 def _slots_needed(state: State, settings: Settings) -> jax.Array:
-    """How many slots a group is to have from now on: fewer where no more samples are left to start, and it pays."""
+    """Slots that a group needs from now on: fewer once no samples are left to start, if that pays."""
     slots = state.cache.num_slots
     active = state.active.reshape(-1, slots).sum(axis=1).max()
     longest = jnp.where(state.active, settings.max_length - state.slots.length, 0).max()
@@ -143,7 +143,7 @@ def _slots_needed(state: State, settings: Settings) -> jax.Array:
 
 
 def _shrink(state: State, slots: int) -> State:
-    """The same in fewer slots of each group, which have to be enough for its active ones."""
+    """The state in fewer slots of each group, at least as many as are active."""
     old = state.slots, state.active, state.done
     new, which = _gather(*old, state.cache.table.shape[0], slots)
     rows, active, done = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, old)
@@ -152,7 +152,7 @@ def _shrink(state: State, slots: int) -> State:
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _gather(slots: Rows, active: jax.Array, done: Rows, groups: int, size: int):
-    """These three with `size` slots in each group, and which they were [group, slot]; of an idle one: one beyond."""
+    """These three with `size` slots in each group, and the old slot of each new one [group, slot]; idle: one beyond."""
     old = len(active) // groups
     which = jax.vmap(lambda row: jnp.nonzero(row, size=size, fill_value=old)[0])(active.reshape(groups, old))
 
@@ -167,7 +167,7 @@ def _gather(slots: Rows, active: jax.Array, done: Rows, groups: int, size: int):
 
 @jax.jit
 def _pages_needed(state: State, settings: Settings) -> jax.Array:
-    """How many pages a group has in use after the next step, at the most: an idle slot may start and need one."""
+    """The most pages that a group can use after the next step, in which an idle slot may start and need one."""
     runs = state.active | (state.next_index < settings.num_samples)
     positions = jnp.where(state.active, state.slots.length - 1, settings.start)
     new = kv_cache.missing(state.cache, jnp.where(runs, positions, state.cache.length)).sum(axis=1)
@@ -182,7 +182,7 @@ def run(
     state: State, params, settings: Settings, architecture: Architecture, compute: Compute,
     num_steps: jax.Array,
 ) -> State:  # fmt: skip
-    """Up to num_steps steps; fewer where all is done, or `fit` has something to do before the next."""
+    """Runs up to num_steps steps; fewer where all samples are finished, or `fit` has to be called first."""
     slots, pool, mesh = state.cache.num_slots, state.done.index.shape[1], compute.mesh
     last = state.steps + num_steps
 
@@ -206,8 +206,8 @@ def _refill(state: State, settings: Settings) -> State:
     index = state.next_index + jnp.cumsum(wanted, dtype=jnp.int32) - 1
     begins = wanted & (index < settings.num_samples)
     which = index % settings.prompts.shape[0]
-    # A shared prompt's keys are in the slot already, and stay: what a sample writes comes after them. All but its last
-    # token is thereby done. With several prompts, a slot runs through its own.
+    # A shared prompt's KV cache is resident in every slot, all but its last token. Of several prompts, a slot runs
+    # through its own.
     length = jnp.full_like(index, settings.start + 1)
     prompt = settings.prompts[which]
     width = state.slots.tokens.shape[1]
@@ -219,7 +219,7 @@ def _refill(state: State, settings: Settings) -> State:
         log_probs=jnp.where(begins[:, None], 0, slots.log_probs),
         sample_log_probs=jnp.where(begins[:, None], 0, slots.sample_log_probs),
         length=jnp.where(begins, length, slots.length),
-        finished=slots.finished,  # of each step: `_advance` sets it
+        finished=slots.finished,  # set by `_advance` in each step
     )
     return state._replace(
         slots=slots, active=state.active | begins, next_index=state.next_index + begins.sum(dtype=jnp.int32)
@@ -227,10 +227,10 @@ def _refill(state: State, settings: Settings) -> State:
 
 
 def _advance(state: State, params, settings: Settings, architecture: Architecture, compute: Compute) -> State:
-    """One token for every slot; what idle slots compute is thrown away."""
+    """One token for every slot; what idle slots compute is discarded."""
     slots = state.slots
     newest = _pick(slots.tokens, slots.length - 1)  # the input of this step
-    positions = jnp.where(state.active, slots.length - 1, state.cache.length)  # of an idle slot: none
+    positions = jnp.where(state.active, slots.length - 1, state.cache.length)  # an idle slot writes nowhere
     cache = kv_cache.open_pages(state.cache, positions)
     hidden, cache = model_lib.extend(
         params, architecture, cache, newest[:, None], positions[:, None], compute=compute
@@ -243,7 +243,7 @@ def _advance(state: State, params, settings: Settings, architecture: Architectur
     # inside the prompt the next token is known
     given = slots.length < settings.prompt_lengths[slots.index % settings.prompts.shape[0]]
     width = slots.tokens.shape[1]
-    put = jnp.where(state.active, slots.length, width)  # beyond the row: dropped
+    put = jnp.where(state.active, slots.length, width)  # beyond the row, where writes are dropped
     token = jnp.where(given, _pick(slots.tokens, jnp.minimum(put, width - 1)), drawn.token)
     slots = slots._replace(
         tokens=_put(slots.tokens, put, token),
@@ -271,7 +271,7 @@ def _uniforms(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Arr
 
 
 def _retire(state: State, settings: Settings) -> State:
-    """Moves samples that are done from their slots to those that are, and gives their pages back."""
+    """Moves finished samples from their slots to the pool of finished ones, and frees their pages."""
     done = state.active & (state.slots.finished | (state.slots.length >= settings.max_length))
     groups = len(state.num_done)
     ended = done.reshape(groups, -1)
@@ -285,6 +285,6 @@ def _retire(state: State, settings: Settings) -> State:
     return state._replace(cache=cache, done=pool, active=state.active & ~done, num_done=num_done)
 
 
-# Row by row, so that rows that are split over devices stay where they are.
+# Mapped over rows, so that rows stay on the devices they are split over.
 _pick = jax.vmap(lambda row, place: row[place])
 _put = jax.vmap(lambda row, place, value: row.at[place].set(value, mode="drop"))
