@@ -2,7 +2,7 @@
 
 What a model is (architecture, tokenizer, the content of its files) is known without its weights. Its fingerprint, which
 names it in results and corpora, is that of the loaded weights; it is kept by the content of the files, so that a
-finished evaluation is found without loading anything.
+finished evaluation is found without loading anything. Nothing is written before the work has begun.
 """
 
 from __future__ import annotations
@@ -54,10 +54,13 @@ class LazyModel:
             if self._fingerprint not in (None, fingerprint) or weights.identity(self.source) != self._identity:
                 raise RunError(f"the weights of {self.source} have changed since this began")
             self._fingerprint = fingerprint
-            if distributed.leads():
-                self._known.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self._known, {**_read(self._known), self._key: fingerprint})
         return self._model
+
+    def remember(self) -> None:
+        """Keeps the fingerprint, so that the next start finds it without loading the model."""
+        if self._identity is not None and self._fingerprint is not None and distributed.leads():
+            self._known.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self._known, {**_read(self._known), self._key: self._fingerprint})
 
     def release(self) -> None:
         """Lets the weights go, unless they were given as they are."""

@@ -135,6 +135,7 @@ def plan(
 
 def carry_out(plan: Plan) -> list[dict[str, Any]]:
     """The work of `evaluate`: what is not there yet."""
+    plan.p_star.remember()
     rows = {}
     for key, model in plan.models.items():
         entries = {name: entry for name, entry in plan.entries.items() if _source_key(entry) == key}
@@ -144,6 +145,7 @@ def carry_out(plan: Plan) -> list[dict[str, Any]]:
             for sampler in _samplers(entry, plan.spec)
         ]
         _work(plan, model, [task for task in tasks if task.missing])
+        model.remember()
         for name in entries:
             rows[name] = [_row(task) for task in tasks if task.name == name]
     return [row for name in plan.entries for row in rows[name]]
