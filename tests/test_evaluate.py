@@ -272,7 +272,7 @@ def test_interrupted_says_how_to_go_on(sources, tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "log_prob", interrupted)
+        patch.setattr(score, "per_token", interrupted)
         assert evaluated(sources, tmp_path / "out") == 130
     assert "the same command resumes" in capsys.readouterr().err
     assert json.loads((tmp_path / "out/manifest.json").read_text())["status"] == "running"
