@@ -17,10 +17,10 @@ from kd_jax.losses.divergences import (
     top_k_teacher,
     total_variation,
 )
-from kd_jax.losses.parameters import PARAMETER
+from kd_jax.losses.table import PARAMETER, TABLE, Divergence, Parameter, checked_parameter
 
 __all__ = [
-    "DIVERGENCES", "PARAMETER", "alpha_divergence", "cross_entropy", "distillation_loss", "divergence", "forward_kl",
-    "jensen_shannon", "masked_mean", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "top_k_divergence",
-    "top_k_student", "top_k_teacher", "total_variation",
+    "DIVERGENCES", "Divergence", "PARAMETER", "Parameter", "TABLE", "alpha_divergence", "checked_parameter",
+    "cross_entropy", "distillation_loss", "divergence", "forward_kl", "jensen_shannon", "masked_mean", "reverse_kl",
+    "skew_forward_kl", "skew_reverse_kl", "top_k_divergence", "top_k_student", "top_k_teacher", "total_variation",
 ]  # fmt: skip

@@ -2,158 +2,113 @@
 
 p is the teacher's distribution, q the student's; both are softmaxes of logits [..., vocab] divided by a temperature.
 Values are nats [...], in float32 (float64 for float64 logits) whatever the logits' dtype, and carry no factor of the
-temperature squared; `distillation_loss` multiplies by it. Nothing here stops gradients but `distillation_loss`, which
-stops the teacher's.
+temperature squared; `distillation_loss` multiplies by it. All are differentiable, forward and backward, in both models'
+logits, the temperatures and the parameter; only `distillation_loss` stops gradients, the teacher's.
 
 A token whose logit is -inf has probability 0. Where a divergence is then infinite (in KL(p, q): p > 0 and q = 0), so is
 the value. Logits that are all -inf, or NaN, give NaN.
 
-The formulas are in `terms.py`, their derivatives in `slopes.py`; here they are given a softmax and a signature.
+Which divergences there are is said in `table.py`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from kd_jax.losses import parameters, reductions, slopes, terms
-from kd_jax.losses.parameters import PARAMETER, Scalar
+from kd_jax.losses import derivatives, parameters, reductions, table
+from kd_jax.losses.parameters import Scalar
 from kd_jax.losses.reductions import log_softmax
 from kd_jax.metrics import Mean
 
-__all__ = [
-    "DIVERGENCES", "PARAMETER", "alpha_divergence", "cross_entropy", "distillation_loss", "divergence", "forward_kl",
-    "jensen_shannon", "masked_mean", "reverse_kl", "skew_forward_kl", "skew_reverse_kl", "top_k_divergence",
-    "top_k_student", "top_k_teacher", "total_variation",
-]  # fmt: skip
-
-
-def forward_kl(
-    teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
-    teacher_temperature: Scalar | None = None, num_tokens: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """KL(p, q) = sum p log(p / q): the student must cover what the teacher does (Hinton et al. 2015, arXiv 1503.02531).
+_DETAILS = """
 
     Args:
         teacher_logits, student_logits: [..., vocab]; they broadcast.
-        temperature: divides the student's logits, and the teacher's unless they have their own; above 0; traced.
+        {parameter}temperature: divides the student's logits, and the teacher's unless they have their own; above 0,
+            traced.
         teacher_temperature: divides the teacher's logits, if given.
-        num_tokens: how many ids are real: the vocabularies are cut to them before the softmax.
-    Returns: [...].
-    Raises: ValueError for vocabularies that differ without `num_tokens`, or have fewer, and for a temperature (or, in
-        the other divergences, beta or alpha) out of its range. Where these are traced, the value is NaN instead.
-    """
-    return divergence(
-        "forward_kl", teacher_logits, student_logits, temperature=temperature,
-        teacher_temperature=teacher_temperature, num_tokens=num_tokens,
-    )  # fmt: skip
-
-
-def reverse_kl(
-    teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
-    teacher_temperature: Scalar | None = None, num_tokens: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """KL(q, p) = sum q log(q / p): the student must stay where the teacher is (Gu et al. 2024, arXiv 2306.08543)."""
-    return divergence(
-        "reverse_kl", teacher_logits, student_logits, temperature=temperature,
-        teacher_temperature=teacher_temperature, num_tokens=num_tokens,
-    )  # fmt: skip
-
-
-def jensen_shannon(
-    teacher_logits: jax.Array, student_logits: jax.Array, *, beta: Scalar = 0.5, temperature: Scalar = 1.0,
-    teacher_temperature: Scalar | None = None, num_tokens: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q (Agarwal et al. 2024, arXiv 2306.13649, eq. 1).
-
-    It goes to 0 as beta goes to 0 or 1. At 0 itself the forward and at 1 the reverse KL stand in its place: the limits
-    of JSD / beta and JSD / (1 - beta), by the paper's convention.
-    """
-    return divergence(
-        "jensen_shannon", teacher_logits, student_logits, temperature=temperature,
-        teacher_temperature=teacher_temperature, num_tokens=num_tokens, parameter=beta,
-    )  # fmt: skip
-
-
-def skew_forward_kl(
-    teacher_logits: jax.Array, student_logits: jax.Array, *, alpha: Scalar = 0.1, temperature: Scalar = 1.0,
-    teacher_temperature: Scalar | None = None, num_tokens: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """KL(p, alpha p + (1 - alpha) q), alpha in [0, 1) (Ko et al. 2024, DistiLLM, arXiv 2402.03898)."""
-    return divergence(
-        "skew_forward_kl", teacher_logits, student_logits, temperature=temperature,
-        teacher_temperature=teacher_temperature, num_tokens=num_tokens, parameter=alpha,
-    )  # fmt: skip
-
-
-def skew_reverse_kl(
-    teacher_logits: jax.Array, student_logits: jax.Array, *, alpha: Scalar = 0.1, temperature: Scalar = 1.0,
-    teacher_temperature: Scalar | None = None, num_tokens: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """KL(q, alpha q + (1 - alpha) p), alpha in [0, 1) (Ko et al. 2024, DistiLLM, arXiv 2402.03898)."""
-    return divergence(
-        "skew_reverse_kl", teacher_logits, student_logits, temperature=temperature,
-        teacher_temperature=teacher_temperature, num_tokens=num_tokens, parameter=alpha,
-    )  # fmt: skip
-
-
-def total_variation(
-    teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
-    teacher_temperature: Scalar | None = None, num_tokens: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """sum |p - q| / 2, from 0 to 1 (Wen et al. 2023, arXiv 2307.15190). Where p = q the slope is taken to be 0."""
-    return divergence(
-        "total_variation", teacher_logits, student_logits, temperature=temperature,
-        teacher_temperature=teacher_temperature, num_tokens=num_tokens,
-    )  # fmt: skip
-
-
-def alpha_divergence(
-    teacher_logits: jax.Array, student_logits: jax.Array, *, alpha: Scalar = 0.5, temperature: Scalar = 1.0,
-    teacher_temperature: Scalar | None = None, num_tokens: int | None = None,
-) -> jax.Array:  # fmt: skip
-    """(sum p^alpha q^(1 - alpha) - 1) / (alpha (alpha - 1)) (Minka 2005; Wang et al. 2021, arXiv 2102.07954).
-
-    At alpha = 1 its limit, the forward KL; at 0 the reverse KL; at 1/2 four times the squared Hellinger distance. Any
-    real alpha will do; outside [0, 1] values can be huge.
-    """
-    return divergence(
-        "alpha_divergence", teacher_logits, student_logits, temperature=temperature,
-        teacher_temperature=teacher_temperature, num_tokens=num_tokens, parameter=alpha,
-    )  # fmt: skip
-
-
-DIVERGENCES: dict[str, Callable[..., jax.Array]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jensen_shannon": jensen_shannon,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-    "alpha_divergence": alpha_divergence,
-}
+        num_tokens: number of real ids: both vocabularies are cut to them before the softmax.
+    Returns: [...], nats.
+    Raises: ValueError for vocabularies that differ without `num_tokens`, or have fewer ids, and for a temperature or
+        parameter out of its range. Where these are traced, the value is NaN instead.
+    Source: {source}.
+"""
 
 
 def divergence(
     name: str, teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, num_tokens: int | None = None, parameter: Scalar | None = None,
 ) -> jax.Array:  # fmt: skip
-    """The divergence of that name; `parameter` is its beta or alpha, by default its function's. It gets no gradient."""
-    parameter = jax.lax.stop_gradient(terms.checked_parameter(name, parameter))
+    """The divergence of that name (a key of `DIVERGENCES`).
+
+    Args:
+        parameter: its beta or alpha; None for its default.
+        others: as in `forward_kl`.
+    Returns: [...], nats.
+    Raises: ValueError as in `forward_kl`, and for a name that is not in the table.
+    """
+    parameter = table.checked_parameter(name, parameter)
     temperature, teacher_temperature = parameters.checked_temperatures(temperature, teacher_temperature)
     parameters.check_vocabulary(teacher_logits.shape[-1], student_logits.shape[-1], num_tokens)
     log_p = log_softmax(teacher_logits[..., :num_tokens], teacher_temperature)
     log_q = log_softmax(student_logits[..., :num_tokens], temperature)
-    return slopes.divergence(name, log_p, log_q, parameter)
+    return derivatives.divergence(name, log_p, log_q, parameter)
 
 
-_divergence = divergence  # for functions with an argument of that name
+def _named(row: table.Divergence) -> Callable[..., jax.Array]:
+    """`divergence` of a row as a function of its own, whose parameter has its own name."""
+
+    def function(
+        teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
+        teacher_temperature: Scalar | None = None, num_tokens: int | None = None, **own: Scalar,
+    ) -> jax.Array:  # fmt: skip
+        if row.parameter is not None:
+            own["parameter"] = own.pop(row.parameter.name, None)
+        return divergence(
+            row.name, teacher_logits, student_logits, temperature=temperature,
+            teacher_temperature=teacher_temperature, num_tokens=num_tokens, **own,
+        )  # fmt: skip
+
+    described, signature = "", inspect.signature(function)
+    arguments = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+    if row.parameter is not None:
+        called, default, interval = row.parameter
+        described = f"{called}: in {interval}; traced.\n        "
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        arguments.append(inspect.Parameter(called, keyword, default=default, annotation="Scalar"))
+    function.__name__ = function.__qualname__ = row.name
+    function.__doc__ = row.summary + _DETAILS.format(parameter=described, source=row.source)
+    function.__signature__ = signature.replace(parameters=arguments)
+    return function
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log q of the labels: logits [..., vocab], int labels [...] -> [...]; NaN where a label is not an id."""
+DIVERGENCES: dict[str, Callable[..., jax.Array]] = {name: _named(row) for name, row in table.TABLE.items()}
+
+forward_kl = DIVERGENCES["forward_kl"]
+reverse_kl = DIVERGENCES["reverse_kl"]
+jensen_shannon = DIVERGENCES["jensen_shannon"]
+skew_forward_kl = DIVERGENCES["skew_forward_kl"]
+skew_reverse_kl = DIVERGENCES["skew_reverse_kl"]
+total_variation = DIVERGENCES["total_variation"]
+alpha_divergence = DIVERGENCES["alpha_divergence"]
+
+_divergence = divergence  # for functions that have an argument of that name
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, *, num_tokens: int | None = None) -> jax.Array:
+    """-log q of the labels.
+
+    Args:
+        logits: [..., vocab].
+        labels: int [...].
+        num_tokens: number of real ids, to which the vocabulary is cut before the softmax.
+    Returns: [...], nats; NaN where a label is not a real id.
+    """
+    logits = logits[..., :num_tokens]
     log_q = log_softmax(logits)
     chosen = jnp.take_along_axis(log_q, jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None], axis=-1)[..., 0]
     return jnp.where((labels >= 0) & (labels < logits.shape[-1]), -chosen, jnp.nan)
@@ -164,26 +119,30 @@ def distillation_loss(
     divergence: str = "forward_kl", temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
     parameter: Scalar | None = None, hard_weight: Scalar = 0.0, num_tokens: int | None = None,
 ) -> Mean:  # fmt: skip
-    """(1 - hard_weight) T^2 D(p, q) + hard_weight CE over the positions that the mask selects, as a Mean over them.
+    """(1 - hard_weight) T^2 D(p, q) + hard_weight CE, as a Mean over the positions that the mask selects.
 
-    T^2 is the square of `temperature` (the student's) and keeps the gradient's size as T grows: for the KLs, T^2 D goes
-    to half the variance over the vocabulary of the difference of the logits. CE is the cross-entropy of the student at
-    temperature 1. The teacher gets no gradient. What the mask leaves out is never looked at, NaN included; of no
-    positions at all the mean is 0, and so is its gradient.
+    T^2 is the square of `temperature` (the student's). It keeps the gradient's size as T grows: for the KLs, T^2 D goes
+    to half the variance over the vocabulary of the difference of the logits (Hinton et al. 2015, arXiv 1503.02531). CE
+    is the student's cross-entropy at temperature 1. The teacher gets no gradient. Masked positions are never read and
+    may be NaN; over no positions at all the mean is 0, and so is its gradient.
 
     Args:
+        teacher_logits, student_logits: [..., vocab].
         labels: int [...]; may be None if `hard_weight` is 0 (a number, not traced).
         mask: bool [...].
-        divergence: a name in `DIVERGENCES`; `parameter` is its beta or alpha.
+        divergence: a key of `DIVERGENCES`; `parameter` is its beta or alpha.
         temperature, teacher_temperature, num_tokens: as in `forward_kl`.
+    Returns: the Mean, in nats.
+    Raises: ValueError as in `divergence`, for a weight outside [0, 1] or without labels, and for shapes that differ.
     """
     hard_weight = parameters.checked_hard_weight(labels, hard_weight)
     temperature, teacher_temperature = parameters.checked_temperatures(temperature, teacher_temperature)
     shapes = [teacher_logits.shape[:-1], student_logits.shape[:-1], mask.shape]
     shapes += [] if labels is None else [labels.shape]
     if len(set(shapes)) > 1:
-        raise ValueError(f"positions of teacher, student, mask and labels do not go together: {shapes}")
+        raise ValueError(f"positions of teacher, student, mask and labels differ: {shapes}")
     mask = mask.astype(bool)
+    # Masked before the softmax: the gradient of a value that is only masked afterwards could still be NaN.
     teacher_logits = jax.lax.stop_gradient(jnp.where(mask[..., None], teacher_logits, 0))
     student_logits = jnp.where(mask[..., None], student_logits, 0)
     soft = _divergence(
@@ -192,7 +151,7 @@ def distillation_loss(
     )  # fmt: skip
     values = reductions.weighted((1 - hard_weight) * temperature**2, soft)
     if labels is not None:
-        hard = cross_entropy(student_logits[..., :num_tokens], jnp.where(mask, labels, 0))
+        hard = cross_entropy(student_logits, jnp.where(mask, labels, 0), num_tokens=num_tokens)
         values = values + reductions.weighted(hard_weight, hard)
     return masked_mean(values, mask)
 
@@ -203,19 +162,22 @@ def top_k_divergence(
     teacher_temperature: Scalar | None = None, parameter: Scalar | None = None, tail: str = "bucket",
     num_tokens: int | None = None,
 ) -> jax.Array:  # fmt: skip
-    """A divergence [...] of which only the teacher's K most probable tokens are known.
+    """A divergence from a teacher of whom only the K most probable tokens are known.
 
-    Both distributions, at temperature 1, are made ones over fewer outcomes: the K ids, and with `tail="bucket"` one
-    more, any other token; with "renormalise" they are conditioned on the K ids instead. The temperatures then divide
-    the logarithms of these outcomes' probabilities. With K = vocab it is the divergence itself. At temperature 1 a
-    bucket makes a divergence smaller, never larger; renormalising does not see what the student puts elsewhere.
+    Both distributions, at temperature 1, are reduced to fewer outcomes: with `tail="bucket"` the K ids and "any other
+    token", with "renormalise" the K ids alone, on which both are conditioned. The temperatures then divide the
+    log-probabilities of these outcomes. With K = vocab this is the divergence itself. At temperature 1 a bucket can
+    only make a divergence smaller; renormalising does not see what the student puts on other tokens.
 
     Args:
         teacher_log_probs: [..., K], under the whole vocabulary at temperature 1.
         teacher_ids: int [..., K], distinct.
         student_logits: [..., vocab].
-        teacher_tail_log_prob: [...], log of the probability of all other tokens together (-inf for none); by default
-            what the K leave, which for small tails is rounding.
+        teacher_tail_log_prob: [...], log-probability of all other tokens together (-inf for none). By default it is
+            computed from the K, whose rounding makes it inexact where it is small.
+        others: as in `divergence`.
+    Returns: [...], nats.
+    Raises: ValueError as in `divergence`, for another `tail`, and for more ids than the vocabulary has.
     """
     student_logits = student_logits[..., :num_tokens]
     tail = checked_tail(tail, teacher_ids.shape[-1], student_logits.shape[-1])
@@ -228,7 +190,7 @@ def top_k_divergence(
 
 
 def checked_tail(tail: str, k: int, num_tokens: int) -> str:
-    """The kind of tail; where all ids are among the K there is none, and with a bucket or without is the same."""
+    """The kind of tail; where the K are all ids there is none, and "bucket" means the same as "renormalise"."""
     if tail not in ("bucket", "renormalise"):
         raise ValueError(f"tail={tail!r} is neither 'bucket' nor 'renormalise'")
     if not 1 <= k <= num_tokens:
@@ -237,7 +199,7 @@ def checked_tail(tail: str, k: int, num_tokens: int) -> str:
 
 
 def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: str) -> jax.Array:
-    """The teacher's logits over the K outcomes, and the bucket if there is one."""
+    """The teacher's logits [..., K or K + 1] over the outcomes of `top_k_divergence`."""
     log_probs = reductions.wide(log_probs)
     if tail == "renormalise":
         return log_probs
@@ -247,7 +209,7 @@ def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: s
 
 
 def top_k_student(logits: jax.Array, ids: jax.Array, tail: str) -> jax.Array:
-    """The student's logits over the same outcomes."""
+    """The student's logits [..., K or K + 1] over the same outcomes."""
     logits = reductions.wide(logits)
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
     if tail == "renormalise":
@@ -257,6 +219,6 @@ def top_k_student(logits: jax.Array, ids: jax.Array, tail: str) -> jax.Array:
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
-    """Mean over all positions that the mask selects. Of none it is 0: they neither move anything nor make NaN."""
+    """Mean over all positions that the mask selects; over none it is 0, so that it neither moves a sum nor is NaN."""
     mean = Mean.of(values.reshape(-1), where=mask.reshape(-1))
-    return mean._replace(mean=jnp.where(mean.count > 0, mean.mean, 0.0), count=mean.count.astype(jnp.float32))
+    return mean._replace(mean=jnp.where(mean.count > 0, mean.mean, 0.0))

@@ -1,7 +1,7 @@
 """A student's loss against a teacher from both models' hidden states and heads, in chunks of positions.
 
-The gradient with respect to the student's hidden states and head is worked out in the forward pass, while a chunk's
-logits are there (see `slopes.py`). The teacher and all settings get no gradient.
+The gradient with respect to the student's hidden states and head is computed in the forward pass, while a chunk's
+logits are there. The teacher and all settings get no gradient.
 """
 
 from __future__ import annotations
@@ -13,20 +13,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kd_jax.losses import divergences, parameters, reductions, slopes, terms
+from kd_jax.losses import derivatives, divergences, parameters, reductions
+from kd_jax.losses import head as head_lib
 from kd_jax.losses.divergences import masked_mean
-from kd_jax.losses.head import chunk_tokens, cut, dot, groups, head_gradient, join, no_gradient, project, summed, whole
+from kd_jax.losses.head import chunk_tokens, cut, dot, join, project, real_only
 from kd_jax.losses.parameters import Scalar
+from kd_jax.losses.table import TABLE, checked_parameter
 from kd_jax.metrics import Mean
 
 
 class Statistics(NamedTuple):
-    """What a run wants to see beside the loss: each a Mean over the masked positions, nats but for the last.
+    """What is logged beside the loss: each a Mean over the selected positions, in nats but for the agreement.
 
     Attributes:
-        divergence: without weight or factor of the temperature.
-        cross_entropy: of the labels under the student at temperature 1; of count 0 without labels.
-        student_entropy, teacher_entropy: of the distributions that are compared, each at its temperature.
+        divergence: D(p, q), without its weight and without T^2.
+        cross_entropy: of the labels under the student at temperature 1; its count is 0 without labels.
+        student_entropy, teacher_entropy: of q and p as they are compared, each at its temperature.
         agreement: share of positions where both models have the same most probable token.
     """
 
@@ -43,24 +45,24 @@ def linear_distillation(
     teacher_temperature: Scalar | None = None, parameter: Scalar | None = None, hard_weight: Scalar = 0.0,
     num_tokens: int | None = None, chunk: int | None = None, mesh: Mesh | None = None,
 ) -> tuple[Mean, Statistics]:  # fmt: skip
-    """(1 - hard_weight) T^2 D(p, q) + hard_weight CE, as `losses.distillation_loss` of the projected hidden states.
+    """(1 - hard_weight) T^2 D(p, q) + hard_weight CE: `losses.distillation_loss` of the projected hidden states.
 
-    The gradient of the loss's `mean` with respect to the student's hidden states and head is worked out in the forward
-    pass; the other members and the statistics carry none, nor do the teacher and the settings.
+    The loss's `mean` has derivatives, forward and backward, in the student's hidden states and head. They are computed
+    in the forward pass. The other members of the loss, the statistics, the teacher and the settings carry none.
 
     Args:
-        student_hidden, teacher_hidden: [..., position, width], each of its own width and dtype; what the mask leaves
-            out may be anything.
+        student_hidden, teacher_hidden: [..., position, width], each with its own width and dtype; masked positions may
+            hold anything.
         student_head, teacher_head: [vocab, width].
         labels: int [..., position]; may be None if `hard_weight` is 0 (a number, not traced).
         mask: bool [..., position].
-        divergence, temperature, teacher_temperature, parameter, num_tokens: as in `losses`; all but `num_tokens` and
-            the name are traced.
+        divergence, temperature, teacher_temperature, parameter, num_tokens: as in `losses.distillation_loss`; all but
+            `num_tokens` and the name are traced.
         chunk: tokens at a time, by default `chunk_tokens()`.
-        mesh: what the rows and the student's head are split over. The teacher's head is laid out so too, wherever it
-            was: both models' logits are then on the same devices, and none of them are sent.
-    Returns: the loss, a Mean whose `mean` is 0 where the mask selects nothing and NaN where a label that counts is not
-        an id; and the statistics.
+        mesh: what the rows and the student's head are split over. The teacher's head is laid out in the same way,
+            wherever it was, so that both models' logits are on the same devices and none of them are sent.
+    Returns: the loss, a Mean whose `mean` is 0 where the mask selects nothing and NaN where a selected label is not a
+        real id; and the statistics.
     Raises: ValueError for shapes that do not go together, no tokens at all, or settings out of range.
     """
     hard_weight = parameters.checked_hard_weight(labels, hard_weight)
@@ -76,7 +78,12 @@ def linear_divergence(
     mask: jax.Array, *, divergence: str, temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
     parameter: Scalar | None = None, num_tokens: int | None = None, chunk: int | None = None,
 ) -> Mean:  # fmt: skip
-    """The divergence alone, without a factor of the temperature; otherwise as `linear_distillation`."""
+    """The divergence alone, without T^2.
+
+    Args: as in `linear_distillation`.
+    Returns: a Mean, in nats; its `mean` is 0 where the mask selects nothing.
+    Raises: ValueError as in `linear_distillation`.
+    """
     temperatures = parameters.checked_temperatures(temperature, teacher_temperature)
     settings = _settings(divergence, temperatures, parameter, 1.0, 0.0)
     tokens = _Tokens(student_hidden, teacher_hidden, None, mask)
@@ -90,13 +97,15 @@ def linear_top_k_distillation(
     parameter: Scalar | None = None, tail: str = "bucket", hard_weight: Scalar = 0.0, num_tokens: int | None = None,
     chunk: int | None = None, mesh: Mesh | None = None,
 ) -> tuple[Mean, Statistics]:  # fmt: skip
-    """`linear_distillation` from the teacher's K most probable tokens: `losses.top_k_divergence` in place of D.
+    """`linear_distillation` from the teacher's K most probable tokens, with `losses.top_k_divergence` as D.
 
     Args:
         teacher_ids, teacher_log_probs: [..., position, K], the most probable first.
-        teacher_tail_log_prob: [..., position], or None as there.
+        teacher_tail_log_prob: [..., position], or None as in `losses.top_k_divergence`.
         tail: "bucket" or "renormalise".
-    Entropies in the statistics are those of what is compared: the K tokens, and the bucket.
+        others: as in `linear_distillation`.
+    Returns: the loss and the statistics; the entropies are over the K tokens and the bucket.
+    Raises: ValueError as in `linear_distillation` and `losses.top_k_divergence`.
     """
     hard_weight = parameters.checked_hard_weight(labels, hard_weight)
     temperatures = parameters.checked_temperatures(temperature, teacher_temperature)
@@ -113,7 +122,7 @@ def linear_top_k_distillation(
 
 
 class _Plan(NamedTuple):
-    """What is fixed when the program is made."""
+    """What the compiled program depends on."""
 
     divergence: str
     tail: str | None  # None: the teacher is hidden states and a head
@@ -123,7 +132,7 @@ class _Plan(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """What may be traced; float32."""
+    """The numbers of a loss, traced; float32."""
 
     temperature: jax.Array
     teacher_temperature: jax.Array
@@ -133,7 +142,7 @@ class _Settings(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """What belongs to positions, [..., position, ...]: all of them, or a chunk."""
+    """The arrays over positions, [..., position, ...]: of all of them or of a chunk."""
 
     hidden: jax.Array
     teacher: Any  # hidden states, or ids and logits of the outcomes
@@ -142,7 +151,7 @@ class _Tokens(NamedTuple):
 
 
 def _settings(divergence, temperatures, parameter, soft_weight, hard_weight) -> _Settings:
-    parameter = terms.checked_parameter(divergence, parameter)
+    parameter = checked_parameter(divergence, parameter)
     values = (*temperatures, 0.0 if parameter is None else parameter, soft_weight, hard_weight)
     return _Settings(*(jnp.asarray(value, jnp.float32) for value in values))
 
@@ -152,7 +161,7 @@ def _from_hidden(tokens: _Tokens, head, teacher_head, divergence, settings, num_
     sizes = teacher_head.shape[0], head.shape[0]
     parameters.check_vocabulary(*sizes, num_tokens)
     plan = _Plan(divergence, None, num_tokens or min(sizes), chunk or chunk_tokens(mesh), mesh)
-    # padding beyond the shorter head is cut off here; what both have is masked later, where nothing has to move
+    # What the longer head has more is cut off here. Padding that both have is masked later (`real_only`).
     head, teacher_head = head[: min(sizes)], teacher_head[: min(sizes)]
     return _labelled(plan, tokens, head, teacher_head, settings)
 
@@ -174,11 +183,11 @@ def _labelled(plan, tokens: _Tokens, head, teacher_head, settings) -> tuple[Mean
     if labels is None:
         return loss, statistics
     wrong = ((labels < 0) | (labels >= plan.num_tokens)).any()
-    # a product, so that the gradient is NaN as well
+    # A product, so that the gradient is NaN as well.
     return loss._replace(mean=loss.mean * jnp.where(wrong, jnp.nan, 1.0)), statistics
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _distil(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
     size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
     head, teacher_head = _whole(plan, hidden, head, teacher, teacher_head)
@@ -186,57 +195,57 @@ def _distil(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
     return _means(values, size, mask)
 
 
-def _distil_forward(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
-    count = mask.sum()
-    scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
+@_distil.defjvp
+def _distil_jvp(plan, primals, tangents):
+    (loss, statistics), gradients = _with_gradient(plan, *primals)
+    tangent, no_tangents = jax.tree.map(jnp.zeros_like, (loss, statistics))
+    tangent = tangent._replace(mean=head_lib.inner_product(gradients, tangents[:2]))
+    return (loss, statistics), (tangent, no_tangents)
+
+
+def _with_gradient(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
+    """The loss and the statistics, and the gradients of the loss's `mean` in hidden states and head."""
+    scale = head_lib.share_of_one(mask)
     size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
-    dtype, parts = head.dtype, groups(hidden, plan.mesh)
+    dtype, groups = head.dtype, head_lib.groups(hidden, plan.mesh)
     head, teacher_head = _whole(plan, hidden, head, teacher, teacher_head)
 
     def step(so_far, piece):
         values, gradient = _compare(plan, _Tokens(*piece), head, teacher_head, settings, scale)
         gradient, h = gradient.astype(hidden.dtype), _selected(piece[0], piece[-1])
         h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
-        return so_far + head_gradient(gradient, h, parts), (values, h_gradient)
+        return so_far + head_lib.head_gradient(gradient, h, groups), (values, h_gradient)
 
-    so_far, (values, h_gradient) = jax.lax.scan(step, no_gradient(head, parts, plan.mesh), pieces)
-    gradients = join(h_gradient, size, mask.ndim - 1), summed(so_far, parts, plan.mesh).astype(dtype)
+    so_far, (values, h_gradient) = jax.lax.scan(step, head_lib.no_gradient(head, groups, plan.mesh), pieces)
+    gradients = join(h_gradient, size, mask.ndim - 1), head_lib.summed(so_far, groups, plan.mesh).astype(dtype)
     return _means(values, size, mask), gradients
 
 
-def _distil_backward(plan, gradients, cotangent):
-    scale = cotangent[0].mean
-    hidden, head = ((gradient * scale).astype(gradient.dtype) for gradient in gradients)
-    return hidden, head, None, None, None, None, None
-
-
-_distil.defvjp(_distil_forward, _distil_backward)
-
-
 def _whole(plan, hidden, head, teacher, teacher_head):
-    theirs = None if teacher_head is None else whole(teacher_head, teacher, plan.mesh)
-    return whole(head, hidden, plan.mesh), theirs
+    if teacher_head is not None:
+        teacher_head = head_lib.whole(teacher_head, teacher, plan.mesh)
+    return head_lib.whole(head, hidden, plan.mesh), teacher_head
 
 
 def _means(values, size, mask):
     loss, statistics = jax.tree.map(lambda parts: masked_mean(join(parts, size, mask.ndim - 1), mask), values)
     if statistics.cross_entropy is None:
-        nothing = masked_mean(jnp.zeros(mask.shape), jnp.zeros(mask.shape, bool))
+        nothing = masked_mean(jnp.zeros(mask.shape, jnp.float32), jnp.zeros(mask.shape, bool))
         statistics = statistics._replace(cross_entropy=nothing)
     return loss, statistics
 
 
 def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, scale=None):
-    """Of a chunk: loss and statistics [..., position], and with `scale` that times the gradient in the logits."""
-    logits = _real(project(_selected(tokens.hidden, tokens.mask), head), plan)
+    """Loss and statistics of a chunk, [..., position], and with `scale` the gradient in its logits times `scale`."""
+    logits = real_only(project(_selected(tokens.hidden, tokens.mask), head), plan.num_tokens)
     if plan.tail is None:
-        teacher = _real(project(_selected(tokens.teacher, tokens.mask), teacher_head), plan)
+        teacher = real_only(project(_selected(tokens.teacher, tokens.mask), teacher_head), plan.num_tokens)
         soft, entropies, agreement, gradient = _soft(plan, settings, teacher, logits)
     else:
         ids, teacher = tokens.teacher[0], _selected(tokens.teacher[1], tokens.mask)
-        outcomes, pull = jax.vjp(lambda logits: divergences.top_k_student(logits, ids, plan.tail), logits)
+        outcomes, pull_back = jax.vjp(lambda logits: divergences.top_k_student(logits, ids, plan.tail), logits)
         soft, entropies, _, gradient = _soft(plan, settings, teacher, outcomes)
-        (gradient,) = pull(gradient)
+        (gradient,) = pull_back(gradient)
         agreement = _top_k_agreement(teacher[..., : ids.shape[-1]], outcomes[..., : ids.shape[-1]], logits)
     statistics = Statistics(soft, None, *entropies, agreement)
     value = reductions.weighted(settings.soft_weight, soft)
@@ -253,24 +262,17 @@ def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, sca
 
 
 def _selected(array, mask):
-    """0 where the mask leaves a position out, whatever is there."""
+    """The array with 0 at the positions that are masked, which may hold NaN."""
     return jnp.where(mask[..., None], array, 0)
 
 
-def _real(logits, plan):
-    """-inf for ids that are none; to cut the head instead would move what lies on several devices."""
-    if plan.num_tokens == logits.shape[-1]:
-        return logits
-    return jnp.where(jnp.arange(logits.shape[-1]) < plan.num_tokens, logits, -jnp.inf)
-
-
 def _soft(plan, settings: _Settings, teacher, student):
-    """The divergence, both entropies, where a most probable token is the same, and the weighted gradient.
-
-    That is with respect to the student's logits. What the sums are of is made anew in each: to keep it takes longer.
-    """
+    """The divergence, both entropies, the agreement, and the weighted gradient in the student's logits."""
+    # Log-probabilities are recomputed in each reduction over the vocabulary; storing them is slower.
     temperatures = settings.teacher_temperature, settings.temperature
     tops = reductions.largest(teacher), reductions.largest(student)
+
+    row = TABLE[plan.divergence]
 
     def below(*both):
         return [(logits - top) / t for logits, top, t in zip(both, tops, temperatures, strict=True)]
@@ -283,14 +285,15 @@ def _soft(plan, settings: _Settings, teacher, student):
     def log_softmaxes(*both):
         return [x - log for x, log in zip(below(*both), logs, strict=True)]
 
-    def parts(*both):
+    def terms(*both):
         log_p, log_q = log_softmaxes(*both)
         same = (both[0] == tops[0]) & (both[1] == tops[1])
-        terms_of = terms.TERMS[plan.divergence](log_p, log_q, settings.parameter)
-        return terms_of, _entropy(log_q), _entropy(log_p), same.astype(jnp.float32)
+        term = row.term(log_p, log_q, settings.parameter)
+        return term, _entropy(log_q), _entropy(log_p), same.astype(jnp.float32)
 
-    divergence, *entropies, agreement = reductions.sums(parts, teacher, student)
-    gradient = slopes.gradient(plan.divergence, *log_softmaxes(teacher, student), settings.parameter)
+    divergence, *entropies, agreement = reductions.sums(terms, teacher, student)
+    divergence = row.of_sum(divergence, settings.parameter)
+    gradient = derivatives.gradient(plan.divergence, *log_softmaxes(teacher, student), settings.parameter)
     gradient = gradient * (settings.soft_weight / settings.temperature)
     return divergence, entropies, jnp.minimum(agreement, 1), gradient
 
@@ -301,14 +304,14 @@ def _entropy(log_probs):
 
 
 def _top_k_agreement(teacher, student, logits):
-    """The same from both models' logits of the K tokens and all of the student's."""
+    """The agreement, from both models' logits of the K tokens and the student's logits of all tokens."""
     best = teacher == teacher.max(axis=-1, keepdims=True)
-    of_those = jnp.where(best, student, -jnp.inf).max(axis=-1)
-    return (of_those == logits.max(axis=-1)).astype(jnp.float32)
+    student_there = jnp.where(best, student, -jnp.inf).max(axis=-1)
+    return (student_there == logits.max(axis=-1)).astype(jnp.float32)
 
 
 def _hard(logits, labels):
-    """Cross-entropy at temperature 1 and its gradient with respect to the logits."""
+    """Cross-entropy at temperature 1 and its gradient in the logits."""
     top, ids = reductions.largest(logits), jnp.arange(logits.shape[-1])
 
     def parts(logits, ids):

@@ -1,8 +1,4 @@
-"""The output projection together with what is wanted of the logits, in chunks: [tokens, vocab] never exists.
-
-Losses here work out their gradients in the forward pass, chunk by chunk, in place of a second projection in the
-backward pass. `chunks.py` has what they share; those that compare two models are in `fused_divergence.py`.
-"""
+"""Log-probabilities and the cross-entropy of text, straight from hidden states and head, in chunks of positions."""
 
 from __future__ import annotations
 
@@ -12,92 +8,96 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kd_jax.losses import head as head_lib
 from kd_jax.losses.divergences import masked_mean
-from kd_jax.losses.fused_teacher import Statistics, linear_distillation, linear_divergence, linear_top_k_distillation
-from kd_jax.losses.head import (
-    chunk_tokens,
-    cut,
-    dot,
-    groups,
-    head_gradient,
-    join,
-    linear_map,
-    no_gradient,
-    precision,
-    project,
-    summed,
-    whole,
-)
+from kd_jax.losses.head import chunk_tokens, dot, linear_map, project, real_only
 from kd_jax.metrics import Mean
-
-__all__ = [
-    "Statistics", "chunk_tokens", "dot", "linear_cross_entropy", "linear_distillation", "linear_divergence",
-    "linear_log_prob", "linear_map", "linear_top_k_distillation", "precision", "project",
-]  # fmt: skip
 
 
 def linear_log_prob(
-    hidden: jax.Array, head: jax.Array, labels: jax.Array, *, entropy: bool = False, chunk: int | None = None,
-    mesh: Mesh | None = None,
+    hidden: jax.Array, head: jax.Array, labels: jax.Array, *, entropy: bool = False, num_tokens: int | None = None,
+    chunk: int | None = None, mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
-    """Log-probability of each label [..., position], and on request the entropy in nats of each prediction."""
+    """Log-probability of each label and, on request, the entropy of each prediction.
+
+    Args:
+        hidden: [..., position, width].
+        head: [vocab, width].
+        labels: int [..., position].
+        entropy: whether to return it.
+        num_tokens: number of real ids; the others, which pad the vocabulary, get probability 0.
+        chunk: tokens at a time, by default `chunk_tokens()`.
+        mesh: what the rows and the head are split over.
+    Returns: log-probabilities [..., position] and entropies [..., position] in nats, or None; float32.
+    """
 
     def score(logits, labels):
+        logits = real_only(logits, num_tokens or head.shape[0])
         total = jax.nn.logsumexp(logits, axis=-1)
         log_prob = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0] - total
         if not entropy:
             return log_prob, None
-        below = logits - total[..., None]
-        # a token that cannot be has no part in it: 0 * -inf is NaN
-        return log_prob, -jnp.where(below > -jnp.inf, jnp.exp(below) * below, 0).sum(axis=-1)
+        log_probs = logits - total[..., None]
+        # A token of probability 0 adds 0 to the entropy; 0 * -inf would be NaN.
+        return log_prob, -jnp.where(log_probs > -jnp.inf, jnp.exp(log_probs) * log_probs, 0).sum(axis=-1)
 
     return linear_map(score, hidden, head, labels, chunk=chunk, mesh=mesh)
 
 
 def linear_cross_entropy(
-    hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array, *, chunk: int | None = None,
-    mesh: Mesh | None = None,
+    hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array, *, num_tokens: int | None = None,
+    chunk: int | None = None, mesh: Mesh | None = None,
 ) -> Mean:  # fmt: skip
     """Cross-entropy in nats of the labels that the mask selects, as a Mean over all of them.
 
-    The gradient of its `mean` with respect to hidden and head is worked out in the forward pass, chunk by chunk, in
-    place of a second projection in the backward pass; the other members carry none.
+    The gradient of its `mean` with respect to hidden states and head is computed in the forward pass, chunk by chunk,
+    while the logits are there; a backward pass would have to project a second time. The other members carry none.
 
     Args:
         hidden: [..., position, width].
         head: [vocab, width].
-        labels: int [..., position]; what the mask leaves out may be anything, but its hidden states must be finite.
+        labels: int [..., position]; masked ones may be anything, but their hidden states must be finite.
         mask: bool [..., position].
+        num_tokens: number of real ids; the others, which pad the vocabulary, get probability 0.
+        chunk: tokens at a time, by default `chunk_tokens()`.
         mesh: what the rows and the head are split over.
-    Returns: the Mean; its `mean` and the gradient are NaN where a label that counts is not an id of the head.
+    Returns: the Mean; its `mean` and the gradient are NaN where a selected label is not a real id.
     Raises: ValueError for shapes that do not go together, or no tokens at all.
     """
     if not hidden.shape[:-1] == labels.shape == mask.shape or 0 in labels.shape:
         raise ValueError(f"shapes do not go together: {hidden.shape}, labels {labels.shape}, mask {mask.shape}")
+    num_tokens = num_tokens or head.shape[0]
     mask = mask.astype(bool)
     labels = jnp.where(mask, labels, 0)
-    mean = _cross_entropy(hidden, head, labels, mask, chunk or chunk_tokens(mesh), mesh)
-    wrong = (labels < 0) | (labels >= head.shape[0])
-    # a product, so that the gradient is NaN as well
+    mean = _cross_entropy(num_tokens, chunk or chunk_tokens(mesh), mesh, hidden, head, labels, mask)
+    wrong = (labels < 0) | (labels >= num_tokens)
+    # A product, so that the gradient is NaN as well.
     return mean._replace(mean=mean.mean * jnp.where(wrong.any(), jnp.nan, 1.0))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(hidden, head, labels, mask, chunk, mesh):
-    log_prob, _ = linear_log_prob(hidden, head, labels, chunk=chunk, mesh=mesh)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _cross_entropy(num_tokens, chunk, mesh, hidden, head, labels, mask):
+    log_prob, _ = linear_log_prob(hidden, head, labels, num_tokens=num_tokens, chunk=chunk, mesh=mesh)
     return masked_mean(-log_prob, mask)
 
 
-def _cross_entropy_forward(hidden, head, labels, mask, chunk, mesh):
-    dtype, parts = head.dtype, groups(hidden, mesh)
-    head = whole(head, hidden, mesh)
-    count = mask.sum()
-    scale = jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
-    size, pieces = cut((hidden, labels, mask), labels.shape, chunk)
+@_cross_entropy.defjvp
+def _cross_entropy_jvp(num_tokens, chunk, mesh, primals, tangents):
+    mean, gradients = _with_gradient(num_tokens, chunk, mesh, *primals)
+    tangent = jax.tree.map(jnp.zeros_like, mean)
+    return mean, tangent._replace(mean=head_lib.inner_product(gradients, tangents[:2]))
+
+
+def _with_gradient(num_tokens, chunk, mesh, hidden, head, labels, mask):
+    """The Mean, and the gradients of its `mean` in hidden states and head."""
+    dtype, groups = head.dtype, head_lib.groups(hidden, mesh)
+    head = head_lib.whole(head, hidden, mesh)
+    scale = head_lib.share_of_one(mask)
+    size, pieces = head_lib.cut((hidden, labels, mask), labels.shape, chunk)
 
     def step(so_far, piece):
         h, label, keep = piece
-        logits = project(h, head)
+        logits = real_only(project(h, head), num_tokens)
         top = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = weights.sum(axis=-1, keepdims=True)
@@ -106,16 +106,8 @@ def _cross_entropy_forward(hidden, head, labels, mask, chunk, mesh):
         gradient = (weights / total - one_hot) * jnp.where(keep, scale, 0)[..., None]
         gradient = gradient.astype(hidden.dtype)
         h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
-        return so_far + head_gradient(gradient, h, parts), (value, h_gradient)
+        return so_far + head_lib.head_gradient(gradient, h, groups), (value, h_gradient)
 
-    so_far, (values, h_gradient) = jax.lax.scan(step, no_gradient(head, parts, mesh), pieces)
-    values, h_gradient = (join(parts, size, labels.ndim - 1) for parts in (values, h_gradient))
-    return masked_mean(values, mask), (h_gradient, summed(so_far, parts, mesh).astype(dtype))
-
-
-def _cross_entropy_backward(chunk, mesh, gradients, cotangent):
-    hidden, head = ((gradient * cotangent.mean).astype(gradient.dtype) for gradient in gradients)
-    return hidden, head, None, None
-
-
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+    so_far, (values, h_gradient) = jax.lax.scan(step, head_lib.no_gradient(head, groups, mesh), pieces)
+    values, h_gradient = (head_lib.join(parts, size, labels.ndim - 1) for parts in (values, h_gradient))
+    return masked_mean(values, mask), (h_gradient, head_lib.summed(so_far, groups, mesh).astype(dtype))

@@ -1,7 +1,7 @@
-"""Positions cut into chunks, their hidden states projected to logits, and products in float32.
+"""The output projection of hidden states in chunks of positions, so that the logits of all tokens never exist.
 
-Logits of a chunk are float32. Hidden states are [..., position, width]; positions are cut into chunks, and whatever
-leads them (rows, split over devices perhaps) stays whole.
+Hidden states are [..., position, width]. The axes before the positions (rows, perhaps split over devices) stay whole: a
+chunk has the same positions of every row. The logits of a chunk are float32.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from jax.sharding import Mesh
 
 from kd_jax.parallel import mesh as mesh_lib
 
-# Few on a CPU, where their logits should stay in its caches.
+# Tokens in a chunk. Fewer on a CPU, where their logits should stay in its caches.
 CPU_TOKENS, TOKENS = 256, 4096
 
 
 def chunk_tokens(mesh: Mesh | None = None, each: int | None = None) -> int:
-    """How many tokens' logits are held at a time.
+    """The default number of tokens in a chunk.
 
-    Over a mesh, as many (or `each`) for each part of the rows: the number of chunks does not grow with that of devices.
+    Args:
+        mesh: over its parts of the rows the number is multiplied, so that more devices do not mean more chunks.
+        each: tokens of one such part, in place of the default.
     """
     return (each or (CPU_TOKENS if jax.default_backend() == "cpu" else TOKENS)) * mesh_lib.batch_devices(mesh)
 
@@ -32,7 +34,7 @@ def linear_map(
     function: Callable[..., Any], hidden: jax.Array, head: jax.Array, *arrays: jax.Array, chunk: int | None = None,
     mesh: Mesh | None = None,
 ) -> Any:  # fmt: skip
-    """function(logits, *pieces) for chunks of positions, put together again.
+    """function(logits, *pieces) of each chunk of positions, joined.
 
     Args:
         function: takes float32 logits [..., positions, vocab] and the same positions of `arrays`; returns arrays
@@ -42,6 +44,7 @@ def linear_map(
         arrays: [..., position] each.
         chunk: tokens at a time, by default `chunk_tokens()`.
         mesh: what the rows and the head are split over.
+    Returns: what the function returned, with all positions: [..., position, *any].
     """
     size, pieces = cut((hidden, *arrays), hidden.shape[:-1], chunk or chunk_tokens(mesh))
     head = whole(head, hidden, mesh)
@@ -54,73 +57,117 @@ def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return dot(hidden, head.astype(hidden.dtype), (hidden.ndim - 1, 1))
 
 
+def real_only(logits: jax.Array, num_tokens: int) -> jax.Array:
+    """Logits [..., vocab] with -inf for the ids from `num_tokens` on, which pad the vocabulary."""
+    # Cutting the head instead would move it between the devices that it is split over.
+    if num_tokens == logits.shape[-1]:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
+
+
 def whole(head: jax.Array, hidden: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """The head as hidden states are multiplied by it: where fsdp splits it, gathered once for all chunks."""
+    """The head in the hidden states' dtype; where fsdp splits its width, gathered once for all chunks."""
     if mesh is None:
         return head
     return mesh_lib.constrain(head.astype(hidden.dtype), ("vocab", None), mesh)
 
 
 def groups(hidden: jax.Array, mesh: Mesh | None) -> int:
-    """In how many parts of the rows of hidden states [row, position, width] the head's gradient is summed up.
+    """Number of groups of rows for which the head's gradient is summed up separately.
 
-    Each device keeps a sum of its own while it goes through the chunks; the sums are put together at the end, once.
+    Each device keeps its own sum while it goes through the chunks; they are added once at the end, not in every chunk.
+
+    Args:
+        hidden: [row, position, width]; where the rows do not divide over the devices, there is one group.
     """
     devices = mesh_lib.batch_devices(mesh)
     return devices if hidden.ndim > 2 and hidden.shape[0] % devices == 0 else 1
 
 
 def no_gradient(head: jax.Array, groups: int, mesh: Mesh | None) -> jax.Array:
-    """Zeros to add each chunk's `head_gradient` to, float32 [vocab, width], or [group, vocab, width] of several."""
+    """Zeros, float32, to which the `head_gradient` of each chunk is added: [vocab, width], or [group, vocab, width]."""
     if groups == 1:
         return jnp.zeros(head.shape, jnp.float32)
     return mesh_lib.constrain(jnp.zeros((groups, *head.shape), jnp.float32), ("batch", "vocab", None), mesh)
 
 
 def head_gradient(gradient: jax.Array, hidden: jax.Array, groups: int) -> jax.Array:
-    """Of a chunk's gradient in the logits [..., vocab] and hidden states [..., width]; shaped as `no_gradient`."""
+    """The head's gradient from a chunk's hidden states [..., width] and the gradient in its logits [..., vocab]."""
     leading = () if groups == 1 else (groups,)
     rows = (array.reshape(*leading, -1, array.shape[-1]) for array in (gradient, hidden))
     return dot(*rows, (len(leading), len(leading)), batch=len(leading))
 
 
 def summed(gradient: jax.Array, groups: int, mesh: Mesh | None) -> jax.Array:
-    """The sum over the groups, split over the devices as the head is."""
+    """The sum over the groups, split over the devices like the head."""
     return gradient if groups == 1 else mesh_lib.constrain(gradient.sum(axis=0), ("vocab", "embed"), mesh)
 
 
-def cut(arrays, shape, chunk):
-    """Arrays [*shape, ...] as [chunk, *rows, positions of it, ...], filled up with zeros; and how many positions."""
+def share_of_one(mask: jax.Array) -> jax.Array:
+    """1 / number of selected positions, float32: the weight of each in the mean; 0 where none is selected."""
+    count = mask.sum()
+    return jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
+
+
+def inner_product(gradients: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> jax.Array:
+    """The tangent, float32, of a number that has these gradients.
+
+    A derivative rule that is this product serves both directions. Its transpose only scales the gradients: backwards,
+    nothing is computed a second time.
+    """
+    pairs = zip(gradients, tangents, strict=True)
+    return sum((gradient.astype(jnp.float32) * tangent.astype(jnp.float32)).sum() for gradient, tangent in pairs)
+
+
+def cut(arrays: tuple[jax.Array, ...], shape: tuple[int, ...], chunk: int | None) -> tuple[int, tuple]:
+    """Positions cut into chunks of equal length, about `chunk` tokens each.
+
+    Args:
+        arrays: a tree of [*rows, position, ...].
+        shape: [*rows, position].
+        chunk: tokens at a time, by default `chunk_tokens()`; a chunk has at least one position of every row.
+    Returns: the number of positions, and the arrays as [chunk, *rows, position of it, ...], filled up with zeros.
+    """
     *rows, size = shape
-    length = max(1, min(size, (chunk or chunk_tokens()) // max(1, math.prod(rows))))
+    longest = max(1, (chunk or chunk_tokens()) // max(1, math.prod(rows)))
+    # 48 positions of at most 32 are 2 x 24: the rest of a last, shorter chunk would be computed for nothing.
+    length = -(-size // -(-size // longest))
     axis = len(rows)
 
-    def cut(array):
+    def one(array):
         pad = [(0, 0)] * array.ndim
         pad[axis] = (0, -size % length)
         array = jnp.pad(array, pad)
         return jnp.moveaxis(array.reshape(*rows, -1, length, *array.shape[axis + 1 :]), axis, 0)
 
-    return size, jax.tree.map(cut, tuple(arrays))
+    return size, jax.tree.map(one, tuple(arrays))
 
 
-def join(parts, size, axis):
-    """The reverse of `cut` for one array [chunk, *rows, positions of it, ...]."""
+def join(parts: jax.Array, size: int, axis: int) -> jax.Array:
+    """The reverse of `cut` for one array [chunk, *rows, position of it, ...]; `axis` is that of the positions."""
     parts = jnp.moveaxis(parts, 0, axis)
     parts = parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
     return jax.lax.slice_in_dim(parts, 0, size, axis=axis)
 
 
-def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], out_dtype=jnp.float32, batch: int = 0) -> jax.Array:
-    """Contracts one axis of each; products of float32 are real float32 on GPUs and TPUs too.
+def dot(
+    a: jax.Array, b: jax.Array, axes: tuple[int, int], out_dtype: jnp.dtype = jnp.float32, batch: int = 0
+) -> jax.Array:
+    """The product of a and b over one axis of each; float32 operands are not rounded on any device.
 
-    The first `batch` axes of both are the same, and stay.
+    Args:
+        axes: the axis of `a` and that of `b` that are contracted.
+        out_dtype: of the result.
+        batch: number of leading axes that both have and that stay.
     """
     same = tuple(range(batch))
     dims = (((axes[0],), (axes[1],)), (same, same))
     return jax.lax.dot_general(a, b, dims, precision=precision(a.dtype), preferred_element_type=out_dtype)
 
 
-def precision(dtype) -> jax.lax.Precision | None:
-    """What a product needs so that float32 is not rounded to fewer bits first."""
+def precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    """The precision of a product of operands of that dtype.
+
+    float32 operands need HIGHEST: by default a TPU rounds them to bfloat16 first, and a GPU may round them to TF32.
+    """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None

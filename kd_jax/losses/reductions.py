@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from kd_jax.losses.head import dot
 from kd_jax.losses.parameters import Scalar
 
-SUM_BLOCK = 1024  # ids that `sums` goes through at a time; 512 to 4096 take the same time
+SUM_BLOCK = 1024  # ids that `sums` takes at a time; 512 to 4096 are equally fast
+LOG_2 = math.log(2)
 
 
 def wide(array: jax.Array) -> jax.Array:
@@ -20,21 +21,21 @@ def wide(array: jax.Array) -> jax.Array:
 
 
 def total(values: jax.Array) -> jax.Array:
-    """Sum over the last axis.
-
-    On a CPU as a product with ones: XLA's own reductions run on one thread there, with all that is fused into them.
-    """
+    """Sum over the last axis."""
+    # XLA's own reductions run on one thread of a CPU, with all that is fused into them; a product with ones does not.
     if jax.default_backend() != "cpu":
         return values.sum(axis=-1)
     return dot(values, jnp.ones(values.shape[-1:], values.dtype), (values.ndim - 1, 0), values.dtype)
 
 
 def sums(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Sums over the last axis of what `function` makes of arrays [..., vocab], element by element.
+    """Sums over the last axis of the arrays that `function` returns for arrays [..., vocab].
 
-    On one CPU they are gone through in blocks, so that the terms are never written out: some 5 % of a loss' time, which
-    is within the noise of one run.
+    Args:
+        function: works element by element, so that it may be given any part of the vocabulary.
     """
+    # On one CPU the vocabulary is gone through in blocks, so that the terms are never written out. This saves some 5 %
+    # of a loss' time, within the noise of one run.
     size = arrays[0].shape[-1]
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or size < SUM_BLOCK:
         return tuple(map(total, function(*arrays)))
@@ -42,34 +43,33 @@ def sums(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> 
     def block(start, length=SUM_BLOCK):
         return function(*(jax.lax.dynamic_slice_in_dim(array, start, length, axis=-1) for array in arrays))
 
-    def add(i, found):
-        return jax.tree.map(jnp.add, found, block(i * SUM_BLOCK))
+    def add(i, blocks_so_far):
+        return jax.tree.map(jnp.add, blocks_so_far, block(i * SUM_BLOCK))
 
     count, rest = divmod(size, SUM_BLOCK)
     empty = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(block, 0))
-    found = jax.tree.map(total, jax.lax.fori_loop(0, count, add, empty))
-    return jax.tree.map(jnp.add, found, jax.tree.map(total, block(size - rest, rest))) if rest else found
+    whole_blocks = jax.tree.map(total, jax.lax.fori_loop(0, count, add, empty))
+    if not rest:
+        return whole_blocks
+    return jax.tree.map(jnp.add, whole_blocks, jax.tree.map(total, block(size - rest, rest)))
 
 
 def largest(values: jax.Array) -> jax.Array:
     """Maximum over the last axis, which is kept."""
     *rest, size = values.shape
-    # over several devices the lanes would be on different ones, which then would send an eighth of the logits
+    # Over several devices the eight lanes would lie on different ones, and an eighth of the logits would be sent.
     if jax.default_backend() != "cpu" or jax.device_count() > 1 or size % 8:
         return values.max(axis=-1, keepdims=True)
-    # In two steps, the second a minimum: XLA would make one of them, and on CPUs that a part of the product before it,
-    # which takes longer with it.
+    # In two steps, the second a minimum: XLA would merge two maxima and fuse them into the matrix product before,
+    # which is slower on CPUs.
     lanes = values.reshape(*rest, 8, size // 8).max(axis=-2)
     return -(-lanes).min(axis=-1, keepdims=True)
-
-
-LOG_2 = math.log(2)
 
 
 def log_softmax(logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
     """log softmax(logits / temperature) over the last axis, in float32 or wider."""
     logits = wide(logits)
-    # the largest taken off first: the logarithm of the sum is then small, and rounded by little
+    # The largest logit goes off first: the logarithm of the sum is then small, and so is its rounding error.
     below = (logits - jax.lax.stop_gradient(largest(logits))) / temperature
     return _normalised(below)
 
@@ -82,7 +82,8 @@ def _normalised(logits):
 @_normalised.defjvp
 def _normalised_slope(primals, tangents):
     log_q = _normalised(*primals)
-    # Relative to a token that has most of q: backwards, it gets minus the sum of what the others get, see slopes.py.
+    # Tangents are taken relative to that of a token with most of q, if there is one. Backwards, this token then gets
+    # minus the sum of what the others get, which keeps its digits (see `derivatives.gradient`).
     most = log_q > -LOG_2
     rest = jnp.where(most, 0, tangents[0] - total(jnp.where(most, tangents[0], 0))[..., None])
     return log_q, rest - total(jnp.exp(log_q) * rest)[..., None]
@@ -97,5 +98,5 @@ def log_sum(logits: jax.Array) -> jax.Array:
 
 
 def weighted(weight: Scalar, values: jax.Array) -> jax.Array:
-    """weight * values, 0 where the weight is 0 even if a value is infinite."""
+    """weight * values; 0 where the weight is 0, even if a value is infinite."""
     return jnp.where(jnp.asarray(weight) == 0, 0, weight * values)

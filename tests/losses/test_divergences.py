@@ -1,6 +1,7 @@
 """Divergences on logits against their definitions in float64, published cases, and what must hold of every one."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -485,23 +486,20 @@ def test_top_k_of_all_tokens_is_the_divergence_itself(tail):
     "settings, words",
     [
         ({"divergence": "kl"}, "divergence='kl' is not one of forward_kl"),
-        ({"temperature": 0.0}, "temperature must be above 0, not 0.0"),
-        ({"teacher_temperature": -1}, "teacher_temperature must be above 0, not -1"),
-        ({"parameter": 0.5}, "forward_kl has no beta or alpha"),
-        ({"divergence": "jensen_shannon", "parameter": 1.5}, "beta of jensen_shannon must be from 0 to 1"),
-        (
-            {"divergence": "skew_forward_kl", "parameter": 1.0},
-            "alpha of skew_forward_kl must be at least 0 and below 1",
-        ),
-        ({"divergence": "alpha_divergence", "parameter": np.nan}, "alpha of alpha_divergence must be finite"),
+        ({"temperature": 0.0}, "temperature must be in (0, inf], not 0.0"),
+        ({"teacher_temperature": -1}, "teacher_temperature must be in (0, inf], not -1"),
+        ({"parameter": 0.5}, "forward_kl has no parameter, but was given 0.5"),
+        ({"divergence": "jensen_shannon", "parameter": 1.5}, "beta of jensen_shannon must be in [0, 1], not 1.5"),
+        ({"divergence": "skew_forward_kl", "parameter": 1.0}, "alpha of skew_forward_kl must be in [0, 1), not 1.0"),
+        ({"divergence": "alpha_divergence", "parameter": np.nan}, "alpha of alpha_divergence must be in (-inf, inf)"),
         ({"hard_weight": 0.5}, "hard_weight=0.5 needs labels"),
-        ({"hard_weight": 1.5}, "hard_weight must be from 0 to 1"),
-        ({"mask": np.ones(5, bool)}, "do not go together"),
+        ({"hard_weight": 1.5}, "hard_weight must be in [0, 1], not 1.5"),
+        ({"mask": np.ones(5, bool)}, "mask and labels differ: [(6,), (6,), (5,)]"),
     ],
 )
 def test_wrong_settings_are_named(settings, words):
     teacher, student = pairs()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=re.escape(words)):
         losses.distillation_loss(teacher, student, None, **{"mask": np.ones(6, bool), **settings})
 
 

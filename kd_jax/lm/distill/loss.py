@@ -26,7 +26,6 @@ from kd_jax.lm.corpus.batches import Batch
 from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.distill import recorded_top_k
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
-from kd_jax.losses import terms
 from kd_jax.metrics import Mean
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import setting, spec
@@ -72,7 +71,7 @@ class DistillSpec:
         if self.parameter is not None and self.divergence not in losses.PARAMETER:
             raise ValueError(f"parameter={self.parameter}: {self.divergence} has none")
         try:
-            terms.checked_parameter(self.divergence, self.parameter)
+            losses.checked_parameter(self.divergence, self.parameter)
         except ValueError as error:
             raise ValueError(f"parameter: {error}") from error
 
