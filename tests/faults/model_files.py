@@ -54,8 +54,6 @@ def check_model(model, wanted):
     assert type(a.tie_word_embeddings) is bool
     ids = [*model.eos_ids, *(i for i in (model.bos_id, model.pad_id) if i is not None)]
     assert all(type(i) is int and 0 <= i < a.vocab_size for i in ids), ids
-    if model.tokenizer is not None:
-        check_tokenizer(used(model.tokenizer), None)
 
 
 def build_folder(folder):
@@ -116,68 +114,6 @@ def build_small_tokenizer(folder):
     backend.enable_truncation(8)
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": None}))
-
-
-def used(tokenizer):
-    """What a program does with a tokenizer, and what comes of it."""
-    try:
-        ids = tokenizer.encode("ab abc <s>")
-    except ValueError as error:  # a vocabulary may lack a byte of this text, and then it says so
-        assert "no token for byte" in str(error), error
-        ids = []
-    return tokenizer, ids, tokenizer.decode(ids), tokenizer.fingerprint
-
-
-def load_tokenizer(folder):
-    return used(weights.tokenizer(folder))
-
-
-def check_tokenizer(found, folder):
-    tokenizer, ids, text, fingerprint = found
-    size = tokenizer.vocab_size
-    named = [getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "eot", "pad")]
-    assert all(type(i) is int and 0 <= i < size for i in [*ids, *(i for i in named if i is not None)]), (ids, named)
-    assert type(text) is str and len(fingerprint) == 64
-    limit = tokenizer.model_max_length
-    assert limit is None or (type(limit) is int and limit > 0), limit
-
-
-TOKENS = ["<s>", "</s>", "a", "b", "ab", *(f"unused{i}" for i in range(35))]
-
-
-def build_gguf(kind):
-    def build(folder):
-        keys = {
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": TOKENS,
-            "tokenizer.ggml.token_type": [3, 3, 1, 1, 1, *[5] * 35], "tokenizer.ggml.merges": ["a b"],
-            "tokenizer.chat_template": "{{ x }}", "general.alignment": 32,
-        }  # fmt: skip
-        tensors = checkpoints.gguf_tensors(TENSORS, TINY)
-        checkpoints.write_gguf(folder / "model.gguf", tensors, TINY, kind, **keys)
-
-    return build
-
-
-def load_gguf(folder):
-    path = folder / "model.gguf"
-    try:
-        found = weights.tokenizer(path)
-        found = None if found is None else used(found)
-    except ValueError:
-        found = None  # the weights are loaded without it
-    return weights.load(path), found
-
-
-def check_gguf(found, folder):
-    model, tokenizer = found
-    held = formats.GGUF((folder / "model.gguf").read_bytes())
-    loaded = flat(model.params)
-    check_model(model, loaded)
-    # into the order of a GGUF file, whose rows 2j + h of a head are ours h * 8 + j
-    again = checkpoints.gguf_tensors(loaded, model.architecture)
-    same_arrays(again, {name: again[name] if value is None else value for name, value in held.tensors.items()})
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, folder)
 
 
 def build_checkpoint(folder):

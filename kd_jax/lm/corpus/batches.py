@@ -1,7 +1,7 @@
 """Batches of token sequences from a corpus: which rows each update sees, and how they lie in arrays.
 
-Everything is a function of (corpus, settings, seed, update): which sequences update `u` sees is known without having
-seen those before, so the position in the data is one number. grain reads ahead in threads.
+Everything is a function of (corpus, settings, seed, update), so the position in the data is one number: resuming at
+update `u` needs no batch before it. grain reads ahead in threads.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import jax
 import numpy as np
 
 from kd_jax.lm.corpus import shards
-from kd_jax.lm.corpus.store import Corpus
+from kd_jax.lm.corpus.store import Corpus, fingerprint
 from kd_jax.storage.errors import number
 
-# Rows of a batch are filled up to a multiple of this share of the most there can be, so that few shapes are compiled.
+# The number of rows of a packed batch is rounded up to one of 8 sizes: each size compiles one more program.
 _SHAPES = 8
 
 
 class Targets(NamedTuple):
-    """What a teacher was recorded to say of the token AFTER each position (kd_jax.lm.distill.recorded_top_k).
+    """A recorded teacher's distribution of the token AFTER each position (kd_jax.lm.distill.recorded_top_k).
 
     Attributes:
-        ids: unsigned [..., position, k], its likeliest tokens.
-        log_probs: of these, [..., position, k]; uint16 codes, or float32 nats.
-        tail: of all other tokens together, [..., position], in the same form.
+        ids: the k likeliest tokens, unsigned [..., position, k].
+        log_probs: their log-probabilities, [..., position, k]; uint16 codes, or float32 nats.
+        tail: log-probability of all other tokens together, [..., position], in the same form.
     """
 
     ids: np.ndarray
@@ -40,14 +40,14 @@ class Targets(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Sequences side by side, for an update cut into as many parts as fit the memory. All arrays [part, row, position].
+    """The sequences of an update, in parts that are computed one after the other. All arrays [part, row, position].
 
     Attributes:
-        tokens: int32 ids; 0 where nothing is.
-        segments: int32; 0 where nothing is, else 1, 2, ... for the sequences of a row.
+        tokens: int32 ids; 0 is padding where segments is 0.
+        segments: int32; 0 in padding, else 1, 2, ... for the sequences of a row.
         positions: int32, from 0 in each sequence.
-        mask: bool; whether the token AFTER this one is to be learnt: it is of the same sequence and no prompt.
-        targets: Targets of these arrays' positions, or None; what the mask leaves out is 0.
+        mask: bool; whether the token AFTER this one is learnt: it is of the same sequence and not of the prompt.
+        targets: Targets of these positions, or None; 0 outside of the mask.
     """
 
     tokens: np.ndarray
@@ -62,11 +62,10 @@ class Layout:
     """How a batch of sequences becomes arrays.
 
     Attributes:
-        sequences: of each update.
-        max_length: of a sequence.
-        row_length: several sequences share a row of this length (packing); 0 gives each its own, filled up to
-            max_length.
-        parts: an update is computed in so many parts, whose gradients are summed.
+        sequences: sequences of an update.
+        max_length: ids of the longest sequence.
+        row_length: ids of a row that several sequences share (packing); 0 gives each sequence a row of max_length.
+        parts: parts of an update, whose gradients are summed.
         row_multiple: rows of a part are a multiple of this: the number of devices they are split over.
     """
 
@@ -75,15 +74,6 @@ class Layout:
     row_length: int = 0
     parts: int = 1
     row_multiple: int = 1
-
-    def __post_init__(self):
-        for name in ("sequences", "max_length", "parts", "row_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.row_length and self.row_length < self.max_length:
-            raise ValueError(
-                f"row_length={self.row_length} is below max_length={self.max_length}: no row could hold it"
-            )
 
 
 class Sequences:
@@ -98,19 +88,27 @@ class Sequences:
 
     @classmethod
     def of(cls, corpus: Corpus, cache_dir: str, targets: bool = False) -> Sequences:
-        """All rows of a corpus, whose files are held to their checksums first; the Arrow files go into cache_dir.
+        """All rows of a corpus, after a check of its checksums.
 
-        `targets`: with what a teacher was recorded to say of them; ValueError where the corpus has no such columns.
+        Args:
+            corpus: the corpus.
+            cache_dir: folder for the Arrow files.
+            targets: whether to read a recorded teacher as well.
+
+        Raises: ValueError where the corpus has no recorded teacher; OSError for a full disk.
         """
         if targets and not corpus.manifest["settings"].get("teacher"):
             raise ValueError(f"{corpus.folder} has no top-k columns; record them with python -m kd_jax.teacher")
         corpus.verify()
         files = [str(corpus.folder / shard["file"]) for shard in corpus.manifest["shards"]]
         columns = ["tokens", "length", "prompt_length", *(shards.TOP_K if targets else ())]
+        columns += [shards.LOSS_MASK] if corpus.has_loss_mask else []
         try:
-            return cls(datasets.Dataset.from_parquet(files, cache_dir=cache_dir, columns=columns))
+            # the library knows files by their times, which copies keep: a folder for each content
+            folder = os.path.join(cache_dir, fingerprint(corpus)[:16])
+            return cls(datasets.Dataset.from_parquet(files, cache_dir=folder, columns=columns))
         except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-            # its own words name a lock's file, or nothing
+            # the library names a lock file, or nothing
             code = errno.ENOSPC if "Not enough disk space" in str(error) else number(error)
             if code is None:
                 raise
@@ -121,11 +119,11 @@ class Sequences:
         return Sequences(self._table.select(range(start, stop)))
 
     def mixed(self, other: Sequences, share: float) -> Sequences:
-        """As many rows, of which `share` are the first of `other` and the rest the first of this."""
-        theirs = round(share * len(self))
-        if theirs > len(other):
-            raise ValueError(f"{theirs} rows of the second corpus are wanted; it has {len(other)}")
-        tables = self.part(0, len(self) - theirs)._table, other.part(0, theirs)._table
+        """As many rows, the first ones of both: `share` of them from `other`, the rest from this."""
+        num_other = round(share * len(self))
+        if num_other > len(other):
+            raise ValueError(f"{num_other} rows of the second corpus are wanted; it has {len(other)}")
+        tables = self.part(0, len(self) - num_other)._table, other.part(0, num_other)._table
         return Sequences(datasets.concatenate_datasets(tables))
 
     def __len__(self) -> int:
@@ -135,8 +133,15 @@ class Sequences:
         """The ids of these rows, an int32 array each."""
         return shards.members(self._tokens[np.asarray(rows)]["tokens"].combine_chunks())
 
+    def masks(self, rows: np.ndarray) -> list[np.ndarray] | None:
+        """Which ids of these rows are learnt, bool [length] each; None where all after the prompt are."""
+        if shards.LOSS_MASK not in self._table.column_names:
+            return None
+        column = self._table.select_columns(shards.LOSS_MASK).with_format("arrow")[np.asarray(rows)]
+        return shards.members(column[shards.LOSS_MASK].combine_chunks())
+
     def targets(self, rows: np.ndarray) -> list[Targets] | None:
-        """What the teacher says of the tokens after the prompt of these rows; None where it was not recorded."""
+        """The recorded teacher's Targets of the tokens after the prompt, a row each; None where none was recorded."""
         if shards.TOP_K[0] not in self._table.column_names:
             return None
         table = self._table.select_columns(list(shards.TOP_K)).with_format("arrow")[np.asarray(rows)]
@@ -159,13 +164,14 @@ class Updates:
         return self.epochs * self.per_epoch
 
     def rows(self, update: int) -> np.ndarray:
-        """Numbers of the sequences in a batch: each of the corpus once an epoch, but for a rest too small for a batch.
+        """Numbers of the sequences of an update.
 
-        The order is one permutation of (seed, epoch); the rest is another one each epoch.
+        The order of an epoch is a permutation by (seed, epoch). Each sequence comes once; those left over at its end,
+        too few for an update, are other ones each epoch.
         """
         epoch, batch = divmod(int(update), self.per_epoch)
-        held, order = self._order
-        if held != epoch:
+        last_epoch, order = self._order
+        if last_epoch != epoch:
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sequences))
             self._order = (epoch, order)
         return order[batch * self.layout.sequences : (batch + 1) * self.layout.sequences]
@@ -173,7 +179,10 @@ class Updates:
     def __getitem__(self, update: int) -> Batch:
         rows = self.rows(update)
         sequences = self.sequences
-        return arrange(sequences.tokens(rows), sequences.prompt_lengths[rows], self.layout, sequences.targets(rows))
+        return arrange(
+            sequences.tokens(rows), sequences.prompt_lengths[rows], self.layout, sequences.targets(rows),
+            sequences.masks(rows),
+        )  # fmt: skip
 
     def start(self, update: int, prefetch: int = 4) -> Iterator[Batch]:
         """Batches from `update` on, made ahead of their use."""
@@ -186,12 +195,20 @@ class Updates:
 
 
 def arrange(
-    tokens: list[np.ndarray], prompt_lengths: np.ndarray, layout: Layout, targets: list[Targets] | None = None
-) -> Batch:
-    """Sequences as a Batch, packed or one a row. Raises ValueError for one that is longer than max_length."""
-    longest = max(map(len, tokens), default=0)
-    if longest > layout.max_length:
-        raise ValueError(f"a sequence of {longest} ids is longer than max_length={layout.max_length}")
+    tokens: list[np.ndarray], prompt_lengths: np.ndarray, layout: Layout, targets: list[Targets] | None = None,
+    masks: list[np.ndarray] | None = None,
+) -> Batch:  # fmt: skip
+    """Sequences as a Batch, packed or one a row.
+
+    Args:
+        tokens: int32 ids [length] of each sequence.
+        prompt_lengths: [sequences]; ids after the prompt are learnt.
+        layout: of the batch.
+        targets: of each sequence, for the ids after its prompt.
+        masks: bool [length] of each sequence, which of the ids after its prompt are learnt; all by default.
+
+    Returns: the batch.
+    """
     length = layout.row_length or layout.max_length
     bins = _first_fit([len(ids) for ids in tokens], length) if layout.row_length else [[i] for i in range(len(tokens))]
     rows = num_rows(len(bins), layout)
@@ -208,7 +225,7 @@ def arrange(
             batch.positions[row, start:stop] = np.arange(stop - start)
             # position j predicts j + 1: the first to predict is the last of the prompt
             learnt = slice(start + max(1, prompt_lengths[i]) - 1, stop - 1)
-            batch.mask[row, learnt] = True
+            batch.mask[row, learnt] = True if masks is None else masks[i][max(1, prompt_lengths[i]) :]
             if targets is not None:
                 for array, values in zip(batch.targets, targets[i], strict=True):
                     array[row, learnt] = values

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from kd_jax.lm.corpus.store import Corpus
 from kd_jax.lm.model import Model
+from kd_jax.lm.weights.tokenizer import difference
 
 
 def check_model(name: str, model: Model, p_star: Model, max_length: int) -> None:
-    """Raises ValueError unless both give probabilities to the same sequences."""
-    if model.num_tokens != p_star.num_tokens:
-        raise ValueError(f"{name} has {model.num_tokens} ids and p* {p_star.num_tokens}: another vocabulary")
-    tokenizers = tokenizer_fingerprint(model), tokenizer_fingerprint(p_star)
-    if None not in tokenizers and len(set(tokenizers)) > 1:
-        raise ValueError(f"{name} has another tokenizer than p*: the same id is not the same token")
+    """Raises ValueError unless both models give probabilities to the same sequences.
+
+    Args:
+        name: of the model, for the message.
+        model, p_star: the two.
+        max_length: ids of the longest sequence.
+    """
+    _check_ids(name, model, "p*", p_star)
     if set(model.eos_ids) != set(p_star.eos_ids):
         raise ValueError(f"{name} ends a sequence with ids {sorted(model.eos_ids)}, p* with {sorted(p_star.eos_ids)}")
     limit = model.architecture.max_position_embeddings
@@ -22,36 +25,38 @@ def check_model(name: str, model: Model, p_star: Model, max_length: int) -> None
 
 def check_teacher(teacher: Model, student: Model) -> None:
     """Raises ValueError unless the ids of both mean the same, so that a distribution over them can be learnt."""
-    if teacher.num_tokens != student.num_tokens:
-        raise ValueError(
-            f"the teacher has {teacher.num_tokens} ids and the student {student.num_tokens}: distilling on logits "
-            "needs one vocabulary"
-        )
-    tokenizers = tokenizer_fingerprint(teacher), tokenizer_fingerprint(student)
-    if None not in tokenizers and len(set(tokenizers)) > 1:
-        raise ValueError(
-            f"the teacher has another tokenizer (fingerprint {tokenizers[0][:12]}) than the student "
-            f"({tokenizers[1][:12]}): the same id is not the same token"
-        )
+    _check_ids("the teacher", teacher, "the student", student)
 
 
-def check_corpus(label: str, held: Corpus, p_star: Model, num_rows: int) -> None:
-    """Raises ValueError unless the corpus has so many rows, of the same tokens as p*'s."""
-    about = held.manifest["settings"]
-    if not held.finished:
-        raise ValueError(f"{label} is not finished: it has {held.num_rows} of {about['num_samples']} rows")
-    if not 1 <= num_rows <= held.num_rows:
-        raise ValueError(f"{label} has {held.num_rows} rows, and {num_rows} of them were asked for")
-    if not about["prompt_ids"]:
+def _check_ids(name: str, model: Model, other_name: str, other: Model) -> None:
+    if model.num_tokens != other.num_tokens:
+        raise ValueError(f"{name} has {model.num_tokens} ids and {other_name} {other.num_tokens}: another vocabulary")
+    if model.tokenizer is not None and other.tokenizer is not None:
+        problem = difference(model.tokenizer, other.tokenizer, name, other_name)
+        if problem is not None:
+            raise ValueError(f"{name} has another tokenizer than {other_name}: {problem}")
+
+
+def check_corpus(label: str, corpus: Corpus, p_star: Model, num_rows: int) -> None:
+    """Raises ValueError unless the corpus has so many rows, of the same tokens and ends as p*'s.
+
+    Samples end with any of a model's EOS ids, data with the one that was named for them.
+    """
+    settings = corpus.manifest["settings"]
+    if not corpus.finished:
+        raise ValueError(f"{label} is not finished: it has {corpus.num_rows} of {settings['num_samples']} rows")
+    if not 1 <= num_rows <= corpus.num_rows:
+        raise ValueError(f"{label} has {corpus.num_rows} rows, and {num_rows} of them were asked for")
+    if not settings["prompt_ids"] and not corpus.has_loss_mask:
         raise ValueError(f"{label} has no prompt, and a model needs an id to start from")
-    tokenizers = about["tokenizer_fingerprint"], tokenizer_fingerprint(p_star)
+    tokenizers = settings["tokenizer_fingerprint"], tokenizer_fingerprint(p_star)
     if None not in tokenizers and len(set(tokenizers)) > 1:
         raise ValueError(f"{label} was made with another tokenizer than p*'s")
-    # Documents end with one id; of a model that has several, any of them will do.
-    ends, known = set(about["eos_ids"]), set(p_star.eos_ids)
-    if ends != known and not (held.kind == "data" and ends and ends <= known):
-        raise ValueError(f"{label} has rows that end with ids {about['eos_ids']}; p*'s are {sorted(p_star.eos_ids)}")
+    ends, model_ends = set(settings["eos_ids"]), set(p_star.eos_ids)
+    if not (ends == model_ends or (corpus.kind == "data" and ends and ends <= model_ends)):
+        raise ValueError(f"{label} has rows that end with ids {sorted(ends)}; p*'s are {sorted(model_ends)}")
 
 
 def tokenizer_fingerprint(model: Model) -> str | None:
+    """The fingerprint of a model's tokenizer; None where it has none."""
     return None if model.tokenizer is None else model.tokenizer.fingerprint

@@ -1,16 +1,15 @@
-"""Documents, of text or of token ids, out of whatever the `datasets` library reads."""
+"""Documents of text, of token ids or of conversations, out of data files here or on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import collections
 import glob
-import gzip
 import hashlib
 import itertools
+import json
 import os
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,51 +17,67 @@ import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from huggingface_hub import errors as hub_errors
 from tqdm import tqdm
 
-from kd_jax.lm.corpus import parquet_pages, shards
+from kd_jax.lm.corpus import conversations, readers, shards
 from kd_jax.lm.weights.tokenizer import Tokenizer
-from kd_jax.storage import untrusted
+from kd_jax.runs import cache
 from kd_jax.storage.errors import RunError
+from kd_jax.storage.files import replacing
 
 SOURCES = (
-    "a Parquet, JSON lines (.jsonl, .json, also .gz) or .txt file, a glob of such files, a folder of them, or a data "
-    "set on the Hugging Face hub, org/name or org/name@revision"
+    f"a file, a glob of files or a folder of them ({readers.FORMATS}), or a data set on the Hugging Face hub, "
+    "org/name or org/name@revision"
 )
-# What reads a file, by how its name ends.
-_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
+# Rows of a batch in the Arrow file.
 _BATCH = 1000
-_DEEPEST, _LONGEST_LINE = 500, 1 << 28
-# Of a line of JSON: strings (empty in what findall gives), brackets, and null.
-_TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|([\[\]{}]|null)')
+# Files above this size are known by their size and this many blocks of a megabyte.
+_LARGE, _BLOCKS = 1 << 30, 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Columns(NamedTuple):
+    """Which columns of the data a document is made of.
+
+    Attributes:
+        kind: "text", "ids", or "messages" (conversations).
+        names: the column of texts, of lists of ids or of messages; or those of the prompt and the response.
+        whole_files: a .txt file is one document.
+        max_length: ids of a row; a conversation has to have some of the assistant's among its first ones.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    whole_files: bool = False
+    max_length: int = 0
 
 
 class Documents(NamedTuple):
-    """One column of a data set.
+    """Documents on disk that are mapped into memory.
 
     Attributes:
         source: the name of the data, for messages.
-        column: the name of the column.
-        of_text: whether it holds texts, else lists of ids.
-        data: a datasets.Dataset, or an IterableDataset, which can only be read from its beginning.
+        columns: what they are made of.
+        batches: Arrow arrays of 1000 documents each: strings, lists of ids, or messages as JSON.
         tokenizer: what makes the texts ids, or whose the ids are.
     """
 
     source: str
-    column: str
-    of_text: bool
-    data: Any
+    columns: Columns
+    batches: list[pa.Array]
     tokenizer: Tokenizer
+
+    def __len__(self) -> int:
+        return sum(map(len, self.batches))
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source is one on the hub, not here. Raises FileNotFoundError where it can be neither."""
-    if Path(source).expanduser().exists() or _files(source):
+    """Whether a source is on the hub. Raises FileNotFoundError where it is neither there nor here."""
+    if Path(source).expanduser().exists() or _matches(source):
         return False
-    if not _HUB_ID.fullmatch(source) or _reader(source):
+    if not _HUB_ID.fullmatch(source) or readers.is_known(source):
         raise FileNotFoundError(f"{source} does not exist; data can be: {SOURCES}")
     return True
 
@@ -74,236 +89,208 @@ def commit(source: str) -> str:
         return huggingface_hub.HfApi().dataset_info(repository, revision=revision).sha
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
         raise RunError(
-            f"cannot look up the data set {source} on the Hugging Face hub: {error}. With streaming=False, a copy in "
-            "the cache will do"
+            f"cannot look up the data set {source} on the Hugging Face hub: {error}. Without a network, give the "
+            f"folder that `hf download {repository} --repo-type dataset --local-dir FOLDER` made"
         ) from error
 
 
 def identity(source: str) -> str:
-    """A digest (hex) of data before they are read: of all files of a source, or the commit of one on the hub.
+    """A digest (hex) of the content of all files of a source, or the commit of one on the hub.
 
-    Raises FileNotFoundError for a source that is not there, RunError for a commit that cannot be known.
+    Nothing depends on the time of a file, which copies keep. A file above 1 GiB counts by its size and 64 blocks of
+    1 MiB spread over it: a change between them is not seen.
+
+    Raises: FileNotFoundError for a source that is not there, RunError for a commit that cannot be known.
     """
     if is_hub_id(source):
         return commit(source)
     root, digest = Path(source).expanduser(), hashlib.sha256()
-    files = _files(source) or sorted(str(path) for path in root.rglob("*") if path.is_file())
-    for file in files:
+    for file in _matches(source) or sorted(str(path) for path in root.rglob("*") if path.is_file()):
         name = os.path.relpath(file, root) if root.is_dir() else Path(file).name
-        with open(file, "rb") as content:
-            digest.update(f"{name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{name} {_content(file)}\n".encode())
     return digest.hexdigest()
 
 
-def load(source: str, *, split: str, subset: str | None, streaming: bool, revision: str | None = None) -> Any:
-    """The datasets.Dataset of a source, an IterableDataset where it is streamed.
+def _content(file: str) -> str:
+    size = os.path.getsize(file)
+    with open(file, "rb") as content:
+        if size <= _LARGE:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        digest = hashlib.sha256(f"{size} bytes".encode())
+        for block in range(_BLOCKS):
+            content.seek((size - (1 << 20)) * block // (_BLOCKS - 1))
+            digest.update(content.read(1 << 20))
+        return digest.hexdigest()
 
-    Raises RunError, with what the library says, for data that is not there or not what it should be; ValueError for a
-    split or a subset of files, which have none.
+
+def files(source: str, *, split: str, subset: str | None, revision: str | None = None) -> list[str]:
+    """The files of a source: paths, or hf:// URLs of a data set on the hub.
+
+    Which files a split has is for the `datasets` library to say: by their names, or by the folder's README.
+
+    Raises: RunError where that fails; ValueError for a split or a subset that is not there, or a format that is not
+        read.
     """
-    files = _files(source)
-    if files and (split != "train" or subset is not None):
+    paths = _matches(source)
+    if paths and (split != "train" or subset is not None):
         raise ValueError(f"split={split!r}, subset={subset!r}: {source} is of files, which have no such parts")
-    if files:
-        where = {"path": _reader_of(files), "data_files": [glob.escape(file) for file in files]}
-    elif is_hub_id(source):
-        repository, asked = _HUB_ID.fullmatch(source).groups()
-        where = {"path": repository, "name": subset, "revision": revision or asked}
-    else:
-        where = {"path": str(Path(source).expanduser()), "name": subset}
-        if Path(where["path"], datasets.config.DATASET_STATE_JSON_FILENAME).exists():
+    if not paths:
+        on_hub = is_hub_id(source)
+        repository, asked = _HUB_ID.fullmatch(source).groups() if on_hub else (str(Path(source).expanduser()), None)
+        if (Path(repository) / datasets.config.DATASET_STATE_JSON_FILENAME).exists():
             raise RunError(f"{source} is what save_to_disk made, which is not read; write it with to_parquet instead")
-    for file in files or map(str, Path(source).expanduser().rglob("*")):
-        if Path(file).is_file() and _reader(file) in _CHECKS:
-            _CHECKS[_reader(file)](file)
-    try:
-        # what load_dataset does, with a look at the files in between: it would list them once more
-        builder = datasets.load_dataset_builder(**where)
-        _check_places(where["path"], None if files else builder.config.data_files)
-        if streaming:
-            return builder.as_streaming_dataset(split=split)
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
-    except RunError:
-        raise
-    except Exception as error:  # the library raises no narrower class
-        raise _unreadable(source, error) from error
-
-
-def _check_places(source: str, listed: dict[str, list[str]] | None) -> None:
-    """RunError where the README of a folder, or of a data set on the hub, names files that lie elsewhere here."""
-    here = Path(source).is_dir()
-    roots = (Path(source).absolute(), Path(source).resolve()) if here else ()
-    for file in itertools.chain.from_iterable((listed or {}).values()):
-        root = next((root for root in roots if Path(file).is_relative_to(root)), None)
         try:
-            if root is not None:
-                untrusted.inside(root, Path(file).relative_to(root).as_posix())
-            elif here or "://" not in file:
-                raise ValueError(f"{file!r} lies outside the folder")
-        except ValueError as error:
-            raise RunError(f"{source}: what it names as its data, {error}") from error
+            builder = datasets.load_dataset_builder(repository, name=subset, revision=revision or asked)
+        except Exception as error:  # the library raises no narrower class
+            raise RunError(f"cannot read {source} as data: {type(error).__name__}: {error}") from error
+        splits = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items()}
+        if split not in splits:
+            raise ValueError(f"{source} has no split {split!r}; there are {', '.join(splits) or 'none'}")
+        paths = splits[split]
+    unknown = [path for path in paths if not readers.is_known(path)]
+    if unknown:
+        raise ValueError(f"{unknown[0]} cannot be read; data can be: {SOURCES}")
+    return paths
 
 
-def _check_json(file: str) -> None:
-    """RunError for JSON that the library dies of, and the process with it: nested too deep, or null in place of a row.
+def check_columns(source: str, paths: list[str], columns: Columns) -> None:
+    """Raises ValueError, naming the columns there are, where the first file lacks one."""
+    present = readers.names(paths[0]) if paths else []
+    for name in columns.names:
+        if name not in present:
+            raise ValueError(
+                f"{source} has no column {name!r}; there are {', '.join(map(repr, present)) or 'none'}: name one with "
+                "text_column, ids_column (lists of ids), messages_column, or prompt_column and response_column"
+            )
 
-    Quicker by far than parsing: strings and what is between them are passed over.
+
+def load(source: str, paths: list[str], columns: Columns, tokenizer: Tokenizer, content: str) -> Documents:
+    """The documents of some files, through a copy of their columns in the cache folder.
+
+    Args:
+        source: the name of the data.
+        paths: its files.
+        columns: what documents are made of.
+        tokenizer: for the documents.
+        content: the identity of the data; the copy is known by it, and so is never one of other data.
+
+    Raises: RunError for files that cannot be read, ValueError for a column of another type.
     """
-    depth = 0
-    try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as content:
-            for number, line in enumerate(iter(lambda: content.readline(_LONGEST_LINE), b""), start=1):
-                if len(line) == _LONGEST_LINE:
-                    raise RunError(f"{file}, line {number}: longer than {_LONGEST_LINE - 1} bytes")
-                for token in _TOKENS.findall(line):
-                    depth += 1 if token in (b"[", b"{") else -1 if depth and token in (b"]", b"}") else 0
-                    if depth > _DEEPEST:
-                        raise RunError(f"{file}, line {number}: nested more than {_DEEPEST} deep")
-                    if not depth and token == b"null":
-                        raise RunError(f"{file}, line {number}: null in place of a row")
-    except (OSError, EOFError, zlib.error) as error:
-        raise RunError(f"cannot read {file}: {error}") from error
+    key = hashlib.sha256(json.dumps([content, paths, columns]).encode()).hexdigest()
+    path = cache.folder("data", f"{key}.arrow")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kind = pa.large_list(pa.int32()) if columns.kind == "ids" else pa.large_string()
+        schema = pa.schema({"document": kind})
+        rows = stream(source, paths, columns)
+        with replacing(path, path.with_suffix(f".{os.getpid()}.tmp")) as file, pa.ipc.new_file(file, schema) as arrow:
+            while batch := list(itertools.islice(rows, _BATCH)):
+                arrow.write_batch(pa.record_batch([pa.array(batch, kind)], schema=schema))
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return Documents(source, columns, table["document"].chunks, tokenizer)
 
 
-def _check_parquet(file: str) -> None:
-    """RunError for a Parquet file that takes memory out of all proportion to its size (a row group is read whole)."""
-    try:
-        with pq.ParquetFile(file) as held, open(file, "rb") as content:
-            for chunks in parquet_pages.groups(content, held.metadata):
-                parquet_pages.check_memory(chunks)
-    except (pa.ArrowException, OSError, ValueError, MemoryError) as error:
-        raise RunError(f"cannot read {file} as data: {type(error).__name__}: {error}") from error
+def stream(source: str, paths: list[str], columns: Columns) -> Iterator[str | np.ndarray | None]:
+    """The documents of some files, as they come: a text, int32 ids, or messages as JSON; None for none.
+
+    Raises: ValueError, naming the column, where it holds something else.
+    """
+    make = {"text": _as_text, "ids": _as_ids, "messages": _as_messages}[columns.kind]
+    for path in paths:
+        for number, values in enumerate(readers.rows(path, columns.names, columns.whole_files)):
+            try:
+                yield make(*values)
+            except (ValueError, OverflowError) as error:
+                raise ValueError(f"{source}: column {columns.names[0]!r}, row {number} of {path}: {error}") from error
 
 
-_CHECKS = {"json": _check_json, "parquet": _check_parquet}
+def _as_text(value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{type(value).__name__} is not text; a column of lists of ids is named with ids_column")
+    # half of a pair of surrogates, as JSON can have it, is no character: no tokenizer takes it
+    return None if value is not None and _SURROGATE.search(value) else value or ""
 
 
-def _unreadable(source: str, error: Exception) -> RunError:
-    # where the library failed to read a file, the reason is what made it fail
-    reason = error.__cause__ or error
-    return RunError(f"cannot read {source} as data: {type(reason).__name__}: {reason}")
+def _as_ids(value: Any) -> np.ndarray | None:
+    ids = np.asarray([] if value is None else value)
+    if ids.size and not (ids.ndim == 1 and ids.dtype.kind in "iu"):
+        raise ValueError(f"{str(value)[:40]} is not a list of ids; a column of text is named with text_column")
+    if ids.size and not -(2**31) <= ids.min() <= ids.max() < 2**31:
+        raise ValueError(f"it has the id {ids.max() if ids.max() >= 2**31 else ids.min()}")
+    return ids.astype(np.int32)
 
 
-def select(data: Any, source: str, column: str | None, of_text: bool, tokenizer: Tokenizer) -> Documents:
-    """A column of the data, `text` by default. Raises ValueError, naming the columns there are, where it has none."""
-    names = data.column_names
-    if names is None:  # of a stream that does not say, and nothing where it is empty
-        names = next((table.column_names for table in _tables(data.with_format("arrow"), source, 1)), [])
-    column = column or "text"
-    if column not in names:
-        raise ValueError(
-            f"{source} has no column {column!r}; there are {', '.join(map(repr, names)) or 'none'}: name one with "
-            "text_column, or ids_column for lists of ids"
-        )
-    return Documents(source, column, of_text, data.select_columns([column]).with_format("arrow"), tokenizer)
+def _as_messages(*values: Any) -> str:
+    """Messages as JSON; a prompt and its response are two."""
+    if len(values) == 2:
+        prompt, response = values
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    else:
+        messages = json.loads(values[0]) if isinstance(values[0], str) else values[0]
+    return json.dumps(messages)
 
 
 def survey(documents: Documents) -> tuple[np.ndarray, str, dict[str, int]]:
-    """Reads all documents once: (bool [n], which can be used; a fingerprint; how many cannot, by why).
+    """Reads all documents once.
 
-    The fingerprint is a SHA-256 (hex) of the documents in order, however they lie in files.
+    Returns: bool [n], which can be used; a SHA-256 (hex) of the documents in order, however they lie in files; how many
+        cannot be used, by why.
     """
     digest, skipped, usable = hashlib.sha256(), collections.Counter(), []
-    digest.update(b"text" if documents.of_text else b"ids")
-    with tqdm(total=len(documents.data), unit="document", desc="reading", mininterval=1, dynamic_ncols=True) as bar:
-        for table in _tables(documents.data, documents.source, _BATCH):
-            rows = _rows(documents, table)
-            for row in rows:
-                content = b"" if row is None else row.encode() if documents.of_text else row.astype("<i8").tobytes()
+    digest.update(documents.columns.kind.encode())
+    with tqdm(total=len(documents), unit="document", desc="reading", mininterval=1, dynamic_ncols=True) as bar:
+        for batch in documents.batches:
+            for row in _members(batch):
+                content = row.astype("<i8").tobytes() if isinstance(row, np.ndarray) else (row or "").encode()
                 digest.update(len(content).to_bytes(8, "little") + content)
-                problem = _problem(documents, row, len(usable))
-                usable.append(problem is None)
-                if problem is not None:
-                    skipped[problem] += 1
-            bar.update(len(rows))
+                reason = problem(documents.columns, documents.tokenizer, row, len(usable))
+                usable.append(reason is None)
+                skipped.update([reason] if reason else [])
+            bar.update(len(batch))
     return np.array(usable, bool), digest.hexdigest(), dict(skipped)
 
 
-def take(documents: Documents, indices: np.ndarray) -> list[str] | list[np.ndarray]:
-    """The documents with these indices, texts or ids int64."""
-    return _rows(documents, documents.data[indices.tolist()])
+def take(documents: Documents, indices: Sequence[int]) -> list[str] | list[np.ndarray]:
+    """The documents with these indices: texts, int32 ids, or messages as JSON."""
+    # not pyarrow's take, which copies all batches together first
+    slices = (documents.batches[i // _BATCH].slice(i % _BATCH, 1) for i in map(int, indices))
+    return [_members(one)[0] for one in slices]
 
 
-def stream(documents: Documents, skipped: collections.Counter) -> Iterator[str | np.ndarray]:
-    """The documents that can be used, as they come; `skipped` is told how many cannot, by why."""
-    index = 0
-    for table in _tables(documents.data, documents.source, _BATCH):
-        for row in _rows(documents, table):
-            problem = _problem(documents, row, index)
-            if problem is None:
-                yield row
-            else:
-                skipped[problem] += 1
-            index += 1
+def _members(batch: pa.Array) -> list[str | None] | list[np.ndarray]:
+    return shards.members(batch) if pa.types.is_large_list(batch.type) else batch.to_pylist()
 
 
-def _problem(documents: Documents, row: str | np.ndarray | None, index: int) -> str | None:
-    """Why a document is left out; ValueError for one that shows the whole to be something else."""
-    if documents.of_text:
-        if row is None or not row.strip():
-            return "empty"
-        return None if documents.tokenizer.lost_byte(row) is None else "not_encodable"
-    if not len(row):
+def problem(columns: Columns, tokenizer: Tokenizer, row: str | np.ndarray | None, index: int) -> str | None:
+    """Why a document is left out, None where it is not.
+
+    Raises: ValueError for an id that is not the tokenizer's (then the data are of another one), and for a conversation
+        without a turn of the assistant.
+    """
+    if columns.kind == "messages":
+        try:
+            learnt = conversations.encode(json.loads(row), tokenizer).learnt
+        except ValueError as error:
+            raise ValueError(f"conversation {index}: {error}") from error
+        return None if learnt[: columns.max_length].any() else "answer_beyond_max_length"
+    if columns.kind == "text" and (row is None or tokenizer.lost_byte(row) is not None):
+        return "not_encodable"
+    if not len(row) or (columns.kind == "text" and not row.strip()):
         return "empty"
+    if columns.kind == "text":
+        return None
     for i in (int(row.min()), int(row.max())):
-        if not 0 <= i < documents.tokenizer.vocab_size:
+        if not 0 <= i < tokenizer.vocab_size:
             raise ValueError(
-                f"{documents.source}: document {index} has the id {i}; the tokenizer's are from 0 to "
-                f"{documents.tokenizer.vocab_size - 1}"
+                f"document {index} has the id {i}; the tokenizer's are from 0 to {tokenizer.vocab_size - 1}"
             )
     return None
 
 
-def _tables(data: Any, source: str, size: int) -> Iterator[pa.Table]:
-    """The data, so many documents at a time; a stream is read from its files only here."""
-    tables = data.iter(size)
-    while True:
-        try:
-            table = next(tables, None)
-        except Exception as error:  # the library raises no narrower class
-            raise _unreadable(source, error) from error
-        if table is None:
-            return
-        yield table
-
-
-def _rows(documents: Documents, table: pa.Table) -> list[str | None] | list[np.ndarray]:
-    """The documents in a table. ValueError, naming the column, where it holds something else."""
-    column = table[documents.column]
-    name, kind = f"{documents.source}: column {documents.column!r}", column.type
-    if pa.types.is_null(kind):  # nothing in it yet says what it would hold
-        return [None if documents.of_text else np.zeros(0, np.int64)] * len(column)
-    if documents.of_text:
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise ValueError(f"{name} holds {kind}, not text; a column of lists of ids is named with ids_column")
-        return column.to_pylist()
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    if not lists or not (pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)):
-        raise ValueError(f"{name} holds {kind}, not lists of ids; a column of text is named with text_column")
-    rows = []
-    for chunk in column.cast(pa.large_list(pa.int64())).chunks:
-        if chunk.flatten().null_count:
-            raise ValueError(f"{name} has a list with a null in it")
-        rows += shards.split(chunk)
-    return rows
-
-
-def _files(source: str) -> list[str]:
+def _matches(source: str) -> list[str]:
     """The file of a source, or those of a glob, in order of their names."""
     path = Path(source).expanduser()
     if path.is_file():
         return [str(path)]
-    found = [] if path.exists() else glob.glob(str(path), recursive=True)
-    return sorted(file for file in found if Path(file).is_file())
-
-
-def _reader(file: str) -> str | None:
-    return _READERS.get(Path(file.removesuffix(".gz")).suffix)
-
-
-def _reader_of(files: list[str]) -> str:
-    readers = {_reader(file) for file in files}
-    if len(readers) > 1 or None in readers:
-        raise ValueError(f"{files[0]}{' and others' * (len(files) > 1)}: data can be {SOURCES}, all of one kind")
-    return readers.pop()
+    matches = [] if path.exists() else glob.glob(str(path), recursive=True)
+    return sorted(file for file in matches if Path(file).is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import platform
@@ -13,96 +14,117 @@ import numpy as np
 import pyarrow as pa
 
 import kd_jax
-from kd_jax.storage import untrusted
+from kd_jax.runs.settings import freeze, setting, spec
 from kd_jax.storage.errors import RunError, again
 from kd_jax.storage.files import read_json
 
 FORMAT = 1
-# What samples are a function of, and how they lie in files; a corpus goes on only where all of these are equal.
-SETTINGS = (
-    "source", "model_fingerprint", "tokenizer_fingerprint", "dtype", "prompt", "prompt_ids", "eos_ids",
-    "sample_temperature", "top_k", "top_p", "seed", "max_length", "num_samples", "shard_size",
-)  # fmt: skip
-# The same of rows made from data (kd_jax.lm.corpus.ingest).
-DATA_SETTINGS = (
-    "source", "subset", "split", "streaming", "text_column", "ids_column", "data_fingerprint", "first",
-    "tokenizer_source", "tokenizer_fingerprint", "prompt_ids", "eos_ids", "seed", "max_length", "num_samples",
-    "shard_size",
-)  # fmt: skip
-KINDS = {"samples": SETTINGS, "data": DATA_SETTINGS}
-# Where a teacher was recorded, what its columns are a function of (kd_jax.lm.distill.recorded_top_k.settings); settings
-# of a sampler that older corpora do not have, where absent stands for None (off).
-OPTIONAL = ("teacher", "min_p")
-_SHARD = {"file": str, "first": int, "rows": int, "tokens": int, "finished": int, "bytes": int, "sha256": str}
+
+
+@spec
+class SampleSpec:
+    """What sampled rows are a function of, and how they lie in files: a corpus is continued only where all is equal."""
+
+    source: str = setting("", "where the model is from; a name, its content is the fingerprint")
+    model_fingerprint: str | None = setting(None, "of the weights")
+    tokenizer_fingerprint: str | None = setting(None, "of the tokenizer, none where the model has none")
+    dtype: str | None = setting(None, "of the forward pass")
+    prompt: str | None = setting(None, "the text of the prompt, where it was one")
+    prompt_ids: tuple[int, ...] = setting((), "ids that each row begins with", at_least=0)
+    eos_ids: tuple[int, ...] = setting((), "ids that end a row", at_least=0)
+    sample_temperature: float = setting(1.0, "tau", at_least=0)
+    top_k: int | None = setting(None, "draw from the K likeliest ids; none is off", at_least=0)
+    top_p: float | None = setting(None, "draw from the likeliest ids of this mass; none is off", at_least=0, at_most=1)
+    min_p: float | None = setting(None, "draw from ids of this share of the top; none is off", at_least=0, at_most=1)
+    seed: int = setting(0, "of the samples", at_least=0)
+    max_length: int = setting(1, "ids of the longest row, prompt included", at_least=1)
+    num_samples: int = setting(1, "rows; the only setting that may grow", at_least=1)
+    shard_size: int = setting(1024, "rows of a file", at_least=1)
+    teacher: dict[str, Any] | None = setting(None, "of recorded top-k columns (kd_jax.lm.distill.recorded_top_k)")
+
+
+@spec
+class DataSpec:
+    """The same of rows made from data (kd_jax.lm.corpus.ingest)."""
+
+    source: str = setting("", "where the data are from; a name, their content is the fingerprint")
+    subset: str | None = setting(None, "of a data set that has such")
+    split: str = setting("train", "of a data set that has such")
+    streaming: bool = setting(False, "read as they come, in that order")
+    text_column: str | None = setting(None, "column of texts")
+    ids_column: str | None = setting(None, "column of lists of ids")
+    messages_column: str | None = setting(None, "column of conversations")
+    prompt_column: str | None = setting(None, "column of requests")
+    response_column: str | None = setting(None, "column of answers")
+    data_fingerprint: str | None = setting(None, "of the documents, or the commit of a stream")
+    first: int = setting(0, "place of the first row in the order of documents", at_least=0)
+    tokenizer_source: str = setting("", "where the tokenizer is from")
+    tokenizer_fingerprint: str | None = setting(None, "of the tokenizer")
+    special_tokens: bool = setting(True, "text of special tokens becomes their ids")
+    whole_files: bool = setting(False, "a .txt file is one document")
+    prompt_ids: tuple[int, ...] = setting((), "ids that each row begins with", at_least=0)
+    eos_ids: tuple[int, ...] = setting((), "the id that ends a document", at_least=0)
+    seed: int = setting(0, "of the order of documents", at_least=0)
+    max_length: int = setting(1, "ids of the longest row, prompt and EOS included", at_least=1)
+    num_samples: int = setting(1, "rows; the only setting that may grow", at_least=1)
+    shard_size: int = setting(1024, "rows of a file", at_least=1)
+    teacher: dict[str, Any] | None = setting(None, "of recorded top-k columns (kd_jax.lm.distill.recorded_top_k)")
+
+
+KINDS = {"samples": SampleSpec, "data": DataSpec}
+# Settings that came later, with what corpora without them have. They are written only where they differ, so that the
+# fingerprint of a corpus does not change with a new setting.
+LATER = {
+    "min_p": None, "special_tokens": True, "whole_files": False, "messages_column": None, "prompt_column": None,
+    "response_column": None,
+}  # fmt: skip
+SETTINGS, DATA_SETTINGS = (
+    tuple(field.name for field in dataclasses.fields(kind) if field.name not in (*LATER, "teacher"))
+    for kind in (SampleSpec, DataSpec)
+)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
     """The manifest in a folder, None where there is none; RunError for one that is damaged or of something else."""
     path = folder / "manifest.json"
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; a corpus is a folder")
     try:
         manifest = read_json(path, hint=again(folder))
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         return None
     except OSError as error:
         raise RunError(f"cannot read {path}: {error}") from error
-    if manifest.get("kind") not in KINDS:
-        raise RunError(f"{path} is not the manifest of a corpus; choose another folder")
-    if manifest.get("format") != FORMAT:
-        raise RunError(f"{path} is of format {manifest.get('format')}; this version reads format {FORMAT}")
+    if manifest.get("kind") not in KINDS or manifest.get("format") != FORMAT:
+        raise RunError(f"{path} is not the manifest of a corpus of format {FORMAT}; choose another folder")
     try:
-        _check(folder, manifest)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        check_settings(manifest["settings"], manifest["kind"])
+        rows = sum(shard["rows"] for shard in manifest["shards"])
+    except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {type(error).__name__}: {error}{again(folder)}") from error
+    if manifest["counts"]["rows"] != rows:
+        raise RunError(f"{path} is damaged: its counts are not those of its shards{again(folder)}")
     return manifest
 
 
-def _check(folder: Path, manifest: dict[str, Any]) -> None:
-    settings = manifest["settings"]
-    check_settings(settings, manifest["kind"])
-    first = 0
-    for shard in manifest["shards"]:
-        untrusted.inside(folder, shard["file"])
-        wrong = [key for key, kind in _SHARD.items() if type(shard[key]) is not kind]
-        if wrong:
-            raise ValueError(f"shard {shard['file']!r} has {wrong[0]}={shard[wrong[0]]!r:.40}")
-        due = first, min(settings["shard_size"], settings["num_samples"] - first)
-        if (shard["first"], shard["rows"]) != due:
-            raise ValueError(f"shard {shard['file']!r} is not the {due[1]} rows from row {first} on")
-        first += shard["rows"]
-    status = "finished" if first == settings["num_samples"] else "running"
-    if (manifest["counts"], manifest["status"]) != (_counts(manifest["shards"]), status):
-        raise ValueError("its counts or status are not those of its shards")
-
-
 def check_settings(settings: dict[str, Any], kind: str) -> None:
-    """Raises ValueError unless each setting of the kind is there, and no other, and the sizes are sizes."""
-    wrong = sorted(set(KINDS[kind]) ^ (set(settings) - set(OPTIONAL)))
-    if wrong:
-        raise ValueError(f"settings of {kind} are to be exactly {', '.join(KINDS[kind])}; not so: {', '.join(wrong)}")
-    for key in ("num_samples", "shard_size", "max_length"):
-        if type(settings[key]) is not int or settings[key] < 1:
-            raise ValueError(f"{key}={settings[key]!r} must be an integer from 1")
+    """Raises ValueError, naming the setting, for one that is unknown, of another type or out of its range."""
+    corpus = freeze(KINDS[kind], settings, at=f"settings of {kind}")
     # the lists in a shard have 32-bit offsets
-    if settings["shard_size"] * settings["max_length"] >= 2**31:
-        raise ValueError(f"shard_size={settings['shard_size']} times max_length must stay below 2**31; make it smaller")
+    if corpus.shard_size * corpus.max_length >= 2**31:
+        raise ValueError(f"shard_size={corpus.shard_size} times max_length must stay below 2**31; make it smaller")
 
 
 def compare(folder: Path, manifest: dict[str, Any], new: dict[str, Any], kind: str) -> None:
-    """RunError names the settings that are not those of the corpus in the folder; only num_samples may be, and grow."""
+    """RunError names the settings that are not those of the corpus in the folder; only num_samples may grow."""
     if manifest["kind"] != kind:
         raise RunError(f"{folder} holds a corpus of {manifest['kind']}, not of {kind}; choose another folder")
-    old = manifest["settings"]
-    names = [key for key in new if key != "num_samples" and new[key] != old.get(key)]
-    changes = [f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new[key])}" for key in names]
+    old = LATER | manifest["settings"]
+    changes = [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(value)}"
+        for key, value in new.items()
+        if (value < old[key] if key == "num_samples" else value != old.get(key))
+    ]
     if changes:
         raise RunError(f"{folder} holds a corpus with other settings ({'; '.join(changes)}); choose another folder")
-    if new.get("num_samples", old["num_samples"]) < old["num_samples"]:
-        raise RunError(
-            f"{folder} is a corpus of {old['num_samples']} samples and cannot shrink "
-            f"(num_samples: {old['num_samples']} -> {new['num_samples']}); choose another folder"
-        )
 
 
 def new(settings: dict[str, Any], command: str, kind: str) -> dict[str, Any]:
@@ -158,6 +180,11 @@ def speed(before: dict[str, Any], seconds: float, tokens: int, utilisation: floa
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as they come back from the manifest, so that the two compare equal; floats come back exactly."""
     return json.loads(json.dumps(settings, allow_nan=False))
+
+
+def without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those of LATER that are as they always were."""
+    return {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}
 
 
 def _now() -> str:

@@ -14,20 +14,24 @@ from kd_jax.storage.files import write_rows
 
 
 def samples(folder: str, *, model: str | None, first: int, num_samples: int, text_out: str | None) -> None:
-    """Prints samples first .. first + num_samples - 1, or writes them to `text_out`, a JSON object a line.
+    """Prints rows of a corpus as text, or writes them as JSON lines.
 
-    `model` is a source that has the tokenizer; without it, it comes from what the corpus was made with.
+    Args:
+        folder: of the corpus.
+        model: a source that has the tokenizer; by default what the corpus was made with.
+        first, num_samples: which rows.
+        text_out: the file to write; None prints.
 
-    Raises ValueError, in the words of the command line, for what is not there.
+    Raises: ValueError, with the flag at fault, where there are no such rows or no tokenizer.
     """
-    held = corpus.open(folder)
-    if first >= held.num_rows:
-        raise ValueError(f"--first {first}: {folder} has {held.num_rows} samples")
-    stop = min(first + num_samples, held.num_rows)
-    tokenizer = _tokenizer(folder, model, held.manifest["settings"])
-    rows = held.rows(first, stop)
+    opened = corpus.open(folder)
+    if first >= opened.num_rows:
+        raise ValueError(f"--first {first}: {folder} has {opened.num_rows} samples")
+    stop = min(first + num_samples, opened.num_rows)
+    tokenizer = _tokenizer(folder, model, opened.manifest["settings"])
+    rows = opened.rows(first, stop)
     # a corpus sampled without a tokenizer is shown as its ids
-    texts, changed = ([None] * len(rows.index), 0) if tokenizer is None else corpus.text(held, tokenizer, first, stop)
+    texts, changed = ([None] * len(rows.index), 0) if tokenizer is None else corpus.text(opened, tokenizer, first, stop)
     names = ("index", "length", "finished", "log_prob", "text", "tokens")
     # rows made from data have none
     log_probs = [None if np.isnan(value) else value for value in rows.log_prob]
@@ -38,11 +42,10 @@ def samples(folder: str, *, model: str | None, first: int, num_samples: int, tex
     else:
         for line in lines:
             _print(line)
+    total = opened.manifest["settings"]["num_samples"]
+    so_far = "" if opened.finished else f" there so far ({total} wanted)"
     where = "" if text_out is None else f" in {text_out}"
-    so_far = "" if held.finished else f" there so far ({held.manifest['settings']['num_samples']} wanted)"
-    print(
-        f"{len(lines)} of {held.num_rows} samples{so_far}{where}; {changed} with text that does not encode to their ids"
-    )
+    print(f"{len(lines)} of {opened.num_rows} samples{so_far}{where}; {changed} with text that encodes to other ids")
 
 
 def _print(line: dict[str, Any]) -> None:
@@ -64,8 +67,6 @@ def _tokenizer(folder: str, model: str | None, settings: dict[str, Any]) -> Toke
         tokenizer = weights.tokenizer(source)
     except (OSError, ValueError, RunError) as error:
         raise ValueError(f"no tokenizer from {source} ({error}); name a source that has it with --model") from error
-    if tokenizer is None:
-        raise ValueError(f"{source} has no tokenizer; name a source that has it with --model")
-    if settings["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):
-        raise ValueError(f"the tokenizer of {source} is not the one {folder} was made with; give --model")
+    if tokenizer is None or settings["tokenizer_fingerprint"] not in (None, tokenizer.fingerprint):
+        raise ValueError(f"{source} does not have the tokenizer that {folder} was made with; name one with --model")
     return tokenizer

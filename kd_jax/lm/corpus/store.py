@@ -2,12 +2,12 @@
 
     FOLDER/manifest.json               settings, counts, the list of shards, where the time went
     FOLDER/data/shard-00000.parquet    rows 0 .. shard_size - 1 in order of index, and so on (columns: SCHEMA, and
-                                       TOP_K where a teacher was recorded: kd_jax.lm.distill.recorded_top_k)
+                                       TOP_K of a recorded teacher, LOSS_MASK of conversations)
 
-The rows are samples of a model or come from data (the manifest's `kind`, "samples" or "data"). The ids are the data;
-text is for reading. A shard enters the manifest once it is whole, and a run that was killed goes on after the last one
-there. Sample i depends on the seed and on i alone, but for the rounding of the model's floats, so a corpus made in
-several runs is the one made in one. `datasets.load_dataset(FOLDER)` opens a corpus as well.
+Rows are samples of a model or come from data (the manifest's `kind`: "samples" or "data"). The ids are the data; text
+is for reading. A shard enters the manifest once it is whole, and a killed run resumes after the last one. Sample i
+depends on the seed and on i alone, up to the rounding of the model's floats: a corpus made in several runs equals one
+made in one run. `datasets.load_dataset(FOLDER)` opens a corpus as well.
 """
 
 import hashlib
@@ -30,20 +30,20 @@ from kd_jax.storage.errors import RunError
 from kd_jax.storage.files import write_json
 
 __all__ = [
-    "Arrival", "DATA_SETTINGS", "SCHEMA", "SETTINGS", "Corpus", "Rows", "check", "create_or_resume", "fingerprint",
+    "Arrival", "DATA_SETTINGS", "SCHEMA", "SETTINGS", "Corpus", "Rows", "create_or_resume", "find", "fingerprint",
     "open", "padded", "text", "write", "write_rows",
 ]  # fmt: skip
 
-# Settings that name what others identify: content read from elsewhere is the same.
+# Settings that are names; other settings are fingerprints of what they name.
 _NAMES = ("source", "prompt", "tokenizer_source")
-# Rows of a shard -> the same with further columns.
+# Adds columns to the rows of a shard.
 Complete = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
 
 class Rows(NamedTuple):
     """Rows of a corpus, a field for each column of SCHEMA: `tokens` a list of int32 arrays, the others arrays [n].
 
-    Rows made from data have no log-probabilities: both are NaN.
+    Log-probabilities of rows made from data are NaN.
     """
 
     index: np.ndarray
@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """A corpus to read, whole or as far as it has come. What is read is held to the manifest's sha256 first."""
+    """A corpus to read, finished or not. The sha256 of each shard is checked before it is read."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -83,24 +83,39 @@ class Corpus(NamedTuple):
         stop = self.num_rows if stop is None else stop
         if not 0 <= start <= stop <= self.num_rows:
             raise ValueError(f"rows {start} to {stop} are not in {self.folder}, which has {self.num_rows} rows")
-        parts = []
+        parts = self._tables(SCHEMA.names, start, stop)
+        table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+        columns = {name: table[name].to_numpy() for name in SCHEMA.names if name != "tokens"}
+        tokens = [row for chunk in table["tokens"].chunks for row in shards.members(chunk)]
+        return Rows(tokens=tokens, **columns)
+
+    def _tables(self, columns: list[str], start: int, stop: int) -> list[pa.Table]:
+        """Columns of rows start .. stop - 1, a table for each shard they are in."""
+        tables = []
         for shard in self.manifest["shards"]:
             low, high = max(start - shard["first"], 0), min(stop - shard["first"], shard["rows"])
             if low < high:
-                parts.append(shards.read(self.folder, shard, SCHEMA.names).slice(low, high - low))
-        table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
-        columns = {name: table[name].to_numpy() for name in SCHEMA.names if name != "tokens"}
-        tokens = [row for chunk in table["tokens"].chunks for row in shards.split(chunk)]
-        return Rows(tokens=tokens, **columns)
+                tables.append(shards.read(self.folder, shard, columns).slice(low, high - low))
+        return tables
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether rows say themselves which ids are learnt (conversations); else all after the prompt are."""
+        return bool(self.manifest["settings"].get("messages_column") or self.manifest["settings"].get("prompt_column"))
+
+    def loss_masks(self, start: int = 0, stop: int | None = None) -> list[np.ndarray]:
+        """Which ids of rows start .. stop - 1 are learnt, bool [length] each, of a corpus with loss masks."""
+        tables = self._tables([shards.LOSS_MASK], start, self.num_rows if stop is None else stop)
+        return [mask for table in tables for chunk in table[shards.LOSS_MASK].chunks for mask in shards.members(chunk)]
 
     def lengths(self) -> np.ndarray:
         """Lengths of all rows, int32 [num_rows]."""
         return self.columns("length")["length"]
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
-        """Some columns of numbers of all rows, [num_rows] each; the tokens are not read, and a shard is held at a time.
+        """Columns of numbers (of SCHEMA, not `tokens`) of all rows, [num_rows] each; reads one shard at a time.
 
-        Raises RunError, naming the file, for a damaged shard.
+        Raises: RunError, naming the file, for a damaged shard.
         """
         parts = {name: [SCHEMA.empty_table()[name].to_numpy()] for name in names}
         for shard in self.manifest["shards"]:
@@ -116,13 +131,13 @@ class Corpus(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """Rows on their way into a corpus.
+    """Rows to be written to a corpus.
 
     Attributes:
-        rows: each a value for every column of SCHEMA.
-        tokens: how many ids it took to make them, prompts not counted.
-        utilisation: of the sampler, so far.
-        about: what else the manifest is to say once they are in it.
+        rows: a value for each column of SCHEMA.
+        tokens: ids generated for them, prompts not counted.
+        utilisation: of the sampler so far.
+        about: entries for the manifest, written with these rows.
     """
 
     rows: list[dict[str, Any]]
@@ -132,61 +147,64 @@ class Arrival(NamedTuple):
 
 
 def open(folder: str | os.PathLike) -> Corpus:
-    """The corpus in a folder; one that is still being written is as long as the shards that are there.
+    """The corpus in a folder; an unfinished one has the rows of its whole shards.
 
-    Raises RunError where the folder holds none, or where a shard is missing or of another size than it was.
+    Raises: RunError where the folder holds none, or a shard is missing or of another size than it was written with.
     """
     folder = Path(folder)
     manifest = manifests.read(folder)
     if manifest is None:
         raise RunError(f"{folder} holds no corpus: there is no manifest.json in it")
     for shard in manifest["shards"]:
-        shards.check_file(folder, shard)
+        shards.locate(folder, shard)
     return Corpus(folder, manifest)
 
 
-def check(folder: str | os.PathLike, settings: dict[str, Any], *, kind: str = "samples") -> dict[str, Any] | None:
-    """Refuses, with RunError and before any work, a folder that cannot take rows of this kind and these settings.
+def find(folder: str | os.PathLike, settings: dict[str, Any], *, kind: str = "samples") -> dict[str, Any] | None:
+    """The manifest of the corpus that rows of these settings would continue; None where the folder is new or empty.
 
-    `settings` may be some of those of the kind (SETTINGS, or DATA_SETTINGS of "data"): those that are known before the
-    model is loaded. Writes nothing; returns the manifest of the corpus that is there already, None for a new one.
+    Args:
+        folder: of the corpus; nothing is written.
+        settings: of the kind; they may be in part, as those that are known before the model is loaded.
+        kind: "samples" or "data".
+
+    Raises: RunError where the folder holds something else, or a corpus of other settings.
     """
     folder = Path(folder)
     manifest = manifests.read(folder)
     if manifest is None:
         # a .tmp of ours is what a kill during the very first write leaves
-        foreign = sorted(set(os.listdir(folder)) - {"manifest.json.tmp"}) if folder.exists() else []
+        foreign = sorted(set(os.listdir(folder)) - {"manifest.json.tmp"}) if folder.is_dir() else []
         if foreign:
-            raise RunError(
-                f"{folder} is not empty and holds no corpus (no manifest.json, but {foreign[0]}); choose another folder"
-            )
-        there = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise RunError(f"cannot write the corpus folder {folder}: {there} is not a folder that may be written to")
+            raise RunError(f"{folder} holds {foreign[0]} and no corpus (no manifest.json); choose another folder")
         return None
     manifests.compare(folder, manifest, manifests.plain(settings), kind)
     for shard in manifest["shards"]:
-        shards.check_file(folder, shard)
+        shards.locate(folder, shard)
     return manifest
 
 
 def create_or_resume(
     folder: str | os.PathLike, settings: dict[str, Any], *, command: str, verify: bool = False, kind: str = "samples"
 ) -> Corpus:
-    """Makes a corpus folder, or opens one of the same settings; rows from num_rows on are what it lacks.
+    """Makes a corpus folder, or opens one of the same settings; rows from num_rows on are still to be written.
 
     Args:
-        settings: a value for each of SETTINGS (of DATA_SETTINGS, for the kind "data"). Of a corpus that is there only
-            num_samples may differ, and only grow: a short last shard is then made again.
+        folder: of the corpus.
+        settings: of the kind (manifest.SampleSpec, manifest.DataSpec). Those of an existing corpus have to be equal,
+            but num_samples may grow: a short last shard is then made again.
         command: what was typed, for the manifest.
-        verify: also read the shards that are there.
+        verify: also read the existing shards.
         kind: "samples" or "data".
 
-    Raises ValueError for settings that are incomplete, RunError for a folder that cannot take these rows.
+    Returns: the corpus.
+    Raises: ValueError for a bad setting, RunError for a folder that cannot take these rows.
     """
     folder, settings = Path(folder), manifests.plain(settings)
     manifests.check_settings(settings, kind)
-    old = check(folder, {"teacher": None} | settings, kind=kind)  # with and without a teacher are two things
+    # a corpus with and one without a recorded teacher are different corpora
+    old = find(folder, {"teacher": None} | manifests.LATER | settings, kind=kind)
+    settings = manifests.without_defaults(settings)
     if verify and old is not None:
         Corpus(folder, old).verify()
     try:
@@ -206,13 +224,18 @@ def write(
     corpus: Corpus, samples: Iterable[Any], progress: Callable[[int, int], None] | None = None,
     complete: Complete | None = None,
 ) -> Corpus:  # fmt: skip
-    """Writes a stream of kd_jax.lm.decode.Samples: a shard, and the manifest anew, as soon as all its rows are there.
+    """Writes a stream of samples, each shard as soon as its rows are complete.
 
-    The stream yields each sample from corpus.num_rows on once, in any order; what is held is the rows of shards that
-    are not whole yet. `progress(samples, tokens)` is told of each arrival, `tokens` being those generated.
+    Args:
+        corpus: from `create_or_resume`.
+        samples: kd_jax.lm.decode.Samples, each sample from corpus.num_rows on once, in any order. Rows of incomplete
+            shards are in memory.
+        progress: is called with the samples and the generated tokens of each batch.
+        complete: adds columns to the rows of a shard.
 
-    Raises ValueError where the stream is not what the settings say, or ends before all samples are there. The shards
-    written until then stay, and the next `create_or_resume` goes on after them. Returns the corpus as it is then.
+    Returns: the finished corpus.
+    Raises: ValueError for a sample that does not fit the settings, or a stream that ends too early. Whole shards stay,
+        and the next `create_or_resume` continues after them.
     """
 
     def arrivals():
@@ -227,9 +250,9 @@ def write_rows(
     corpus: Corpus, arrivals: Iterable[Arrival], progress: Callable[[int, int], None] | None = None,
     complete: Complete | None = None,
 ) -> Corpus:  # fmt: skip
-    """`write`, of a stream of rows that are made; it is for the caller to see that they are what the settings say.
+    """`write` for rows that are made already; the caller sees to it that they fit the settings.
 
-    `complete` takes all rows of a shard, in order, before they are written, and returns them with further columns.
+    Args, Returns and Raises are those of `write`.
     """
     folder, manifest = corpus
     settings, before = manifest["settings"], manifest["speed"]
@@ -238,7 +261,7 @@ def write_rows(
     for arrival in arrivals:
         for row in arrival.rows:
             if row["index"] in rows or row["index"] < manifest["counts"]["rows"]:
-                raise ValueError(f"sample {row['index']} is there already")
+                raise ValueError(f"sample {row['index']} came twice")
             rows[row["index"]] = row
         made += arrival.tokens
         while ready := _whole_shard(rows, settings, manifest["counts"]["rows"]):
@@ -256,9 +279,15 @@ def write_rows(
 
 
 def padded(rows: Rows, max_length: int | None = None, pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows as one array: tokens int32 [n, L], filled up with pad_id, and lengths int32 [n].
+    """Rows as one array.
 
-    L is max_length, by default the longest row's length. Raises ValueError for a row that is longer.
+    Args:
+        rows: the rows.
+        max_length: columns of the array; the longest row's length by default.
+        pad_id: fills up rows.
+
+    Returns: tokens int32 [n, max_length], lengths int32 [n].
+    Raises: ValueError for a row that is longer than max_length.
     """
     longest = int(rows.length.max(initial=0))
     width = longest if max_length is None else max_length
@@ -271,18 +300,18 @@ def padded(rows: Rows, max_length: int | None = None, pad_id: int = 0) -> tuple[
 
 
 def text(corpus: Corpus, tokenizer: Any, start: int = 0, stop: int | None = None) -> tuple[list[str], int]:
-    """Rows as text, special tokens shown, and how many of them would not come back: encode(text) is not their ids.
+    """Rows as text with special tokens, and how many of them the tokenizer encodes to other ids.
 
-    For reading; a sampled sequence of ids is often not the one that the tokenizer gives for its text.
+    For reading only: sampled ids are often not those that the tokenizer gives for their text.
     """
     tokens = corpus.rows(start, stop).tokens
     return [tokenizer.decode(ids) for ids in tokens], sum(not tokenizer.round_trips(ids) for ids in tokens)
 
 
 def fingerprint(corpus: Corpus) -> str:
-    """A SHA-256 (hex) of the rows that are there, to the byte, and of all settings that are no mere names.
+    """A SHA-256 (hex) of the rows on disk and of all settings but names.
 
-    That is, without the place where the model, the data or the tokenizer came from: their fingerprints are settings.
+    Where the model, the data or the tokenizer came from does not count; their fingerprints do.
     """
     settings = _content(corpus.manifest["settings"])
     content = [corpus.kind, settings, [shard["sha256"] for shard in corpus.manifest["shards"]]]
@@ -290,16 +319,16 @@ def fingerprint(corpus: Corpus) -> str:
 
 
 def _content(settings: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in settings.items() if key not in _NAMES}
-    return kept | ({"teacher": _content(kept["teacher"])} if "teacher" in kept else {})
+    content = {key: value for key, value in manifests.without_defaults(settings).items() if key not in _NAMES}
+    return content | ({"teacher": _content(content["teacher"])} if content.get("teacher") else {})
 
 
 def _row(batch: Any, i: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Sample i of a batch as a row of SCHEMA. Raises ValueError where it is not what the settings say."""
+    """Sample i of a batch as a row of SCHEMA. Raises ValueError where it does not fit the settings."""
     index, length, start = int(batch.index[i]), int(batch.lengths[i]), int(batch.prompt_lengths[i])
     finished, generated = bool(batch.finished[i]), slice(start, length)
-    tokens = np.array(batch.tokens[i, :length], np.int32)  # a copy, so that the sampler's own array can go
-    # exactly rounded sums: the same to the last bit whatever the sampler's batch
+    tokens = np.array(batch.tokens[i, :length], np.int32)  # a copy frees the sampler's array
+    # exactly rounded sums do not depend on the sampler's batch size
     log_prob, sample_log_prob = (
         math.fsum(values[i, generated].tolist()) for values in (batch.log_probs, batch.sample_log_probs)
     )
@@ -319,8 +348,8 @@ def _row(batch: Any, i: int, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _whole_shard(rows: dict[int, dict[str, Any]], settings: dict[str, Any], first: int) -> list[dict[str, Any]] | None:
-    """Takes the rows of the shard that begins at `first` out of `rows`, in order; None until all of them are there."""
-    wanted = range(first, min(first + settings["shard_size"], settings["num_samples"]))
-    if len(rows) < len(wanted) or not all(index in rows for index in wanted):
+    """Removes the rows of the shard that begins at `first` from `rows`, in order; None while some are missing."""
+    indices = range(first, min(first + settings["shard_size"], settings["num_samples"]))
+    if len(rows) < len(indices) or not all(index in rows for index in indices):
         return None
-    return [rows.pop(index) for index in wanted]
+    return [rows.pop(index) for index in indices]

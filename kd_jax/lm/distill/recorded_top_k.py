@@ -181,6 +181,8 @@ def score_corpus(
         for first in range(corpus.num_rows, source.num_rows, step):
             rows = source.rows(first, min(first + step, source.num_rows))
             columns = rows._asdict()
+            if source.has_loss_mask:
+                columns[shards.LOSS_MASK] = source.loss_masks(first, first + len(rows.index))
             listed = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             yield Arrival(listed, int((rows.length - rows.prompt_length).sum()))
 

@@ -51,9 +51,8 @@ def prepare(
     validation = []
     for first in range(0, len(held_out), spec.batch_size):
         rows = np.arange(first, min(first + spec.batch_size, len(held_out)))
-        validation.append(
-            batches.arrange(held_out.tokens(rows), held_out.prompt_lengths[rows], layout, held_out.targets(rows))
-        )
+        targets, masks = held_out.targets(rows), held_out.masks(rows)
+        validation.append(batches.arrange(held_out.tokens(rows), held_out.prompt_lengths[rows], layout, targets, masks))
     updates = Updates(train, layout, member.seed, spec.epochs)
     if not on_policy:
         return Data(updates, validation, None)

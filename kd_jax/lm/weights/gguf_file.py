@@ -10,7 +10,8 @@ import numpy as np
 from gguf.quants import dequantize
 
 from kd_jax.lm.model import Architecture, Model
-from kd_jax.lm.weights.gguf_reader import Reader
+from kd_jax.lm.weights import gguf_reader
+from kd_jax.lm.weights.gguf_reader import GGUF
 from kd_jax.lm.weights.hf_files import Stored
 from kd_jax.lm.weights.tokenizer import Tokenizer
 
@@ -19,8 +20,7 @@ LAYER = {
     "attention_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
     "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
 }  # fmt: skip
-# Q5 because K-quants fall back to it where a row is not a multiple of 256, as in the smaller models.
-TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
+_ROPE_FACTORS = "rope_freqs.weight"
 
 
 def tensor_name(weight: str, layer: int | None) -> str:
@@ -31,29 +31,34 @@ def tensor_name(weight: str, layer: int | None) -> str:
 def open_file(path: Path) -> Stored:
     """Opens a GGUF file. Weights are dequantised as they are read, to float32.
 
-    Raises ValueError, naming the file and the key or tensor, where it is damaged or describes something other than
-    this Llama. Where only the tokenizer is not supported, there is a warning, and none in the model.
+    Raises: ValueError, naming the file and the key or tensor, where it is damaged or describes something other than
+        this Llama. Where only the tokenizer is not supported there is a warning, and the model has none.
     """
-    reader = Reader(path)
-    tensors = reader.tensors
-    for name, tensor in tensors.items():
-        if tensor.kind.name not in TYPES:
-            raise ValueError(f"{path}: {name} is stored as {tensor.kind.name}; known are {', '.join(TYPES)}")
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    architecture = _architecture(reader, shapes, path)
+    file = gguf_reader.read(path)
+    try:
+        architecture = _architecture(file)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    _check_rope_factors(file)
+    shapes.pop(_ROPE_FACTORS, None)
 
     def read(weight, layer, index):
-        tensor = tensors[tensor_name(weight, layer)]
+        tensor = file.tensors[tensor_name(weight, layer)]
         rows = index[0]
         if weight in ("q", "k"):
             rows = stored_rows(np.arange(rows.start, rows.stop), architecture.head_dim)
-        if len(index) == 1:
-            return dequantize(tensor.data, tensor.kind)[rows]
-        return dequantize(tensor.data[rows], tensor.kind)[:, *index[1:]]
+        try:
+            if len(index) == 1:
+                return dequantize(tensor.data, tensor.kind)[rows]
+            return dequantize(tensor.data[rows], tensor.kind)[:, *index[1:]]
+        except NotImplementedError as error:
+            name = tensor_name(weight, layer)
+            raise ValueError(f"{path}: {name} is stored as {tensor.kind.name}, which gguf cannot read") from error
 
-    ids = _special_ids(reader, path, architecture.vocab_size)
+    ids = _special_ids(file, architecture.vocab_size)
     try:
-        tokens = _tokenizer(reader)
+        tokens = _tokenizer(file)
     except ValueError as error:
         warnings.warn(f"{path}: the weights are loaded without the tokenizer: {error}", stacklevel=2)
         tokens = None
@@ -61,13 +66,13 @@ def open_file(path: Path) -> Stored:
 
 
 def tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer inside a GGUF file, of which only the metadata is read; None where there is none.
+    """The tokenizer inside a GGUF file; None where there is none.
 
-    Raises ValueError, naming the file, where that is damaged or the tokenizer is not supported.
+    Raises: ValueError, naming the file, where it is not supported.
     """
-    reader = Reader(path)
+    file = gguf_reader.read(path)
     try:
-        return _tokenizer(reader)
+        return _tokenizer(file)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -82,80 +87,70 @@ def stored_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
     return rows // head_dim * head_dim + within[rows % head_dim]
 
 
-def _architecture(reader: Reader, shapes: dict[str, tuple[int, ...]], path: Path) -> Architecture:
-    _refuse_other_models(reader, shapes, path)
+def _architecture(file: GGUF) -> Architecture:
+    """The architecture by the file's metadata, whose keys begin with the family's name."""
+    family = file.metadata.get("general.architecture")
+    if family != "llama":
+        raise ValueError(f"general.architecture is {family!r}; only 'llama' is known")
+    if OUTSIDE["embedding"] not in file.tensors:
+        raise ValueError(f"the file lacks {OUTSIDE['embedding']}")
 
-    def value(key: str, default: Any = None):
-        found = reader.get(f"llama.{key}", default)
-        if found is None:
-            raise ValueError(f"{path} lacks llama.{key}")
-        if isinstance(found, bool) or not isinstance(found, int | float):
-            raise ValueError(f"{path}: llama.{key} is {found!r}; it has to be a number")
-        return found
+    def value(key: str, default: Any = None) -> int | float:
+        number = file.metadata.get(f"{family}.{key}", default)
+        if not isinstance(number, int | float):
+            raise ValueError(f"it lacks {family}.{key}" if number is None else f"{family}.{key} is {number}")
+        return number
 
-    if len(shapes.get(OUTSIDE["embedding"], ())) != 2:
-        raise ValueError(f"{path} lacks {OUTSIDE['embedding']}, or it is no matrix")
-    vocab_size = shapes[OUTSIDE["embedding"]][0]
-    if value("vocab_size", vocab_size) != vocab_size:
-        raise ValueError(f"{path}: llama.vocab_size is {value('vocab_size')}, but the embedding has {vocab_size} rows")
-    width, heads = value("embedding_length"), value("attention.head_count")
-    if reader.get("llama.rope.freq_base") is None:
-        warnings.warn(f"{path} has no llama.rope.freq_base; 10000 is taken", stacklevel=2)
-    head_dim = value("attention.key_length", width // max(heads, 1))
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if value(key, head_dim) != head_dim:
-            raise ValueError(f"{path}: llama.{key} is {value(key)}, but a head has {head_dim} dimensions")
-    try:
-        return Architecture(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=value("feed_forward_length"),
-            num_hidden_layers=value("block_count"),
-            num_attention_heads=heads,
-            num_key_value_heads=value("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            rope_theta=_decimal(value("rope.freq_base", 10000.0)),
-            rms_norm_eps=_decimal(value("attention.layer_norm_rms_epsilon")),
-            max_position_embeddings=value("context_length"),
-            tie_word_embeddings=OUTSIDE["head"] not in shapes,
-        )
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
-
-
-def _refuse_other_models(reader: Reader, shapes: dict[str, tuple[int, ...]], path: Path) -> None:
-    """A model that would load, and then compute something else."""
-    if reader.get("general.architecture") != "llama":
-        raise ValueError(
-            f"{path}: general.architecture is {reader.get('general.architecture')!r}; only 'llama' is known"
-        )
-    known = {
-        "llama.rope.scaling.type": "none", "llama.rope.scale_linear": 1, "llama.expert_count": 0, "split.count": 1,
-    }  # fmt: skip
+    # a model with another value would load, and then compute something else
+    known = {f"{family}.rope.scaling.type": "none", f"{family}.rope.scale_linear": 1, f"{family}.expert_count": 0}
     for key, only in known.items():
-        found = reader.get(key, only)
-        # a file that is not split may say 0 parts
-        if found != only and not (key == "split.count" and found == 0):
-            raise ValueError(f"{path}: {key} is {found!r}, which is not supported; it has to be {only!r} or absent")
-    if "rope_freqs.weight" in shapes:
-        raise ValueError(f"{path}: rope_freqs.weight means a scaled rotary embedding, which is not supported")
+        if file.metadata.get(key, only) != only:
+            raise ValueError(f"{key} is {file.metadata[key]!r}; only {only!r} is supported")
+    if file.metadata.get("split.count", 1) > 1:
+        raise ValueError(f"split.count is {file.metadata['split.count']}; join the parts with llama-gguf-split")
+    if f"{family}.rope.freq_base" not in file.metadata:
+        warnings.warn(f"{file.path} has no {family}.rope.freq_base; 10000 is taken", stacklevel=2)
+    width, heads = value("embedding_length"), value("attention.head_count")
+    head_dim = value("attention.key_length", width // heads)
+    if value("rope.dimension_count", head_dim) != head_dim:
+        raise ValueError(f"{family}.rope.dimension_count is not {head_dim}, the dimensions of a head")
+    return Architecture(
+        vocab_size=value("vocab_size", file.tensors[OUTSIDE["embedding"]].shape[0]),
+        hidden_size=width,
+        intermediate_size=value("feed_forward_length"),
+        num_hidden_layers=value("block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=value("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        rope_theta=_decimal(value("rope.freq_base", 10000.0)),
+        rms_norm_eps=_decimal(value("attention.layer_norm_rms_epsilon")),
+        max_position_embeddings=value("context_length"),
+        tie_word_embeddings=OUTSIDE["head"] not in file.tensors,
+    )
 
 
-def _special_ids(reader: Reader, path: Path, vocab_size: int) -> tuple[tuple[int, ...], int | None, int | None]:
+def _check_rope_factors(file: GGUF) -> None:
+    """Factors that divide the rotary frequencies, one for each pair of dimensions, have to be ones.
+
+    Writers put Llama 3's scaled frequencies there, and ones where a model has none.
+    """
+    factors = file.tensors.get(_ROPE_FACTORS)
+    if factors is not None and not np.all(dequantize(factors.data, factors.kind) == 1):
+        raise ValueError(f"{file.path}: {_ROPE_FACTORS} scales the rotary embedding, which is not supported here")
+
+
+def _special_ids(file: GGUF, vocab_size: int) -> tuple[tuple[int, ...], int | None, int | None]:
     """(eos_ids, bos_id, pad_id); what ends a turn of a chat ends a sequence too."""
-    ids = {}
-    for name in ("eos", "eot", "bos", "padding"):
-        key = f"tokenizer.ggml.{name}_token_id"
-        ids[name] = reader.get(key)
-        found = ids[name]
-        if found is not None and (type(found) is not int or not 0 <= found < vocab_size):
-            raise ValueError(f"{path}: {key} is {found!r:.40}, not among the ids 0 to {vocab_size - 1}")
+    ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "bos", "padding")}
+    for name, i in ids.items():
+        if i is not None and not 0 <= i < vocab_size:
+            raise ValueError(f"{file.path}: {name}_token_id is {i}, not among the ids 0 to {vocab_size - 1}")
     eos = dict.fromkeys(ids[name] for name in ("eos", "eot") if ids[name] is not None)
     return tuple(eos), ids["bos"], ids["padding"]
 
 
-def _tokenizer(reader: Reader) -> Tokenizer | None:
-    return None if reader.get("tokenizer.ggml.model") is None else Tokenizer.from_gguf(reader)
+def _tokenizer(file: GGUF) -> Tokenizer | None:
+    return Tokenizer.from_gguf(file) if "tokenizer.ggml.model" in file.metadata else None
 
 
 def _decimal(value: float) -> float:

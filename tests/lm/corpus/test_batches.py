@@ -20,6 +20,9 @@ class Rows:
     def targets(self, rows):
         return None
 
+    def masks(self, rows):
+        return None
+
     def tokens(self, rows):
         return [np.concatenate([[i], np.full(self.lengths[i] - 1, 7)]).astype(np.int32) for i in rows]
 
@@ -71,6 +74,14 @@ def test_padding():
     np.testing.assert_array_equal(batch.mask[0], [[1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0]])
 
 
+def test_mask_goes_by_lengths_where_the_pad_id_is_the_eos_id():
+    """T01: the first EOS of [1, 504, 378, 2, 2, 2] of length 4 is learnt, padding is not, ids within the length are."""
+    rows = [np.array(ids, np.int32) for ids in ([1, 504, 378, 2], [1, 2, 2, 504, 2])]
+    batch = batches.arrange(rows, np.ones(2, int), Layout(2, max_length=6))
+    assert batch.tokens[0, 0, 1:4].tolist() == [504, 378, 2]
+    assert batch.mask[0].astype(int).tolist() == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0]]
+
+
 def test_packing():
     tokens = [np.arange(length) for length in (3, 6, 2, 5)]
     batch = batches.arrange(tokens, np.array([1, 4, 1, 1]), Layout(4, max_length=6, row_length=8))
@@ -103,12 +114,6 @@ def test_packing_has_few_shapes():
     assert len(shapes) <= 3
 
 
-@pytest.mark.parametrize("build, message", [
-    (lambda: Layout(0, max_length=4), "sequences=0"),
-    (lambda: Layout(2, max_length=9, row_length=8), "row_length=8 is below max_length=9"),
-    (lambda: Updates(Rows(3), LAYOUT, 0, 1), "the corpus has 3"),
-    (lambda: batches.arrange([np.ones(9)], np.ones(1), Layout(1, max_length=8)), "longer than max_length=8"),
-])  # fmt: skip
-def test_faults(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
+def test_corpus_smaller_than_a_batch_is_refused():
+    with pytest.raises(ValueError, match="the corpus has 3"):
+        Updates(Rows(3), LAYOUT, 0, 1)

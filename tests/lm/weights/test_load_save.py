@@ -112,10 +112,6 @@ def test_folder_is_written_whole_or_not_at_all(tmp_path, model, write):
     (out.parent / "empty").mkdir()
     write(model, out.parent / "empty")
     assert sorted(path.name for path in out.parent.iterdir()) == ["empty", "out"]
-    wrong = {**model.params, "norm": jnp.ones(47)}
-    with pytest.raises(ValueError, match="shapes"):
-        write(model._replace(params=wrong), tmp_path / "wrong")
-    assert not (tmp_path / "wrong").exists()
 
 
 def test_own_checkpoint_comes_back(tmp_path, model):
@@ -130,8 +126,14 @@ def test_own_checkpoint_comes_back(tmp_path, model):
     about = json.loads((tmp_path / "ours" / "model.json").read_text())
     for change, message in (
         ({"format": 2}, "format is 2"),
-        ({"architecture": {**about["architecture"], "vocab_size": 321}}, "does not hold the weights"),
-        ({"architecture": {**about["architecture"], "tie_word_embeddings": False}}, "does not hold the weights"),
+        (
+            {"architecture": {**about["architecture"], "vocab_size": 321}},
+            "or not the weights of .*model.json: ",
+        ),
+        (
+            {"architecture": {**about["architecture"], "tie_word_embeddings": False}},
+            "or not the weights of .*model.json: ",
+        ),
         ({"architecture": {**about["architecture"], "experts": 2}}, "is damaged.*experts"),
     ):
         (tmp_path / "ours" / "model.json").write_text(json.dumps({**about, **change}))
@@ -141,20 +143,6 @@ def test_own_checkpoint_comes_back(tmp_path, model):
     shutil.rmtree(tmp_path / "ours" / "weights")
     with pytest.raises(FileNotFoundError, match="weights is missing"):
         weights.load(tmp_path / "ours")
-
-
-def test_width_that_transformers_refuses_is_not_exported(tmp_path):
-    odd = Architecture(**{**vars(TINY), "hidden_size": 50})
-    model = weights.load(write_folder(tmp_path / "source", tensors_of(odd), odd))
-    with pytest.raises(ValueError, match="hidden_size=50 is not a multiple of num_attention_heads=4"):
-        weights.export(model, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    config = config_of(odd)
-    with pytest.raises(Exception, match="50.* is not a multiple of the number of attention heads"):
-        transformers.LlamaConfig(**config)
-    assert transformers.LlamaConfig(**{**config, "hidden_size": 48}).head_dim == 16
-    weights.save(model, tmp_path / "ours")
-    assert_params(weights.load(tmp_path / "ours").params, tensors_of(odd))
 
 
 def test_flipped_bits_of_a_checkpoint_are_noticed(tmp_path, model):

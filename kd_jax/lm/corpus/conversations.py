@@ -1,0 +1,94 @@
+"""Conversations as token ids, with a mask of the tokens that the assistant says.
+
+A conversation is rendered by the tokenizer's chat template, as transformers renders it, once with a mark in place of
+each turn of the assistant: that says where each turn is in the text, and nothing is searched for in the ids. Where a
+token would lie across the border of a prompt and a reply, they are encoded apart and their ids concatenated, so that
+"Call foo(" and ")" stay four ids. What a template puts before a reply, such as <think></think>, is not learnt.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kd_jax.lm.weights.tokenizer import Tokenizer
+
+
+class Conversation(NamedTuple):
+    """A conversation in ids.
+
+    Attributes:
+        ids: int32 [n].
+        learnt: bool [n]; whether an id is the assistant's: its words and what ends its turn.
+    """
+
+    ids: np.ndarray
+    learnt: np.ndarray
+
+
+def encode(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> Conversation:
+    """Encodes a conversation; what comes after the assistant's last turn is left out.
+
+    Args:
+        messages: each with "role" and "content". Without a chat template, one turn of a user and one of the assistant:
+            their texts and EOS.
+        tokenizer: with the chat template.
+
+    Returns: the conversation.
+    Raises: ValueError for messages without a turn of the assistant, or that the template refuses.
+    """
+    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and message.get("content")]
+    if not turns or not all(isinstance(message.get("content", ""), str) for message in messages):
+        raise ValueError("there is no turn of the assistant, or a content that is not text")
+    pieces = _pieces(messages, turns, tokenizer) if tokenizer.chat_template else list(_plain(messages, turns))
+    ids, learnt = _encode(pieces, tokenizer)
+    if not tokenizer.chat_template and tokenizer.eos_id is not None:
+        ids, learnt = [*ids, tokenizer.eos_id], [*learnt, True]
+    return Conversation(np.array(ids, np.int32), np.array(learnt, bool))
+
+
+def _encode(pieces: list[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Ids of the pieces' text, encoded as a whole as transformers does, unless a token would lie across a border."""
+    ids, spans = tokenizer.encode_with_spans("".join(text for text, _ in pieces))
+    borders = np.cumsum([len(text) for text, _ in pieces])
+    first = np.searchsorted(borders, [start for start, _ in spans], side="right")
+    last = np.searchsorted(borders, [max(start, end - 1) for start, end in spans], side="right")
+    if (first == last).all():
+        return ids, [pieces[i][1] for i in first]
+    parts = [(tokenizer.encode(text), of_assistant) for text, of_assistant in pieces]
+    return sum((part for part, _ in parts), []), sum(([of] * len(part) for part, of in parts), [])
+
+
+def _plain(messages: Sequence[dict[str, Any]], turns: list[int]) -> Iterator[tuple[str, bool]]:
+    if turns != [1] or len(messages) != 2:
+        raise ValueError("the tokenizer has no chat template; without one, a conversation is a prompt and a response")
+    return ((message["content"], i == 1) for i, message in enumerate(messages))
+
+
+def _pieces(messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The rendered conversation in pieces: (text, whether the assistant says it)."""
+    marks = {turn: f"<<reply {turn}>>" for turn in turns}
+    marked = [{**message, "content": marks.get(i, message["content"])} for i, message in enumerate(messages)]
+    prompts, rest = [], tokenizer.render(marked[: turns[-1] + 1])
+    for mark in marks.values():
+        prompt, _, rest = rest.partition(mark)
+        prompts.append(prompt)
+    end = rest.rstrip() or rest  # what ends a turn; a line feed after it belongs to the next prompt
+    rendered = tokenizer.render(messages[: turns[-1] + 1])
+    for clean in (str, str.strip):  # as the template has it
+        said = [clean(messages[turn]["content"]) for turn in turns]
+        if rendered == "".join(itertools.chain(*zip(prompts, said, strict=True), [rest])):
+            break
+    else:
+        raise ValueError("the chat template changes what the assistant says, or what is around it by what it is")
+    ends = [end if prompt.startswith(end) else "" for prompt in prompts[1:]] + [end]
+    starts = ["", *ends[:-1]]
+    pieces = []
+    for prompt, start, text, finish in zip(prompts, starts, said, ends, strict=True):
+        # tokenizers join a space with the word after it: the one before a reply is part of it
+        words = prompt.removeprefix(start).rstrip(" ")
+        pieces += [(words, False), (prompt.removeprefix(start)[len(words) :] + text + finish, True)]
+    return pieces

