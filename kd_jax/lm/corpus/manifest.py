@@ -71,6 +71,7 @@ class DataSpec:
     teacher: dict[str, Any] | None = setting(None, "of recorded top-k columns (kd_jax.lm.distill.recorded_top_k)")
 
 
+_NAMES = ("source", "prompt", "tokenizer_source")
 KINDS = {"samples": SampleSpec, "data": DataSpec}
 # Settings that came later, with what corpora without them have. They are written only where they differ, so that the
 # fingerprint of a corpus does not change with a new setting.
@@ -185,6 +186,12 @@ def plain(settings: dict[str, Any]) -> dict[str, Any]:
 def without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without those of LATER that are as they always were."""
     return {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}
+
+
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a corpus another one: without names, whose content other settings are fingerprints of."""
+    content = {key: value for key, value in without_defaults(settings).items() if key not in _NAMES}
+    return content | ({"teacher": identity(content["teacher"])} if content.get("teacher") else {})
 
 
 def _now() -> str:

@@ -34,8 +34,6 @@ __all__ = [
     "open", "padded", "text", "write", "write_rows",
 ]  # fmt: skip
 
-# Settings that are names; other settings are fingerprints of what they name.
-_NAMES = ("source", "prompt", "tokenizer_source")
 # Adds columns to the rows of a shard.
 Complete = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
 
@@ -313,14 +311,9 @@ def fingerprint(corpus: Corpus) -> str:
 
     Where the model, the data or the tokenizer came from does not count; their fingerprints do.
     """
-    settings = _content(corpus.manifest["settings"])
+    settings = manifests.identity(corpus.manifest["settings"])
     content = [corpus.kind, settings, [shard["sha256"] for shard in corpus.manifest["shards"]]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _content(settings: dict[str, Any]) -> dict[str, Any]:
-    content = {key: value for key, value in manifests.without_defaults(settings).items() if key not in _NAMES}
-    return content | ({"teacher": _content(content["teacher"])} if content.get("teacher") else {})
 
 
 def _row(batch: Any, i: int, settings: dict[str, Any]) -> dict[str, Any]:
