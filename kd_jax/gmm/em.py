@@ -1,11 +1,12 @@
 """Expectation-maximisation for one mixture of Gaussians: a pure function, meant for `jax.vmap`.
 
-Sums over the points are where the time goes. In few dimensions all sufficient statistics come out of
-ONE variadic `lax.reduce`: XLA then reads each responsibility once and never stores a product. In more
-dimensions they are matrix products.
+Most of the time goes into sums over the points. In few dimensions all sufficient statistics come from one variadic
+`lax.reduce`: XLA then reads each responsibility once and stores no products. In more dimensions they are matrix
+products.
 
-Second moments are taken about the component's previous mean, never as E[x^2] - mean^2: data far from the
-origin, or a tight component far from the others, keep their variance in float32.
+Second moments are taken about the component's previous mean, never as E[x^2] - mean^2, which in float32 loses the
+variance of data far from the origin, or of a tight component far from the others. Sums run in blocks: a float32 that
+ones are added to stops at 2^24.
 """
 
 import math
@@ -14,11 +15,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kd_jax.gmm.mixture import SMALL_DIM, Mixture, half_log_det, log_joint, precision_factor
 
 INITS = ("kmeans", "k-means++", "random")
 COVARIANCE_TYPES = ("diag", "full")
+# Points that are added up one after the other. Longer sums are sums of such blocks: the rounding error of a sum grows
+# with its number of terms, and 4096 terms keep four digits however unlucky they are.
+BLOCK = 4096
 
 
 class Fit(NamedTuple):
@@ -26,8 +31,8 @@ class Fit(NamedTuple):
 
     Attributes:
         mixture: the fitted mixture; its parameters are NaN where the data held a NaN.
-        log_likelihood: [max_iter] mean log-likelihood per point (weighted, where weights were given) before
-            each update; after the fit has stopped, its last value. NaN flags a fit that failed.
+        log_likelihood: [max_iter] mean log-likelihood per point (weighted, where weights were given) before each
+            update; after the fit has stopped, its last value. NaN flags a failed fit.
         converged: bool, whether the last change was below `tol`.
     """
 
@@ -57,14 +62,16 @@ def fit(
     covariance_floor: float = 1e-6,
     sample_weights: jax.Array | None = None,
     start: Mixture | None = None,
+    num_active: jax.Array | int | None = None,
 ) -> Fit:
-    """Fit a mixture to `x` [N, D] by maximum likelihood (Dempster, Laird & Rubin 1977).
+    """Fits a mixture to `x` by maximum likelihood (Dempster, Laird & Rubin 1977).
 
-    `covariance_floor` is added to every variance, as scikit-learn's `reg_covar`; where that addition would lower the
-    likelihood, the component keeps the covariance it had, so the trace never falls beyond rounding. Rounding grows with
-    the condition number of a full covariance: up to 3e-3 nats seen in float32 at 1e6; switch x64 on there.
-    A fit stops when its mean log-likelihood changes by less than `tol`. Under `vmap` each fit stops by itself: it
-    is frozen while others go on, and a NaN in one data set reaches no other.
+    `covariance_floor` is added to every variance, like scikit-learn's `reg_covar`. Where adding it would lower the
+    likelihood, the component keeps its old covariance, so the trace never falls beyond rounding. Rounding grows with
+    the condition number of a full covariance: up to 3e-3 nats were seen in float32 at 1e6; use x64 there.
+
+    A fit stops when its mean log-likelihood changes by less than `tol`. Under `vmap` a fit that has stopped is frozen
+    while the others go on, and a NaN in one data set does not reach the others.
 
     Args:
         key: random key of the start(s).
@@ -72,31 +79,40 @@ def fit(
         num_components: K, static.
         covariance_type: "diag" or "full".
         init: "kmeans" (k-means++ then Lloyd's iterations), "k-means++" (seeding alone) or "random" points.
-        num_starts: starts to try; the one with the highest final log-likelihood is kept.
-        max_iter: most EM updates.
+        num_starts: number of starts; the one with the highest final log-likelihood is kept.
+        max_iter: largest number of EM updates.
         tol: change of mean log-likelihood per point, in nats, that ends the fit.
         covariance_floor: variance, in squared units of x.
-        sample_weights: [N] non-negative weights, or None for all ones. A point of weight 0 is never looked at.
-        start: a mixture to start from, in place of `init`.
+        sample_weights: [N] non-negative weights, or None for all ones. Points of weight 0 are ignored, NaN included.
+        start: a mixture to start from, instead of `init`.
+        num_active: how many of the K components are used, from 1 to K, may be traced; the others get weight zero.
+            None for all. One program then fits mixtures of several sizes. Not for init="random" or with `start`.
+
+    Returns: a Fit. A negative or NaN weight that is traced, and cannot be named, makes the fit NaN.
 
     Raises:
-        ValueError: a wrong shape or option.
+        ValueError: a wrong shape or option, or a sample weight that is negative or not finite (the first is named).
     """
     x = jnp.asarray(x)
     _check(x, num_components, covariance_type, init, num_starts, max_iter, sample_weights)
-    weights = jnp.ones(x.shape[0], x.dtype) if sample_weights is None else jnp.asarray(sample_weights, x.dtype)
-    x = jnp.where(weights[:, None] > 0, x, 0.0)
-    # Centred data: distances and means are then computed at the scale of the spread, whatever the offset.
-    centre = (weights[:, None] * x).sum(0) / weights.sum()
+    weights = jnp.ones(x.shape[0], x.dtype) if sample_weights is None else _checked_weights(sample_weights, x.dtype)
+    # Whole blocks: further points of weight zero.
+    extra = -len(x) % BLOCK if len(x) > BLOCK else 0
+    x, weights = jnp.pad(x, ((0, extra), (0, 0))), jnp.pad(weights, (0, extra))
+    # True for a NaN weight, which is to spoil the fit.
+    used = ~(weights == 0)
+    x = jnp.where(used[:, None], x, 0.0)
+    # Centring keeps distances and means at the scale of the spread, whatever the offset.
+    centre = _sum(weights[:, None] * x, axis=0) / _sum(weights)
     points = (x - centre).T
-    points = jnp.where(weights > 0, points, 0.0)
+    points = jnp.where(used, points, 0.0)
     run = partial(_iterate, points, weights, max_iter=max_iter, tol=tol, floor=covariance_floor)
     if start is None and num_components == 1:
         result = _fit_one(points, weights, covariance_type, covariance_floor, max_iter)
     elif start is not None:
         result = run(start._replace(means=start.means - centre))
     else:
-        begin = partial(_start, points, weights, num_components, covariance_type, init, covariance_floor)
+        begin = partial(_start, points, weights, num_components, covariance_type, init, covariance_floor, num_active)
         if num_starts == 1:
             result = run(begin(key))
         else:
@@ -122,8 +138,37 @@ def _check(x, num_components, covariance_type, init, num_starts, max_iter, sampl
         raise ValueError(f"sample_weights {jnp.shape(sample_weights)} must be [{x.shape[0]}]")
 
 
+def _checked_weights(weights, dtype) -> jax.Array:
+    """The weights [N]; ValueError naming the first bad one, or NaN in its place where they are traced."""
+    if not isinstance(weights, jax.core.Tracer):
+        bad = np.flatnonzero(~((np.asarray(weights) >= 0) & np.isfinite(weights)))
+        if bad.size:
+            raise ValueError(f"sample_weights[{bad[0]}] is {weights[bad[0]]}; a weight must be finite and not negative")
+    weights = jnp.asarray(weights, dtype)
+    return jnp.where(weights >= 0, weights, jnp.nan)
+
+
+def _sum(values: jax.Array, axis: int = -1) -> jax.Array:
+    """Sum over an axis of points, block by block."""
+    if values.shape[axis] <= BLOCK:
+        return values.sum(axis)
+    axis %= values.ndim
+    blocks = values.reshape(*values.shape[:axis], -1, BLOCK, *values.shape[axis + 1 :])
+    return blocks.sum(axis + 1).sum(axis)
+
+
+def _dot(subscripts: str, *operands: jax.Array) -> jax.Array:
+    """einsum that sums over the points (index n, the last of every operand), block by block."""
+    count = operands[0].shape[-1]
+    if count <= BLOCK:
+        return jnp.einsum(subscripts, *operands, precision="highest")
+    inputs, output = subscripts.split("->")
+    blocks = (operand.reshape(*operand.shape[:-1], -1, BLOCK) for operand in operands)
+    return jnp.einsum(f"{inputs.replace('n', 'bn')}->b{output}", *blocks, precision="highest").sum(0)
+
+
 def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
-    """EM from `start`, until converged, failed, or out of iterations."""
+    """EM from `start` until it has converged, failed, or run out of iterations."""
     dtype = points.dtype
 
     def going(state: _State):
@@ -147,12 +192,12 @@ def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
 
 
 def _fit_one(points, weights, covariance_type, floor, max_iter) -> Fit:
-    """One component: the moments of the data, which are centred, are the maximum already."""
+    """One component: the moments of the data are the maximum, without iterations."""
     origin = jnp.zeros((1, points.shape[0]), points.dtype)
     _, means, scatter = _moments(points, weights[None], origin, covariance_type == "full")
     mixture = Mixture(jnp.zeros(1, points.dtype), means, _regularise(scatter, floor))
     joint = log_joint(mixture, precision_factor(mixture.covariances), points)[0]
-    log_likelihood = (weights * joint).sum() / weights.sum()
+    log_likelihood = _sum(weights * joint) / _sum(weights)
     failed = ~jnp.isfinite(log_likelihood)
     mixture = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), mixture)
     return Fit(mixture, jnp.full(max_iter, log_likelihood), ~failed)
@@ -165,16 +210,16 @@ def _em_step(points, weights, mixture: Mixture, floor):
     largest = joint.max(0)
     scaled = jnp.exp(joint - largest)
     total = scaled.sum(0)
-    log_likelihood = (weights * (largest + jnp.log(total))).sum() / weights.sum()
+    log_likelihood = _sum(weights * (largest + jnp.log(total))) / _sum(weights)
     responsibilities = scaled * (weights / total)
     mass, means, scatter = _moments(points, responsibilities, mixture.means, mixture.covariances.ndim == 3)
     covariances = _regularise(scatter, floor)
-    # Where adding the floor would make the component explain its points worse, keep the old covariance.
+    # Keep the old covariance where the new one, with its floor, explains the points worse.
     keep = _misfit(precision_factor(covariances), scatter) > _misfit(factor, scatter)
     if keep.ndim < covariances.ndim:
         keep = keep[:, None, None]
     covariances = jnp.where(keep, mixture.covariances, covariances)
-    # A component that lost all its points stays where it was, with weight 0.
+    # A component that has lost all its points stays in place, with weight 0.
     alive = mass > 0
     shape = (-1,) + (1,) * (covariances.ndim - 1)
     covariances = jnp.where(alive.reshape(shape), covariances, mixture.covariances)
@@ -186,15 +231,15 @@ def _moments(points, responsibilities, shift, full: bool):
     dim = points.shape[0]
     if dim <= SMALL_DIM:
         return _moments_small(points, responsibilities, shift, full)
-    mass = responsibilities.sum(1)
+    mass = _sum(responsibilities)
     divisor = jnp.where(mass > 0, mass, 1.0)[:, None]
-    means = jnp.einsum("kn,dn->kd", responsibilities, points, precision="highest") / divisor
+    means = _dot("kn,dn->kd", responsibilities, points) / divisor
     means = jnp.where(mass[:, None] > 0, means, shift)
     difference = points - means[:, :, None]
     if not full:
-        return mass, means, jnp.einsum("kn,kdn->kd", responsibilities, difference**2, precision="highest") / divisor
+        return mass, means, _dot("kn,kdn->kd", responsibilities, difference**2) / divisor
     weighted = responsibilities[:, None, :] * difference
-    scatter = jnp.einsum("kin,kjn->kij", weighted, difference, precision="highest") / divisor[:, :, None]
+    scatter = _dot("kin,kjn->kij", weighted, difference) / divisor[:, :, None]
     return mass, means, scatter
 
 
@@ -206,14 +251,18 @@ def _moments_small(points, responsibilities, shift, full: bool):
     terms += [responsibilities * difference[d] for d in range(dim)]
     terms += [responsibilities * difference[i] * difference[j] for i, j in pairs]
     zeros = tuple(jnp.zeros((), points.dtype) for _ in terms)
-    sums = jax.lax.reduce(tuple(terms), zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (1,))
+    add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
+    if points.shape[1] > BLOCK:
+        terms = [term.reshape(len(term), -1, BLOCK) for term in terms]
+        terms = jax.lax.reduce(tuple(terms), zeros, add, (2,))
+    sums = jax.lax.reduce(tuple(terms), zeros, add, (1,))
     mass = sums[0]
     divisor = jnp.where(mass > 0, mass, 1.0)
     moved = [s / divisor for s in sums[1 : 1 + dim]]
     second = {(i, j): s / divisor - moved[i] * moved[j] for (i, j), s in zip(pairs, sums[1 + dim :], strict=True)}
     means = shift + jnp.stack(moved, -1)
     if not full:
-        # Rounding may leave a hair below zero.
+        # Rounding can leave a variance just below zero.
         return mass, means, jnp.maximum(jnp.stack([second[i, i] for i in range(dim)], -1), 0.0)
     rows = [jnp.stack([second[max(i, j), min(i, j)] for j in range(dim)], -1) for i in range(dim)]
     return mass, means, jnp.stack(rows, -2)
@@ -230,8 +279,8 @@ def _misfit(factor, scatter):
     return jnp.einsum("kij,kjl,kil->k", factor, scatter, factor, precision="highest") - 2 * half_log_det(factor)
 
 
-def _start(points, weights, num_components, covariance_type, init, floor, key) -> Mixture:
-    """A first mixture: from the clusters of k-means, or from random points with the spread of all data."""
+def _start(points, weights, num_components, covariance_type, init, floor, num_active, key) -> Mixture:
+    """The first mixture: from the clusters of k-means, or from random points with the spread of all data."""
     if init == "random":
         scores = jnp.log(weights) + jax.random.gumbel(key, weights.shape, points.dtype)
         means = points[:, jax.lax.top_k(scores, num_components)[1]].T
@@ -240,10 +289,14 @@ def _start(points, weights, num_components, covariance_type, init, floor, key) -
         uniform = jnp.full(num_components, -math.log(num_components), points.dtype)
         return Mixture(uniform, means, _regularise(spread, floor))
     centres = _seed(key, points, weights, num_components)
+    if num_active is not None:
+        # No point is nearest to a centre at infinity: it stays without points, and its component without weight.
+        centres = jnp.where(jnp.arange(num_components)[:, None] < num_active, centres, jnp.inf)
     if init == "kmeans":
         centres = _lloyd(points, weights, centres)
     owner = _nearest(points, centres)
     hard = jnp.where(owner == jnp.arange(num_components)[:, None], weights, 0.0)
+    centres = jnp.where(jnp.isfinite(centres), centres, 0.0)
     mass, means, scatter = _moments(points, hard, centres, covariance_type == "full")
     return Mixture(jnp.log(mass / mass.sum()), means, _regularise(scatter, floor))
 
@@ -268,21 +321,22 @@ def _seed(key, points, weights, num_components):
     def add(k, carry):
         centres, closest = carry
         potential = weights * closest
-        # All points may coincide with a centre: any of them is then as good.
-        potential = jnp.where(potential.sum() > 0, potential, weights)
+        # Where every point coincides with a centre, any of them will do.
+        potential = jnp.where(_sum(potential) > 0, potential, weights)
         picks = _draw(jax.random.fold_in(key, k), potential, candidates)
         after = jnp.minimum(closest, _distances(points, points[:, picks].T))
-        best = jnp.argmin((weights * after).sum(1))
+        best = jnp.argmin(_sum(weights * after))
         return centres.at[k].set(points[:, picks[best]]), after[best]
 
     return jax.lax.fori_loop(1, num_components, add, (centres, closest))[0]
 
 
 def _draw(key, mass, count):
-    """`count` indices with probability proportional to `mass` [N]."""
+    """`count` indices, drawn with probability proportional to `mass` [N]."""
     cumulative = jnp.cumsum(mass)
     uniform = jax.random.uniform(key, (count, 1), mass.dtype) * cumulative[-1]
-    return jnp.minimum((uniform >= cumulative).sum(1), mass.shape[0] - 1)
+    # Rounding can bring a uniform number up to the total; the last point with any mass is then the one.
+    return jnp.minimum((uniform >= cumulative).sum(1), (cumulative < cumulative[-1]).sum())
 
 
 def _lloyd(points, weights, centres, max_iter: int = 300):
@@ -296,8 +350,8 @@ def _lloyd(points, weights, centres, max_iter: int = 300):
         step, centres, _ = carry
         owner = _nearest(points, centres)
         hard = jnp.where(owner == jnp.arange(centres.shape[0])[:, None], weights, 0.0)
-        mass = hard.sum(1, keepdims=True)
-        sums = jnp.einsum("kn,dn->kd", hard, points, precision="highest")
+        mass = _sum(hard)[:, None]
+        sums = _dot("kn,dn->kd", hard, points)
         means = jnp.where(mass > 0, sums / jnp.where(mass > 0, mass, 1.0), centres)
         return step + 1, means, jnp.any(means != centres)
 

@@ -19,10 +19,13 @@ import numpy as np
 from kd_jax.gmm import em
 from kd_jax.gmm import sweep as chunks
 from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
+from kd_jax.gmm.specs import GmmSpec, SweepSpec
 from kd_jax.metrics import Mean
 from kd_jax.parallel import distributed
+from kd_jax.runs.settings import freeze
 from kd_jax.storage.files import replacing
 
+Spec = GmmSpec  # what kd_jax.train freezes the config into
 # What a random key is for: fold_in(key(seed), purpose).
 DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL = range(7)
 AXES = ("dim", "num_data", "teacher_components", "student_components", "separation")
@@ -79,14 +82,15 @@ class Chain(NamedTuple):
     distilled_scores: Scores
 
 
-def ring(dim: int, separation: float | jax.Array = 1.0, variance: float = 0.025) -> Mixture:
+def eight_modes(dim: int, separation: float | jax.Array = 1.0, variance: float = 0.025) -> Mixture:
     """p*: 8 Gaussians of equal weight at separation * {-1, 0, 1}^2 without the origin, covariance variance * I.
 
-    In more than two dimensions the ring lies in the plane of the first two axes and every further coordinate is
-    N(0, variance): the density is known exactly, and the distances between modes are those of two dimensions.
+    In more than two dimensions the modes lie in the plane of the first two axes and every other coordinate is
+    N(0, variance), so the density is known exactly and distances between modes stay those of two dimensions.
+    Raises ValueError for less than two dimensions.
     """
     if dim < 2:
-        raise ValueError(f"the ring needs at least 2 dimensions, not {dim}")
+        raise ValueError(f"p* needs at least 2 dimensions, not {dim}")
     modes = np.zeros((8, dim), np.float32)
     modes[:, :2] = [m for m in itertools.product((-1, 0, 1), repeat=2) if m != (0, 0)]
     means = jnp.asarray(modes) * separation
@@ -111,7 +115,7 @@ def keys(seed: jax.Array):
 def ground(setting: Setting, seed: jax.Array, separation: jax.Array, tol: jax.Array) -> Ground:
     """The data, the teacher and the direct student of one seed."""
     key, fit = keys(seed), _fit(setting, tol)
-    p_star = ring(setting.dim, separation)
+    p_star = eight_modes(setting.dim, separation)
     data = sample(key(DATA), p_star, setting.num_data)
     teacher = fit(key(TEACHER), data, setting.teacher_components).mixture
     direct = fit(key(DIRECT), data, setting.student_components).mixture
@@ -194,58 +198,23 @@ def sweep(setting: Setting, seeds, betas, separation=1.0, tol=1e-3, devices=None
 
 def validate(config) -> None:
     """Raises ValueError, naming the key, for a value that cannot work."""
-    if config.num_betas < 1:
-        raise ValueError(f"config.num_betas={config.num_betas} must be at least 1")
-    if not 0 < config.beta_min <= config.beta_max < np.inf:
-        raise ValueError(f"need 0 < config.beta_min={config.beta_min} <= config.beta_max={config.beta_max}, finite")
-    validate_sweep(config)
-    for setting, separation in settings(config):
-        validate_setting(setting, separation)
+    as_spec(config)
 
 
-def validate_sweep(config) -> None:
-    """`validate` for what sweeps of every kind have."""
-    if config.seeds < 1:
-        raise ValueError(f"config.seeds={config.seeds} must be at least 1")
-    if not 0 <= config.seed <= 2**32 - config.seeds:
-        raise ValueError(f"config.seed={config.seed} must be from 0, and config.seed + config.seeds at most 2**32")
-    if not 0 <= config.tol < np.inf:
-        raise ValueError(f"config.tol={config.tol} must be finite and 0 or above")
-    if not 0 < config.memory_gib < np.inf:
-        raise ValueError(f"config.memory_gib={config.memory_gib} must be finite and above 0")
-    if config.covariance_type not in em.COVARIANCE_TYPES:
-        raise ValueError(f"config.covariance_type={config.covariance_type!r} is not in {em.COVARIANCE_TYPES}")
+def as_spec(config) -> Spec:
+    """The frozen spec of a config, or the spec itself."""
+    return config if isinstance(config, Spec) else freeze(Spec, config)
 
 
-def validate_setting(setting: Setting, separation: float) -> None:
-    """`validate` for one setting."""
-    for name, value in setting._asdict().items():
-        least = 2 if name == "dim" else 1  # the ring needs a plane
-        if name != "covariance_type" and not (isinstance(value, int) and value >= least):
-            raise ValueError(f"config.{name} (or config.vary.{name}): {value!r} must be an integer from {least}")
-    if max(setting.teacher_components, setting.student_components) > setting.num_data:
-        raise ValueError(f"more components than config.num_data={setting.num_data} points: {setting}")
-    if setting.student_components > setting.num_distill:
-        raise ValueError(f"more student components than config.num_distill={setting.num_distill}")
-    if not 0 < separation < np.inf:
-        raise ValueError(f"config.separation (or config.vary.separation): {separation} must be finite and above 0")
-
-
-def settings(config) -> list[tuple[Setting, float]]:
-    """The base setting, then each value in `config.vary` put into it alone; no setting twice."""
-    found = []
-    changes = [{}] + [{axis: value} for axis in AXES for value in config.vary[axis]]
+def settings(spec: Spec) -> list[tuple[Setting, float]]:
+    """The base setting, then the base with each value of `spec.vary` alone; no setting twice."""
+    changes = [{}] + [{axis: value} for axis in AXES for value in getattr(spec.vary, axis)]
+    pairs = []
     for change in changes:
-        chosen = {name: change.get(name, config[name]) for name in (*Setting._fields, "separation")}
-        separation = float(chosen.pop("separation"))
-        if (Setting(**chosen), separation) not in found:
-            found.append((Setting(**chosen), separation))
-    return found
-
-
-def betas_of(config) -> np.ndarray:
-    """Log-spaced from beta_min to beta_max, both included."""
-    return np.geomspace(config.beta_min, config.beta_max, config.num_betas).astype(np.float32)
+        values = {name: change.get(name, getattr(spec, name)) for name in (*Setting._fields, "separation")}
+        separation = values.pop("separation")
+        pairs.append((Setting(**values), separation))
+    return list(dict.fromkeys(pairs))
 
 
 def chunk_size(setting: Setting, num_betas: int, memory_gib: float) -> int:
@@ -269,20 +238,19 @@ class Chunk(NamedTuple):
     keep: int  # seeds that count
 
 
-def chunk_plan(config) -> list[Chunk]:
-    """The sweep in chunks of seeds that fit `config.memory_gib`; depends on the config alone."""
+def chunk_plan(spec: Spec) -> list[Chunk]:
+    """The sweep in chunks of seeds that fit `spec.memory_gib`; depends on the spec alone."""
     plan = []
-    for setting, separation in settings(config):
-        size = chunk_size(setting, config.num_betas, config.memory_gib)
-        plan += seed_chunks(config, setting, separation, size)
+    for setting, separation in settings(spec):
+        plan += seed_chunks(spec, setting, separation, chunk_size(setting, spec.num_betas, spec.memory_gib))
     return plan
 
 
-def seed_chunks(config, setting: Setting, separation: float, size: int) -> list[Chunk]:
-    """All seeds of the config, at most `size` at a time."""
-    size = min(config.seeds, size)
-    firsts = range(0, config.seeds, size)
-    return [Chunk(setting, separation, config.seed + f, size, min(size, config.seeds - f)) for f in firsts]
+def seed_chunks(spec: SweepSpec, setting: Setting, separation: float, size: int) -> list[Chunk]:
+    """All seeds of the spec, at most `size` at a time."""
+    size = min(spec.seeds, size)
+    firsts = range(0, spec.seeds, size)
+    return [Chunk(setting, separation, spec.seed + f, size, min(size, spec.seeds - f)) for f in firsts]
 
 
 def _rows(chunk: Chunk, betas, scores: dict[str, dict]) -> list[dict]:
@@ -303,13 +271,14 @@ def run(config, folder: Path) -> dict:
     Returns where the time went, in seconds, for the manifest.
     """
     began = time.perf_counter()
-    betas, plan = betas_of(config), chunk_plan(config)
+    spec = as_spec(config)
+    betas, plan = spec.betas, chunk_plan(spec)
 
     def compute(c: int) -> dict:
         # A chunk past the last seed is computed in full, so that there is one program, and cut afterwards.
         chunk = plan[c]
         seeds = chunk.first + np.arange(chunk.size)
-        scores = sweep(chunk.setting, seeds, betas, chunk.separation, config.tol)
+        scores = sweep(chunk.setting, seeds, betas, chunk.separation, spec.tol)
         direct, distilled = (jax.tree.map(lambda leaf: leaf[: chunk.keep], arm) for arm in scores)
         return {"direct": direct._asdict(), "distilled": distilled._asdict()}
 
@@ -319,23 +288,28 @@ def run(config, folder: Path) -> dict:
 
     chunks.run(folder, len(plan), compute, lambda c, trees: _rows(plan[c], betas, trees), like)
     swept = time.perf_counter()
-    if config.dim == 2 and distributed.leads():
-        _write_panels(folder / "checkpoints" / "panels.npz", panels(config))
+    if spec.dim == 2 and distributed.leads():
+        _write_panels(folder / "checkpoints" / "panels.npz", panels(spec))
     return {"sweep_seconds": swept - began, "panels_seconds": time.perf_counter() - swept}
 
 
-def panels(config, grid_size: int = 160) -> dict[str, np.ndarray]:
+def panels(spec: Spec, grid_size: int = 160) -> dict[str, np.ndarray]:
     """The first seed's chain at the largest beta, for the contour panels: log densities on a grid, and samples."""
-    setting, separation = settings(config)[0]
-    one = _one_chain(setting, jnp.uint32(config.seed), jnp.asarray(betas_of(config)), separation, config.tol)
+    setting, separation = settings(spec)[0]
+    one = _one_chain(setting, jnp.uint32(spec.seed), jnp.asarray(spec.betas), separation, spec.tol)
     last = jax.tree.map(lambda leaf: leaf[-1], (one.sharpened, one.distilled))
-    mixtures = {"p_star": ring(2, separation), "teacher": one.teacher, "direct": one.direct, "distilled": last[1]}
+    mixtures = {
+        "p_star": eight_modes(2, separation),
+        "teacher": one.teacher,
+        "direct": one.direct,
+        "distilled": last[1],
+    }
     axis = jnp.linspace(-2.0, 2.0, grid_size) * max(separation, 0.75)
     grid = jnp.stack(jnp.meshgrid(axis, axis), -1)
-    arrays = {"grid_x": axis, "grid_y": axis, "data": one.data, "beta": betas_of(config)[-1]}
+    arrays = {"grid_x": axis, "grid_y": axis, "data": one.data, "beta": spec.betas[-1]}
     arrays |= {f"log_{name}": jax.jit(log_prob)(mixture, grid) for name, mixture in mixtures.items()}
     mixtures["teacher"] = last[0]  # the samples shown are the sharpened teacher's
-    key = jax.random.key(config.seed)
+    key = jax.random.key(spec.seed)
     draw = jax.jit(sample, static_argnums=2)
     arrays |= {f"samples_{name}": draw(key, mixture, 500) for name, mixture in mixtures.items()}
     return {name: np.asarray(value) for name, value in arrays.items()}

@@ -22,15 +22,12 @@ from kd_jax.gmm import sweep as chunks
 from kd_jax.gmm.experiment import Setting
 from kd_jax.gmm.gradient_fit import Divergence
 from kd_jax.gmm.mixture import sharpen, top_k, top_p
+from kd_jax.gmm.specs import DIVERGENCES, GmmFrontierSpec
+from kd_jax.runs.settings import freeze
 
+Spec = GmmFrontierSpec  # what kd_jax.train freezes the config into
 # Knobs of the teacher: (mixture, value) -> mixture.
 TEACHERS = {"beta": sharpen, "top_k": top_k, "top_p": top_p}
-# Knobs of the student: value -> divergence.
-DIVERGENCES = {
-    "jensen_shannon": gradient_fit.jensen_shannon,
-    "skew_forward_kl": gradient_fit.skew_forward_kl,
-    "skew_reverse_kl": gradient_fit.skew_reverse_kl,
-}
 # Students without a knob: fitted to the data, and by EM to the teacher as it is.
 DIRECT, PLAIN = "direct", "plain"
 # What random keys are for, beside those of the experiment.
@@ -110,23 +107,18 @@ def sweep(program: Program, seeds, numbers: Numbers, devices=None) -> dict[str, 
     return chunks.over_seeds(lambda s, n: _jitted(program, s, n), seeds, numbers, devices)
 
 
-def program_of(config) -> Program:
-    """The program of a config."""
-    setting = Setting(**{name: config[name] for name in Setting._fields})
-    return Program(setting, config.num_draws, config.num_updates, config.teacher_components + 1)
+def program_of(spec: Spec) -> Program:
+    """The program of a spec."""
+    setting = Setting(**{name: getattr(spec, name) for name in Setting._fields})
+    return Program(setting, spec.num_draws, spec.num_updates, spec.teacher_components + 1)
 
 
-def numbers_of(config) -> Numbers:
-    """The traced numbers of a config."""
-    teachers = {knob: np.asarray(config.knobs[knob], np.float32) for knob in TEACHERS if len(config.knobs[knob])}
-    columns = zip(*_divergences(config), strict=True)
-    fields = [np.asarray(column, np.float32) for column in columns]
-    return Numbers(teachers, Divergence(*fields), config.separation, config.tol, config.learning_rate)
-
-
-def _divergences(config) -> list[Divergence]:
-    """Every divergence that is asked for, once: knobs share their ends."""
-    return list(dict.fromkeys(make(value) for knob, make in DIVERGENCES.items() for value in config.knobs[knob]))
+def numbers_of(spec: Spec) -> Numbers:
+    """The traced numbers of a spec."""
+    values = {knob: getattr(spec.knobs, knob) for knob in TEACHERS}
+    teachers = {knob: np.asarray(numbers, np.float32) for knob, numbers in values.items() if numbers}
+    fields = [np.asarray(column, np.float32) for column in zip(*spec.divergences, strict=True)]
+    return Numbers(teachers, Divergence(*fields), spec.separation, spec.tol, spec.learning_rate)
 
 
 class Student(NamedTuple):
@@ -138,52 +130,33 @@ class Student(NamedTuple):
     index: tuple[int, ...]
 
 
-def students(config) -> list[Student]:
+def students(spec: Spec) -> list[Student]:
     """All students of a seed, in the order of the rows."""
-    found = [Student(DIRECT, None, DIRECT, ()), Student(PLAIN, None, "em", (0,))]
-    asked = [(knob, value) for knob in TEACHERS for value in config.knobs[knob]]
-    found += [Student(knob, value, "em", (1 + i,)) for i, (knob, value) in enumerate(asked)]
-    order = _divergences(config)
+    listed = [Student(DIRECT, None, DIRECT, ()), Student(PLAIN, None, "em", (0,))]
+    selected = [(knob, value) for knob in TEACHERS for value in getattr(spec.knobs, knob)]
+    listed += [Student(knob, value, "em", (1 + i,)) for i, (knob, value) in enumerate(selected)]
     for knob, make in DIVERGENCES.items():
-        found += [Student(knob, value, "gradient", (order.index(make(value)),)) for value in config.knobs[knob]]
-    return found
+        for value in getattr(spec.knobs, knob):
+            listed.append(Student(knob, value, "gradient", (spec.divergences.index(make(value)),)))
+    return listed
 
 
 def validate(config) -> None:
     """Raises ValueError, naming the key, for a value that cannot work."""
-    experiment.validate_sweep(config)
-    if config.covariance_type != "diag":
-        raise ValueError(f"config.covariance_type={config.covariance_type!r}: fits by gradient are diagonal")
-    experiment.validate_setting(program_of(config).setting, config.separation)
-    for name in ("num_draws", "num_updates"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name}={config[name]} must be at least 1")
-    if not 0 < config.learning_rate < np.inf:
-        raise ValueError(f"config.learning_rate={config.learning_rate} must be above 0 and finite")
-    ranges = {"beta": (0, np.inf), "top_k": (1, config.teacher_components), "top_p": (np.finfo(np.float32).tiny, 1)}
-    for knob, (least, most) in ranges.items():
-        for value in config.knobs[knob]:
-            if not (least <= value <= most and np.isfinite(value)):
-                raise ValueError(f"config.knobs.{knob}: {value} must be from {least:g} to {most:g}")
-    for knob, make in DIVERGENCES.items():
-        for value in config.knobs[knob]:
-            try:
-                make(value)
-            except ValueError as error:
-                raise ValueError(f"config.knobs.{knob}: {error}") from error
-    if not _divergences(config):
-        raise ValueError("config.knobs needs at least one divergence")
-    for gain in config.gains:
-        if not 0 < gain < np.inf:
-            raise ValueError(f"config.gains: {gain} must be above 0 and finite")
+    as_spec(config)
 
 
-def chunk_plan(config) -> list[experiment.Chunk]:
-    """The seeds in chunks that fit `config.memory_gib`; depends on the config alone."""
-    program = program_of(config)
-    num_teachers = 1 + sum(len(config.knobs[knob]) for knob in TEACHERS)
-    size = experiment.chunk_size(program.setting, num_teachers, config.memory_gib)
-    return experiment.seed_chunks(config, program.setting, config.separation, size)
+def as_spec(config) -> Spec:
+    """The frozen spec of a config, or the spec itself."""
+    return config if isinstance(config, Spec) else freeze(Spec, config)
+
+
+def chunk_plan(spec: Spec) -> list[experiment.Chunk]:
+    """The seeds in chunks that fit `spec.memory_gib`; depends on the spec alone."""
+    program = program_of(spec)
+    num_teachers = 1 + sum(len(getattr(spec.knobs, knob)) for knob in TEACHERS)
+    size = experiment.chunk_size(program.setting, num_teachers, spec.memory_gib)
+    return experiment.seed_chunks(spec, program.setting, spec.separation, size)
 
 
 def run(config, folder: Path) -> dict:
@@ -192,7 +165,8 @@ def run(config, folder: Path) -> dict:
     Returns where the time went, in seconds, for the manifest.
     """
     began = time.perf_counter()
-    program, numbers, plan = program_of(config), numbers_of(config), chunk_plan(config)
+    spec = as_spec(config)
+    program, numbers, plan = program_of(spec), numbers_of(spec), chunk_plan(spec)
 
     def compute(c: int) -> dict:
         found = sweep(program, plan[c].first + np.arange(plan[c].size), numbers)
@@ -202,15 +176,15 @@ def run(config, folder: Path) -> dict:
         shapes = jax.eval_shape(lambda seeds: _sweep(program, seeds, numbers), np.zeros(plan[c].keep, np.uint32))
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
-    chunks.run(folder, len(plan), compute, lambda c, found: _rows(config, plan[c], found), like)
+    chunks.run(folder, len(plan), compute, lambda c, found: _rows(spec, plan[c], found), like)
     return {"sweep_seconds": time.perf_counter() - began}
 
 
-def _rows(config, chunk: experiment.Chunk, found: dict) -> list[dict]:
+def _rows(spec: Spec, chunk: experiment.Chunk, found: dict) -> list[dict]:
     """One row per student."""
     rows = []
     for s in range(chunk.keep):
-        for student in students(config):
+        for student in students(spec):
             scores = {name: float(column[(s, *student.index)]) for name, column in found[student.part].items()}
             rows.append({"knob": student.knob, "value": student.value, "seed": chunk.first + s} | scores)
     return rows

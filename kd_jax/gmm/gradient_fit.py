@@ -1,15 +1,15 @@
 """Students fitted to a teacher mixture by gradient, under the divergences that language models are distilled with.
 
-All divergences are one family of four numbers (`Divergence`), so that which one it is can be traced: a sweep over
-divergences and their parameters is one program. Throughout, p is the teacher and q the student.
+All divergences are one family of four numbers (`Divergence`), which can be traced: a sweep over divergences and their
+parameters is one program. Throughout, p is the teacher and q the student.
 
-Terms that are means over p take the teacher's draws; terms over q take the student's own, as
-E_q[f] = sum_k w_k E_{q_k}[f]: equally many draws of every component k, reparameterised as mean_k + sd_k * noise, and
-weights w_k that are differentiable factors. That is stratified sampling of a mixture (Roeder, Wu & Duvenaud 2017,
-arXiv 1703.09194; Morningstar et al. 2021, arXiv 2003.01687): no gradient has to pass through the choice of a component,
-and neither the estimate nor its gradient is biased.
+Expectations under p use the teacher's draws. Expectations under q use the student's own, E_q[f] = sum_k w_k E_{q_k}[f]:
+the same number of draws from every component k, reparameterised as mean_k + sd_k * noise, and differentiable weights
+w_k. This is stratified sampling of a mixture (Roeder, Wu & Duvenaud 2017, arXiv 1703.09194; Morningstar et al. 2021,
+arXiv 2003.01687): no gradient passes through the choice of a component, and neither the estimate nor its gradient is
+biased.
 
-The noise is drawn once for a fit, as the teacher's draws are. What is minimised is then a plain function, whose
+The noise is drawn once per fit, like the teacher's draws. The objective is then a deterministic function, whose
 gradient goes to zero where the fit has converged (Giordano, Ingram & Broderick 2024), and starts compare without noise.
 """
 
@@ -49,8 +49,8 @@ def reverse_kl() -> Divergence:
 def jensen_shannon(beta: float) -> Divergence:
     """beta KL(p || m) + (1-beta) KL(q || m), m = beta p + (1-beta) q (Agarwal et al. 2024, GKD).
 
-    beta = 0 is forward KL and beta = 1 reverse KL. The sum itself goes to zero at both ends; divided by beta, or by
-    1-beta, it goes to these two, and the minimiser does not depend on that factor. Raises ValueError outside [0, 1].
+    beta = 0 is forward KL and beta = 1 reverse KL: the limits of the sum divided by beta and by 1-beta, factors that do
+    not move the minimum. Raises ValueError outside [0, 1].
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta={beta} of a Jensen-Shannon divergence must be from 0 to 1")
@@ -81,9 +81,9 @@ class Fit(NamedTuple):
     Attributes:
         mixture: the student.
         objective: [num_updates] the estimated divergence before each update, nats.
-        gradient_norm: of the objective at the student, over log weights, means and log variances, nats. Near zero
-            where the fit has converged.
-        start: which of the starts it came from; the first one where several end within 1e-5 nats of the least.
+        gradient_norm: norm of the objective's gradient at the student, over log weights, means and log variances, nats.
+            Near zero where the fit has converged.
+        start: index of the start that was kept; the first of those that end within 1e-5 nats of the lowest.
     """
 
     mixture: Mixture
@@ -104,18 +104,21 @@ def fit(
     key: jax.Array, divergence: Divergence, teacher: Mixture, x: jax.Array, starts: Mixture, *,
     num_draws: int = 512, num_updates: int = 200, learning_rate: float | jax.Array = 0.1,
 ) -> Fit:  # fmt: skip
-    """The student nearest to `teacher` under `divergence`: Adam (Kingma & Ba 2015), decayed to zero by a cosine.
+    """The student nearest to `teacher` under `divergence`: Adam (Kingma & Ba 2015) with cosine decay to zero.
 
-    The gradient norm and the trace tell whether the updates were enough. Under `vmap` each fit stands alone.
+    The gradient norm and the trace show whether there were enough updates. Under `vmap` fits are independent.
 
     Args:
-        key: of the student's noise.
-        teacher: any mixture; the caller has sharpened it or dropped components.
-        x: [N, D] draws of the teacher, for the terms over p.
-        starts: diagonal students to begin at, [R, K], [R, K, D], [R, K, D]; the one that ends lowest is kept.
-        num_draws: the student's draws of each component, for the terms over q.
+        key: random key of the student's noise.
+        divergence: what is minimised; traced.
+        teacher: any mixture, sharpened or truncated as the caller wishes.
+        x: [N, D] draws of the teacher, for the expectations under p.
+        starts: diagonal students to start from, [R, K], [R, K, D], [R, K, D]; the one that ends lowest is kept.
+        num_draws: draws from each of the student's components, for the expectations under q.
         num_updates: static.
-        learning_rate: at the beginning, of unconstrained parameters; traced.
+        learning_rate: initial one, for unconstrained parameters; traced.
+
+    Returns: a Fit.
 
     Raises:
         ValueError: a wrong shape.
@@ -126,14 +129,14 @@ def fit(
         raise ValueError(f"starts {shapes} are not students [R, K], [R, K, D], [R, K, D] with diagonal covariances")
     if x.ndim != 2 or x.shape[1] != shapes[1][2] or teacher.means.shape[-1] != shapes[1][2]:
         raise ValueError(f"x {x.shape} and the teacher's means {teacher.means.shape} need the starts' D={shapes[1][2]}")
-    noise = quasi_normal(key, shapes[1][1], shapes[1][2], num_draws)
+    noise = quasi_normal(key, shapes[1][1], shapes[1][2], num_draws, x.dtype)
     points = x.T
     log_p = log_density(teacher, points)
 
     def objective(params: _Params) -> jax.Array:
         return estimate(divergence, teacher, _mixture(params), points, log_p, noise)
 
-    # A short memory of squared gradients: those of the first updates are often far larger than any later one.
+    # b2 = 0.95, not 0.999: the first gradients are often far larger than later ones and should be forgotten soon.
     optimiser = optax.adam(optax.cosine_decay_schedule(learning_rate, num_updates), b2=0.95)
 
     def update(carry, _):
@@ -149,7 +152,7 @@ def fit(
         return last, Fit(_mixture(params), trace, optax.tree.norm(gradient), jnp.int32(0))
 
     last, fits = jax.vmap(run)(starts)
-    # The first of those that end in one place, whatever the last digits say.
+    # Several starts often end at the same minimum; take the first, whatever their last digits.
     best = jnp.argmax(last <= jnp.nanmin(last) + 1e-5)
     return jax.tree.map(lambda leaf: leaf[best], fits)._replace(start=best)
 
@@ -159,8 +162,8 @@ def estimate(divergence: Divergence, teacher: Mixture, student: Mixture, points,
 
     Args:
         points: [D, N] draws of the teacher, along the last axis.
-        log_p: [N] the teacher's log density there.
-        noise: [K, D, M] standard normal, of the student's draws of each of its components.
+        log_p: [N] the teacher's log density at `points`.
+        noise: [K, D, M] standard normal noise of the student's draws, M from each component.
     """
     components, dim, count = noise.shape
     forward = (log_p - _log_mix(log_density(student, points), log_p, divergence.forward_skew)).mean()
@@ -178,15 +181,15 @@ def held_out(key: jax.Array, divergence: Divergence, teacher: Mixture, student: 
     """`estimate` on `n` fresh draws of the teacher and of each of the student's components."""
     key_teacher, key_student = jax.random.split(key)
     points = sample(key_teacher, teacher, n).T
-    noise = quasi_normal(key_student, *student.means.shape, n)
+    noise = quasi_normal(key_student, *student.means.shape, n, student.means.dtype)
     return estimate(divergence, teacher, student, points, log_density(teacher, points), noise)
 
 
 def starts_of(teacher: Mixture, broad: Mixture, num_starts: int) -> Mixture:
-    """Students to begin at, [R, ...]: `broad` (such as EM's), then each at components of the diagonal `teacher`.
+    """Students to start from, [R, ...]: `broad` (such as EM's), then some at components of the diagonal `teacher`.
 
-    Divergences that may leave out modes have a minimum at every one that can be chosen, besides the broad one. Start r
-    puts the student's K components on the teacher's r-th heaviest and the K-1 that follow in weight.
+    Mode-seeking divergences have a minimum at each set of modes that a student can sit on. Start r puts the student's K
+    components on the teacher's r-th heaviest component and the K-1 next in weight.
     """
     order = jnp.argsort(-teacher.log_weights)
     components, size = broad.log_weights.shape[0], order.shape[0]
@@ -196,21 +199,21 @@ def starts_of(teacher: Mixture, broad: Mixture, num_starts: int) -> Mixture:
     return jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), broad, narrow)
 
 
-def quasi_normal(key: jax.Array, components: int, dim: int, count: int) -> jax.Array:
+def quasi_normal(key: jax.Array, components: int, dim: int, count: int, dtype=jnp.float32) -> jax.Array:
     """Standard normal noise [components, dim, count] that fills space more evenly than independent draws.
 
-    Through the normal quantile: even steps along the first axis, and along the others an additive recurrence in the
-    powers of the generalised golden ratio (Roberts 2018), all shifted at random for every component (Cranley &
-    Patterson 1976). Each draw alone is normal, so means over them are unbiased; for smooth functions in few dimensions
-    their errors fall almost as 1/count (for reparameterised gradients: Buchholz, Wenzel & Mandt 2018).
+    The normal quantile of even steps along the first axis and, along the others, of an additive recurrence in powers of
+    the generalised golden ratio (Roberts 2018), all shifted at random for each component (Cranley & Patterson 1976).
+    Each draw is exactly normal, so means are unbiased; for smooth functions in few dimensions their errors fall almost
+    as 1/count (for reparameterised gradients: Buchholz, Wenzel & Mandt 2018).
     """
     steps = [np.arange(count) / count]
     if dim > 1:
         ratio = max(np.roots([1.0] + [0.0] * (dim - 2) + [-1.0, -1.0]).real)  # ratio ** dim = ratio + 1
         steps += [np.arange(count) / ratio**d % 1.0 for d in range(1, dim)]
-    shift = jax.random.uniform(key, (components, dim, 1))
-    uniform = (jnp.asarray(np.stack(steps), shift.dtype) + shift) % 1.0
-    # The quantile of 0 and of 1 is infinite.
+    shift = jax.random.uniform(key, (components, dim, 1), dtype)
+    uniform = (jnp.asarray(np.stack(steps), dtype) + shift) % 1.0
+    # The quantiles of 0 and 1 are infinite.
     return jax.scipy.special.ndtri(jnp.clip(uniform, 2.0**-24, 1 - 2.0**-24))
 
 

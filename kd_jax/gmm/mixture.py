@@ -1,8 +1,7 @@
-"""Mixtures of Gaussians as pytrees: density, sampling, sharpening and truncation of the weights.
+"""Mixtures of Gaussians as pytrees: density, sampling, sharpening, cooling and truncation.
 
-Everything here is a pure function of one mixture; put `jax.vmap` around it for many. Shapes below
-use K components, D dimensions and N points. Inside, points lie along the last axis ([D, N] and
-[K, N]): that is the axis the CPU's vector units and the GPU's lanes run along.
+Every function takes one mixture; use `jax.vmap` for many. Shapes: K components, D dimensions, N points. Internally the
+points lie along the last axis ([D, N], [K, N]), the axis that a CPU's vector units and a GPU's lanes run along.
 """
 
 import math
@@ -12,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-# Up to this dimension, sums over dimensions are written out and fuse into one loop over the points;
-# above it they are matrix products.
+# Up to this dimension, sums over dimensions are unrolled and fuse into one loop over the points; above it they are
+# matrix products.
 SMALL_DIM = 4
 
 
@@ -21,8 +20,8 @@ class Mixture(NamedTuple):
     """A mixture of Gaussians.
 
     Attributes:
-        log_weights: [K] log of the weights. -inf is a weight of zero. They need not sum to one: every
-            function here normalises them.
+        log_weights: [K] log weights; -inf is a weight of zero. They need not be normalised: every function here
+            normalises them.
         means: [K, D].
         covariances: [K, D] for diagonal covariance (the variances), [K, D, D] for full.
     """
@@ -33,13 +32,20 @@ class Mixture(NamedTuple):
 
 
 def log_prob(mixture: Mixture, x: jax.Array) -> jax.Array:
-    """Log density at `x` [..., D] -> [...], in nats. May be positive: it is a density.
+    """Log density in nats. It can be positive: it is a density, not a probability.
 
-    Raises ValueError where the last axis of `x` is not the mixture's dimension.
+    Differentiable to any order in all its arguments; a component of weight zero has derivatives of zero.
+
+    Args:
+        mixture: with diagonal or full covariances.
+        x: [..., D].
+
+    Returns: [...].
+
+    Raises: ValueError: the last axis of `x` is not the mixture's dimension, or the mixture's shapes do not fit.
     """
-    dim = _dim(mixture)
-    x = jnp.asarray(x)
-    if x.ndim == 0 or x.shape[-1] != dim:
+    dim, x = _dim(mixture), jnp.asarray(x)
+    if x.shape[-1:] != (dim,):
         raise ValueError(f"x has shape {x.shape}; this mixture needs [..., {dim}]")
     points = x.reshape(-1, dim).T
     joint = log_joint(mixture, precision_factor(mixture.covariances), points)
@@ -47,10 +53,10 @@ def log_prob(mixture: Mixture, x: jax.Array) -> jax.Array:
 
 
 def sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
-    """`n` independent draws [n, D]. Each draw picks its own component, so the order is random.
+    """`n` independent draws [n, D], in random order: every draw picks its own component.
 
-    Under `vmap` over mixtures alone all of them share one set of random numbers, which makes
-    differences between them less noisy; map over keys too for independent draws.
+    Under `vmap` over mixtures with one key, all mixtures use the same random numbers, so that differences between them
+    are less noisy. Map over keys as well for independent draws.
     """
     dim = _dim(mixture)
     key_component, key_noise = jax.random.split(key)
@@ -58,30 +64,49 @@ def sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
     uniform = jax.random.uniform(key_component, (n,), dtype)
     noise = jax.random.normal(key_noise, (dim, n), dtype)
     cumulative = jnp.cumsum(jax.nn.softmax(mixture.log_weights))
-    # Divided by its own last value: u < 1 then never reaches a trailing component of weight zero.
+    # Dividing by the last value keeps u < 1 from ever reaching a trailing component of weight zero.
     upper = cumulative / cumulative[-1]
     component = (uniform[None, :] >= upper[:-1, None]).sum(0)
     return (_take(mixture.means, component) + _colour(mixture, component, noise)).T
 
 
 def sharpen(mixture: Mixture, beta: float | jax.Array) -> Mixture:
-    """The mixture with weights proportional to w_k ** beta (paper, section 3), beta >= 0.
+    """The mixture with weights proportional to w_k ** beta, beta >= 0 (Cha & Cho, section 3).
 
-    beta = 0 gives equal weights to the components that have any, beta = 1 changes nothing, and a
-    large beta leaves the heaviest component(s). A weight of zero stays zero for every beta.
+    0 gives equal weights to all components of non-zero weight, 1 changes nothing, and a large beta leaves the heaviest
+    component(s). A weight of zero stays zero for every beta.
     """
     log_weights = mixture.log_weights
     absent = jnp.isneginf(log_weights)
-    # The largest is subtracted before the power: beta = 1e6 then neither over- nor underflows to NaN.
+    # Subtracting the largest before the power keeps beta = 1e6 from over- or underflowing to NaN.
     shifted = jnp.where(absent, 0.0, log_weights - log_weights.max())
     powered = jnp.where(absent, -jnp.inf, jnp.asarray(beta, log_weights.dtype) * shifted)
     return mixture._replace(log_weights=jax.nn.log_softmax(powered))
 
 
-def top_k(mixture: Mixture, k: int | jax.Array) -> Mixture:
-    """The mixture of the `k` >= 1 heaviest components, renormalised; all of them where it has fewer. `k` may be traced.
+def cool(mixture: Mixture, temperature: float | jax.Array) -> Mixture:
+    """The mixture with all covariances multiplied by `temperature` > 0: sampling nearer to the components' means.
 
-    Of equally heavy components the first ones stay. The others keep their place, with weight zero.
+    For one Gaussian this is its density to the power 1 / temperature, renormalised: the counterpart of a language
+    model's sampling temperature. For a mixture, `sharpen(mixture, 1 / temperature)` is the other counterpart: it cools
+    the choice of the component, and this the draw from it.
+    """
+    return mixture._replace(covariances=mixture.covariances * jnp.asarray(temperature, mixture.covariances.dtype))
+
+
+def blend(share: float | jax.Array, one: Mixture, other: Mixture) -> Mixture:
+    """The mixture that draws from `other` with probability `share` in [0, 1], else from `one`: K1 + K2 components."""
+    share = jnp.asarray(share, one.means.dtype)
+    sides = zip((jnp.log1p(-share), jnp.log(share)), (one, other), strict=True)
+    log_weights = jnp.concatenate([log_side + jax.nn.log_softmax(m.log_weights) for log_side, m in sides])
+    join = lambda name: jnp.concatenate([getattr(one, name), getattr(other, name)])  # noqa: E731
+    return Mixture(log_weights, join("means"), join("covariances"))
+
+
+def top_k(mixture: Mixture, k: int | jax.Array) -> Mixture:
+    """The mixture of its `k` >= 1 heaviest components, renormalised; unchanged where it has no more. `k` may be traced.
+
+    The first of equally heavy components are kept. Dropped components keep their index, with weight zero.
     """
     return _keep(mixture, _rank(mixture) < k)
 
@@ -89,8 +114,8 @@ def top_k(mixture: Mixture, k: int | jax.Array) -> Mixture:
 def top_p(mixture: Mixture, p: float | jax.Array) -> Mixture:
     """The mixture of the fewest heaviest components whose weights sum to at least `p` in (0, 1], renormalised.
 
-    The component that crosses p stays, as in nucleus sampling (Holtzman et al. 2020). `p` may be traced; 1 changes
-    nothing. Of equally heavy components the first ones stay.
+    The component that crosses `p` is kept, as in nucleus sampling (Holtzman et al. 2020). `p` may be traced; 1 changes
+    nothing. The first of equally heavy components are kept.
     """
     weights, rank = jax.nn.softmax(mixture.log_weights), _rank(mixture)
     # Summed over the heavier ones alone: the heaviest then has exactly 0 before it, and stays for every p.
@@ -99,7 +124,7 @@ def top_p(mixture: Mixture, p: float | jax.Array) -> Mixture:
 
 
 def _rank(mixture: Mixture) -> jax.Array:
-    """[K] how many components come before each in order of weight."""
+    """[K] rank of each component by weight, 0 for the heaviest."""
     return jnp.argsort(jnp.argsort(-mixture.log_weights, stable=True))
 
 
@@ -138,6 +163,7 @@ def log_joint(mixture: Mixture, factor: jax.Array, points: jax.Array) -> jax.Arr
     return constant[:, None] - 0.5 * distance
 
 
+@jax.custom_jvp
 def _log_sum(joint: jax.Array) -> jax.Array:
     """logsumexp over the components of [K, N], as one reduction: one pass, one exponential each, nothing stored."""
     if joint.shape[0] == 1:
@@ -156,6 +182,17 @@ def _log_sum(joint: jax.Array) -> jax.Array:
     return top + jnp.log(total)
 
 
+@_log_sum.defjvp
+def _log_sum_jvp(primals, tangents):
+    # XLA does not differentiate a reduction of pairs. The derivative is the mean of the tangents under the
+    # responsibilities; it calls _log_sum again, so that second derivatives come from this rule too.
+    (joint,), (tangent,) = primals, tangents
+    total = _log_sum(joint)
+    absent = jnp.isneginf(joint)
+    responsibilities = jnp.exp(jnp.where(absent, -jnp.inf, joint - jnp.where(jnp.isneginf(total), 0.0, total)))
+    return total, jnp.where(absent, 0.0, responsibilities * tangent).sum(0)
+
+
 def _squared_distance(means: jax.Array, factor: jax.Array, points: jax.Array) -> jax.Array:
     """Mahalanobis distance squared, [K, N]. From differences, never from |x|^2 - 2 x.m + |m|^2."""
     dim = points.shape[0]
@@ -165,7 +202,8 @@ def _squared_distance(means: jax.Array, factor: jax.Array, points: jax.Array) ->
         difference = [points[d] - means[:, d, None] for d in range(dim)]
         rows = (sum(factor[:, i, j, None] * difference[j] for j in range(i + 1)) for i in range(dim))
         return sum(row**2 for row in rows)
-    white = jnp.einsum("kij,kjn->kin", factor, points - means[:, :, None])
+    # The backend's default would round the factors to bfloat16 on a TPU and to TF32 on a GPU.
+    white = jnp.einsum("kij,kjn->kin", factor, points - means[:, :, None], precision="highest")
     return (white**2).sum(1)
 
 
@@ -202,7 +240,7 @@ def _take(rows: jax.Array, component: jax.Array) -> jax.Array:
 
 
 def _dim(mixture: Mixture) -> int:
-    """D, after checking that the three shapes fit together."""
+    """D; ValueError where the three shapes do not fit together."""
     log_weights, means, covariances = mixture
     k, dim = means.shape
     if log_weights.shape != (k,) or covariances.shape not in {(k, dim), (k, dim, dim)}:

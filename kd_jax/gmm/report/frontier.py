@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kd_jax.gmm.frontier import DIRECT, DIVERGENCES, PLAIN, TEACHERS
+from kd_jax.gmm.frontier import DIRECT, PLAIN, TEACHERS
+from kd_jax.gmm.specs import DIVERGENCES
 from kd_jax.reporting import frontier_page, page, row_kinds
 from kd_jax.reporting.frontier_page import Knob
 from kd_jax.reporting.page import mean_se, number, show

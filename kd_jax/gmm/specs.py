@@ -1,0 +1,137 @@
+"""The settings of the mixture experiments, each declared once; configs/gmm*.py change their defaults.
+
+Ranges of one setting are checked by its declaration, and what depends on two settings in `__post_init__`, so that a
+spec that exists can run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kd_jax.gmm import em, gradient_fit
+from kd_jax.gmm.gradient_fit import Divergence
+from kd_jax.runs.settings import setting, spec
+
+# Knobs of the student's loss: value -> divergence; its ValueError is the value's range.
+DIVERGENCES = {
+    "jensen_shannon": gradient_fit.jensen_shannon,
+    "skew_forward_kl": gradient_fit.skew_forward_kl,
+    "skew_reverse_kl": gradient_fit.skew_reverse_kl,
+}
+
+
+@spec
+class SweepSpec:
+    """What all experiments with mixtures have."""
+
+    seed: int = setting(0, "the first seed; the others count up from it", at_least=0, below=2**32)
+    seeds: int = setting(64, "number of seeds, each with data and a teacher of its own", at_least=1)
+    dim: int = setting(2, "dimensions", at_least=2)
+    separation: float = setting(1.0, "distance between neighbouring modes of p*", above=0)
+    num_data: int = setting(100, "draws of p* that the teacher and the direct student are fitted to", at_least=1)
+    teacher_components: int = setting(4, "components of the teacher", at_least=1)
+    student_components: int = setting(1, "components of each student", at_least=1)
+    num_distill: int = setting(1000, "draws of the teacher that a distilled student is fitted to", at_least=1)
+    num_precision: int = setting(2000, "draws of a student for its precision", at_least=1)
+    num_recall: int = setting(2000, "fresh draws of p* for recall", at_least=1)
+    covariance_type: str = setting("diag", "covariances of teacher and students", one_of=em.COVARIANCE_TYPES)
+    max_iter: int = setting(100, "largest number of EM updates", at_least=1)
+    num_starts: int = setting(1, "starts of each EM fit; the likeliest result is kept", at_least=1)
+    tol: float = setting(1e-3, "change of log-likelihood per point that ends EM, nats", at_least=0)
+    memory_gib: float = setting(1.0, "memory of the sweep, GiB; one that needs more runs in chunks of seeds", above=0)
+
+    def check_sizes(self, num_data: int, components: int) -> None:
+        """ValueError for what several settings rule out together."""
+        if self.seed + self.seeds > 2**32:
+            raise ValueError(f"seed={self.seed} + seeds={self.seeds} must be at most 2**32")
+        if components > num_data:
+            raise ValueError(f"num_data={num_data} points are fewer than {components} components")
+        if self.student_components > self.num_distill:
+            raise ValueError(f"num_distill={self.num_distill} draws are fewer than the student's components")
+
+
+@spec
+class VarySpec:
+    """Values put into the settings of the same name, one axis at a time; each makes a sweep of its own."""
+
+    dim: tuple[int, ...] = setting((), "values of dim", at_least=2)
+    num_data: tuple[int, ...] = setting((), "values of num_data", at_least=1)
+    teacher_components: tuple[int, ...] = setting((), "values of teacher_components", at_least=1)
+    student_components: tuple[int, ...] = setting((), "values of student_components", at_least=1)
+    separation: tuple[float, ...] = setting((), "values of separation", above=0)
+
+
+@spec
+class GmmSpec(SweepSpec):
+    """The paper's mixture experiment."""
+
+    experiment: str = setting("gmm", "which experiment this is", one_of=("gmm",))
+    beta_min: float = setting(1.0, "smallest beta: teacher weights are raised to the power beta", above=0)
+    beta_max: float = setting(100.0, "largest beta", above=0)
+    num_betas: int = setting(17, "number of betas, log-spaced; an odd number has 10 in the middle", at_least=1)
+    vary: VarySpec = setting(VarySpec(), "other values of the settings above")
+
+    def __post_init__(self):
+        if self.beta_min > self.beta_max:
+            raise ValueError(f"beta_min={self.beta_min} must not be above beta_max={self.beta_max}")
+        self.check_sizes(min((self.num_data, *self.vary.num_data)), max(self.teacher_components, self.student_components))
+        most = (self.teacher_components, *self.vary.teacher_components, *self.vary.student_components)
+        self.check_sizes(self.num_data, max(most))
+
+    @property
+    def betas(self) -> np.ndarray:
+        """[num_betas] log-spaced from beta_min to beta_max, both included."""
+        return np.geomspace(self.beta_min, self.beta_max, self.num_betas).astype(np.float32)
+
+
+@spec
+class KnobsSpec:
+    """Values of each knob of selectivity, in order; an empty one is left out."""
+
+    # of the teacher; its student is fitted by EM
+    beta: tuple[float, ...] = setting(
+        (1.0, 1.5, 2.0, 3.0, 5.0, 7.0, 10.0, 15.0, 20.0, 30.0, 50.0, 100.0),
+        "powers of the teacher's weights",
+        at_least=0,
+    )
+    top_k: tuple[int, ...] = setting((4, 3, 2, 1), "how many of the heaviest components are kept", at_least=1)
+    top_p: tuple[float, ...] = setting((1.0, 0.8, 0.6, 0.4, 0.2), "least total weight that is kept", above=0, at_most=1)
+    # of the student's loss, for the unchanged teacher
+    jensen_shannon: tuple[float, ...] = setting(
+        (0.0, 0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "0 is forward KL, 1 reverse KL", at_least=0, at_most=1
+    )
+    skew_forward_kl: tuple[float, ...] = setting(
+        (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7), "skew of forward KL", at_least=0, below=1
+    )
+    skew_reverse_kl: tuple[float, ...] = setting(
+        (0.0, 0.05, 0.1, 0.2, 0.3, 0.5), "skew of reverse KL", at_least=0, below=1
+    )
+
+
+@spec
+class GmmFrontierSpec(SweepSpec):
+    """Every knob of selectivity on one frontier."""
+
+    experiment: str = setting("gmm_frontier", "which experiment this is", one_of=("gmm_frontier",))
+    knobs: KnobsSpec = setting(KnobsSpec(), "values of the knobs of selectivity")
+    gains: tuple[float, ...] = setting(
+        (0.5, 1.0, 2.0, 3.0, 4.0), "nats of precision above the plain student, at which knobs are compared", above=0
+    )
+    num_draws: int = setting(512, "draws of each student component in a fit by gradient", at_least=1)
+    num_updates: int = setting(200, "updates of a fit by gradient", at_least=1)
+    learning_rate: float = setting(0.1, "initial learning rate of a fit by gradient", above=0)
+
+    def __post_init__(self):
+        self.check_sizes(self.num_data, max(self.teacher_components, self.student_components))
+        if self.covariance_type != "diag":
+            raise ValueError(f"covariance_type={self.covariance_type!r}: fits by gradient are diagonal")
+        if max(self.knobs.top_k, default=0) > self.teacher_components:
+            raise ValueError(f"knobs.top_k={self.knobs.top_k} must be at most {self.teacher_components}")
+        if not self.divergences:
+            raise ValueError("knobs needs at least one divergence")
+
+    @property
+    def divergences(self) -> list[Divergence]:
+        """Every divergence that is asked for, once: knobs share their ends."""
+        values = ((make, value) for knob, make in DIVERGENCES.items() for value in getattr(self.knobs, knob))
+        return list(dict.fromkeys(make(value) for make, value in values))
