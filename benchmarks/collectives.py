@@ -106,9 +106,10 @@ def _mixtures(devices):
     mesh = mesh_lib.one_axis("seeds", devices)
     seeds = jax.ShapeDtypeStruct((2 * len(devices),), np.uint32, sharding=NamedSharding(mesh, PartitionSpec("seeds")))
     whole = NamedSharding(mesh, PartitionSpec())
-    numbers = (jax.ShapeDtypeStruct(shape, np.float32, sharding=whole) for shape in ((5,), (), ()))
+    shapes = experiment.Numbers((5,), (2,), (2,), (), ())
+    numbers = [jax.ShapeDtypeStruct(shape, np.float32, sharding=whole) for shape in shapes]
     setting = experiment.Setting(2, 100, 4, 1, 1000, 2000, 2000, 100, 5, "diag")
-    return experiment._sweep.lower(setting, seeds, *numbers).compile()
+    return experiment._sweep.lower(setting, seeds, experiment.Numbers(*numbers)).compile()
 
 
 def _weights(architecture: Architecture, mesh) -> Any:

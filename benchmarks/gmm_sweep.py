@@ -3,8 +3,9 @@
     python -m benchmarks.gmm_sweep                  time, and agreement of the means over all seeds
     python -m benchmarks.gmm_sweep --students 100000   peak memory of a large sweep, in chunks
 
-Both sides fit the same numbers of students on as many points and score them on as many draws. Ours shares random
-numbers among the betas of a seed, so it makes fewer of them; the peer draws anew for each.
+Both sides fit a student for each beta on as many points and score it on as many draws; ours does more: it also fits the
+controls and scores every student at lower sampling temperatures. Ours shares random numbers among the betas of a seed,
+so it makes fewer of them; the peer draws anew for each.
 """
 
 import argparse
@@ -16,20 +17,24 @@ import numpy as np
 from benchmarks import notebook_chain
 from configs.gmm import get_config
 from kd_jax.gmm import experiment
+from kd_jax.gmm.specs import GmmSpec
+from kd_jax.gmm.students import CONTROLS
+from kd_jax.runs.settings import freeze
 
 COLUMNS = ("precision", "recall", "precision_notebook", "recall_notebook")
 
 
 def compare(seeds: int) -> None:
-    config = get_config()
-    (setting, separation), betas = experiment.settings(config)[0], np.geomspace(1, 100, 16)
+    spec = freeze(GmmSpec, get_config())
+    setting, betas = experiment.base_of(spec), np.geomspace(1, 100, 16)
+    numbers = experiment.numbers_of(spec)._replace(betas=betas)
     began = time.perf_counter()
-    experiment.sweep(setting, np.arange(seeds), betas, separation, config.tol)
+    experiment.sweep(setting, np.arange(seeds), numbers)
     first = time.perf_counter() - began
     times = []
     for _ in range(5):
         began = time.perf_counter()
-        _, scores = experiment.sweep(setting, np.arange(seeds), betas, separation, config.tol)
+        scores = experiment.sweep(setting, np.arange(seeds), numbers).scores
         times.append(time.perf_counter() - began)
     began = time.perf_counter()
     peer = [notebook_chain.run_seed(seed, betas) for seed in range(seeds)]
@@ -39,7 +44,7 @@ def compare(seeds: int) -> None:
     worst = 0.0
     for c, column in enumerate(COLUMNS):
         for b in (0, 8, 15):
-            mine, theirs = getattr(scores, column)[:, b], distilled[:, b, c]
+            mine, theirs = getattr(scores, column)[:, 2 + b], distilled[:, b, c]
             errors = [v.std(ddof=1) / np.sqrt(seeds) for v in (mine, theirs)]
             z = (mine.mean() - theirs.mean()) / np.hypot(*errors)
             worst = max(worst, abs(z))
@@ -52,17 +57,16 @@ def compare(seeds: int) -> None:
 
 
 def large(students: int) -> None:
-    config = get_config()
-    (setting, separation), betas = experiment.settings(config)[0], experiment.betas_of(config)
-    seeds = -(-students // len(betas))
-    size = experiment.chunk_size(setting, len(betas), config.memory_gib)
+    spec = freeze(GmmSpec, get_config())
+    setting, numbers = experiment.base_of(spec), experiment.numbers_of(spec)
+    count = len(numbers.betas) + 2 + len(CONTROLS)  # students of a seed
+    seeds = -(-students // count)
+    size = experiment.chunk_size(setting, count, spec.memory_gib)
     began = time.perf_counter()
     for first in range(0, seeds, size):
-        experiment.sweep(setting, np.arange(first, first + size), betas, separation, config.tol)
+        experiment.sweep(setting, np.arange(first, first + size), numbers)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(
-        f"{seeds * len(betas)} students, {size} seeds a chunk: {time.perf_counter() - began:.1f} s, peak {peak:.2f} GiB"
-    )
+    print(f"{seeds * count} students, {size} seeds a chunk: {time.perf_counter() - began:.1f} s, peak {peak:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from kd_jax.runs.settings import defaults
 def get_config(arg: str = "") -> ConfigDict:
     config = defaults(GmmSpec)
     if arg == "smoke":
-        config.update(seeds=4, num_betas=3, num_distill=200, num_precision=200, num_recall=200)
+        config.update(smoke=True, seeds=4, num_betas=3, num_distill=200, num_precision=200, num_recall=200)
+        config.vary.update(num_data=(30,), num_distill=(100,), grid=(), seeds=4)
     elif arg:
         raise ValueError(f"configs/gmm.py:{arg} is not known; there is configs/gmm.py:smoke")
     return config

@@ -16,7 +16,9 @@ from kd_jax.runs.settings import defaults
 def get_config(arg: str = "") -> ConfigDict:
     config = defaults(GmmFrontierSpec)
     if arg == "smoke":
-        config.update(seeds=4, num_distill=200, num_precision=200, num_recall=200, num_draws=64, num_updates=100)
+        config.update(
+            smoke=True, seeds=4, num_distill=200, num_precision=200, num_recall=200, num_draws=64, num_updates=100
+        )
         config.knobs.update(beta=(1.0, 10.0, 100.0), jensen_shannon=(0.0, 0.5, 1.0), skew_forward_kl=(0.0, 0.5))
         config.knobs.skew_reverse_kl = (0.0, 0.5)
     elif arg:

@@ -17,13 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax.gmm import kmeans
 from kd_jax.gmm.mixture import SMALL_DIM, Mixture, half_log_det, log_joint, precision_factor
+from kd_jax.gmm.sums import dot, padding, together, total
 
 INITS = ("kmeans", "k-means++", "random")
 COVARIANCE_TYPES = ("diag", "full")
-# Points that are added up one after the other. Longer sums are sums of such blocks: the rounding error of a sum grows
-# with its number of terms, and 4096 terms keep four digits however unlucky they are.
-BLOCK = 4096
 
 
 class Fit(NamedTuple):
@@ -97,13 +96,13 @@ def fit(
     _check(x, num_components, covariance_type, init, num_starts, max_iter, sample_weights)
     weights = jnp.ones(x.shape[0], x.dtype) if sample_weights is None else _checked_weights(sample_weights, x.dtype)
     # Whole blocks: further points of weight zero.
-    extra = -len(x) % BLOCK if len(x) > BLOCK else 0
+    extra = padding(len(x))
     x, weights = jnp.pad(x, ((0, extra), (0, 0))), jnp.pad(weights, (0, extra))
     # True for a NaN weight, which is to spoil the fit.
     used = ~(weights == 0)
     x = jnp.where(used[:, None], x, 0.0)
     # Centring keeps distances and means at the scale of the spread, whatever the offset.
-    centre = _sum(weights[:, None] * x, axis=0) / _sum(weights)
+    centre = total(weights[:, None] * x, axis=0) / total(weights)
     points = (x - centre).T
     points = jnp.where(used, points, 0.0)
     run = partial(_iterate, points, weights, max_iter=max_iter, tol=tol, floor=covariance_floor)
@@ -148,25 +147,6 @@ def _checked_weights(weights, dtype) -> jax.Array:
     return jnp.where(weights >= 0, weights, jnp.nan)
 
 
-def _sum(values: jax.Array, axis: int = -1) -> jax.Array:
-    """Sum over an axis of points, block by block."""
-    if values.shape[axis] <= BLOCK:
-        return values.sum(axis)
-    axis %= values.ndim
-    blocks = values.reshape(*values.shape[:axis], -1, BLOCK, *values.shape[axis + 1 :])
-    return blocks.sum(axis + 1).sum(axis)
-
-
-def _dot(subscripts: str, *operands: jax.Array) -> jax.Array:
-    """einsum that sums over the points (index n, the last of every operand), block by block."""
-    count = operands[0].shape[-1]
-    if count <= BLOCK:
-        return jnp.einsum(subscripts, *operands, precision="highest")
-    inputs, output = subscripts.split("->")
-    blocks = (operand.reshape(*operand.shape[:-1], -1, BLOCK) for operand in operands)
-    return jnp.einsum(f"{inputs.replace('n', 'bn')}->b{output}", *blocks, precision="highest").sum(0)
-
-
 def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
     """EM from `start` until it has converged, failed, or run out of iterations."""
     dtype = points.dtype
@@ -197,7 +177,7 @@ def _fit_one(points, weights, covariance_type, floor, max_iter) -> Fit:
     _, means, scatter = _moments(points, weights[None], origin, covariance_type == "full")
     mixture = Mixture(jnp.zeros(1, points.dtype), means, _regularise(scatter, floor))
     joint = log_joint(mixture, precision_factor(mixture.covariances), points)[0]
-    log_likelihood = _sum(weights * joint) / _sum(weights)
+    log_likelihood = total(weights * joint) / total(weights)
     failed = ~jnp.isfinite(log_likelihood)
     mixture = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), mixture)
     return Fit(mixture, jnp.full(max_iter, log_likelihood), ~failed)
@@ -209,9 +189,9 @@ def _em_step(points, weights, mixture: Mixture, floor):
     joint = log_joint(mixture, factor, points)
     largest = joint.max(0)
     scaled = jnp.exp(joint - largest)
-    total = scaled.sum(0)
-    log_likelihood = _sum(weights * (largest + jnp.log(total))) / _sum(weights)
-    responsibilities = scaled * (weights / total)
+    density = scaled.sum(0)
+    log_likelihood = total(weights * (largest + jnp.log(density))) / total(weights)
+    responsibilities = scaled * (weights / density)
     mass, means, scatter = _moments(points, responsibilities, mixture.means, mixture.covariances.ndim == 3)
     covariances = _regularise(scatter, floor)
     # Keep the old covariance where the new one, with its floor, explains the points worse.
@@ -231,15 +211,15 @@ def _moments(points, responsibilities, shift, full: bool):
     dim = points.shape[0]
     if dim <= SMALL_DIM:
         return _moments_small(points, responsibilities, shift, full)
-    mass = _sum(responsibilities)
+    mass = total(responsibilities)
     divisor = jnp.where(mass > 0, mass, 1.0)[:, None]
-    means = _dot("kn,dn->kd", responsibilities, points) / divisor
+    means = dot("kn,dn->kd", responsibilities, points) / divisor
     means = jnp.where(mass[:, None] > 0, means, shift)
     difference = points - means[:, :, None]
     if not full:
-        return mass, means, _dot("kn,kdn->kd", responsibilities, difference**2) / divisor
+        return mass, means, dot("kn,kdn->kd", responsibilities, difference**2) / divisor
     weighted = responsibilities[:, None, :] * difference
-    scatter = _dot("kin,kjn->kij", weighted, difference) / divisor[:, :, None]
+    scatter = dot("kin,kjn->kij", weighted, difference) / divisor[:, :, None]
     return mass, means, scatter
 
 
@@ -250,12 +230,7 @@ def _moments_small(points, responsibilities, shift, full: bool):
     terms = [responsibilities]
     terms += [responsibilities * difference[d] for d in range(dim)]
     terms += [responsibilities * difference[i] * difference[j] for i, j in pairs]
-    zeros = tuple(jnp.zeros((), points.dtype) for _ in terms)
-    add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
-    if points.shape[1] > BLOCK:
-        terms = [term.reshape(len(term), -1, BLOCK) for term in terms]
-        terms = jax.lax.reduce(tuple(terms), zeros, add, (2,))
-    sums = jax.lax.reduce(tuple(terms), zeros, add, (1,))
+    sums = together(terms)
     mass = sums[0]
     divisor = jnp.where(mass > 0, mass, 1.0)
     moved = [s / divisor for s in sums[1 : 1 + dim]]
@@ -288,71 +263,14 @@ def _start(points, weights, num_components, covariance_type, init, floor, num_ac
         _, _, spread = _moments(points, everything, jnp.zeros_like(means), covariance_type == "full")
         uniform = jnp.full(num_components, -math.log(num_components), points.dtype)
         return Mixture(uniform, means, _regularise(spread, floor))
-    centres = _seed(key, points, weights, num_components)
+    centres = kmeans.seed(key, points, weights, num_components)
     if num_active is not None:
         # No point is nearest to a centre at infinity: it stays without points, and its component without weight.
         centres = jnp.where(jnp.arange(num_components)[:, None] < num_active, centres, jnp.inf)
     if init == "kmeans":
-        centres = _lloyd(points, weights, centres)
-    owner = _nearest(points, centres)
+        centres = kmeans.lloyd(points, weights, centres)
+    owner = kmeans.nearest(points, centres)
     hard = jnp.where(owner == jnp.arange(num_components)[:, None], weights, 0.0)
     centres = jnp.where(jnp.isfinite(centres), centres, 0.0)
     mass, means, scatter = _moments(points, hard, centres, covariance_type == "full")
     return Mixture(jnp.log(mass / mass.sum()), means, _regularise(scatter, floor))
-
-
-def _distances(points, centres):
-    """Squared distances [K, N]."""
-    return sum((points[d] - centres[:, d, None]) ** 2 for d in range(points.shape[0]))
-
-
-def _nearest(points, centres):
-    return jnp.argmin(_distances(points, centres), 0)
-
-
-def _seed(key, points, weights, num_components):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007), with 2 + ln K candidates a round as scikit-learn has."""
-    candidates = 2 + int(math.log(num_components))
-    first_key, key = jax.random.split(key)
-    first = _draw(first_key, weights, 1)[0]
-    centres = jnp.broadcast_to(points[:, first], (num_components, points.shape[0]))
-    closest = _distances(points, centres[:1])[0]
-
-    def add(k, carry):
-        centres, closest = carry
-        potential = weights * closest
-        # Where every point coincides with a centre, any of them will do.
-        potential = jnp.where(_sum(potential) > 0, potential, weights)
-        picks = _draw(jax.random.fold_in(key, k), potential, candidates)
-        after = jnp.minimum(closest, _distances(points, points[:, picks].T))
-        best = jnp.argmin(_sum(weights * after))
-        return centres.at[k].set(points[:, picks[best]]), after[best]
-
-    return jax.lax.fori_loop(1, num_components, add, (centres, closest))[0]
-
-
-def _draw(key, mass, count):
-    """`count` indices, drawn with probability proportional to `mass` [N]."""
-    cumulative = jnp.cumsum(mass)
-    uniform = jax.random.uniform(key, (count, 1), mass.dtype) * cumulative[-1]
-    # Rounding can bring a uniform number up to the total; the last point with any mass is then the one.
-    return jnp.minimum((uniform >= cumulative).sum(1), (cumulative < cumulative[-1]).sum())
-
-
-def _lloyd(points, weights, centres, max_iter: int = 300):
-    """Lloyd's iterations until no point changes its cluster; an empty cluster stays where it is."""
-
-    def going(carry):
-        step, _, moved = carry
-        return (step < max_iter) & moved
-
-    def update(carry):
-        step, centres, _ = carry
-        owner = _nearest(points, centres)
-        hard = jnp.where(owner == jnp.arange(centres.shape[0])[:, None], weights, 0.0)
-        mass = _sum(hard)[:, None]
-        sums = _dot("kn,dn->kd", hard, points)
-        means = jnp.where(mass > 0, sums / jnp.where(mass > 0, mass, 1.0), centres)
-        return step + 1, means, jnp.any(means != centres)
-
-    return jax.lax.while_loop(going, update, (jnp.int32(0), centres, jnp.bool_(True)))[1]

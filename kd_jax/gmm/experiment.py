@@ -1,12 +1,15 @@
-"""The mixture experiment (Cha & Cho, section 3): p* -> data -> teacher -> sharpen -> students -> scores.
+"""The mixture experiment (Cha & Cho, section 3) with its controls: which students, at which settings, and its rows.
 
-One seed is a pure function, `chain`; a sweep is that function under `vmap` over seeds, with the students under `vmap`
-over beta, in one jitted program per `Setting`. beta, seed and separation are traced, so that a sweep compiles once for
-each set of shapes. Within a seed all betas share their random numbers: the differences along the frontier are then less
-noisy than the points, and no number depends on which other betas were asked for.
+One seed is a pure function, `chain`; a sweep is that function under `vmap` over seeds, one jitted program. beta,
+sampling temperature, seed and separation are traced. Within a seed all students share their random numbers: differences
+along the frontier are then less noisy than its points, and no number depends on which other betas were asked for.
+
+The other settings (`spec.vary`) are cells: sizes within the largest, also traced, so that a capacity grid is two
+programs, one for students of one component, whose EM is closed-form, and one for the others.
 """
 
-import itertools
+from __future__ import annotations
+
 import time
 from functools import partial
 from pathlib import Path
@@ -16,305 +19,314 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.gmm import em
+from kd_jax.gmm import findings
+from kd_jax.gmm import students as lib
 from kd_jax.gmm import sweep as chunks
-from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, weight_entropy
+from kd_jax.gmm.mixture import Mixture, sharpen
 from kd_jax.gmm.specs import GmmSpec, SweepSpec
-from kd_jax.metrics import Mean
+from kd_jax.gmm.students import (
+    AXES,
+    CHOICE,
+    CONTROLS,
+    COOLINGS,
+    DIRECT,
+    DISTILLED,
+    PLAIN,
+    Scores,
+    Setting,
+    Simple,
+    Sizes,
+)
 from kd_jax.parallel import distributed
-from kd_jax.runs.settings import freeze
 from kd_jax.storage.files import replacing
 
 Spec = GmmSpec  # what kd_jax.train freezes the config into
-# What a random key is for: fold_in(key(seed), purpose).
-DATA, TEACHER, DISTILL, STUDENT, DIRECT, PRECISION, RECALL = range(7)
-AXES = ("dim", "num_data", "teacher_components", "student_components", "separation")
 
 
-class Setting(NamedTuple):
-    """What fixes the shapes of a program; every field is a compile-time constant."""
+class Chain(NamedTuple):
+    """All that one seed makes. Students: direct, plain, one for each of B betas, one for each of CONTROLS."""
+
+    data: jax.Array  # [num_data, D]
+    teacher: Mixture
+    sharpened: Mixture  # by the largest beta
+    students: Mixture  # [students, ...]
+    scores: Scores  # [students]
+    curves: Simple  # [temperatures, coolings, students]
+    choice: Simple  # [shares]
+
+
+class Numbers(NamedTuple):
+    """The traced numbers of a sweep."""
+
+    betas: np.ndarray
+    temperatures: np.ndarray
+    shares: np.ndarray
+    separation: float
+    tol: float
+
+
+class Cell(NamedTuple):
+    """A setting other than the base: the axes' values."""
 
     dim: int
     num_data: int
     teacher_components: int
     student_components: int
     num_distill: int
-    num_precision: int
-    num_recall: int
-    max_iter: int
-    num_starts: int
-    covariance_type: str
+    separation: float
 
 
-class Scores(NamedTuple):
-    """Scores of one student, nats. The fields ending in `_se` are standard errors over the draws.
+class Part(NamedTuple):
+    """A part of the run that is computed, and saved, at once."""
 
-    precision = E_{x~student} log p*(x) and recall = E_{x~p*} log student(x), on fresh draws. The two `_notebook`
-    columns are the published notebook's: precision under the sharpened teacher, recall on the training data.
-    kl_student_data = KL(student || p*) and kl_data_student = KL(p* || student).
-    """
-
-    precision: jax.Array
-    precision_se: jax.Array
-    recall: jax.Array
-    recall_se: jax.Array
-    precision_notebook: jax.Array
-    recall_notebook: jax.Array
-    weight_entropy: jax.Array
-    teacher_entropy: jax.Array
-    student_entropy: jax.Array
-    student_entropy_se: jax.Array
-    kl_student_data: jax.Array
-    kl_student_data_se: jax.Array
-    kl_data_student: jax.Array
-    kl_data_student_se: jax.Array
+    setting: Setting
+    first: int  # first seed
+    size: int  # seeds in the program
+    keep: int  # seeds that count
+    cells: tuple[Cell, ...] = ()  # none for the base setting
 
 
-class Chain(NamedTuple):
-    """All that one seed makes; `distilled`, `sharpened` and their scores have a leading axis over beta."""
-
-    data: jax.Array
-    teacher: Mixture
-    direct: Mixture
-    sharpened: Mixture
-    distilled: Mixture
-    direct_scores: Scores
-    distilled_scores: Scores
-
-
-def eight_modes(dim: int, separation: float | jax.Array = 1.0, variance: float = 0.025) -> Mixture:
-    """p*: 8 Gaussians of equal weight at separation * {-1, 0, 1}^2 without the origin, covariance variance * I.
-
-    In more than two dimensions the modes lie in the plane of the first two axes and every other coordinate is
-    N(0, variance), so the density is known exactly and distances between modes stay those of two dimensions.
-    Raises ValueError for less than two dimensions.
-    """
-    if dim < 2:
-        raise ValueError(f"p* needs at least 2 dimensions, not {dim}")
-    modes = np.zeros((8, dim), np.float32)
-    modes[:, :2] = [m for m in itertools.product((-1, 0, 1), repeat=2) if m != (0, 0)]
-    means = jnp.asarray(modes) * separation
-    return Mixture(jnp.full(8, -np.log(8), means.dtype), means, jnp.full((8, dim), variance, means.dtype))
-
-
-class Ground(NamedTuple):
-    """What all students of one seed share."""
-
-    p_star: Mixture
-    data: jax.Array  # [num_data, D]
-    fresh: jax.Array  # [num_recall, D], draws of p* that no model was fitted to
-    teacher: Mixture
-    direct: Mixture
-
-
-def keys(seed: jax.Array):
-    """Purpose -> random key of one seed."""
-    return partial(jax.random.fold_in, jax.random.key(seed))
-
-
-def ground(setting: Setting, seed: jax.Array, separation: jax.Array, tol: jax.Array) -> Ground:
-    """The data, the teacher and the direct student of one seed."""
-    key, fit = keys(seed), _fit(setting, tol)
-    p_star = eight_modes(setting.dim, separation)
-    data = sample(key(DATA), p_star, setting.num_data)
-    teacher = fit(key(TEACHER), data, setting.teacher_components).mixture
-    direct = fit(key(DIRECT), data, setting.student_components).mixture
-    return Ground(p_star, data, sample(key(RECALL), p_star, setting.num_recall), teacher, direct)
-
-
-def distil(setting: Setting, seed: jax.Array, teachers: Mixture, tol: jax.Array) -> tuple[jax.Array, Mixture]:
-    """Draws [T, num_distill, D] of each of the `teachers` (leading axis T), and the students fitted to them by EM."""
-    key, fit = keys(seed), _fit(setting, tol)
-    corpora = jax.vmap(sample, (None, 0, None))(key(DISTILL), teachers, setting.num_distill)
-    return corpora, jax.vmap(lambda x: fit(key(STUDENT), x, setting.student_components).mixture)(corpora)
-
-
-def _fit(setting: Setting, tol: jax.Array):
-    fit = partial(em.fit, max_iter=setting.max_iter, num_starts=setting.num_starts, tol=tol)
-    return partial(fit, covariance_type=setting.covariance_type)
-
-
-def score(setting: Setting, seed: jax.Array, shared: Ground, student: Mixture, teacher: Mixture, corpus) -> Scores:
-    """Scores of one student. `corpus` are draws of its `teacher`, of which that one's entropy is estimated."""
-    p_star, fresh = shared.p_star, shared.fresh
-    draws = sample(keys(seed)(PRECISION), student, setting.num_precision)
-    draws_star, draws_student = log_prob(p_star, draws), log_prob(student, draws)
-    fresh_star, fresh_student = log_prob(p_star, fresh), log_prob(student, fresh)
-    precision, recall, entropy = Mean.of(draws_star), Mean.of(fresh_student), Mean.of(-draws_student)
-    # The divergences as means of differences on one set of draws: less noisy than the difference of two means.
-    kl_student, kl_data = Mean.of(draws_student - draws_star), Mean.of(fresh_star - fresh_student)
-    return Scores(
-        precision=precision.mean,
-        precision_se=precision.standard_error,
-        recall=recall.mean,
-        recall_se=recall.standard_error,
-        precision_notebook=log_prob(teacher, draws).mean(),
-        recall_notebook=log_prob(student, shared.data).mean(),
-        weight_entropy=weight_entropy(teacher),
-        teacher_entropy=-log_prob(teacher, corpus).mean(),
-        student_entropy=entropy.mean,
-        student_entropy_se=entropy.standard_error,
-        kl_student_data=kl_student.mean,
-        kl_student_data_se=kl_student.standard_error,
-        kl_data_student=kl_data.mean,
-        kl_data_student_se=kl_data.standard_error,
-    )
-
-
-def chain(setting: Setting, seed: jax.Array, betas: jax.Array, separation: jax.Array, tol: jax.Array) -> Chain:
-    """One seed of the experiment: `betas` [B] -> the students and their scores."""
-    shared = ground(setting, seed, separation, tol)
-    sharpened = jax.vmap(sharpen, (None, 0))(shared.teacher, betas)
-    corpora, distilled = distil(setting, seed, sharpened, tol)
-    judge = partial(score, setting, seed, shared)
+def chain(setting: Setting, seed: jax.Array, numbers: Numbers) -> Chain:
+    """One seed of the experiment."""
+    shared = lib.ground(setting, seed, numbers.separation, numbers.tol)
+    sharpened = jax.vmap(sharpen, (None, 0))(shared.teacher, numbers.betas)
+    teachers = _stack(_one(shared.teacher), sharpened, lib.controls(shared.teacher, seed))
+    corpora, distilled = lib.distil(setting, seed, teachers, numbers.tol)
+    students = _stack(_one(shared.direct), distilled)
     # As in the notebook, the direct student's notebook column is under the last, most selective, teacher.
     last = jax.tree.map(lambda leaf: leaf[-1], sharpened)
-    own = sample(keys(seed)(DISTILL), shared.teacher, setting.num_distill)
-    direct_scores = judge(shared.direct, last, own)._replace(
-        weight_entropy=weight_entropy(shared.teacher), teacher_entropy=-log_prob(shared.teacher, own).mean()
+    judges, draws = _stack(_one(last), teachers), jnp.concatenate([corpora[:1], corpora])
+    scores = jax.vmap(partial(lib.score, setting, seed, shared))(students, judges, draws)
+    # What the direct student was fitted to are draws of p*.
+    entropy = -lib.log_prob(shared.p_star, shared.data).mean()
+    scores = scores._replace(
+        teacher_entropy=scores.teacher_entropy.at[0].set(entropy),
+        weight_entropy=scores.weight_entropy.at[0].set(lib.weight_entropy(shared.p_star)),
     )
-    distilled_scores = jax.vmap(judge)(distilled, sharpened, corpora)
-    return Chain(shared.data, shared.teacher, shared.direct, sharpened, distilled, direct_scores, distilled_scores)
+    simple = partial(lib.simple_score, setting, seed, shared)
+    ways = [False, True] if setting.student_components > 1 else [False]
+
+    def at_temperature(temperature):
+        by = [jax.vmap(lambda m, way=way: simple(lib.cooled(m, temperature, way)))(students) for way in ways]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *by)
+
+    # One temperature after the other: all at once need more memory and are no faster.
+    curves = jax.lax.map(at_temperature, numbers.temperatures)
+    plain, selective = 1, 1 + len(numbers.betas)
+    pick = lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree)  # noqa: E731
+    pair = [Simple(scores.precision[index], scores.recall[index]) for index in (plain, selective)]
+    choice = lib.random_choice(shared, numbers.shares, pick(students, plain), pick(students, selective), pair)
+    return Chain(shared.data, shared.teacher, last, students, scores, curves, choice)
 
 
-def _scores(setting: Setting, seeds, betas, separation, tol) -> tuple[Scores, Scores]:
-    """Scores of the direct [S] and the distilled [S, B] students of many seeds [S]."""
-    chains = jax.vmap(partial(chain, setting), (0, None, None, None))(seeds, betas, separation, tol)
-    return chains.direct_scores, chains.distilled_scores
+def _one(mixture: Mixture) -> Mixture:
+    return jax.tree.map(lambda leaf: leaf[None], mixture)
 
 
-_sweep = jax.jit(_scores, static_argnums=0)
-_one_chain = jax.jit(chain, static_argnums=0)
+def _stack(*mixtures: Mixture) -> Mixture:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *mixtures)
 
 
-def sweep(setting: Setting, seeds, betas, separation=1.0, tol=1e-3, devices=None) -> tuple[Scores, Scores]:
-    """Scores of the direct [S] and distilled [S, B] students, on all `devices` (default: every one there is).
-
-    Seeds are spread over the devices; where they do not divide evenly the last ones are computed twice and dropped.
-    """
-    program = lambda seeds, numbers: _sweep(setting, seeds, *numbers)  # noqa: E731
-    return chunks.over_seeds(program, seeds, (np.asarray(betas), separation, tol), devices)
-
-
-def validate(config) -> None:
-    """Raises ValueError, naming the key, for a value that cannot work."""
-    as_spec(config)
+def cell(setting: Setting, seed: jax.Array, sizes: Sizes, separation, betas, tol) -> dict[str, jax.Array]:
+    """One seed at sizes within those of `setting`: the direct student, then one for each beta, [1 + B]."""
+    shared = lib.ground(setting, seed, separation, tol, sizes)
+    teachers = jax.vmap(sharpen, (None, 0))(shared.teacher, betas)
+    corpora, distilled = lib.distil(setting, seed, teachers, tol, sizes)
+    scores = jax.vmap(partial(lib.simple_score, setting, seed, shared))(_stack(_one(shared.direct), distilled))
+    entropies = jax.vmap(lambda teacher, corpus: -lib.log_prob(teacher, corpus).mean())(teachers, corpora)
+    of_data = -lib.log_prob(shared.p_star, shared.data).mean()
+    return {**scores._asdict(), "teacher_entropy": jnp.concatenate([of_data[None], entropies])}
 
 
-def as_spec(config) -> Spec:
-    """The frozen spec of a config, or the spec itself."""
-    return config if isinstance(config, Spec) else freeze(Spec, config)
+def _cells(setting: Setting, seeds, sizes: Sizes, separations, betas, tol) -> dict[str, jax.Array]:
+    """[S, C, 1 + B] for seeds [S] and cells [C], one cell after the other: each stops when its own EM has converged."""
+    one = lambda c: jax.vmap(lambda seed: cell(setting, seed, *c, betas, tol))(seeds)  # noqa: E731
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), jax.lax.map(one, (sizes, separations)))
 
 
-def settings(spec: Spec) -> list[tuple[Setting, float]]:
-    """The base setting, then the base with each value of `spec.vary` alone; no setting twice."""
-    changes = [{}] + [{axis: value} for axis in AXES for value in getattr(spec.vary, axis)]
-    pairs = []
-    for change in changes:
-        values = {name: change.get(name, getattr(spec, name)) for name in (*Setting._fields, "separation")}
-        separation = values.pop("separation")
-        pairs.append((Setting(**values), separation))
-    return list(dict.fromkeys(pairs))
+def _chains(setting: Setting, seeds, numbers: Numbers) -> Chain:
+    return jax.vmap(partial(chain, setting), (0, None))(seeds, numbers)
 
 
-def chunk_size(setting: Setting, num_betas: int, memory_gib: float) -> int:
+_sweep = jax.jit(_chains, static_argnums=0)
+_cell_sweep = jax.jit(_cells, static_argnums=0)
+
+
+def sweep(setting: Setting, seeds, numbers: Numbers, devices=None) -> Chain:
+    """`chain` for many seeds [S], on all `devices` (default: every one there is)."""
+    return chunks.over_seeds(lambda s, n: _sweep(setting, s, n), seeds, numbers, devices)
+
+
+def cell_sweep(setting: Setting, seeds, cells: tuple[Cell, ...], betas, tol) -> dict[str, np.ndarray]:
+    """`cell` for many seeds and cells: [S, C, 1 + B]."""
+    sizes = Sizes(*(np.array([getattr(c, name) for c in cells]) for name in Sizes._fields))
+    numbers = (sizes, np.array([c.separation for c in cells]), np.asarray(betas), tol)
+    return chunks.over_seeds(lambda s, n: _cell_sweep(setting, s, *n), seeds, numbers)
+
+
+def validate(spec: Spec) -> None:
+    """A spec that exists can run: its own checks are all there are."""
+
+
+def base_of(spec: SweepSpec) -> Setting:
+    """The base setting of a spec."""
+    return Setting(**{name: getattr(spec, name) for name in Setting._fields})
+
+
+def numbers_of(spec: Spec) -> Numbers:
+    """The traced numbers of a spec."""
+    temperatures, shares = (np.asarray(values, np.float32) for values in (spec.temperatures, spec.shares))
+    return Numbers(spec.betas, temperatures, shares, spec.separation, spec.tol)
+
+
+def cells_of(spec: Spec) -> list[Cell]:
+    """The settings of `spec.vary`, none twice and none the base itself."""
+    base = Cell(*(getattr(spec, name) for name in AXES))
+    listed = [base._replace(**{axis: value}) for axis in AXES for value in getattr(spec.vary, axis)]
+    listed += [
+        base._replace(teacher_components=teacher, student_components=student)
+        for teacher in spec.vary.grid
+        for student in spec.vary.grid
+    ]
+    return [c for c in dict.fromkeys(listed) if c != base]
+
+
+def chunk_size(setting: Setting, num_students: int, memory_gib: float) -> int:
     """Seeds that fit the memory at once, by the live float32 arrays of a seed (measured: benchmarks/gmm_sweep.py).
 
-    Not by the number of devices: a run may be resumed on another.
+    It does not depend on the number of devices: a run can be resumed on another.
     """
     points = max(setting.num_distill, setting.num_precision, setting.num_recall)
     components = setting.student_components
     width = 3 * setting.dim + 6 * components + (0 if setting.dim <= 4 else 2 * setting.dim * components)
-    return max(1, int(memory_gib * 2**30 / (8 * num_betas * points * width)))
+    return max(1, int(memory_gib * 2**30 / (8 * num_students * points * width)))
 
 
-class Chunk(NamedTuple):
-    """A part of a sweep that is computed, and saved, at once."""
-
-    setting: Setting
-    separation: float
-    first: int  # first seed
-    size: int  # seeds in the program
-    keep: int  # seeds that count
+def seed_parts(spec: SweepSpec, setting: Setting, size: int, seeds: int, cells: tuple[Cell, ...] = ()) -> list[Part]:
+    """All seeds, at most `size` at a time."""
+    size = min(seeds, size)
+    return [Part(setting, spec.seed + f, size, min(size, seeds - f), cells) for f in range(0, seeds, size)]
 
 
-def chunk_plan(spec: Spec) -> list[Chunk]:
-    """The sweep in chunks of seeds that fit `spec.memory_gib`; depends on the spec alone."""
-    plan = []
-    for setting, separation in settings(spec):
-        plan += seed_chunks(spec, setting, separation, chunk_size(setting, spec.num_betas, spec.memory_gib))
+def plan_of(spec: Spec) -> list[Part]:
+    """The run in parts that fit `spec.memory_gib`; depends on the spec alone."""
+    base = base_of(spec)
+    # a student for each beta, the direct and the plain one, and the controls
+    size = chunk_size(base, spec.num_betas + 2 + len(CONTROLS), spec.memory_gib)
+    plan = seed_parts(spec, base, size, spec.seeds)
+    groups: dict[tuple, list[Cell]] = {}
+    for c in cells_of(spec):
+        groups.setdefault((c.dim, c.student_components == 1), []).append(c)
+    for group in groups.values():
+        largest = {name: max(getattr(c, name) for c in group) for name in ("dim", *Sizes._fields)}
+        setting = base._replace(**largest)
+        size = chunk_size(setting, 1 + len(spec.vary.betas), spec.memory_gib)
+        plan += seed_parts(spec, setting, size, min(spec.vary.seeds, spec.seeds), tuple(group))
     return plan
 
 
-def seed_chunks(spec: SweepSpec, setting: Setting, separation: float, size: int) -> list[Chunk]:
-    """All seeds of the spec, at most `size` at a time."""
-    size = min(spec.seeds, size)
-    firsts = range(0, spec.seeds, size)
-    return [Chunk(setting, separation, spec.seed + f, size, min(size, spec.seeds - f)) for f in firsts]
-
-
-def _rows(chunk: Chunk, betas, scores: dict[str, dict]) -> list[dict]:
-    """One row per student."""
-    shape = {name: getattr(chunk.setting, name) for name in AXES[:4]} | {"separation": chunk.separation}
-    rows = []
-    for s in range(chunk.keep):
-        arms = [("direct", betas[-1], (s,))] + [("distilled", beta, (s, b)) for b, beta in enumerate(betas)]
-        for arm, beta, index in arms:
-            values = {name: float(scores[arm][name][index]) for name in Scores._fields}
-            rows.append(shape | {"arm": arm, "beta": float(beta), "seed": chunk.first + s} | values)
-    return rows
-
-
-def run(config, folder: Path) -> dict:
-    """Run the sweep of `config` into the run folder, carrying on after the chunks that were saved whole.
+def run(spec: Spec, folder: Path) -> dict:
+    """Runs the sweep into the run folder, resuming after the parts that were saved whole.
 
     Returns where the time went, in seconds, for the manifest.
     """
     began = time.perf_counter()
-    spec = as_spec(config)
-    betas, plan = spec.betas, chunk_plan(spec)
+    plan, numbers, first = plan_of(spec), numbers_of(spec), {}
+
+    def program(part: Part, seeds) -> dict:
+        if part.cells:
+            return {"cells": cell_sweep(part.setting, seeds, part.cells, spec.vary.betas, spec.tol)}
+        made = sweep(part.setting, seeds, numbers)
+        return {name: _plain(value) for name, value in made._asdict().items()}
 
     def compute(c: int) -> dict:
-        # A chunk past the last seed is computed in full, so that there is one program, and cut afterwards.
-        chunk = plan[c]
-        seeds = chunk.first + np.arange(chunk.size)
-        scores = sweep(chunk.setting, seeds, betas, chunk.separation, spec.tol)
-        direct, distilled = (jax.tree.map(lambda leaf: leaf[: chunk.keep], arm) for arm in scores)
-        return {"direct": direct._asdict(), "distilled": distilled._asdict()}
+        # The last part is computed in full, so that there is one program, and cut afterwards.
+        arrays = program(plan[c], plan[c].first + np.arange(plan[c].size))
+        return jax.tree.map(lambda leaf: leaf[: plan[c].keep], arrays)
 
-    def like(c: int) -> dict:
-        shapes = {"direct": plan[c].keep, "distilled": (plan[c].keep, len(betas))}
-        return {arm: {name: np.zeros(shape, np.float32) for name in Scores._fields} for arm, shape in shapes.items()}
+    def rows(c: int, arrays: dict) -> list[dict]:
+        if c == 0:
+            first.update(jax.tree.map(lambda leaf: np.asarray(leaf[0]), arrays))
+        return list(_cell_rows(spec, plan[c], arrays["cells"]) if plan[c].cells else _rows(spec, plan[c], arrays))
 
-    chunks.run(folder, len(plan), compute, lambda c, trees: _rows(plan[c], betas, trees), like)
+    chunks.run(folder, len(plan), compute, rows, lambda c: _like(spec, plan[c]))
     swept = time.perf_counter()
     if spec.dim == 2 and distributed.leads():
-        _write_panels(folder / "checkpoints" / "panels.npz", panels(spec))
+        with replacing(folder / "checkpoints" / "panels.npz") as file:
+            np.savez(file, **panels(spec, first))
     return {"sweep_seconds": swept - began, "panels_seconds": time.perf_counter() - swept}
 
 
-def panels(spec: Spec, grid_size: int = 160) -> dict[str, np.ndarray]:
-    """The first seed's chain at the largest beta, for the contour panels: log densities on a grid, and samples."""
-    setting, separation = settings(spec)[0]
-    one = _one_chain(setting, jnp.uint32(spec.seed), jnp.asarray(spec.betas), separation, spec.tol)
-    last = jax.tree.map(lambda leaf: leaf[-1], (one.sharpened, one.distilled))
-    mixtures = {
-        "p_star": eight_modes(2, separation),
-        "teacher": one.teacher,
-        "direct": one.direct,
-        "distilled": last[1],
-    }
-    axis = jnp.linspace(-2.0, 2.0, grid_size) * max(separation, 0.75)
-    grid = jnp.stack(jnp.meshgrid(axis, axis), -1)
-    arrays = {"grid_x": axis, "grid_y": axis, "data": one.data, "beta": spec.betas[-1]}
-    arrays |= {f"log_{name}": jax.jit(log_prob)(mixture, grid) for name, mixture in mixtures.items()}
-    mixtures["teacher"] = last[0]  # the samples shown are the sharpened teacher's
-    key = jax.random.key(spec.seed)
-    draw = jax.jit(sample, static_argnums=2)
-    arrays |= {f"samples_{name}": draw(key, mixture, 500) for name, mixture in mixtures.items()}
-    return {name: np.asarray(value) for name, value in arrays.items()}
+def result(folder: Path) -> list[str]:
+    """What a finished run has found, in lines."""
+    return findings.summary(folder)
 
 
-def _write_panels(path: Path, arrays: dict) -> None:
-    with replacing(path) as file:
-        np.savez(file, **arrays)
+def _plain(value):
+    """Named tuples as dicts, which is what a checkpoint holds."""
+    return value._asdict() if isinstance(value, tuple) else value
+
+
+def _like(spec: Spec, part: Part) -> dict:
+    """Arrays of the shapes and types that a part's program makes."""
+    seeds, numbers = np.zeros(part.keep, np.uint32), jax.tree.map(np.float32, numbers_of(spec))
+    if part.cells:
+        shape = (part.keep, len(part.cells), 1 + len(spec.vary.betas))
+        return {"cells": {name: np.zeros(shape, np.float32) for name in (*Simple._fields, "teacher_entropy")}}
+    shapes = jax.eval_shape(partial(_chains, part.setting), seeds, numbers)
+    shapes = {name: _plain(value) for name, value in shapes._asdict().items()}
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def _arms(spec: Spec) -> list[tuple[str, float | None]]:
+    """Name and beta of each student of a chain, in its order."""
+    return [(DIRECT, None), (PLAIN, None), *((DISTILLED, float(b)) for b in spec.betas), *((c, None) for c in CONTROLS)]
+
+
+def _rows(spec: Spec, part: Part, arrays: dict):
+    """Rows of each seed: one for each student at each of its sampling temperatures, and for each random choice."""
+    setting = {name: getattr(spec, name) for name in AXES}
+    scores, curves, choice = (
+        {name: np.asarray(values, float) for name, values in arrays[key].items()}
+        for key in ("scores", "curves", "choice")
+    )
+    for s in range(part.keep):
+        own = setting | {"seed": part.first + s}
+        for i, (arm, beta) in enumerate(_arms(spec)):
+            who = own | {"arm": arm, "beta": beta}
+            yield who | {"sample_temperature": 1.0} | {name: float(v[s, i]) for name, v in scores.items()}
+            entropy = float(scores["teacher_entropy"][s, i])
+            for t, temperature in enumerate(spec.temperatures):
+                for w in range(curves["recall"].shape[2]):
+                    at = {"sample_temperature": temperature, "cooling": COOLINGS[w], "teacher_entropy": entropy}
+                    yield who | at | {name: float(v[s, t, w, i]) for name, v in curves.items()}
+        for m, share in enumerate(spec.shares):
+            who = own | {"arm": CHOICE, "beta": None, "share": share, "sample_temperature": 1.0}
+            yield who | {name: float(v[s, m]) for name, v in choice.items()}
+
+
+def _cell_rows(spec: Spec, part: Part, scores: dict):
+    """A row for each student of each cell and seed."""
+    for c, setting in enumerate(part.cells):
+        for s in range(part.keep):
+            for i, beta in enumerate((None, *spec.vary.betas)):
+                who = {
+                    "seed": part.first + s,
+                    "arm": DISTILLED if i else DIRECT,
+                    "beta": beta,
+                    "sample_temperature": 1.0,
+                }
+                yield setting._asdict() | who | {name: float(v[s, c, i]) for name, v in scores.items()}
+
+
+def panels(spec: Spec, first: dict) -> dict[str, np.ndarray]:
+    """The data and mixtures of the first seed at the largest beta, for the contour panels.
+
+    Args: first: the arrays of the first seed's chain.
+    """
+    take = lambda index: {name: leaf[index] for name, leaf in first["students"].items()}  # noqa: E731
+    p_star = lib.eight_modes(2, spec.separation)._asdict()
+    mixtures = {"p_star": p_star, "direct": take(0), "distilled": take(1 + spec.num_betas)}
+    mixtures |= {name: first[name] for name in ("teacher", "sharpened")}
+    arrays = {f"{name}_{field}": np.asarray(leaf) for name, m in mixtures.items() for field, leaf in m.items()}
+    return arrays | {"data": first["data"], "beta": spec.betas[-1]}

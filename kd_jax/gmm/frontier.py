@@ -3,7 +3,8 @@
 Some knobs make the teacher more selective, and EM fits the student to its draws: beta (the counterpart of a language
 model's sampling temperature), top-k and top-p over the weights of its components. Others leave the teacher as it is and
 choose what the student minimises: Jensen-Shannon divergences from forward to reverse KL, and skew KLs, by gradient.
-All students of a seed share p*, data, teacher and random numbers, so knobs are compared seed by seed.
+All students of a seed share p*, data, teacher and random numbers, so knobs are compared seed by seed. Two ways need no
+knob and are what knobs have to beat: sampling a student at a lower temperature, and a random choice between two.
 
 Which divergence, which beta and so on are traced, as in `kd_jax.gmm.experiment`: one program for all of them.
 """
@@ -18,18 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.gmm import experiment, gradient_fit
+from kd_jax.gmm import students as lib
 from kd_jax.gmm import sweep as chunks
-from kd_jax.gmm.experiment import Setting
 from kd_jax.gmm.gradient_fit import Divergence
 from kd_jax.gmm.mixture import sharpen, top_k, top_p
 from kd_jax.gmm.specs import DIVERGENCES, GmmFrontierSpec
-from kd_jax.runs.settings import freeze
+from kd_jax.gmm.students import Setting
+from kd_jax.metrics.statistics import show, t_interval
+from kd_jax.reporting import page
 
 Spec = GmmFrontierSpec  # what kd_jax.train freezes the config into
 # Knobs of the teacher: (mixture, value) -> mixture.
 TEACHERS = {"beta": sharpen, "top_k": top_k, "top_p": top_p}
 # Students without a knob: fitted to the data, and by EM to the teacher as it is.
 DIRECT, PLAIN = "direct", "plain"
+# Ways without a knob: the two students above at lower sampling temperatures, and a random choice between the plain
+# student and the one of the last beta.
+COOLED, CHOICE = {DIRECT: "cooled_direct", PLAIN: "cooled_plain"}, "random_choice"
 # What random keys are for, beside those of the experiment.
 NOISE, HELD_OUT = 100, 101
 
@@ -53,6 +59,8 @@ class Numbers(NamedTuple):
 
     teachers: dict[str, jax.Array]  # values of each knob of the teacher
     divergences: Divergence  # [D] each
+    temperatures: jax.Array
+    shares: jax.Array
     separation: jax.Array
     tol: jax.Array
     learning_rate: jax.Array
@@ -64,18 +72,18 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
     The latter also have `divergence` (on fresh draws), `objective` (on those of the fit), `gradient_norm` and `start`.
     """
     setting = program.setting
-    shared = experiment.ground(setting, seed, numbers.separation, numbers.tol)
+    shared = lib.ground(setting, seed, numbers.separation, numbers.tol)
     teachers = [jax.tree.map(lambda leaf: leaf[None], shared.teacher)]
     for knob, select in TEACHERS.items():
         if knob in numbers.teachers:
             teachers.append(jax.vmap(select, (None, 0))(shared.teacher, numbers.teachers[knob]))
     teachers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *teachers)
-    corpora, students = experiment.distil(setting, seed, teachers, numbers.tol)
-    corpus, key = corpora[0], experiment.keys(seed)
+    corpora, students = lib.distil(setting, seed, teachers, numbers.tol)
+    corpus, key = corpora[0], lib.keys(seed)
     starts = gradient_fit.starts_of(shared.teacher, jax.tree.map(lambda leaf: leaf[0], students), program.num_starts)
 
     def score(student, teacher, corpus):
-        scores = experiment.score(setting, seed, shared, student, teacher, corpus)
+        scores = lib.score(setting, seed, shared, student, teacher, corpus)
         return {name: getattr(scores, name) for name in _SCORES}
 
     def by_gradient(target: Divergence):
@@ -84,12 +92,22 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
             num_updates=program.num_updates, learning_rate=numbers.learning_rate,
         )  # fmt: skip
         fresh = gradient_fit.held_out(key(HELD_OUT), target, shared.teacher, fit.mixture, setting.num_precision)
-        about = {"divergence": fresh, "objective": fit.objective[-1], "gradient_norm": fit.gradient_norm}
-        return score(fit.mixture, shared.teacher, corpus) | about | {"start": fit.start.astype(jnp.float32)}
+        ending = {"divergence": fresh, "objective": fit.objective[-1], "gradient_norm": fit.gradient_norm}
+        return score(fit.mixture, shared.teacher, corpus) | ending | {"start": fit.start.astype(jnp.float32)}
 
+    pick = lambda index: jax.tree.map(lambda leaf: leaf[index], students)  # noqa: E731
+    em_scores = jax.vmap(score)(students, teachers, corpora)
+    cooled = lambda student: jax.vmap(  # noqa: E731
+        lambda t: lib.simple_score(setting, seed, shared, lib.cooled(student, t, by_weights=False))._asdict()
+    )(numbers.temperatures)
+    selective = len(numbers.teachers.get("beta", ()))
+    pair = [lib.Simple(em_scores["precision"][i], em_scores["recall"][i]) for i in (0, selective)]
     return {
         DIRECT: score(shared.direct, shared.teacher, corpus),
-        "em": jax.vmap(score)(students, teachers, corpora),
+        COOLED[DIRECT]: cooled(shared.direct),
+        COOLED[PLAIN]: cooled(pick(0)),
+        CHOICE: lib.random_choice(shared, numbers.shares, pick(0), pick(selective), pair)._asdict(),
+        "em": em_scores,
         # One after the other, each for all seeds and starts: all at once no longer fit the processor's cache.
         "gradient": jax.lax.map(by_gradient, numbers.divergences),
     }
@@ -118,7 +136,8 @@ def numbers_of(spec: Spec) -> Numbers:
     values = {knob: getattr(spec.knobs, knob) for knob in TEACHERS}
     teachers = {knob: np.asarray(numbers, np.float32) for knob, numbers in values.items() if numbers}
     fields = [np.asarray(column, np.float32) for column in zip(*spec.divergences, strict=True)]
-    return Numbers(teachers, Divergence(*fields), spec.separation, spec.tol, spec.learning_rate)
+    temperatures, shares = (np.asarray(numbers, np.float32) for numbers in (spec.temperatures, spec.shares))
+    return Numbers(teachers, Divergence(*fields), temperatures, shares, spec.separation, spec.tol, spec.learning_rate)
 
 
 class Student(NamedTuple):
@@ -138,53 +157,64 @@ def students(spec: Spec) -> list[Student]:
     for knob, make in DIVERGENCES.items():
         for value in getattr(spec.knobs, knob):
             listed.append(Student(knob, value, "gradient", (spec.divergences.index(make(value)),)))
-    return listed
+    for knob in COOLED.values():
+        listed += [Student(knob, value, knob, (i,)) for i, value in enumerate(spec.temperatures)]
+    return listed + [Student(CHOICE, value, CHOICE, (i,)) for i, value in enumerate(spec.shares)]
 
 
-def validate(config) -> None:
-    """Raises ValueError, naming the key, for a value that cannot work."""
-    as_spec(config)
+def validate(spec: Spec) -> None:
+    """A spec that exists can run: its own checks are all there are."""
 
 
-def as_spec(config) -> Spec:
-    """The frozen spec of a config, or the spec itself."""
-    return config if isinstance(config, Spec) else freeze(Spec, config)
-
-
-def chunk_plan(spec: Spec) -> list[experiment.Chunk]:
+def chunk_plan(spec: Spec) -> list[experiment.Part]:
     """The seeds in chunks that fit `spec.memory_gib`; depends on the spec alone."""
     program = program_of(spec)
     num_teachers = 1 + sum(len(getattr(spec.knobs, knob)) for knob in TEACHERS)
     size = experiment.chunk_size(program.setting, num_teachers, spec.memory_gib)
-    return experiment.seed_chunks(spec, program.setting, spec.separation, size)
+    return experiment.seed_parts(spec, program.setting, size, spec.seeds)
 
 
-def run(config, folder: Path) -> dict:
-    """Run the sweep of `config` into the run folder, carrying on after the chunks that were saved whole.
+def run(spec: Spec, folder: Path) -> dict:
+    """Run the sweep of `spec` into the run folder, carrying on after the chunks that were saved whole.
 
     Returns where the time went, in seconds, for the manifest.
     """
     began = time.perf_counter()
-    spec = as_spec(config)
     program, numbers, plan = program_of(spec), numbers_of(spec), chunk_plan(spec)
 
     def compute(c: int) -> dict:
-        found = sweep(program, plan[c].first + np.arange(plan[c].size), numbers)
-        return jax.tree.map(lambda leaf: leaf[: plan[c].keep], found)
+        scores = sweep(program, plan[c].first + np.arange(plan[c].size), numbers)
+        return jax.tree.map(lambda leaf: leaf[: plan[c].keep], scores)
 
     def like(c: int) -> dict:
         shapes = jax.eval_shape(lambda seeds: _sweep(program, seeds, numbers), np.zeros(plan[c].keep, np.uint32))
         return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
-    chunks.run(folder, len(plan), compute, lambda c, found: _rows(spec, plan[c], found), like)
+    chunks.run(folder, len(plan), compute, lambda c, scores: _rows(spec, plan[c], scores), like)
     return {"sweep_seconds": time.perf_counter() - began}
 
 
-def _rows(spec: Spec, chunk: experiment.Chunk, found: dict) -> list[dict]:
+def result(folder: Path) -> list[str]:
+    """What a finished run has found, in lines: precision and recall of the first and the last setting of each knob."""
+    values: dict[str, dict] = {}
+    for row in page.read_rows(folder):
+        values.setdefault(row["knob"], {}).setdefault(row["value"], []).append((row["precision"], row["recall"]))
+    lines = []
+    for knob, settings in values.items():
+        for value in list(dict.fromkeys((next(iter(settings)), list(settings)[-1]))):
+            cells = (t_interval(column) for column in np.array(settings[value], float).T)
+            precision, recall = (show(cell.mean, cell.error) for cell in cells)
+            name = knob if value is None else f"{knob} {value:g}"
+            lines.append(f"{name}: precision {precision}, recall {recall} nats")
+    return lines
+
+
+def _rows(spec: Spec, part: experiment.Part, scores: dict) -> list[dict]:
     """One row per student."""
     rows = []
-    for s in range(chunk.keep):
+    for s in range(part.keep):
         for student in students(spec):
-            scores = {name: float(column[(s, *student.index)]) for name, column in found[student.part].items()}
-            rows.append({"knob": student.knob, "value": student.value, "seed": chunk.first + s} | scores)
+            columns = scores[student.part].items()
+            values = {name: float(column[(s, *student.index)]) for name, column in columns}
+            rows.append({"knob": student.knob, "value": student.value, "seed": part.first + s} | values)
     return rows

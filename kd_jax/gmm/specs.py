@@ -26,6 +26,7 @@ class SweepSpec:
 
     seed: int = setting(0, "the first seed; the others count up from it", at_least=0, below=2**32)
     seeds: int = setting(64, "number of seeds, each with data and a teacher of its own", at_least=1)
+    smoke: bool = setting(False, "a run that only shows that the program works: its page draws no conclusions")
     dim: int = setting(2, "dimensions", at_least=2)
     separation: float = setting(1.0, "distance between neighbouring modes of p*", above=0)
     num_data: int = setting(100, "draws of p* that the teacher and the direct student are fitted to", at_least=1)
@@ -40,43 +41,76 @@ class SweepSpec:
     tol: float = setting(1e-3, "change of log-likelihood per point that ends EM, nats", at_least=0)
     memory_gib: float = setting(1.0, "memory of the sweep, GiB; one that needs more runs in chunks of seeds", above=0)
 
-    def check_sizes(self, num_data: int, components: int) -> None:
+    sample_temperatures: tuple[float, ...] = setting(
+        (1.0, 0.9, 0.8, 0.6, 0.4),
+        "temperatures at which every student is sampled as well; 1 is the student itself",
+        above=0,
+    )
+    shares: tuple[float, ...] = setting(
+        (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
+        "chances of the most selective student in the random choice between it and the plain student",
+        above=0,
+        below=1,
+    )
+
+    contrast_gain: float = setting(
+        1.0, "the preregistered contrast is at this gain in precision over the direct student, nats", above=0
+    )
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The sampling temperatures other than 1."""
+        return tuple(t for t in self.sample_temperatures if t != 1)
+
+    def check_sizes(self, num_data: int, num_distill: int, components: int) -> None:
         """ValueError for what several settings rule out together."""
+        if 1.0 not in self.sample_temperatures:
+            raise ValueError(f"sample_temperatures={self.sample_temperatures} must contain 1.0, the student itself")
         if self.seed + self.seeds > 2**32:
             raise ValueError(f"seed={self.seed} + seeds={self.seeds} must be at most 2**32")
-        if components > num_data:
-            raise ValueError(f"num_data={num_data} points are fewer than {components} components")
-        if self.student_components > self.num_distill:
-            raise ValueError(f"num_distill={self.num_distill} draws are fewer than the student's components")
+        for name, points in (("num_data", num_data), ("num_distill", num_distill)):
+            if components > points:
+                raise ValueError(f"{name}={points} points are fewer than {components} components")
 
 
 @spec
 class VarySpec:
-    """Values put into the settings of the same name, one axis at a time; each makes a sweep of its own."""
+    """Values put into the settings of the same name, one axis at a time, and how each is run."""
 
     dim: tuple[int, ...] = setting((), "values of dim", at_least=2)
-    num_data: tuple[int, ...] = setting((), "values of num_data", at_least=1)
+    num_data: tuple[int, ...] = setting((30, 1000), "values of num_data", at_least=1)
     teacher_components: tuple[int, ...] = setting((), "values of teacher_components", at_least=1)
     student_components: tuple[int, ...] = setting((), "values of student_components", at_least=1)
+    num_distill: tuple[int, ...] = setting((100, 200, 400, 800, 1600), "values of num_distill", at_least=1)
     separation: tuple[float, ...] = setting((), "values of separation", above=0)
+    grid: tuple[int, ...] = setting((1, 2, 4, 8), "component counts: every teacher with every student", at_least=1)
+    seeds: int = setting(200, "seeds of each of these settings", at_least=1)
+    betas: tuple[float, ...] = setting((1.0, 10.0, 100.0), "betas of each of these settings", above=0)
 
 
 @spec
 class GmmSpec(SweepSpec):
-    """The paper's mixture experiment."""
+    """The paper's mixture experiment, with its controls."""
 
     experiment: str = setting("gmm", "which experiment this is", one_of=("gmm",))
+    seeds: int = setting(1000, "number of seeds, each with data and a teacher of its own", at_least=1)
     beta_min: float = setting(1.0, "smallest beta: teacher weights are raised to the power beta", above=0)
     beta_max: float = setting(100.0, "largest beta", above=0)
-    num_betas: int = setting(17, "number of betas, log-spaced; an odd number has 10 in the middle", at_least=1)
-    vary: VarySpec = setting(VarySpec(), "other values of the settings above")
+    num_betas: int = setting(9, "number of betas, log-spaced; an odd number has 10 in the middle", at_least=1)
+    gains: tuple[float, ...] = setting(
+        (0.25, 0.5, 0.75, 1.0, 1.25),
+        "gains in precision at which students are compared with the cooled direct one",
+        above=0,
+    )
+    vary: VarySpec = setting(VarySpec(), "other settings, each a sweep of its own")
 
     def __post_init__(self):
         if self.beta_min > self.beta_max:
             raise ValueError(f"beta_min={self.beta_min} must not be above beta_max={self.beta_max}")
-        self.check_sizes(min((self.num_data, *self.vary.num_data)), max(self.teacher_components, self.student_components))
-        most = (self.teacher_components, *self.vary.teacher_components, *self.vary.student_components)
-        self.check_sizes(self.num_data, max(most))
+        vary, own = self.vary, (self.teacher_components, self.student_components)
+        self.check_sizes(min((self.num_data, *vary.num_data)), min((self.num_distill, *vary.num_distill)), max(own))
+        most = max((*own, *vary.teacher_components, *vary.student_components, *vary.grid))
+        self.check_sizes(self.num_data, self.num_distill, most)
 
     @property
     def betas(self) -> np.ndarray:
@@ -122,7 +156,7 @@ class GmmFrontierSpec(SweepSpec):
     learning_rate: float = setting(0.1, "initial learning rate of a fit by gradient", above=0)
 
     def __post_init__(self):
-        self.check_sizes(self.num_data, max(self.teacher_components, self.student_components))
+        self.check_sizes(self.num_data, self.num_distill, max(self.teacher_components, self.student_components))
         if self.covariance_type != "diag":
             raise ValueError(f"covariance_type={self.covariance_type!r}: fits by gradient are diagonal")
         if max(self.knobs.top_k, default=0) > self.teacher_components:

@@ -145,13 +145,13 @@ def hierarchical_bootstrap(
 def show(mean: float, error: float) -> str:
     """A mean with its standard error, rounded to two significant digits of the error: "-3.536 ± 0.041".
 
-    Without an error (NaN) the mean has three digits after the point. An error of exactly 0 is said to be 0.
+    Without an error (NaN) the mean has three digits after the point. An error within rounding of 0 is said to be 0.
     """
     if not np.isfinite(mean):
         return "not available"
     if not np.isfinite(error):
         return f"{mean:.3f}"
-    if error == 0:
+    if error <= 1e-12 * abs(mean):
         return f"{mean:.3f} ± 0"
     # the exponent of the error once it is rounded: 0.0996 is 0.10
     digits = max(0, 1 - int(f"{error:.1e}".split("e")[1]))

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
+from kd_jax.metrics.statistics import show
 from kd_jax.reporting.figures import CMAP, DIRECT, INK, canvas, plain, tidy
-from kd_jax.reporting.page import mean_se, show
-from kd_jax.reporting.prices import Curve, Price, prices
+from kd_jax.reporting.page import mean_se
+from kd_jax.reporting.prices import LEVEL, Curve, Match, Price, prices, standing
 
 MARKERS = "osD^vPXh<>p8"
 LINES = ("-", "--", ":", "-.", (0, (6, 2)), (0, (1, 3)))
@@ -143,16 +144,61 @@ def price_table(found: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for before, price in zip([None, *found], found, strict=False):
         first = before is None or before.gain != price.gain
-        above = "cheapest" if first else show(price.extra, price.extra_error, 2)
-        own = show(price.price, price.price_error, 2)
+        above = "cheapest" if first else show(price.extra, price.extra_error)
+        own = show(price.price, price.price_error)
         rows.append([f"{price.gain:g}", f"{price.precision:.2f}", price.knob, f"{price.loss:.2f}", own, above])
     return head, rows
+
+
+def match_table(found: Sequence[Match]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table with a line for each way: its standing, and its recall minus the control's at each gain.
+
+    An asterisk marks an adjusted p-value below 5 %.
+    """
+    gains = sorted({match.gain for match in found})
+    head = ["way", "against the control", *(f"gain {gain:g}" for gain in gains)]
+    rows = []
+    for way in dict.fromkeys(match.way for match in found):
+        own = {match.gain: match for match in found if match.way == way}
+        cells = [_match_cell(own[gain]) if gain in own else "not reached" for gain in gains]
+        rows.append([way, standing([*own.values()]), *cells])
+    return head, rows
+
+
+def contrast(found: Sequence[Match], way: str, who: str, gain: float) -> str:
+    """The preregistered contrast as a sentence.
+
+    Args:
+        found: all matches; `way` and `gain` say which of them was preregistered.
+        who: the students of that way, in the plural.
+        gain: nats of precision over the direct student.
+    """
+    wanted = [m for m in found if (m.way, m.gain) == (way, gain) and m.difference is not None]
+    if not wanted:
+        return f"The preregistered contrast, at a gain of {gain:g} nats of precision, is not defined in this run."
+    difference, more = wanted[0].difference, "more" if wanted[0].difference.mean > 0 else "less"
+    low, high = (
+        sorted((abs(difference.low), abs(difference.high)))
+        if difference.low * difference.high > 0
+        else (difference.low, difference.high)
+    )
+    return (
+        f"The preregistered contrast: at equal precision, {gain:g} nats above the direct student's, {who} have "
+        f"{show(abs(difference.mean), difference.error)} nats {more} recall than the direct student sampled at a lower "
+        f"temperature (95 % interval {low:.2f} to {high:.2f}, t test over {difference.dof + 1:g} seeds)."
+    )
+
+
+def _match_cell(match: Match) -> str:
+    if match.difference is None:
+        return "control ends below"
+    return show(match.difference.mean, match.difference.error) + (" *" if match.p_value < LEVEL else "")
 
 
 def verdict(found: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[float]) -> list[str]:
     """Sentences: which knob buys precision most cheaply, over all gains and at each, and which cannot be told from it.
 
-    A difference counts where it is beyond two of its standard errors, which are paired by seed.
+    A difference, paired by seed, counts where its p-value is below 5 %, adjusted for all pairs of knobs at all gains.
     """
     at = {gain: [price for price in found if price.gain == gain] for gain in gains}
     if not found:
@@ -171,19 +217,19 @@ def verdict(found: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[float
 
 
 def _close(here: Sequence[Price]) -> list[Price]:
-    """Those not beyond two standard errors above the first, the cheapest; all of them where there is one seed."""
-    return [price for price in here[1:] if not price.extra > 2 * price.extra_error]
+    """Those that cannot be told from the first, the cheapest; all of them where there is one seed."""
+    return [price for price in here[1:] if not price.p_value < LEVEL]
 
 
 def _at_gain(gain: float, here: Sequence[Price], knobs: Sequence[Knob]) -> str:
     if not here:
         return f"No knob reaches a gain of {gain:g} nats."
-    text = f"Gain {gain:g}: {here[0].knob} costs {show(here[0].price, here[0].price_error, 2)} nats of recall per nat"
-    close = [f"{price.knob} ({show(price.extra, price.extra_error, 2)} more)" for price in _close(here)]
+    text = f"Gain {gain:g}: {here[0].knob} costs {show(here[0].price, here[0].price_error)} nats of recall per nat"
+    close = [f"{price.knob} ({show(price.extra, price.extra_error)} more)" for price in _close(here)]
     if close:
         text += f"; not told from it: {_listed(close)}"
     elif len(here) > 1:
-        text += f"; all others cost more, {here[1].knob} next by {show(here[1].extra, here[1].extra_error, 2)}"
+        text += f"; all others cost more, {here[1].knob} next by {show(here[1].extra, here[1].extra_error)}"
     missing = [knob for knob in knobs if knob.name not in {price.knob for price in here}]
     # False for one without a finite mean
     lowest = {knob.name: np.fmin.reduce(_means(knob, "precision")[0]) for knob in missing}

@@ -1,14 +1,23 @@
-"""What a knob of selectivity pays in recall for its precision: curves in, prices out. Arrays and numbers only.
+"""What a knob of selectivity pays in recall for its precision: curves in, prices and comparisons out.
 
 A knob (tau, top-p, a divergence, ...) has a curve: precision and recall at each of its settings, for the same seeds as
-every other knob. All is counted from a reference student of the same seeds, such as the one of the unchanged teacher:
-gain is the rise in precision, loss the fall in recall. Knobs are compared at equal gain; the price is loss / gain.
+every other knob. Gain is the rise in precision and loss the fall in recall, both from a reference student of the same
+seeds. Curves are compared at equal gain, pair by pair of seeds; the price is loss / gain.
+
+Every p-value is of a t test over seeds, with Holm's correction for all the comparisons that were made.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+
+from kd_jax.metrics.statistics import Interval, holm, t_interval
+
+LEVEL = 0.05  # a difference counts where its adjusted p-value is below
 
 
 class Curve(NamedTuple):
@@ -27,8 +36,9 @@ class Price(NamedTuple):
         loss: nats of recall lost there.
         price, price_error: loss / gain, and its standard error.
         extra, extra_error: price - that of the cheapest knob at this gain, paired by seed. 0 and 0 for the cheapest.
+        p_value: of `extra`, adjusted for all pairs of knobs at all gains, since the cheapest was chosen from the data.
         between: the two settings (indices) it lies between.
-        num_seeds: how many seeds there are.
+        num_seeds: number of seeds.
     """
 
     knob: str
@@ -39,47 +49,120 @@ class Price(NamedTuple):
     price_error: float
     extra: float
     extra_error: float
+    p_value: float
     between: tuple[int, int]
     num_seeds: int
+
+
+class Match(NamedTuple):
+    """Recall of a way of making students minus that of the control, at equal precision.
+
+    Attributes:
+        way, gain: which; the gain in precision over the reference, nats.
+        difference: its interval over seeds, nats; None where the control does not reach the gain.
+        p_value: adjusted for all comparisons but the preregistered one, whose p-value is as it is.
+    """
+
+    way: str
+    gain: float
+    difference: Interval | None
+    p_value: float
 
 
 def prices(curves: Mapping[str, Curve], reference: Curve, gains: Sequence[float]) -> list[Price]:
     """The prices of all knobs at each gain, cheapest first; a knob that does not reach a gain is not among that gain's.
 
-    Raises:
-        ValueError: shapes that do not fit, a gain not above 0, or a reference that is not finite.
+    Args:
+        curves: name -> curve.
+        reference: of shape [seed], finite.
+        gains: nats, above 0.
     """
-    reference, curves = _checked(curves, reference)
-    found = []
+    losses = {}
     for gain in gains:
-        if not 0 < gain < np.inf:
-            raise ValueError(f"a gain of {gain} nats is not above 0 and finite")
-        losses = {}
-        for knob, curve in curves.items():
-            at = loss_at(curve.precision - reference.precision, reference.recall - curve.recall, gain)
-            if at is not None:
-                losses[knob] = at
-        order = sorted(losses, key=lambda knob: losses[knob][0].mean())
+        reached = {knob: loss_from(curve, reference, gain) for knob, curve in curves.items()}
+        losses[gain] = {knob: at for knob, at in reached.items() if at is not None}
+    adjusted = _adjusted_pairs(losses)
+    listed = []
+    for gain, at in losses.items():
+        order = sorted(at, key=lambda knob: at[knob][0].mean())
         for knob in order:
-            (loss, between), (cheapest, _) = losses[knob], losses[order[0]]
-            price, extra = loss / gain, (loss - cheapest) / gain
-            found.append(
+            (loss, between), (cheapest, _) = at[knob], at[order[0]]
+            price, extra = t_interval(loss / gain), t_interval((loss - cheapest) / gain)
+            p_value = adjusted.get((gain, frozenset((knob, order[0]))), np.nan)
+            listed.append(
                 Price(
-                    knob, float(gain), float(reference.precision.mean() + gain), float(loss.mean()),
-                    *_mean_error(price), *_mean_error(extra), between, len(loss),
+                    knob, float(gain), float(reference.precision.mean() + gain), float(loss.mean()), price.mean,
+                    price.error, extra.mean, extra.error, p_value, between, len(loss),
                 )
             )  # fmt: skip
-    return found
+    return listed
+
+
+def _adjusted_pairs(losses: dict[float, dict]) -> dict[tuple, float]:
+    """(gain, pair of knobs) -> p-value of their difference, adjusted for all pairs at all gains."""
+    pairs = [(gain, frozenset(pair)) for gain, at in losses.items() for pair in combinations(at, 2)]
+    p_values = []
+    for gain, (one, other) in pairs:
+        p_values.append(t_interval(losses[gain][one][0] - losses[gain][other][0]).p_value)
+    return dict(zip(pairs, map(float, holm(p_values)), strict=True))
+
+
+def matches(
+    curves: Mapping[str, Curve], control: Curve, reference: Curve, gains: Sequence[float],
+    preregistered: tuple[str, float] | None = None,
+) -> list[Match]:  # fmt: skip
+    """Each way's recall minus the control's at equal precision, at each gain that the way reaches.
+
+    Args:
+        curves: way -> curve.
+        control: the curve that costs nothing to have, such as the direct student's over sampling temperatures.
+        reference: precision and recall [seed] that gains are counted from.
+        gains: nats of precision, above 0.
+        preregistered: the way and gain that were named before the data were seen.
+    """
+    listed = []
+    for way, curve in curves.items():
+        for gain in gains:
+            own, other = loss_from(curve, reference, gain), loss_from(control, reference, gain)
+            if own is not None:
+                difference = None if other is None else t_interval(other[0] - own[0])
+                listed.append(Match(way, float(gain), difference, np.nan if other is None else difference.p_value))
+    others = [i for i, m in enumerate(listed) if m.difference is not None and (m.way, m.gain) != preregistered]
+    for i, p_value in zip(others, holm([listed[i].p_value for i in others]), strict=True):
+        listed[i] = listed[i]._replace(p_value=float(p_value))
+    return listed
+
+
+def standing(way: Sequence[Match]) -> str:
+    """How a way's curve lies to the control's: "dominates", "is dominated", "crosses", or what is not known.
+
+    Args: way: the matches of one way, at all gains.
+    """
+    told = [m.difference.mean > 0 for m in way if m.difference is not None and m.p_value < LEVEL]
+    if told:
+        return "crosses" if len(set(told)) > 1 else "dominates" if told[0] else "is dominated"
+    if any(m.difference is not None for m in way):
+        return "not told apart"
+    return "beyond the control's reach" if way else "reaches none of the gains"
+
+
+def loss_from(curve: Curve, reference: Curve, gain: float) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """`loss_at` with gains and losses counted from the reference."""
+    gains = np.asarray(curve.precision, np.float64) - reference.precision
+    return loss_at(gains, reference.recall - np.asarray(curve.recall, np.float64), gain)
 
 
 def loss_at(gains: np.ndarray, losses: np.ndarray, gain: float) -> tuple[np.ndarray, tuple[int, int]] | None:
     """The recall lost at a gain in precision, for each seed; and the settings it lies between. None: not reached.
 
-    The mean curve is interpolated linearly between settings that follow each other: a generator that takes one of the
-    two students at random has that precision exactly, and at least that recall. Where the curve passes the gain more
-    than once, the least loss counts. The mean of the values returned is the mean curve's loss; a seed's own value is
-    its interpolated point, moved to the gain along the mean curve's slope. So their standard error is that of the mean
-    curve's loss (delta method), and differences of two knobs' values are paired by seed.
+    The mean curve is interpolated linearly between neighbouring settings: an approximation of the settings between
+    them, so that settings should be close, and nothing that is attained where the knob has none (top-k). For a random
+    choice between two generators it is a lower bound of the recall: recall is concave in the share. Where the curve
+    passes the gain more than once, the least loss counts.
+
+    The mean of the values returned is the mean curve's loss. A seed's own value is its interpolated point, moved to the
+    gain along the mean curve's slope, so that the values' standard error is that of the mean curve's loss (delta
+    method) and differences of two curves are paired by seed.
 
     Args:
         gains, losses: [setting, seed], nats. A setting with a value that is not finite is left out.
@@ -92,34 +175,12 @@ def loss_at(gains: np.ndarray, losses: np.ndarray, gain: float) -> tuple[np.ndar
     for a, b in zip(range(len(x) - 1), range(1, len(x)), strict=True):
         if not min(x[a], x[b]) <= gain <= max(x[a], x[b]):
             continue
-        if x[a] == x[b]:  # both are at the gain
+        if x[a] == x[b]:  # both are at the gain: the cheaper one
             share, slope = float(y[b] < y[a]), 0.0
         else:
             share, slope = (gain - x[a]) / (x[b] - x[a]), (y[b] - y[a]) / (x[b] - x[a])
-        own_gain, own_loss = ((1 - share) * values[a] + share * values[b] for values in (gains, losses))
-        values = own_loss + slope * (gain - own_gain)
+        seed_gain, seed_loss = ((1 - share) * values[a] + share * values[b] for values in (gains, losses))
+        values = seed_loss + slope * (gain - seed_gain)
         if best is None or values.mean() < best[0].mean():
             best = values, (int(settings[a]), int(settings[b]))
     return best
-
-
-def _checked(curves: Mapping[str, Curve], reference: Curve) -> tuple[Curve, dict[str, Curve]]:
-    reference = Curve(*(np.asarray(values, np.float64) for values in reference))
-    shape = reference.precision.shape
-    if len(shape) != 1 or reference.recall.shape != shape or not shape[0]:
-        raise ValueError(f"the reference needs precision and recall [seed], not {shape} and {reference.recall.shape}")
-    if not all(np.isfinite(values).all() for values in reference):
-        raise ValueError("the reference's precision and recall must be finite")
-    checked = {}
-    for knob, curve in curves.items():
-        curve = Curve(*(np.asarray(values, np.float64) for values in curve))
-        sizes = {values.shape for values in curve}
-        if len(sizes) != 1 or curve.precision.ndim != 2 or curve.precision.shape[1:] != shape:
-            raise ValueError(f"{knob}: precision and recall must be [setting, {shape[0]} seeds], not {sorted(sizes)}")
-        checked[knob] = curve
-    return reference, checked
-
-
-def _mean_error(values: np.ndarray) -> tuple[float, float]:
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return float(values.mean()), float(error)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.mixture import GaussianMixture
 
-from kd_jax.gmm import em
+from kd_jax.gmm import em, sums
 from kd_jax.gmm.mixture import Mixture
 
 KEY = jax.random.key(0)
@@ -152,3 +152,56 @@ def test_wrong_input_is_named(change, word):
     arguments = {"x": clusters(2, 10), "num_components": 2} | change
     with pytest.raises(ValueError, match=word):
         em.fit(KEY, **arguments)
+
+
+def quarter_and_rest(n):
+    """n points in 1-D, a quarter from N(-3, 1), the rest from N(3, 1): mean 1.5, variance 7.75."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(n, np.float32)
+    x[: n // 4] -= 3
+    x[n // 4 :] += 3
+    return x[:, None]
+
+
+@pytest.mark.parametrize("n", [1_000_000, pytest.param(20_000_000, marks=pytest.mark.slow)])
+def test_more_points_than_float32_can_count(n):
+    x = quarter_and_rest(n)
+    one = em.fit(KEY, x, 1).mixture
+    truth = x.var(dtype=np.float64)  # 7.75 but for the draws' own error
+    np.testing.assert_allclose(one.covariances[0, 0], truth, rtol=1e-4)
+    np.testing.assert_allclose(truth, 7.75, atol=5 * np.sqrt(2 * 7.75**2 / n))
+    start = Mixture(jnp.log(jnp.array([0.5, 0.5])), jnp.array([[-1.0], [1.0]]), jnp.ones((2, 1)))
+    two = em.fit(KEY, x, 2, start=start, max_iter=25, tol=1e-5).mixture
+    np.testing.assert_allclose(np.exp(two.log_weights), [0.25, 0.75], atol=1e-3)
+    np.testing.assert_allclose(two.covariances[:, 0], 1, atol=1e-2)
+
+
+@pytest.mark.parametrize("covariance_type, dim", [("diag", 2), ("full", 2), ("diag", 6), ("full", 6)])
+def test_blocks_give_what_one_sum_gives(covariance_type, dim, monkeypatch):
+    x = clusters(dim, 700)
+    whole = em.fit(KEY, x, 3, covariance_type=covariance_type, tol=0.0, max_iter=10)
+    monkeypatch.setattr(sums, "BLOCK", 64)
+    blocks = em.fit(KEY, x, 3, covariance_type=covariance_type, tol=0.0, max_iter=10)
+    np.testing.assert_allclose(blocks.log_likelihood, whole.log_likelihood, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(blocks.mixture.means, whole.mixture.means, rtol=1e-3, atol=1e-4)
+
+
+def test_bad_sample_weights_are_named():
+    x = jnp.array([[0.0], [1.0], [5.0]])
+    for weights, name in (([1, -1, 1], r"sample_weights\[1\] is -1"), ([1.0, 2.0, np.nan], r"sample_weights\[2\]")):
+        with pytest.raises(ValueError, match=name):
+            em.fit(KEY, x, 1, sample_weights=np.array(weights))
+    traced = jax.jit(lambda w: em.fit(KEY, x, 1, sample_weights=w))(jnp.array([1.0, -1.0, 1.0]))
+    assert np.isnan(traced.mixture.means).all() and not traced.converged
+
+
+def test_fewer_active_components_are_a_smaller_fit():
+    x = clusters(2, 300)
+    fit = jax.jit(lambda active: em.fit(KEY, x, 4, num_active=active, tol=0.0))
+    for active in (1, 3, 4):
+        got, alone = fit(active), em.fit(KEY, x, active, tol=0.0)
+        order = np.argsort(-got.mixture.log_weights)[:active], np.argsort(-alone.mixture.log_weights)
+        assert np.isneginf(got.mixture.log_weights).sum() == 4 - active
+        if active != 4:  # seeds of 4 and of fewer draw other candidates; the maximum of 1 and of 3 clusters is one
+            np.testing.assert_allclose(got.log_likelihood[-1], alone.log_likelihood[-1], rtol=1e-3)
+            np.testing.assert_allclose(got.mixture.means[order[0]], alone.mixture.means[order[1]], atol=2e-2)

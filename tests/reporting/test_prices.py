@@ -1,9 +1,10 @@
 """Prices on curves whose prices are known exactly, and their standard errors against the jackknife."""
 
 import numpy as np
-import pytest
+from scipy import stats
 
-from kd_jax.reporting.prices import Curve, loss_at, prices
+from kd_jax.metrics.statistics import Interval, holm
+from kd_jax.reporting.prices import Curve, Match, loss_at, matches, prices, standing
 
 SEEDS = 6
 RNG = np.random.default_rng(0)
@@ -74,7 +75,7 @@ def test_errors_agree_with_the_jackknife_of_the_mean_curve():
     np.testing.assert_allclose(error(values), jackknife, rtol=0.05)
 
 
-def test_interpolation_is_attained_by_taking_one_of_two_students_at_random():
+def test_a_random_choice_between_two_students_has_more_recall_than_the_line_between_them():
     # densities on 5 points; precision and recall exactly
     rng = np.random.default_rng(2)
     p_star, a, b = rng.dirichlet(np.ones(5), 3)
@@ -115,18 +116,44 @@ def test_one_seed_has_a_price_and_no_error():
     assert np.isnan(p.price_error) and np.isnan(p.extra_error)
 
 
-@pytest.mark.parametrize(
-    "curves, reference, gains, said",
-    [
-        ({"knob": Curve(np.ones((2, 5)), np.ones((2, 5)))}, REFERENCE, [1.0], r"knob: .*6 seeds.*\(2, 5\)"),
-        ({"knob": Curve(np.ones((2, 6)), np.ones((3, 6)))}, REFERENCE, [1.0], "knob"),
-        ({"knob": Curve(np.ones(6), np.ones(6))}, REFERENCE, [1.0], "knob"),
-        ({}, Curve(np.ones((2, 6)), np.ones((2, 6))), [1.0], "reference"),
-        ({}, REFERENCE._replace(recall=np.full(SEEDS, -np.inf)), [1.0], "reference.*finite"),
-        ({}, REFERENCE, [0.0], "gain of 0"),
-        ({}, REFERENCE, [np.nan], "gain of nan"),
-    ],
-)
-def test_wrong_input_is_named(curves, reference, gains, said):
-    with pytest.raises(ValueError, match=said):
-        prices(curves, reference, gains)
+def test_p_values_are_adjusted_for_all_pairs_at_all_gains():
+    rng = np.random.default_rng(3)
+    noise = rng.normal(0, 0.5, (3, SEEDS))
+    curves = {name: curve([0, 4], [0, 8 + extra], across=noise[i]) for i, (name, extra) in enumerate(
+        (("a", 0.0), ("b", 1.0), ("c", 4.0)))}  # fmt: skip
+    found = prices(curves, REFERENCE, (1.0, 2.0))
+    raw, named = [], {}
+    for gain in (1.0, 2.0):
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            extra = gain / 4 * ((0, 1, 4)[i] - (0, 1, 4)[j])
+            raw.append(stats.ttest_1samp(noise[i] - noise[j] + extra, 0).pvalue)
+            named[gain, f"{'abc'[i]}{'abc'[j]}"] = len(raw) - 1
+    adjusted = holm(raw)
+    for price in found:
+        at = [p for p in found if p.gain == price.gain]
+        if price is not at[0]:
+            pair = "".join(sorted((price.knob, at[0].knob)))
+            np.testing.assert_allclose(price.p_value, adjusted[named[price.gain, pair]], rtol=1e-9)
+
+
+def test_matches_are_paired_and_the_preregistered_one_is_not_adjusted():
+    noise = np.random.default_rng(4).normal(0, 0.2, SEEDS)
+    control = curve([0, 2], [0, 1], across=noise)
+    ways = {"better": curve([0, 4], [0, 1], across=noise), "worse": curve([0, 4], [0, 8], across=2 * noise)}
+    found = matches(ways, control, REFERENCE, (1.0, 3.0), preregistered=("worse", 1.0))
+    at = {(m.way, m.gain): m for m in found}
+    np.testing.assert_allclose(at["better", 1.0].difference.mean, 0.5 - 0.25)
+    np.testing.assert_allclose(at["worse", 1.0].difference.mean, 0.5 - 2 - noise.mean())
+    np.testing.assert_allclose(at["worse", 1.0].p_value, stats.ttest_1samp(-1.5 - noise, 0).pvalue, rtol=1e-6)
+    assert at["better", 3.0].difference is None and np.isnan(at["better", 3.0].p_value)
+    standings = {way: standing([m for m in found if m.way == way]) for way in ways}
+    assert standings == {"better": "dominates", "worse": "is dominated"}
+
+
+def test_standings():
+    make = lambda mean, p: Match("way", 1.0, Interval(mean, 0.1, 0, 0, 5), p)  # noqa: E731
+    assert standing([make(1, 0.01), make(-1, 0.01)]) == "crosses"
+    assert standing([make(1, 0.01), make(-1, 0.5)]) == "dominates"
+    assert standing([make(1, 0.5)]) == "not told apart"
+    assert standing([Match("way", 1.0, None, np.nan)]) == "beyond the control's reach"
+    assert standing([]) == "reaches none of the gains"

@@ -1,211 +1,188 @@
-"""Figures of the mixture distillation experiment, drawn from summary rows.
-
-Every drawing function takes plain data (rows from `kd_jax.gmm.report.page.summarise` or the arrays of `panels.npz`) and
-returns a matplotlib `Figure`; `kd_jax.reporting.figures.save` writes it.
-"""
+"""Figures of the mixture experiment. Each function takes arrays and returns a matplotlib `Figure`."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogFormatterSciNotation
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 
-from kd_jax.reporting.figures import CMAP, DIRECT, DISTILLED, INK, TEACHER, canvas, tidy
+from kd_jax.gmm import findings
+from kd_jax.gmm.findings import COOLED_PLAIN, RANDOM_CHOICE, Students, Who
+from kd_jax.gmm.mixture import Mixture
+from kd_jax.gmm.students import CONTROLS, DIRECT, DISTILLED, PLAIN
+from kd_jax.metrics.statistics import t_interval
+from kd_jax.reporting.figures import CMAP, INK, TEACHER, canvas, tidy
+from kd_jax.reporting.figures import DIRECT as RED
+from kd_jax.reporting.figures import DISTILLED as BLUE
 
-SETTING = ("dim", "num_data", "teacher_components", "student_components", "separation")
-SETTING_NAMES = {
-    "dim": "dimension",
-    "num_data": "training points",
-    "teacher_components": "teacher components",
-    "student_components": "student components",
-    "separation": "separation",
-}
-# The arrays of a run's panels.npz.
-PANELS = (
-    "grid_x", "grid_y", "beta", "data", "log_p_star", "log_teacher", "log_direct", "log_distilled", "samples_p_star",
-    "samples_teacher", "samples_direct", "samples_distilled",
-)  # fmt: skip
+# The arrays of a run's panels.npz: data, beta, and the parameters of these mixtures.
+MIXTURES = ("p_star", "teacher", "sharpened", "direct", "distilled")
+PANELS = ("data", "beta", *(f"{name}_{field}" for name in MIXTURES for field in Mixture._fields))
 LEVELS = (-4.5, -2.0, -0.5)  # log-density below the mode: a Gaussian's 3, 2 and 1 sigma contours
+MARKS = dict(zip(CONTROLS, "v<^", strict=True))
+ZOOM = (3.2, 1.7)  # nats of recall below, and of precision above, the direct student in the zoomed panel
 
 
-def _split(summary: list[dict]) -> tuple[list[dict], list[dict]]:
-    """The distilled rows in order of beta (positive ones: the axis is logarithmic), and the direct rows."""
-    distilled = sorted((r for r in summary if r["arm"] == "distilled" and r["beta"] > 0), key=lambda r: r["beta"])
-    return distilled, [r for r in summary if r["arm"] == "direct"]
+def _points(students: Students, whos: list[Who], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Means and half lengths of 95 % intervals of one metric; gaps where a mean is not finite."""
+    intervals = [t_interval(students[who][name]) for who in whos]
+    mean = np.array([interval.mean for interval in intervals])
+    half = np.array([interval.high - interval.mean for interval in intervals])
+    return np.where(np.isfinite(mean), mean, np.nan), np.where(np.isfinite(half), half, 0.0)
 
 
-def _column(rows: list[dict], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard errors of one metric; non-finite means are left as gaps and missing errors drawn as 0."""
-    mean = np.array([r[f"{name}_mean"] for r in rows], float)
-    error = np.array([r[f"{name}_se"] for r in rows], float)
-    return np.where(np.isfinite(mean), mean, np.nan), np.where(np.isfinite(error), error, 0.0)
+def _line(axes, students: Students, whos: list[Who], **style) -> None:
+    (x, xerr), (y, yerr) = (_points(students, whos, name) for name in ("recall", "precision"))
+    axes.errorbar(x, y, xerr=xerr, yerr=yerr, elinewidth=0.8, capsize=1.5, **style)
 
 
-def _norm(betas: np.ndarray) -> LogNorm:
-    """A logarithmic colour scale over the betas, widened when there is only one."""
-    low, high = float(np.min(betas)), float(np.max(betas))
-    return LogNorm(low, high) if high > low else LogNorm(low / 2, low * 2)
+def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
+    """Recall against precision: all of it, and beside it what lies near the direct student."""
+    drawn = canvas(10.0, 5.4)
+    whole, near = drawn.subplots(1, 2)
+    distilled = [Who(DISTILLED, beta) for beta in findings.betas(students)]
+    low, high = distilled[0].beta, distilled[-1].beta
+    norm = LogNorm(low, high) if high > low else LogNorm(low / 2, low * 2)
+    cooled = findings.temperatures(students, Who(DIRECT))
+    for axes in (whole, near):
+        _line(axes, students, distilled, color="0.6", linewidth=1.2, zorder=2, label="_")
+        (x, _), (y, _) = (_points(students, distilled, name) for name in ("recall", "precision"))
+        axes.scatter(x, y, c=[who.beta for who in distilled], cmap=CMAP, norm=norm, s=46, edgecolors="white",
+                     linewidths=0.7, zorder=4, label="student of a sharpened teacher")  # fmt: skip
+        if COOLED_PLAIN in ways:
+            _line(axes, students, ways[COOLED_PLAIN], color=BLUE, fmt="s--", markersize=4, linewidth=1, zorder=3,
+                  label="student of the unsharpened teacher, cooled")  # fmt: skip
+        if RANDOM_CHOICE in ways:
+            _line(axes, students, ways[RANDOM_CHOICE][:-1], color="0.35", fmt=":", linewidth=1.3, zorder=2,
+                  label="random choice: unsharpened or most sharpened")  # fmt: skip
+        for arm in CONTROLS:
+            if Who(arm) in students:
+                _line(axes, students, [Who(arm)], color=TEACHER, fmt=MARKS[arm], markersize=7, zorder=3, linestyle="",
+                      label=f"student of the teacher's {arm} component")  # fmt: skip
+        _line(axes, students, cooled, color=RED, fmt="o-", markersize=4, linewidth=1.6, zorder=5,
+              label="direct student, cooled")  # fmt: skip
+        _line(axes, students, cooled[:1], color=RED, fmt="*", markersize=14, zorder=6, linestyle="",
+              markeredgecolor="white", label="direct student")  # fmt: skip
+        axes.set_xlabel(r"recall  $E_{p^*}[\log p'']$  (nats)")
+        tidy(axes)
+    whole.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats)")
+    (x,), (y,) = (_points(students, cooled[:1], name)[0] for name in ("recall", "precision"))
+    left, bottom, width, height = x - ZOOM[0], y - 0.1 * ZOOM[1], 1.06 * ZOOM[0], 1.1 * ZOOM[1]
+    near.set(xlim=(left, left + width), ylim=(bottom, bottom + height))
+    for who in cooled:
+        (u,), (v,) = (_points(students, [who], name)[0] for name in ("recall", "precision"))
+        near.annotate(f"T={who.temperature:g}", (u, v), (5, 4), textcoords="offset points", fontsize=8, color=RED,
+                      clip_on=True, annotation_clip=True)  # fmt: skip
+    whole.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor="0.4", zorder=7))
+    drawn.colorbar(ScalarMappable(norm, CMAP), ax=near, label=r"$\beta$", format=LogFormatterSciNotation())
+    handles, labels = whole.get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    return drawn
 
 
-def frontier(summary: list[dict]) -> Figure:
-    """Recall against precision, one point per beta, with standard errors over seeds and the direct student."""
-    figure = canvas(7.0, 5.0)
-    axes = figure.add_subplot()
-    distilled, direct = _split(summary)
-    if distilled:
-        betas = np.array([r["beta"] for r in distilled])
-        (x, xerr), (y, yerr) = _column(distilled, "recall"), _column(distilled, "precision")
-        axes.plot(x, y, color="0.65", linewidth=1.2, zorder=1)
-        axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="0.45", elinewidth=1, capsize=2, zorder=2)
-        norm = _norm(betas)
-        axes.scatter(x, y, c=betas, cmap=CMAP, norm=norm, s=55, edgecolors="white", linewidths=0.7, zorder=3)
-        figure.colorbar(ScalarMappable(norm, CMAP), ax=axes, label=r"$\beta$", format=LogFormatterSciNotation())
-    for row in direct[:1]:
-        (x, xerr), (y, yerr) = _column([row], "recall"), _column([row], "precision")
-        axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor=DIRECT, elinewidth=1, capsize=2, zorder=4)
-        axes.scatter(x, y, marker="*", s=230, color=DIRECT, edgecolors="white", linewidths=0.8, zorder=5)
-    handles = [
-        Line2D([], [], color="0.65", marker="o", markerfacecolor=DISTILLED, markeredgecolor="white", label="distilled")
-    ]
-    if direct:
-        handles.append(
-            Line2D([], [], linestyle="", color=DIRECT, marker="*", markersize=13, label="direct (no teacher)")
-        )
-    axes.legend(handles=handles, frameon=False, loc="best")
-    axes.set_xlabel(r"recall  $E_{p^*}[\log p'']$  (nats)")
-    axes.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats)")
-    axes.margins(0.08)
-    tidy(axes)
-    return figure
-
-
-def curves(summary: list[dict]) -> Figure:
-    """Precision and recall against beta and against the sharpened teacher's entropy."""
-    figure = canvas(9.0, 6.6)
-    grid = figure.subplots(2, 2, sharey="row")
-    distilled, direct = _split(summary)
-    betas = np.array([r["beta"] for r in distilled])
-    entropy, entropy_error = _column(distilled, "teacher_entropy")
+def curves(students: Students) -> Figure:
+    """Precision and recall against beta and against the entropy of what the student was fitted to."""
+    drawn = canvas(9.0, 6.6)
+    axes = drawn.subplots(2, 2, sharey="row")
+    distilled = [Who(DISTILLED, beta) for beta in findings.betas(students)]
+    entropy, entropy_error = _points(students, distilled, "teacher_entropy")
+    others = [who for who in (Who(PLAIN), *map(Who, CONTROLS)) if who in students]
     for i, name in enumerate(("precision", "recall")):
-        y, yerr = _column(distilled, name)
-        style = {"fmt": "o-", "color": DISTILLED, "markersize": 4.5, "linewidth": 1.3, "capsize": 2}
-        grid[i, 0].errorbar(betas, y, yerr=yerr, label="distilled", **style)
-        grid[i, 1].errorbar(entropy, y, xerr=entropy_error, yerr=yerr, label="distilled", **style)
-        if len(betas):
-            grid[i, 0].set_xscale("log")
-        for axes in grid[i]:
-            for row in direct[:1]:
-                (mean,), (error,) = _column([row], name)
-                if np.isfinite(mean):
-                    axes.axhspan(mean - error, mean + error, color=DIRECT, alpha=0.15, linewidth=0)
-                    axes.axhline(mean, color=DIRECT, linestyle="--", linewidth=1.3, label="direct")
-            tidy(axes)
-        grid[i, 0].set_ylabel(f"{name} (nats)")
-    grid[1, 0].set_xlabel(r"$\beta$")
-    grid[1, 1].set_xlabel("sharpened teacher's entropy (nats)")
-    grid[0, 0].legend(frameon=False, loc="best")
-    return figure
+        y, yerr = _points(students, distilled, name)
+        style = {"fmt": "o-", "color": BLUE, "markersize": 4.5, "linewidth": 1.3, "capsize": 2}
+        axes[i, 0].errorbar([who.beta for who in distilled], y, yerr=yerr, label="distilled", **style)
+        axes[i, 1].errorbar(entropy, y, xerr=entropy_error, yerr=yerr, label="distilled", **style)
+        for who in others:
+            (x, xerr), (v, verr) = (_points(students, [who], metric) for metric in ("teacher_entropy", name))
+            label = "unsharpened" if who.arm == PLAIN else f"{who.arm} component"
+            axes[i, 1].errorbar(x, v, xerr=xerr, yerr=verr, fmt=MARKS.get(who.arm, "s"), color=TEACHER, label=label)
+        (mean,), (half,) = _points(students, [Who(DIRECT)], name)
+        for one in axes[i]:
+            one.axhspan(mean - half, mean + half, color=RED, alpha=0.15, linewidth=0)
+            one.axhline(mean, color=RED, linestyle="--", linewidth=1.3, label="direct")
+            tidy(one)
+        axes[i, 0].set(xscale="log", ylabel=f"{name} (nats)")
+    axes[1, 0].set_xlabel(r"$\beta$")
+    axes[1, 1].set_xlabel("entropy of what the student is fitted to (nats)")
+    axes[0, 1].legend(frameon=False, loc="best", fontsize=8)
+    return drawn
 
 
-def _contours(axes, panels: dict, name: str, colour: str, linestyle: str = "solid") -> None:
+class _Picture(NamedTuple):
+    """A mixture on the panels' grid, and draws from it. In NumPy: compiling would take longer than the drawing."""
+
+    x: np.ndarray  # [G], the grid's axis, the same for both dimensions
+    log_density: np.ndarray  # [G, G]
+    draws: np.ndarray  # [500, 2]
+
+
+def _picture(arrays: dict[str, np.ndarray], name: str, x: np.ndarray) -> _Picture:
+    log_weights, means, covariances = (arrays[f"{name}_{field}"].astype(float) for field in Mixture._fields)
+    matrices = covariances if covariances.ndim == 3 else covariances[:, :, None] * np.eye(2)
+    grid = np.stack(np.meshgrid(x, x), -1)
+    joint = [w + multivariate_normal(m, c).logpdf(grid) for w, m, c in zip(log_weights, means, matrices, strict=True)]
+    rng = np.random.default_rng(0)
+    weights = np.exp(log_weights - log_weights.max())
+    component = rng.choice(len(weights), 500, p=weights / weights.sum())
+    noise = np.einsum("nij,nj->ni", np.linalg.cholesky(matrices)[component], rng.normal(size=(500, 2)))
+    return _Picture(x, logsumexp(joint, axis=0), means[component] + noise)
+
+
+def _contours(axes, picture: _Picture, colour: str, linestyle: str = "solid") -> None:
     """Contours of one log density at fixed depths below its mode on the grid."""
-    values = np.asarray(panels[name], float)
-    finite = values[np.isfinite(values)]
-    if not finite.size:
-        return
-    top = float(finite.max())
-    values = np.clip(np.where(np.isnan(values), top - 1e3, values), top - 1e3, top)
-    axes.contour(
-        panels["grid_x"], panels["grid_y"], values, levels=[top + v for v in LEVELS], colors=[colour],
-        linewidths=(0.8, 1.1, 1.4), linestyles=linestyle,
-    )  # fmt: skip
+    top = picture.log_density.max()
+    values = np.clip(picture.log_density, top - 1e3, top)
+    axes.contour(picture.x, picture.x, values, levels=[top + v for v in LEVELS], colors=[colour],
+                 linewidths=(0.8, 1.1, 1.4), linestyles=linestyle)  # fmt: skip
 
 
 def _dots(axes, points: np.ndarray, colour: str, size: float = 4.0, alpha: float = 0.35) -> None:
-    """At most a thousand points as small dots."""
-    points = np.asarray(points)[:1000]
-    axes.scatter(points[:, 0], points[:, 1], s=size, color=colour, alpha=alpha, linewidths=0)
+    axes.scatter(points[:1000, 0], points[:1000, 1], s=size, color=colour, alpha=alpha, linewidths=0)
 
 
-def panels(arrays: dict) -> Figure:
+def panels(arrays: dict[str, np.ndarray]) -> Figure:
     """Six panels on the same limits: target, data, teacher, sharpened teacher's samples, and both students."""
-    figure = canvas(10.0, 7.0)
-    grid = figure.subplots(2, 3, sharex=True, sharey=True).ravel()
-    beta = float(np.asarray(arrays["beta"]))
-    sharpened = rf"$\beta$ = {beta:g}"
+    drawn = canvas(10.0, 7.0)
+    grid = drawn.subplots(2, 3, sharex=True, sharey=True).ravel()
+    reach = 2.0 * max(float(abs(arrays["p_star_means"]).max()), 0.75)
+    x = np.linspace(-reach, reach, 160)
+    p_star, teacher, sharpened, direct, distilled = (_picture(arrays, name, x) for name in MIXTURES)
+    title = rf"$\beta$ = {float(arrays['beta']):g}"
     grid[0].set_title(r"$p^*$ and its samples")
-    _dots(grid[0], arrays["samples_p_star"], "0.5")
-    _contours(grid[0], arrays, "log_p_star", INK)
+    _dots(grid[0], p_star.draws, "0.5")
+    _contours(grid[0], p_star, INK)
     grid[1].set_title("training data and direct student")
     _dots(grid[1], arrays["data"], "0.2", size=9, alpha=0.7)
-    _contours(grid[1], arrays, "log_direct", DIRECT)
+    _contours(grid[1], direct, RED)
     grid[2].set_title("teacher")
     _dots(grid[2], arrays["data"], "0.2", size=9, alpha=0.5)
-    _contours(grid[2], arrays, "log_teacher", TEACHER)
-    grid[3].set_title(f"sharpened teacher's samples, {sharpened}")
-    _contours(grid[3], arrays, "log_p_star", "0.8")
-    _dots(grid[3], arrays["samples_teacher"], TEACHER)
-    grid[4].set_title(f"distilled student, {sharpened}")
-    _dots(grid[4], arrays["samples_distilled"], DISTILLED)
-    _contours(grid[4], arrays, "log_distilled", DISTILLED)
+    _contours(grid[2], teacher, TEACHER)
+    grid[3].set_title(f"sharpened teacher's samples, {title}")
+    _contours(grid[3], p_star, "0.8")
+    _dots(grid[3], sharpened.draws, TEACHER)
+    grid[4].set_title(f"distilled student, {title}")
+    _dots(grid[4], distilled.draws, BLUE)
+    _contours(grid[4], distilled, BLUE)
     grid[5].set_title(r"both students over $p^*$")
-    _contours(grid[5], arrays, "log_p_star", "0.75")
-    _contours(grid[5], arrays, "log_direct", DIRECT, "dashed")
-    _contours(grid[5], arrays, "log_distilled", DISTILLED)
-    x, y = np.asarray(arrays["grid_x"]), np.asarray(arrays["grid_y"])
+    _contours(grid[5], p_star, "0.75")
+    _contours(grid[5], direct, RED, "dashed")
+    _contours(grid[5], distilled, BLUE)
     for axes in grid:
-        axes.set(aspect="equal", xlim=(x.min(), x.max()), ylim=(y.min(), y.max()))
+        axes.set(aspect="equal", xlim=(-reach, reach), ylim=(-reach, reach))
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=8)
     handles = [
         Line2D([], [], color="0.75", label=r"$p^*$"),
-        Line2D([], [], color=DIRECT, linestyle="dashed", label="direct"),
-        Line2D([], [], color=DISTILLED, label="distilled"),
+        Line2D([], [], color=RED, linestyle="dashed", label="direct"),
+        Line2D([], [], color=BLUE, label="distilled"),
     ]
-    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=9)
-    return figure
-
-
-def varied_axes(summary: list[dict]) -> dict[str, list[tuple]]:
-    """For each setting axis, the settings (base first) that differ from the base in that axis alone."""
-    settings = list(dict.fromkeys(r["setting"] for r in summary))
-    found: dict[str, list[tuple]] = {}
-    for setting in settings[1:]:
-        changed = [i for i in range(len(SETTING)) if setting[i] != settings[0][i]]
-        if len(changed) == 1:
-            found.setdefault(SETTING[changed[0]], [settings[0]]).append(setting)
-    return found
-
-
-def comparison(summary: list[dict]) -> Figure | None:
-    """Small multiples of the frontier, one per varied axis, a line per value; None if nothing is varied."""
-    varied = varied_axes(summary)
-    if not varied:
-        return None
-    columns = min(3, len(varied))
-    lines = -(-len(varied) // columns)
-    figure = canvas(max(5.0, 3.9 * columns), 3.7 * lines)
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes, (axis, settings) in zip(grid, varied.items(), strict=False):
-        index = SETTING.index(axis)
-        ordered = sorted(settings, key=lambda s: s[index])
-        for k, setting in enumerate(ordered):
-            colour = f"C{k % 10}"
-            distilled, direct = _split([r for r in summary if r["setting"] == setting])
-            (x, xerr), (y, yerr) = _column(distilled, "recall"), _column(distilled, "precision")
-            label = f"{setting[index]:g}" + (" (base)" if setting == settings[0] else "")
-            axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="o-", color=colour, markersize=3.5, linewidth=1.2,
-                          elinewidth=0.7, label=label)  # fmt: skip
-            for row in direct[:1]:
-                x, y = _column([row], "recall")[0], _column([row], "precision")[0]
-                axes.scatter(x, y, marker="*", s=110, color=colour, edgecolors="white", linewidths=0.6, zorder=4)
-        axes.set_title(SETTING_NAMES[axis], fontsize=10)
-        axes.set(xlabel="recall (nats)", ylabel="precision (nats)")
-        axes.legend(frameon=False, fontsize=8, loc="best")
-        tidy(axes)
-    for axes in grid[len(varied) :]:
-        axes.set_visible(False)
-    return figure
+    drawn.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=9)
+    return drawn

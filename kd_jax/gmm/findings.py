@@ -1,0 +1,159 @@
+"""The rows of a mixture run as arrays, and what they say: slopes, and ways against the cooled direct student.
+
+A student is named by its fields (`Who`), never by a string that would have to be taken apart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from kd_jax.gmm.specs import GmmSpec
+from kd_jax.gmm.students import AXES, CHOICE, CONTROLS, COOLINGS, DIRECT, DISTILLED, PLAIN, Scores
+from kd_jax.metrics.statistics import Interval, show, t_interval
+from kd_jax.reporting import frontier_page, page, row_kinds
+from kd_jax.reporting.prices import Curve, Match, matches
+from kd_jax.runs.settings import freeze
+
+SHARPENED = "sharpened teacher (beta)"
+COOLED_PLAIN = "unsharpened teacher, student cooled"
+RANDOM_CHOICE = "random choice between two students"
+KINDS = (
+    dict.fromkeys((*AXES, "beta", "share", "sample_temperature"), row_kinds.FINITE)
+    | {"arm": row_kinds.TEXT, "cooling": row_kinds.TEXT, "seed": row_kinds.INTEGER}
+    | dict.fromkeys(Scores._fields, row_kinds.NUMBER)
+)
+
+
+class Who(NamedTuple):
+    """A student of every seed: what it was fitted to, and how it is sampled."""
+
+    arm: str
+    beta: float | None = None
+    temperature: float = 1.0
+    cooling: str | None = None
+    share: float | None = None
+
+
+Students = dict[Who, dict[str, np.ndarray]]  # metric -> [seed]
+
+
+def load(folder: Path) -> dict[tuple, Students]:
+    """Students by setting (the values of AXES), the run's own setting first; their metrics in the order of the seeds.
+
+    Raises FileNotFoundError, ValueError or RunError, naming the file and row, fit to print.
+    """
+    groups: dict[tuple, dict[Who, list[dict]]] = {}
+    for index, row in enumerate(page.read_rows(folder), start=1):
+        where = f"{folder / 'metrics.jsonl'}, row {index}"
+        missing = [key for key in (*AXES, "arm", "seed") if row.get(key) is None]
+        if missing:
+            raise ValueError(f"{where}: no {missing[0]}; not a mixture run's row")
+        row_kinds.check(row, where, KINDS)
+        temperature = row.get("sample_temperature")
+        who = Who(
+            row["arm"], row.get("beta"), 1.0 if temperature is None else temperature, row.get("cooling"),
+            row.get("share"),
+        )  # fmt: skip
+        groups.setdefault(tuple(row[axis] for axis in AXES), {}).setdefault(who, []).append(row)
+    return {setting: {who: _columns(rows) for who, rows in own.items()} for setting, own in groups.items()}
+
+
+def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
+    rows = sorted(rows, key=lambda row: row["seed"])
+    names = [name for name in Scores._fields if name in rows[0]]
+    return {name: np.array([page.number(row.get(name)) for row in rows]) for name in names}
+
+
+def spec_of(folder: Path) -> GmmSpec:
+    """The run's settings; ValueError names one that cannot be."""
+    path = folder / "config.json"
+    return freeze(GmmSpec, page.read_json(path), str(path))
+
+
+def betas(students: Students) -> list[float]:
+    """The betas of the distilled students, in order."""
+    return sorted({who.beta for who in students if who.arm == DISTILLED})
+
+
+def temperatures(students: Students, who: Who) -> list[Who]:
+    """The student at each of its sampling temperatures, from the highest down, cooled by its covariances."""
+    own = [w for w in students if w[:2] == who[:2] and w.cooling in (None, COOLINGS[0]) and w.share is None]
+    return sorted(own, key=lambda w: -w.temperature)
+
+
+def curve(students: Students, whos: list[Who]) -> Curve:
+    """Precision and recall [setting, seed]."""
+    return Curve(*(np.stack([students[who][name] for who in whos]) for name in ("precision", "recall")))
+
+
+def direct(students: Students) -> Curve:
+    """The direct student's precision and recall [seed], from which gains are counted."""
+    return Curve(students[Who(DIRECT)]["precision"], students[Who(DIRECT)]["recall"])
+
+
+def ways(students: Students) -> dict[str, list[Who]]:
+    """Each way of making a more precise student, as the settings of its curve. Empty for rows of other kinds."""
+    distilled = [Who(DISTILLED, beta) for beta in betas(students)]
+    found = {SHARPENED: distilled}
+    if Who(PLAIN) in students:
+        found[COOLED_PLAIN] = temperatures(students, Who(PLAIN))
+        for who in distilled[1:]:
+            found[f"sharpened by {who.beta:.3g}, student cooled"] = temperatures(students, who)
+        for arm in CONTROLS:
+            found[f"{arm} component, student cooled"] = temperatures(students, Who(arm))
+    choices = sorted((who for who in students if who.arm == CHOICE), key=lambda who: who.share)
+    if choices:
+        found[RANDOM_CHOICE] = [Who(PLAIN), *choices, distilled[-1]]
+    return {name: whos for name, whos in found.items() if len(whos) > 1}
+
+
+def compared(students: Students, spec: GmmSpec) -> list[Match]:
+    """Every way against the cooled direct student, the preregistered contrast (of sharpening) first."""
+    control = temperatures(students, Who(DIRECT))
+    if len(control) < 2:
+        return []
+    curves = {name: curve(students, whos) for name, whos in ways(students).items()}
+    gains = sorted({spec.contrast_gain, *spec.gains})
+    found = matches(
+        curves, curve(students, control), direct(students), gains, preregistered=(SHARPENED, spec.contrast_gain)
+    )
+    return sorted(found, key=lambda match: (match.way, match.gain) != (SHARPENED, spec.contrast_gain))
+
+
+def contrast(found: list[Match], spec: GmmSpec) -> str:
+    """The preregistered contrast as a sentence; "" where there are no temperatures to compare with."""
+    return (
+        frontier_page.contrast(found, SHARPENED, "students of a sharpened teacher", spec.contrast_gain) if found else ""
+    )
+
+
+def slope(students: Students, metric: str, low: float, high: float) -> Interval:
+    """Change of a metric from one beta to another per decade of beta, paired by seed, nats."""
+    change = students[Who(DISTILLED, high)][metric] - students[Who(DISTILLED, low)][metric]
+    return t_interval(change / np.log10(high / low))
+
+
+def decades(students: Students) -> list[tuple[float, float]]:
+    """Pairs of betas a decade apart, from the smallest on; the whole range where there is no such pair."""
+    values = betas(students)
+    nearest = lambda target: min(values, key=lambda beta: abs(np.log(beta / target)))  # noqa: E731
+    steps = int(round(np.log10(values[-1] / values[0])))
+    marks = list(dict.fromkeys(nearest(values[0] * 10**step) for step in range(steps + 1)))
+    return list(zip(marks, marks[1:], strict=False)) or [(values[0], values[-1])]
+
+
+def summary(folder: Path) -> list[str]:
+    """What a finished run has found, in lines for the end of its output."""
+    spec, students = spec_of(folder), next(iter(load(folder).values()))
+    last = Who(DISTILLED, betas(students)[-1])
+    lines = []
+    for name, who in (("direct student", Who(DIRECT)), (f"student of the teacher at beta {last.beta:g}", last)):
+        values = [t_interval(students[who][metric]) for metric in ("precision", "recall")]
+        precision, recall = (show(interval.mean, interval.error) for interval in values)
+        lines.append(f"{name}: precision {precision}, recall {recall} nats")
+    if spec.smoke:
+        return [*lines, "a smoke run: no conclusions"]
+    return [*lines, *filter(None, [contrast(compared(students, spec), spec)])]

@@ -1,0 +1,117 @@
+"""Other settings of a mixture run: the capacity grid of teacher and student, and one setting changed at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from kd_jax.gmm import findings
+from kd_jax.gmm.findings import Students, Who
+from kd_jax.gmm.specs import GmmSpec
+from kd_jax.gmm.students import AXES, DISTILLED
+from kd_jax.metrics.statistics import Interval, show, t_interval
+from kd_jax.reporting.figures import canvas
+
+NAMES = {
+    "dim": "dimensions",
+    "num_data": "draws of p*",
+    "teacher_components": "teacher components",
+    "student_components": "student components",
+    "num_distill": "draws of the teacher",
+    "separation": "separation of the modes",
+}
+TEACHER, STUDENT = AXES.index("teacher_components"), AXES.index("student_components")
+
+
+class Change(NamedTuple):
+    """What the largest beta does, compared with the smallest: nats of precision and of recall."""
+
+    precision: Interval
+    recall: Interval
+
+
+def change(students: Students) -> Change:
+    """From the smallest to the largest beta of a setting, paired by seed."""
+    ends = (findings.betas(students)[i] for i in (0, -1))
+    low, high = (students[Who(DISTILLED, beta)] for beta in ends)
+    return Change(*(t_interval(high[name] - low[name]) for name in Change._fields))
+
+
+def grid(runs: dict[tuple, Students], spec: GmmSpec, base: tuple) -> dict[tuple[int, int], Change]:
+    """(teacher, student) -> change, for the settings of `spec.vary.grid`; empty where there are none."""
+    found = {}
+    for teacher in spec.vary.grid:
+        for student in spec.vary.grid:
+            setting = list(base)
+            setting[TEACHER], setting[STUDENT] = teacher, student
+            if tuple(setting) in runs:
+                found[teacher, student] = change(runs[tuple(setting)])
+    return found
+
+
+def grid_tables(found: dict[tuple[int, int], Change]) -> list[tuple[list[str], list[list[str]]]]:
+    """A table of the precision gained and one of the recall change, a line for each teacher."""
+    teachers, students = (sorted({pair[i] for pair in found}) for i in (0, 1))
+    tables = []
+    for name in Change._fields:
+        rows = []
+        for teacher in teachers:
+            cells = [getattr(found[teacher, student], name) for student in students if (teacher, student) in found]
+            rows.append([f"teacher {teacher}", *(show(cell.mean, cell.error) for cell in cells)])
+        tables.append(([f"change of {name}", *(f"student {student}" for student in students)], rows))
+    return tables
+
+
+def figure(found: dict[tuple[int, int], Change]) -> Figure:
+    """The change of precision and of recall over teacher and student components, as two maps."""
+    teachers, students = (sorted({pair[i] for pair in found}) for i in (0, 1))
+    drawn = canvas(9.0, 4.0)
+    for axes, name in zip(drawn.subplots(1, 2), Change._fields, strict=True):
+        values = np.full((len(teachers), len(students)), np.nan)
+        for (teacher, student), both in found.items():
+            values[teachers.index(teacher), students.index(student)] = getattr(both, name).mean
+        # one scale for gain and loss, white at no change
+        reach = max(float(np.nanmax(abs(values))), 1e-6)
+        image = axes.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, origin="lower")
+        for (row, column), value in np.ndenumerate(values):
+            colour = "white" if abs(value) > 0.6 * reach else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+        axes.set_xticks(range(len(students)), [str(n) for n in students])
+        axes.set_yticks(range(len(teachers)), [str(n) for n in teachers])
+        axes.set(xlabel="student components", ylabel="teacher components", title=f"change of {name} (nats)")
+        drawn.colorbar(image, ax=axes, shrink=0.85)
+    return drawn
+
+
+def varied(runs: dict[tuple, Students], base: tuple) -> tuple[list[str], list[list[str]]] | None:
+    """Head and rows of a table with a line for each setting that differs from the base in one axis alone."""
+    rows = []
+    for index, axis in enumerate(AXES):
+        settings = [
+            s
+            for s in runs
+            if s[index] != base[index] and s[:index] + s[index + 1 :] == base[:index] + base[index + 1 :]
+        ]
+        for setting in sorted([*settings, base] if settings else [], key=lambda s: s[index]):
+            rows.append(_line(NAMES[axis], setting[index], setting == base, runs[setting]))
+    head = [
+        "setting",
+        "value",
+        "seeds",
+        "precision slope",
+        "recall slope",
+        "precision, largest beta",
+        "recall, largest beta",
+    ]
+    return (head, rows) if rows else None
+
+
+def _line(name: str, value: float, is_base: bool, students: Students) -> list[str]:
+    betas = findings.betas(students)
+    last = students[Who(DISTILLED, betas[-1])]
+    slopes = [findings.slope(students, metric, betas[0], betas[-1]) for metric in Change._fields]
+    values = [t_interval(last[metric]) for metric in Change._fields]
+    cells = (show(interval.mean, interval.error) for interval in (*slopes, *values))
+    return [name, f"{value:g}" + (" (base)" if is_base else ""), str(len(last["recall"])), *cells]
