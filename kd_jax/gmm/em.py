@@ -107,6 +107,7 @@ def fit(
     points = jnp.where(used, points, 0.0)
     run = partial(_iterate, points, weights, max_iter=max_iter, tol=tol, floor=covariance_floor)
     if start is None and num_components == 1:
+        # No iterations, and no k-means to compile.
         result = _fit_one(points, weights, covariance_type, covariance_floor, max_iter)
     elif start is not None:
         result = run(start._replace(means=start.means - centre))
@@ -152,6 +153,7 @@ def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
     dtype = points.dtype
 
     def going(state: _State):
+        # A NaN never meets the tolerance; without this a broken fit would keep its whole batch going to max_iter.
         failed = (state.step > 0) & ~jnp.isfinite(state.last)
         return (state.step < max_iter) & ~state.converged & ~failed
 
@@ -187,6 +189,7 @@ def _em_step(points, weights, mixture: Mixture, floor):
     """One update; returns the new mixture and the mean log-likelihood under the old one."""
     factor = precision_factor(mixture.covariances)
     joint = log_joint(mixture, factor, points)
+    # Responsibilities and likelihood from one exponential, about the largest term so that none overflows.
     largest = joint.max(0)
     scaled = jnp.exp(joint - largest)
     density = scaled.sum(0)
@@ -211,6 +214,7 @@ def _moments(points, responsibilities, shift, full: bool):
     dim = points.shape[0]
     if dim <= SMALL_DIM:
         return _moments_small(points, responsibilities, shift, full)
+    # Two passes, means first: E[x^2] - mean^2 would cancel, and a matrix product cannot subtract the mean as it goes.
     mass = total(responsibilities)
     divisor = jnp.where(mass > 0, mass, 1.0)[:, None]
     means = dot("kn,dn->kd", responsibilities, points) / divisor
@@ -232,6 +236,7 @@ def _moments_small(points, responsibilities, shift, full: bool):
     terms += [responsibilities * difference[i] * difference[j] for i, j in pairs]
     sums = together(terms)
     mass = sums[0]
+    # About `shift`, which is near the mean: little is subtracted from the second moments, and little is lost.
     divisor = jnp.where(mass > 0, mass, 1.0)
     moved = [s / divisor for s in sums[1 : 1 + dim]]
     second = {(i, j): s / divisor - moved[i] * moved[j] for (i, j), s in zip(pairs, sums[1 + dim :], strict=True)}

@@ -89,6 +89,8 @@ class Part(NamedTuple):
 def chain(setting: Setting, seed: jax.Array, numbers: Numbers) -> Chain:
     """One seed of the experiment."""
     shared = lib.ground(setting, seed, numbers.separation, numbers.tol)
+    # All teachers in one batch, and all students in one: sampling and EM are then compiled once, and compiling takes
+    # longer than running.
     sharpened = jax.vmap(sharpen, (None, 0))(shared.teacher, numbers.betas)
     teachers = _stack(_one(shared.teacher), sharpened, lib.controls(shared.teacher, seed))
     corpora, distilled = lib.distil(setting, seed, teachers, numbers.tol)
@@ -112,6 +114,7 @@ def chain(setting: Setting, seed: jax.Array, numbers: Numbers) -> Chain:
 
     # One temperature after the other: all at once need more memory and are no faster.
     curves = jax.lax.map(at_temperature, numbers.temperatures)
+    # The choice is between the two ends of the knob, which is where a chord would be furthest from the truth.
     plain, selective = 1, 1 + len(numbers.betas)
     pick = lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree)  # noqa: E731
     pair = [Simple(scores.precision[index], scores.recall[index]) for index in (plain, selective)]
@@ -132,6 +135,7 @@ def cell(setting: Setting, seed: jax.Array, sizes: Sizes, separation, betas, tol
     shared = lib.ground(setting, seed, separation, tol, sizes)
     teachers = jax.vmap(sharpen, (None, 0))(shared.teacher, betas)
     corpora, distilled = lib.distil(setting, seed, teachers, tol, sizes)
+    # Entropies and scores may use all draws of the largest size: only the fits depend on how many there are.
     scores = jax.vmap(partial(lib.simple_score, setting, seed, shared))(_stack(_one(shared.direct), distilled))
     entropies = jax.vmap(lambda teacher, corpus: -lib.log_prob(teacher, corpus).mean())(teachers, corpora)
     of_data = -lib.log_prob(shared.p_star, shared.data).mean()
@@ -214,6 +218,7 @@ def plan_of(spec: Spec) -> list[Part]:
     # a student for each beta, the direct and the plain one, and the controls
     size = chunk_size(base, spec.num_betas + 2 + len(CONTROLS), spec.memory_gib)
     plan = seed_parts(spec, base, size, spec.seeds)
+    # EM of one component is closed-form, and a cell of eight would make all of its program iterate.
     groups: dict[tuple, list[Cell]] = {}
     for c in cells_of(spec):
         groups.setdefault((c.dim, c.student_components == 1), []).append(c)

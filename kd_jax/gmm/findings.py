@@ -62,6 +62,7 @@ def load(folder: Path) -> dict[tuple, Students]:
 
 
 def _columns(rows: list[dict]) -> dict[str, np.ndarray]:
+    # Pairing is by position, so every student's values are in the same order of seeds.
     rows = sorted(rows, key=lambda row: row["seed"])
     names = [name for name in Scores._fields if name in rows[0]]
     return {name: np.array([page.number(row.get(name)) for row in rows]) for name in names}
@@ -104,6 +105,7 @@ def ways(students: Students) -> dict[str, list[Who]]:
             found[f"sharpened by {who.beta:.3g}, student cooled"] = temperatures(students, who)
         for arm in CONTROLS:
             found[f"{arm} component, student cooled"] = temperatures(students, Who(arm))
+    # From one end of the knob to the other: the plain student is a share of 0 and the most selective one of 1.
     choices = sorted((who for who in students if who.arm == CHOICE), key=lambda who: who.share)
     if choices:
         found[RANDOM_CHOICE] = [Who(PLAIN), *choices, distilled[-1]]

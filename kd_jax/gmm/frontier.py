@@ -95,6 +95,7 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
         ending = {"divergence": fresh, "objective": fit.objective[-1], "gradient_norm": fit.gradient_norm}
         return score(fit.mixture, shared.teacher, corpus) | ending | {"start": fit.start.astype(jnp.float32)}
 
+    # Index 0 is the plain student; the last beta's follows the others of its knob.
     pick = lambda index: jax.tree.map(lambda leaf: leaf[index], students)  # noqa: E731
     em_scores = jax.vmap(score)(students, teachers, corpora)
     cooled = lambda student: jax.vmap(  # noqa: E731

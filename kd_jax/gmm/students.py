@@ -114,6 +114,7 @@ def ground(
     key, fit = keys(seed), _fit(setting, tol)
     p_star = eight_modes(setting.dim, separation)
     data = sample(key(DATA), p_star, setting.num_data)
+    # Unused points have weight zero and unused components no points, so shapes do not depend on the sizes.
     of_teacher, of_student = {}, {}
     if sizes is not None:
         weights = _first(setting.num_data, sizes.num_data)
@@ -159,6 +160,7 @@ def controls(teacher: Mixture, seed: jax.Array) -> Mixture:
     Their component weights have the same entropy, zero; only the first is selective for what is likely.
     """
     any_one = jax.random.randint(keys(seed)(COMPONENT), (), 0, teacher.log_weights.shape[0])
+    # Drawn for each seed anew, so that "random" is no component in particular.
     chosen = jnp.stack([jnp.argmax(teacher.log_weights), any_one, jnp.argmin(teacher.log_weights)])
     return jax.vmap(one_component, (None, 0))(teacher, chosen)
 

@@ -1,4 +1,4 @@
-"""A sweep over seeds in parts: spread over devices, saved one after the other, and carried on after a kill."""
+"""A sweep over seeds in parts: spread over devices, saved one by one, and resumed after a kill."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ def run(
     folder: Path, count: int, compute: Callable[[int], Any], rows: Callable[[int, Any], list[dict]],
     like: Callable[[int], Any],
 ) -> None:  # fmt: skip
-    """Computes parts 0 to count - 1 into the run folder's metrics.jsonl, carrying on after those that were saved whole.
+    """Computes parts 0 to count - 1 into the run folder's metrics.jsonl, resuming after the parts that were saved.
 
     Args:
+        folder: the run folder.
+        count: number of parts.
         compute: part -> a dict of dicts of arrays, which is saved.
-        rows: part and what was computed -> its rows.
-        like: part -> arrays of the shapes and types that `compute` returns.
+        rows: part, and its arrays -> its rows, in the order of the file.
+        like: part -> arrays of the shapes and types that `compute` returns, for reading them back.
     """
     rows_path = folder / "metrics.jsonl"
     with Checkpoints(folder / "checkpoints" / "chunks") as saved:
         done = saved.steps()
-        # Written anew from the checkpoints: a kill may have left half a row, or rows that no checkpoint has.
-        held = _chain(rows(c, saved.load(c, like(c))) for c in done)
+        # Rewritten from the checkpoints: a kill may have left half a row, or rows of a part that was not saved.
+        saved_rows = _chain(rows(c, saved.load(c, like(c))) for c in done)
         if distributed.leads():
-            write_rows(rows_path, held)
+            write_rows(rows_path, saved_rows)
         if done and distributed.leads():
             print(f"resuming: {len(done)} of {count} chunks are done")
         for c in tqdm(range(count), unit="chunk", disable=None if distributed.leads() else True):
             if c in done:
                 continue
             arrays = compute(c)
+            # before its rows: rows can be made again from a checkpoint
             saved.save(c, arrays)
             if distributed.leads():
                 append_rows(rows_path, rows(c, arrays))
@@ -52,14 +55,20 @@ def _chain(parts: Iterable[list[dict]]) -> list[dict]:
 def over_seeds(program: Callable[..., Any], seeds, numbers: Any, devices=None) -> Any:
     """program(seeds, numbers) with the seeds spread over all `devices` (default: every one there is), as NumPy arrays.
 
-    Every result has the seeds for its first axis. Where they do not divide evenly the last one is computed again, and
-    dropped.
+    Args:
+        program: jitted; all its results have the seeds as their first axis.
+        seeds: integers [S].
+        numbers: a tree of numbers, the same on every device; float32.
+        devices: None for all.
+
+    Returns: the results [S, ...] as NumPy arrays.
     """
     seeds = np.asarray(seeds, np.uint32)
     seed_mesh = mesh.one_axis("seeds", devices)
+    # The devices need equal shares: the last seed is repeated, and its copies dropped.
     padded = np.concatenate([seeds, np.full(-len(seeds) % seed_mesh.size, seeds[-1], np.uint32)])
     spread = NamedSharding(seed_mesh, PartitionSpec("seeds"))
     whole = NamedSharding(seed_mesh, PartitionSpec())
     numbers = jax.tree.map(lambda value: distributed.spread(np.asarray(value, np.float32), whole), numbers)
-    found = distributed.fetch(program(distributed.spread(padded, spread), numbers))
-    return jax.tree.map(lambda leaf: leaf[: len(seeds)], found)
+    arrays = distributed.fetch(program(distributed.spread(padded, spread), numbers))
+    return jax.tree.map(lambda leaf: leaf[: len(seeds)], arrays)

@@ -86,6 +86,7 @@ def prices(curves: Mapping[str, Curve], reference: Curve, gains: Sequence[float]
     for gain, at in losses.items():
         order = sorted(at, key=lambda knob: at[knob][0].mean())
         for knob in order:
+            # Paired: seeds share p*, data and teacher, and most of their spread cancels.
             (loss, between), (cheapest, _) = at[knob], at[order[0]]
             price, extra = t_interval(loss / gain), t_interval((loss - cheapest) / gain)
             p_value = adjusted.get((gain, frozenset((knob, order[0]))), np.nan)
@@ -127,6 +128,7 @@ def matches(
             if own is not None:
                 difference = None if other is None else t_interval(other[0] - own[0])
                 listed.append(Match(way, float(gain), difference, np.nan if other is None else difference.p_value))
+    # The preregistered comparison was not chosen from the data and pays for no other.
     others = [i for i, m in enumerate(listed) if m.difference is not None and (m.way, m.gain) != preregistered]
     for i, p_value in zip(others, holm([listed[i].p_value for i in others]), strict=True):
         listed[i] = listed[i]._replace(p_value=float(p_value))

@@ -9,7 +9,7 @@ import pytest
 from sklearn.mixture import GaussianMixture
 
 from kd_jax.gmm import em, sums
-from kd_jax.gmm.mixture import Mixture
+from kd_jax.gmm.mixture import Mixture, sample
 
 KEY = jax.random.key(0)
 
@@ -78,6 +78,14 @@ def test_degenerate_data(covariance_type):
     np.testing.assert_allclose(equal.mixture.means, np.tile([3.0, -2.0], (2, 1)))
     np.testing.assert_allclose(np.exp(equal.mixture.log_weights).sum(), 1, rtol=1e-6)
     np.testing.assert_allclose(equal.log_likelihood[-1], 11.9776335, rtol=1e-5)
+
+
+def test_one_component_of_few_points_is_drawn_from_as_it_is():
+    x = clusters(2, 31)
+    one = em.fit(KEY, x, 1).mixture
+    np.testing.assert_allclose(one.means[0], x.mean(0), rtol=1e-4)
+    draws = sample(KEY, one, 31)
+    assert draws.shape == (31, 2) and not np.array_equal(draws, sample(jax.random.key(1), one, 31))
 
 
 def test_tight_cluster_far_from_the_others_keeps_its_variance():

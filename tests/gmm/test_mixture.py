@@ -7,7 +7,7 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from kd_jax.gmm.mixture import Mixture, log_prob, sample, sharpen, top_k, top_p, weight_entropy
+from kd_jax.gmm.mixture import Mixture, blend, cool, log_prob, sample, sharpen, top_k, top_p, weight_entropy
 
 
 def mixture(weights, means, covariances):
@@ -45,6 +45,29 @@ def test_ill_conditioned_covariance():
     r = 1 - 1e-6
     bad = mixture([1.0], [[0.0, 0.0]], [[[1, r], [r, 1]]])
     np.testing.assert_allclose(log_prob(bad, jnp.array([[0.0, 0.0], [1.0, 1.0]])), [4.7233049, 4.2233046], atol=0.05)
+
+
+def test_ill_conditioned_covariance_in_float64():
+    with jax.enable_x64(True):
+        r = 1 - 1e-6
+        bad = Mixture(jnp.zeros(1), jnp.zeros((1, 2)), jnp.array([[[1, r], [r, 1]]]))
+        got = log_prob(bad, jnp.array([[0.0, 0.0], [1.0, 1.0]]))
+        np.testing.assert_allclose(got, [4.7233049, 4.2233046], rtol=1e-6)
+
+
+def test_cooling_is_the_density_to_a_power_renormalised():
+    one = mixture([1.0], [[0.5, -1.0]], [[0.3, 2.0]])
+    x = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+    difference = log_prob(cool(one, 0.4), x) - log_prob(one, x) / 0.4
+    np.testing.assert_allclose(difference, difference[0], rtol=1e-4)  # the normaliser alone
+
+
+def test_blend_is_the_weighted_sum_of_densities():
+    one, other = mixture([0.2, 0.8], [[0.0], [1.0]], [[1.0], [0.5]]), mixture([3.0], [[4.0]], [[1.0]])
+    x = jnp.linspace(-2, 6, 9)[:, None]
+    for share in (0.0, 0.3, 1.0):
+        wanted = (1 - share) * np.exp(log_prob(one, x)) + share * np.exp(log_prob(other, x))
+        np.testing.assert_allclose(np.exp(log_prob(blend(share, one, other), x)), wanted, rtol=1e-5)
 
 
 def test_zero_density_is_minus_infinity():
