@@ -9,17 +9,14 @@ import datetime
 import math
 import platform
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_jax.parallel import cluster
 from kd_jax.runs import command_line
-from kd_jax.runs.command_line import ids, mesh_sizes, number
-from kd_jax.storage import errors
+from kd_jax.runs.command_line import mesh_sizes, number, path
 
 # p*'s samples have another seed than anyone's training data is likely to: what a model has seen says nothing of recall.
 _DATA_SEED = 2**31
@@ -32,7 +29,7 @@ _COLUMNS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, whose first word is the program's name, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
-    return command_line.main(_parse, lambda args: _evaluate(args, argv), argv)
+    return command_line.main(_parse, lambda args: _run(args, argv), argv)
 
 
 def _parser() -> command_line.Parser:
@@ -44,13 +41,13 @@ def _parser() -> command_line.Parser:
     )
     count = number(int, at_least=1)
     add = parser.add_argument
-    add("--p_star", metavar="SOURCE", help="p*: anything that kd_jax.lm.weights.load takes")
+    add("--p_star", required=True, metavar="SOURCE", help="p*: anything that kd_jax.lm.weights.load takes")
     add(
-        "--model", action="extend", nargs="+", default=[], metavar="[NAME=]SOURCE",
+        "--model", action="extend", nargs="+", required=True, metavar="[NAME=]SOURCE",
         help="a model, under a name or that of its file; names of the form ARM/seed-N are seeds of one arm",
     )  # fmt: skip
-    add("--corpus", metavar="FOLDER", help="validation corpus: samples of p* or other data (default: p* is sampled)")
-    add("--out", default="runs/evaluation", metavar="FOLDER", help="where all results go (%(default)s)")
+    add("--corpus", type=path, metavar="FOLDER", help="validation corpus (default: p* is sampled for one)")
+    add("--out", type=path, default="runs/evaluation", metavar="FOLDER", help="where all results go (%(default)s)")
     add("--num_samples", type=count, default=1000, metavar="N", help="samples of each model (%(default)s)")
     add("--num_recall", type=count, metavar="N", help="validation rows (all of --corpus, else as --num_samples)")
     add("--seed", type=number(int, at_least=0, below=_DATA_SEED), default=0, help="of the samples (%(default)s)")
@@ -58,27 +55,22 @@ def _parser() -> command_line.Parser:
         "--sample_temperature", type=number(float, at_least=0), nargs="+", default=[1.0], metavar="TAU",
         help="of the models: a row for each model at each of these (1)",
     )  # fmt: skip
-    add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
-    add("--prompt_ids", type=ids, metavar="1,504", help="the prompt as token ids")
+    command_line.add_prompt(parser)
     add("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, the prompt included (512)")
     add("--batch_size", type=count, default=64, metavar="B", help="samples made at a time (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and products (%(default)s)")
     add("--mesh", type=mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    command_line.add_processes(parser)
     return parser
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments; `model` is a dict from names to sources. Raises ValueError for whatever shows without a model."""
     args = _parser().parse_args(words)
-    for name in ("p_star", "model"):
-        if not getattr(args, name):
-            raise ValueError(f"--{name} is missing")
     if args.corpus is not None:
         for name in ("prompt", "prompt_ids", "max_length"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} does not go with --corpus, which says what it is")
-    if args.prompt is not None and args.prompt_ids is not None:
-        raise ValueError("--prompt and --prompt_ids are two ways to say the same; give one of them")
     args.model = _named(args.model)
     return args
 
@@ -97,13 +89,18 @@ def _named(models: Sequence[str]) -> dict[str, str]:
     return named
 
 
+def _run(args: argparse.Namespace, argv: list[str]) -> None:
+    command_line.start_processes(args)
+    with command_line.writing(args.out, argv):
+        _evaluate(args, argv)
+
+
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.lm import corpus, evaluation
+    from kd_jax.parallel import distributed
     from kd_jax.runs import cache
     from kd_jax.storage.files import write_json, write_rows
 
-    errors.end_on_terminate()
-    cluster.check_alone("kd_jax.evaluate")
     start, out = time.perf_counter(), Path(args.out)
     _check_folder(out)
     validation = None if args.corpus is None else corpus.open(args.corpus)
@@ -124,6 +121,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     plan = evaluation.plan(p_star, entries, validation, spec, out / "models", mesh)
     _begin(out, manifest)
     rows = evaluation.carry_out(plan)
+    if not distributed.leads():
+        return
     write_rows(out / "metrics.jsonl", rows)
     seconds = round(time.perf_counter() - start, 3)
     write_json(out / "manifest.json", {**manifest, "status": "finished", "finished": _now(), "seconds": seconds})
@@ -132,10 +131,12 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _begin(out: Path, manifest: dict[str, Any]) -> None:
+    """Notes in the manifest that an evaluation has begun."""
+    from kd_jax.parallel import distributed
     from kd_jax.storage.files import write_json
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "manifest.json", manifest)
+    if distributed.leads():
+        write_json(out / "manifest.json", manifest)
 
 
 def _arm(name: str) -> tuple[str, float | None, int | None]:
@@ -150,13 +151,12 @@ def _arm(name: str) -> tuple[str, float | None, int | None]:
 
 def _check_folder(out: Path) -> None:
     """Raises RunError for a folder that holds other things: a run's, say, whose metrics.jsonl would be replaced."""
+    from kd_jax.storage import lock
     from kd_jax.storage.errors import RunError
     from kd_jax.storage.files import read_json
 
-    if out.exists() and not out.is_dir():
-        raise RunError(f"--out {out} is a file; it has to be a folder")
     # a .tmp of ours is what a kill during the very first write leaves
-    there = sorted(path.name for path in out.iterdir() if path.name != "manifest.json.tmp") if out.exists() else []
+    there = [name for name in lock.contents(out) if name != "manifest.json.tmp"]
     if not there:
         return
     try:
@@ -217,7 +217,7 @@ def _manifest(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
         "kind": "evaluation",
         "status": "running",
         "started": _now(),
-        "command": shlex.join(["python", "-m", "kd_jax.evaluate", *argv[1:]]),
+        "command": command_line.command(argv),
         "settings": vars(args),
         "versions": {"python": platform.python_version(), **versions},
         "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},

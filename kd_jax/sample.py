@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.lm.decode import SamplerSpec
-from kd_jax.parallel import cluster
 from kd_jax.runs import command_line
-from kd_jax.runs.command_line import ids, mesh_sizes, number
-from kd_jax.storage import errors
+from kd_jax.runs.command_line import mesh_sizes, number, path
 
 _KNOBS = dataclasses.fields(SamplerSpec)
 # What a flag is where it is not given, by what is asked for. A flag of the other group is refused.
@@ -26,8 +24,9 @@ _SAMPLING = {
     "model": None, "num_samples": None, "out": None, **{knob.name: knob.default for knob in _KNOBS}, "seed": 0,
     "prompt": None, "prompt_ids": None, "bos": False, "max_length": None, "max_new_tokens": None, "batch_size": 64,
     "shard_size": 1024, "dtype": "float32", "mesh": None, "record_top_k": None, "log_prob_format": "uint16",
+    **command_line.PROCESSES,
 }  # fmt: skip
-_READING = {"read": None, "model": None, "num_samples": 5, "first": 0, "text_out": None}
+_READING = {"read": None, "model": None, "num_samples": 5, "first": 0, "text_out": None, **command_line.PROCESSES}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> None:
-    errors.end_on_terminate()
-    cluster.check_alone("kd_jax.sample")
     if "read" in args:
         _read(args)
-    else:
+        return
+    command_line.start_processes(args)
+    with command_line.writing(args.out, argv):
         _sample(args, argv)
 
 
@@ -56,24 +55,25 @@ def _parser() -> command_line.Parser:
     add = parser.add_argument
     add("--model", metavar="SOURCE", help="what to sample from: anything that kd_jax.lm.weights.load takes")
     add("--num_samples", type=count, metavar="N", help="size of the corpus; with --read how many to show (5)")
-    add("--out", metavar="FOLDER", help="folder of the corpus")
+    add("--out", type=path, metavar="FOLDER", help="folder of the corpus")
     for knob in _KNOBS:
         add(f"--{knob.name}", type=type(knob.default), help=f"{knob.metadata['meaning']} ({knob.default})")
     add("--seed", type=number(int, at_least=0, below=2**32), help="sample i is a function of the seed and i (0)")
-    add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
-    add("--prompt_ids", type=ids, metavar="1,504", help="the prompt as token ids")
+    command_line.add_prompt(parser)
     add("--bos", action="store_true", help="begin the prompt with the model's BOS id")
-    add("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, the prompt included (512)")
-    add("--max_new_tokens", type=count, metavar="L", help="longest sample, the prompt not included")
+    length = parser.add_mutually_exclusive_group().add_argument
+    length("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, with its prompt (512)")
+    length("--max_new_tokens", type=count, metavar="L", help="longest sample, the prompt not included")
     add("--batch_size", type=count, metavar="B", help="samples made at a time (64)")
     add("--shard_size", type=count, metavar="ROWS", help="samples in one file (1024)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the weights and of the products with them (float32)")
     add("--record_top_k", type=count, metavar="K", help="record the model's K likeliest ids at each position, too")
     add("--log_prob_format", choices=("uint16", "float32"), help="of what is recorded: rounded, or exact (uint16)")
     add("--mesh", type=mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
-    add("--read", metavar="FOLDER", help="show samples of this corpus, decoded")
+    add("--read", type=path, metavar="FOLDER", help="show samples of this corpus, decoded")
     add("--first", type=number(int, at_least=0), metavar="I", help="first sample to show (0)")
-    add("--text_out", metavar="FILE.jsonl", help="write them there, a JSON object a line, instead of showing them")
+    add("--text_out", type=path, metavar="FILE.jsonl", help="write them there, a JSON object a line")
+    command_line.add_processes(parser)
     return parser
 
 
@@ -85,10 +85,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         if name not in known:
             raise ValueError(f"--{name} does not go with {asked}")
     args = argparse.Namespace(**{**known, **given})
-    if "read" in given:
-        if args.text_out is not None and not Path(args.text_out).absolute().parent.is_dir():
-            raise ValueError(f"--text_out {args.text_out}: there is no folder to write it in")
-    else:
+    if "read" not in given:
         _check_sampling(args)
     return args
 
@@ -97,9 +94,6 @@ def _check_sampling(args: argparse.Namespace) -> None:
     for name in ("model", "num_samples", "out"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing (or --read, to show a corpus)")
-    for one, other in (("prompt", "prompt_ids"), ("max_length", "max_new_tokens")):
-        if getattr(args, one) is not None and getattr(args, other) is not None:
-            raise ValueError(f"--{one} and --{other} are two ways to say the same; give one of them")
     try:
         _sampler(args)
     except ValueError as error:
@@ -107,9 +101,7 @@ def _check_sampling(args: argparse.Namespace) -> None:
     if args.prompt is None and args.prompt_ids is None:
         args.prompt = "The"
     if not args.prompt and not args.prompt_ids and not args.bos:
-        raise ValueError(
-            "the prompt is empty, and a model needs an id to start from: give --bos, --prompt or --prompt_ids"
-        )
+        raise ValueError("the prompt is empty, and a model needs an id to start from: give --bos or another prompt")
     if args.max_length is None and args.max_new_tokens is None:
         args.max_length = 512
     if args.prompt_ids is not None and not args.bos:
@@ -122,44 +114,51 @@ def _sampler(args: argparse.Namespace) -> SamplerSpec:
 
 def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
     if args.max_length is not None and args.max_length <= len(prompt_ids):
-        raise ValueError(
-            f"--max_length {args.max_length} counts the prompt, which has {len(prompt_ids)} ids; nothing could be added"
-        )
+        raise ValueError(f"--max_length {args.max_length} includes the prompt, which has {len(prompt_ids)} ids")
 
 
 def _sample(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.lm import corpus, decode, weights
     from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute
+    from kd_jax.parallel import distributed
     from kd_jax.runs import cache, progress
 
     settings = _early_settings(args)
     corpus.find(args.out, settings)
-    mesh = command_line.mesh(args.mesh)
+    if args.record_top_k is not None and distributed.several():
+        raise ValueError("--record_top_k is for one process; with several, run kd_jax.teacher on the finished corpus")
+    mesh, compute = command_line.mesh(args.mesh), Compute(dtype=args.dtype)
     cache.enable_compilation_cache()
     with _count_programs() as programs:
         model = weights.load(args.model, dtype=args.dtype, mesh=mesh)
         settings |= _model_settings(args, model, weights)
-        complete = None
+        record = None
         if args.record_top_k is not None:
             k, form = args.record_top_k, args.log_prob_format
             settings["teacher"] = recorded_top_k.settings(model, settings["source"], k, form, args.dtype, None)
-            complete = recorded_top_k.recorder(model, settings["teacher"], compute=Compute(dtype=args.dtype), mesh=mesh)
-        command = shlex.join(["python", "-m", "kd_jax.sample", *argv[1:]])
-        held = corpus.create_or_resume(args.out, settings, command=command)
-        if held.finished:
-            print(f"{args.out}: all {held.num_rows} samples are there, nothing left to do")
-        else:
-            if held.num_rows:
-                print(f"{args.out}: resuming after {held.num_rows} samples")
+            record = recorded_top_k.recorder(model, settings["teacher"], compute=compute, mesh=mesh)
+
+        def open_corpus() -> dict[str, Any]:
+            return corpus.create_or_resume(args.out, settings, command=command_line.command(argv)).manifest
+
+        rows = corpus.Corpus(Path(args.out), distributed.once(open_corpus, f"opening {args.out}"))
+        if distributed.leads() and (rows.finished or rows.num_rows):
+            left = "nothing left to do" if rows.finished else "resuming"
+            print(f"{args.out}: {rows.num_rows} of {args.num_samples} samples are there, {left}")
+        if not rows.finished:
             stream = decode.stream(
                 model, settings["prompt_ids"], args.num_samples, max_length=settings["max_length"],
-                sampler=_sampler(args), seed=args.seed, first=held.num_rows, batch_size=args.batch_size,
-                compute=Compute(dtype=args.dtype), mesh=mesh,
+                sampler=_sampler(args), seed=args.seed, first=rows.num_rows, batch_size=args.batch_size,
+                compute=compute, mesh=mesh,
             )  # fmt: skip
-            with progress.sampling_bar("samples", held.num_rows, args.num_samples) as report:
-                held = corpus.write(held, stream, report, complete)
-    _print_summary(held, programs)
+            with progress.sampling_bar("samples", rows.num_rows, args.num_samples) as report:
+                if distributed.leads():
+                    rows = corpus.write(rows, stream, report, record)
+                else:
+                    collections.deque(stream, maxlen=0)  # every process samples, process 0 writes
+    if distributed.leads():
+        _print_summary(rows, programs)
 
 
 def _early_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -206,7 +205,7 @@ def _prompt_ids(args: argparse.Namespace, model: Any) -> list[int]:
         ids = [model.bos_id, *ids]
     if not ids:
         raise ValueError(f"--prompt {args.prompt!r} is no token at all; give --bos or another prompt")
-    beyond = [i for i in ids if i >= model.num_tokens]
+    beyond = [i for i in ids if not 0 <= i < model.num_tokens]
     if beyond:
         raise ValueError(f"--prompt_ids: {beyond[0]} is not an id of {args.model}, which has {model.num_tokens}")
     return ids

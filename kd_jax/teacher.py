@@ -8,55 +8,74 @@ same command resumes a run that was stopped.
 """
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax.parallel import cluster
 from kd_jax.runs import command_line
-from kd_jax.storage import errors
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, whose first word is the program's name, and returns the exit code."""
     argv = list(sys.argv if argv is None else argv)
-    return command_line.main(_parser().parse_args, lambda args: _record(args, argv), argv)
+    return command_line.main(_parser().parse_args, lambda args: _run(args, argv), argv)
 
 
 def _parser() -> command_line.Parser:
     parser = command_line.Parser(prog="python -m kd_jax.teacher", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--corpus", metavar="FOLDER", required=True, help="the corpus to score: as kd_jax.sample makes it")
+    add(
+        "--corpus",
+        type=command_line.path,
+        metavar="FOLDER",
+        required=True,
+        help="the corpus to score",
+    )
     add("--model", metavar="SOURCE", required=True, help="the teacher: anything that kd_jax.lm.weights.load takes")
     add("--top_k", type=command_line.number(int, at_least=1), metavar="K", default=64,
         help="how many ids are recorded at each position (64)")  # fmt: skip
-    add("--out", metavar="FOLDER", required=True, help="folder of the corpus with the teacher in it")
+    add(
+        "--out",
+        type=command_line.path,
+        metavar="FOLDER",
+        required=True,
+        help="folder of the scored corpus",
+    )
     add("--log_prob_format", choices=("uint16", "float32"), default="uint16", help="rounded, or exact (uint16)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the teacher (float32)")
+    add("--mesh", type=command_line.mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    command_line.add_processes(parser)
     return parser
+
+
+def _run(args: argparse.Namespace, argv: list[str]) -> None:
+    command_line.start_processes(args)
+    with command_line.writing(args.out, argv):
+        _record(args, argv)
 
 
 def _record(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.lm import corpus, weights
     from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute
+    from kd_jax.parallel import distributed
     from kd_jax.runs import cache
 
-    errors.end_on_terminate()
-    cluster.check_alone("kd_jax.teacher")
     source = corpus.open(args.corpus)
     cache.enable_compilation_cache()
-    model = weights.load(args.model, dtype=args.dtype)
+    mesh = command_line.mesh(args.mesh)
+    model = weights.load(args.model, dtype=args.dtype, mesh=mesh)
     path = Path(args.model).expanduser()
     about = recorded_top_k.settings(
         model, str(path.absolute()) if path.exists() else args.model, args.top_k, args.log_prob_format, args.dtype,
         corpus.fingerprint(source),
     )  # fmt: skip
-    command = shlex.join(["python", "-m", "kd_jax.teacher", *argv[1:]])
     held = recorded_top_k.score_corpus(
-        source, args.out, model, about, command=command, label="teacher", compute=Compute(dtype=args.dtype)
-    )
+        source, args.out, model, about, command=command_line.command(argv), label="teacher",
+        compute=Compute(dtype=args.dtype), mesh=mesh,
+    )  # fmt: skip
+    if not distributed.leads():
+        return
     size, entries = sum(shard["bytes"] for shard in held.manifest["shards"]), recorded_top_k.num_entries(held)
     before = sum(shard["bytes"] for shard in source.manifest["shards"])
     print(f"{held.num_rows} rows, {entries} recorded tokens of {(size - before) / entries:.2f} bytes, tails included")

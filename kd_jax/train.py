@@ -1,4 +1,4 @@
-"""Runs one experiment from its config file to its report: python -m kd_jax.train --config C.py --workdir FOLDER.
+"""Runs one experiment from its config file to its report: python -m kd_jax.train --config CONFIG --workdir FOLDER.
 
 The same command in several processes is one run over the devices of all (kd_jax.parallel.cluster says how they find
 each other; launch/ has scripts that start them). FOLDER is then on a file system that all of them share.
@@ -42,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> command_line.Parser:
     parser = command_line.Parser(
         prog="python -m kd_jax.train",
-        usage="%(prog)s --config FILE.py[:ARG] --workdir FOLDER [flags] [--config.KEY=VALUE ...]",
+        usage="%(prog)s --config CONFIG[:ARG] --workdir FOLDER [flags] [--config.KEY=VALUE ...]",
         description="Runs one experiment from its config to its report. The same command resumes a run that was "
         "stopped.\nWith --config, --help also lists its settings; --flagfile FILE reads flags from a file.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--workdir", metavar="FOLDER", help="the run folder")
+    add("--workdir", type=command_line.path, metavar="FOLDER", help="the run folder")
     parser.flag("overwrite", "start the run in this folder again")
     add("--stages", type=_names, default=(), metavar="A,B", help="of an experiment in stages, run these alone")
     plan = parser.add_argument_group("planning")
@@ -116,17 +116,25 @@ def _dry_run(args: argparse.Namespace, experiment: Any, spec: Any) -> None:
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> None:
+    start = time.perf_counter()
+    experiment = _experiment(args.config)
+    if args.dry_run:
+        return _dry_run(args, experiment, _freeze(args.config)[0])
+    command_line.start_processes(args)
+    spec, plain = _freeze(args.config)
+    experiment.validate(spec)
+    with command_line.writing(args.workdir, argv):
+        _carry_out(args, argv, experiment, spec, plain, start)
+
+
+def _carry_out(
+    args: argparse.Namespace, argv: list[str], experiment: Any, spec: Any, plain: dict[str, Any], start: float
+) -> None:
+    """The run in its folder; `start` is when the command began, in seconds of time.perf_counter."""
     from kd_jax import report
     from kd_jax.parallel import distributed
     from kd_jax.runs import run as run_lib
 
-    start = time.perf_counter()
-    experiment = _experiment(args.config)
-    spec, plain = _freeze(args.config)
-    if args.dry_run:
-        return _dry_run(args, experiment, spec)
-    command_line.start_processes(args)
-    experiment.validate(spec)
     staged = args.config.experiment in STAGED
     run = _open(args, lambda: run_lib.open_run(args.workdir, plain, argv=argv, overwrite=args.overwrite, staged=staged))
     if run.finished:

@@ -25,6 +25,7 @@ FLOORS = (
     ("lm.report", "gmm.report"),
     ("report",),
     ("train", "evaluate", "sample", "teacher"),
+    ("__main__",),
 )
 FLOOR = {f"kd_jax.{wing}": number for number, floor in enumerate(FLOORS) for wing in floor}
 

@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its text (`compiled.as_text()`)."""
+"""The collectives of a compiled program and their bytes, read from its text (`compiled.as_text()`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
-# the first word with a bracket behind it that is no type is what the instruction does
+# the operation is the first word before a bracket that is not a type
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:condition|body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -24,8 +24,8 @@ class Collective(NamedTuple):
 
     Attributes:
         kind: one of KINDS.
-        shapes: of the arrays that each device has afterwards (of a reduce-scatter: before), as (dtype, sizes).
-        times: how often a run of the program comes by; a loop's body as often as the loop goes round.
+        shapes: of the arrays on each device afterwards (for a reduce-scatter: before), as (dtype, sizes).
+        times: how often one execution of the program runs it; in a loop, once a round.
     """
 
     kind: str
@@ -34,16 +34,16 @@ class Collective(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of these arrays, all times together."""
+        """Total bytes over all executions."""
         return self.times * sum(_bits(dtype) * math.prod(sizes) for dtype, sizes in self.shapes) // 8
 
 
 def read(text: str, *, rounds: int | None = None) -> list[Collective]:
-    """All collectives of a compiled program that runs over several devices.
+    """All collectives of a compiled program for several devices.
 
     Args:
-        rounds: how often a loop goes round where the program does not say; of sampling, 1 makes it a step's.
-    Raises ValueError for a collective in a loop of which it is not known how often it goes round.
+        rounds: of a loop whose number of rounds the program does not say; 1 gives the bytes of one sampling step.
+    Raises: ValueError for a collective in a loop whose number of rounds is unknown, and for an asynchronous one.
     """
     bodies, entry = _computations(text)
     found = []
@@ -52,16 +52,14 @@ def read(text: str, *, rounds: int | None = None) -> list[Collective]:
             kind = operation.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            if times is None:
-                raise ValueError(f"{operation} in {name}: how often its loop goes round is not known")
-            if operation != kind:
-                raise ValueError(f"{operation} in {name}: only programs without asynchronous collectives can be read")
+            if times is None or operation != kind:
+                raise ValueError(f"{operation} in {name}: asynchronous, or in a loop of an unknown number of rounds")
             found.append(Collective(kind, _shapes(rest.split(")")[0] if kind == "reduce-scatter" else shapes), times))
     return found
 
 
 def totals(collectives: Iterable[Collective]) -> dict[str, int]:
-    """Bytes by kind; those that there are none of are 0."""
+    """Bytes by kind, 0 for a kind that does not occur."""
     found: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
     for one in collectives:
         found[one.kind] += one.bytes
@@ -69,7 +67,7 @@ def totals(collectives: Iterable[Collective]) -> dict[str, int]:
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """(what comes out, operation, the rest of the line) of each instruction, by computation; which one is run."""
+    """(result types, operation, rest of the line) of each instruction by computation, and the entry computation."""
     bodies: dict[str, list[tuple[str, str, str]]] = {}
     entry, name = "", ""
     for line in text.splitlines():
@@ -80,13 +78,11 @@ def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str
             entry = name if begins[1] else entry
         elif name and (instruction := _INSTRUCTION.match(line)):
             bodies[name].append(instruction.groups())
-    if not entry:
-        raise ValueError("this is not the text of a compiled program: it has no ENTRY")
     return bodies, entry
 
 
 def _times(bodies: dict[str, list[tuple[str, str, str]]], entry: str, rounds: int | None) -> dict[str, int | None]:
-    """How often each computation is run; None where that is not known."""
+    """How often each computation runs; None where that is unknown."""
     found: dict[str, int | None] = {}
 
     def visit(name: str, times: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Accelerators by name: what a plan reckons with (`--dry_run --device 8xH100`)."""
+"""Accelerators by name, for plans (`--dry_run --device 8xH100`)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device, as JAX counts them.
+    """One device, as JAX counts devices.
 
     Attributes:
-        memory: GiB.
-        bfloat16: peak FLOP/s of dense products of bfloat16 (float16 is the same).
-        float32: the same of real float32, which is what kd_jax asks for where arrays are float32.
-        bandwidth: bytes a second of its memory.
-        usable: the share of the memory that JAX takes for itself unless it is told otherwise.
-        cpu: whether it is this machine.
+        memory: in GiB.
+        bfloat16: peak FLOP/s of dense bfloat16 products (float16 is the same).
+        float32: peak FLOP/s of real float32 products, which kd_jax asks for where arrays are float32.
+        bandwidth: of its memory, in bytes a second.
+        usable: share of the memory that JAX allocates by default.
+        cpu: whether it is this machine's CPU.
     """
 
     memory: float
@@ -32,7 +32,7 @@ class Chip(NamedTuple):
 
 
 def _tpu(memory: float, bfloat16: float, bandwidth: float) -> Chip:
-    # float32 is six products of bfloat16 there (jax.lax.Precision.HIGHEST)
+    # a TPU computes float32 as six bfloat16 products (jax.lax.Precision.HIGHEST)
     return Chip(memory, bfloat16, bfloat16 / 6, bandwidth, usable=0.97)
 
 
@@ -57,13 +57,13 @@ TPUS = {
     "v5p": _tpu(95, 459e12, 2.765e12),
     "v6e": _tpu(32, 918e12, 1.64e12),
 }
-# The number in such a name counts TensorCores, of which a chip has two; in the others it counts chips.
+# In these names the number counts TensorCores, two a chip; in the others it counts chips.
 _COUNTS_CORES = ("v4", "v5p")
 _SLICES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Devices(NamedTuple):
-    """So many of one kind; `name` is as it was asked for."""
+    """`count` devices of one kind; `name` is the text they were asked for by."""
 
     name: str
     count: int
@@ -74,9 +74,9 @@ class Target(NamedTuple):
     """What a plan is for.
 
     Attributes:
-        devices: those that there would be.
-        mfu: the share of their peak that training and scoring reach (model FLOPs utilisation).
-        price_per_hour: of one device, in whatever currency; None where it is not known.
+        devices: the devices of the planned run.
+        mfu: share of their peak that training and scoring reach (model FLOPs utilisation).
+        price_per_hour: of one device, in any currency; None where it is unknown.
     """
 
     devices: Devices
@@ -85,50 +85,40 @@ class Target(NamedTuple):
 
 
 def target(text: str, mfu: float, price_per_hour: float | None) -> Target:
-    """The same from the command line. Raises ValueError for a number that cannot be, and as `parse` does."""
-    if not 0 < mfu <= 1:
-        raise ValueError(f"--mfu={mfu} must be above 0 and at most 1")
-    if price_per_hour is not None and not 0 <= price_per_hour < float("inf"):
-        raise ValueError(f"--price_per_hour={price_per_hour} must be 0 or above and finite")
+    """The target of --device, --mfu and --price_per_hour. Raises ValueError out of range, and as `parse`."""
+    if not (0 < mfu <= 1 and 0 <= (price_per_hour or 0) < float("inf")):
+        raise ValueError(f"--mfu={mfu} must be above 0 and at most 1, and --price_per_hour={price_per_hour} at least 0")
     return Target(parse(text), mfu, price_per_hour)
 
 
 def parse(text: str) -> Devices:
-    """What --device means: "8xH100", "H200", "v5e-64" (or "v5litepod-64"), "v4-32", "1xCPU" for this machine.
+    """Devices from --device: "8xH100", "H200", "v5e-64" (or "v5litepod-64"), "v4-32", "1xCPU" for this machine.
 
-    Raises ValueError, with all that is known, for another name, and for a number that there is no TPU slice of.
+    Raises: ValueError, listing the known devices, for another name, or for a TPU slice that does not exist.
     """
     words = re.fullmatch(r"(?:([1-9]\d*)x)?([\w-]+)", text)
     count, name = (int(words[1] or 1), words[2]) if words else (1, text)
-    if name.lower() == "cpu":
-        if count != 1:
-            raise ValueError(f"--device={text}: the CPU is that of this machine, 1xCPU")
+    if name.lower() == "cpu" and count == 1:
         return Devices(text, 1, _this_machine())
     for known, chip in GPUS.items():
         if name.lower() == known.lower():
             return Devices(text, count, chip)
     kind, _, number = name.lower().replace("v5litepod", "v5e").partition("-")
-    if kind not in TPUS or not number.isdecimal():
+    if kind not in TPUS or not number.isdecimal() or count != 1:
         raise ValueError(f"--device={text} is not known. These are:\n{known_devices()}")
-    return _slice(text, kind, int(number), count)
+    return _slice(text, kind, int(number))
 
 
-def _slice(text: str, kind: str, number: int, count: int) -> Devices:
-    if count != 1:
-        raise ValueError(f"--device={text}: several TPU slices in one run are not reckoned with; name one")
-    if kind not in _COUNTS_CORES:
-        if number not in _SLICES:
-            raise ValueError(f"--device={text}: a {kind} slice has {', '.join(map(str, _SLICES))} chips, not {number}")
-        return Devices(text, number, TPUS[kind])
-    if number < 8 or number % 8:
-        raise ValueError(
-            f"--device={text}: the number of a {kind} counts TensorCores, two a chip and four chips a host: 8, 16, ..."
-        )
-    return Devices(text, number // 2, TPUS[kind])
+def _slice(text: str, kind: str, number: int) -> Devices:
+    cores = kind in _COUNTS_CORES  # two a chip, four chips a host
+    if number % 8 or not number if cores else number not in _SLICES:
+        sizes = "8, 16, ... TensorCores" if cores else f"{', '.join(map(str, _SLICES))} chips"
+        raise ValueError(f"--device={text}: a {kind} slice has {sizes}, not {number}")
+    return Devices(text, number // 2 if cores else number, TPUS[kind])
 
 
 def known_devices() -> str:
-    """A line for each."""
+    """A table of the known devices, for messages."""
     lines = [f"  {'NxNAME':14} {'memory, GiB':>11} {'bf16 TFLOP/s':>13}"]
     lines += [f"  {'8x' + name:14} {chip.memory:11.0f} {chip.bfloat16 / 1e12:13.0f}" for name, chip in GPUS.items()]
     for name, chip in TPUS.items():
@@ -138,9 +128,9 @@ def known_devices() -> str:
 
 
 def pretend(devices: Devices) -> None:
-    """Makes JAX see as many CPU devices as there are, so that programs for them can be compiled here.
+    """Makes JAX show as many CPU devices, so that programs for `devices` can be compiled here.
 
-    Raises RuntimeError where JAX has started already.
+    Raises: RuntimeError where JAX has started already.
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices.count)

@@ -1,13 +1,12 @@
 """Several processes in one run: they start together, work together, and end together.
 
-Every process runs the same program on the same arguments, and so comes to the same collectives in the same order. What
-goes beyond that is here: process 0 alone writes (`leads`), work that one process does for all (`once`), and what has to
-be the same everywhere though it comes from the outside (`Agreement`, `same`). With one process none of this does
-anything. Files are to be on a file system that all processes share.
+Every process runs the same program with the same arguments, so all reach the same collectives in the same order. This
+module has the rest: only process 0 writes (`leads`), one process works for all (`once`), and values from outside the
+program are made equal everywhere (`Agreement`, `same`). With one process these do nothing. All processes must share
+the file system.
 
-How it ends where something goes wrong: a process that fails says why and leaves, without waiting for the others
-(`leave`); JAX's coordination service sees that it is gone, at once or after HEARTBEAT seconds, and ends the others.
-(One that is only stopped, as by SIGSTOP, is gone as well.)
+When a process fails, it prints the error and leaves without waiting for the others (`leave`). JAX's coordination
+service notices at once, or after HEARTBEAT seconds of silence, and ends the others. A suspended process is silent too.
 """
 
 from __future__ import annotations
@@ -25,17 +24,16 @@ from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed as jax_distributed  # barriers with a time-out: JAX has no public ones
 from jax.experimental import multihost_utils
 
 from kd_jax.parallel.cluster import Cluster
 from kd_jax.storage.errors import RunError
 
-# Seconds after which a process that has not been heard of is taken for dead, unless the run says otherwise.
+# Seconds of silence after which a process counts as dead, unless the command line says otherwise.
 HEARTBEAT = 60
-# Seconds that the others wait for what one process does for all: opening the run folder, reading data, the report.
+# Seconds that the others wait for work that one process does for all: opening the run folder, reading data, the report.
 WORK = 3600
-# Seconds that a process which is done waits for the others to be; one which failed, for others to fail alike.
+# Seconds that a finished process waits for the others to finish; that a failed one waits for others to fail as well.
 SHUTDOWN, GRACE = 120, 10
 
 T = TypeVar("T")
@@ -44,15 +42,17 @@ _calls = itertools.count()
 
 
 def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> None:
-    """Waits until all processes of the cluster are there; before anything else is asked of JAX, and once.
+    """Joins the processes of the cluster; to be called once, before JAX is used.
 
-    A process that is not heard of for `heartbeat` seconds later on is taken for dead, which ends the others. Where not
-    all are there within `timeout` seconds this one ends, with code 2. Raises RunError where the port is taken.
+    Args:
+        timeout: seconds to wait for all processes; then this one ends with code 2.
+        heartbeat: seconds of silence after which a process counts as dead, which ends the others.
+    Raises: RunError where the coordinator's port is taken, or where JAX's backend does not see all processes.
     """
     global _started
     if cluster.process_id == 0:
         _check_port(cluster.coordinator_address)
-    # It would take SIGTERM over, which then ends nothing any more; kd_jax.runs.run.Stop and Agreement stand for it.
+    # JAX's preemption service would handle SIGTERM, and nothing would end; kd_jax.runs.run.Stop and Agreement do it.
     jax.config.update("jax_enable_preemption_service", False)
     given = {"cluster_detection_method": "deactivate"} if cluster.coordinator_address else {}
     who = f"process {cluster.process_id} of {cluster.num_processes} ({cluster.launcher})"
@@ -75,20 +75,18 @@ def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> N
         watch.cancel()
     _started = True
     if jax.process_count() != cluster.num_processes:
-        raise RunError(
-            f"{who}: the devices are those of {jax.process_count()} processes, not of {cluster.num_processes}; "
-            f"is JAX's build for them installed? (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r})"
-        )
+        platforms = f"is JAX's build for them installed? (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r})"
+        raise RunError(f"{who}: JAX sees the devices of {jax.process_count()} processes; {platforms}")
 
 
 def _give_up(missing: str) -> NoReturn:
-    # JAX's own end to this wait is an abort that says neither who waits nor where
+    # JAX itself ends this wait by an abort that names neither the process nor the address
     print(missing, file=sys.stderr)
     leave(2)
 
 
 def _check_port(address: str) -> None:
-    # JAX's own server would share the port with another's, and then wait in vain
+    # JAX's server would share the port with another run's (SO_REUSEPORT) and wait until its timeout
     host, _, port = address.rpartition(":")
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -114,22 +112,28 @@ def name() -> str:
 
 
 def wait(what: str, seconds: int = WORK) -> None:
-    """Returns once all processes are here. Raises RunError after so many seconds."""
+    """Returns once all processes have called this. Raises RunError after `seconds`; `what` names the place."""
     if _started:
         _barrier(f"kd_jax {next(_calls)} {what}", seconds)
 
 
 def _barrier(key: str, seconds: int) -> None:
+    # JAX itself has no public barrier with a time-out
+    from orbax.checkpoint import multihost
+
     try:
-        jax_distributed.global_state.client.wait_at_barrier(key, seconds * 1000)
+        multihost.get_barrier_sync_fn()(key=key, timeout_ms=seconds * 1000)
     except RuntimeError as error:
         raise RunError(f"not all processes came to {key!r} within {seconds} s: {error}") from error
 
 
 def once(work: Callable[[], T], what: str) -> T:
-    """What `work` returns in process 0, in every process; it has to be plain values, as JSON has them.
+    """Runs `work` in process 0 and returns its result in all processes.
 
-    An error of it that can be put right (ValueError, OSError, RunError) is raised in all: in the others as a RunError.
+    Args:
+        work: returns plain values, as JSON has them.
+        what: names the work, in the error of a process that waited for it too long.
+    Raises: what `work` raises of ValueError, OSError and RunError; in the other processes as a RunError.
     """
     if not _started:
         return work()
@@ -156,7 +160,7 @@ def _broadcast(text: bytes) -> bytes:
 
 @contextlib.contextmanager
 def first_alone(what: str) -> Iterator[None]:
-    """Process 0 goes through the block before the others do: it makes the files that they then find."""
+    """Process 0 runs the block before the others do: it makes files, which the others then find."""
     if not leads():
         wait(what)
     yield
@@ -165,12 +169,15 @@ def first_alone(what: str) -> Iterator[None]:
 
 
 def same(number: int) -> int:
-    """Process 0's number, everywhere."""
+    """Process 0's number, in all processes."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number))) if _started else number
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays that lie on the devices of all processes, whole, as NumPy arrays; all processes have to ask."""
+    """Gathers arrays that are split over the devices of all processes; all processes must call it.
+
+    Returns: the tree with whole NumPy arrays.
+    """
 
     def whole(leaf):
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
@@ -181,15 +188,15 @@ def fetch(tree: Any) -> Any:
 
 
 def spread(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array that every process has, on the devices of all: each sends the parts that lie on its own."""
+    """Puts an array that every process has onto the devices of all; each sends the shards of its own devices."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 class Agreement:
-    """Whether any process says yes: the same answer in all of them, in calls that all make.
+    """Whether any process votes yes; all processes make the same calls and get the same answers.
 
-    A signal may reach one process alone, or all at different moments; what they do about it has to be the same. Of
-    several processes the answer is that to the votes of `behind` calls ago, so that nobody has to wait for it.
+    A signal may reach one process only, or all at different moments, but all must react at the same update. With
+    several processes the answer is to the votes of `behind` calls ago, so that the device never waits for the host.
     """
 
     def __init__(self, behind: int):
@@ -209,7 +216,7 @@ class Agreement:
 
 
 def end() -> None:
-    """Waits for the other processes to be done too."""
+    """Waits until the other processes have finished too."""
     global _started
     if _started:
         wait("the end")
@@ -218,10 +225,10 @@ def end() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process, GRACE seconds later at the most.
+    """Ends this process with an exit code, after GRACE seconds at most.
 
-    Where all fail alike they go together, each having said why; a process that fails alone does not wait for others,
-    of which some may never come.
+    Processes that all fail for the same reason end together, each after its message; one that fails alone does not
+    wait longer for the others.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,6 +1,6 @@
-"""What the figures of every experiment share: the canvas, the colours, the look, and how a figure is saved.
+"""What all figures share: canvas, colours, style and saving.
 
-Only matplotlib's object interface is used, so no global state is touched.
+Only matplotlib's object interface is used, so its global state stays untouched.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def canvas(width: float, height: float) -> Figure:
 
 
 def plain(text: str) -> str:
-    """A text out of a run's folder for a figure: as it is, not as a formula, without control characters, not long."""
+    """A text for a figure: no formula, no control characters, and shortened."""
     text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
     return text.replace("$", r"\$")

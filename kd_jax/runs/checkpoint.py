@@ -1,9 +1,9 @@
-"""Checkpoints, through orbax: a step is there whole or not at all.
+"""Checkpoints, through orbax: a step is saved whole or not at all.
 
-A step's number says how much is finished; steps are ordered as numbers, never by name or time. What a step holds are
-named items, a folder each: trees of arrays, which can be restored onto other devices than they were saved from, and
-plain values as JSON, which can be read without any. Beside them a step has the fingerprint of each item, to which what
-is read is held: bytes that have changed on the disk are no weights.
+A step's number says how much is finished; steps are ordered as numbers, never by name or time. A step consists of named
+items, a folder each: trees of arrays, which can be restored onto other devices than they were saved from, and plain
+values as JSON. It also has a fingerprint of each item, which is checked on loading: bytes that have changed on the disk
+are an error.
 """
 
 from __future__ import annotations
@@ -15,48 +15,38 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from kd_jax.parallel import distributed
 from kd_jax.runs.fingerprint import fingerprint
-from kd_jax.storage import untrusted
-from kd_jax.storage.errors import RunError, number
-from kd_jax.storage.files import read_json
+from kd_jax.storage.errors import REMEDIES, RunError, number
+from kd_jax.storage.files import read_json, remove
 
-# The item of a step that has the fingerprints of the others.
+# The item that holds the fingerprints of the others.
 _SUMS = "sums"
-# What goes wrong in orbax's threads is raised by what waits for them; that it is also logged, with a traceback, helps
-# nobody.
-logging.getLogger("absl").addFilter(lambda record: not (record.exc_info and "orbax" in record.pathname))
-logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and "orbax" in record.getMessage()))
+# Where orbax's threads log their errors.
+_LOGGERS = ("absl", "asyncio")
 
 
-def _quiet(report: Callable[[Any], None]) -> Callable[[Any], None]:
-    """`report` without the writes that end once a save has failed, and nobody waits for them any more."""
-
-    def said(unraisable):
-        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
-            report(unraisable)
-
-    return said
-
-
-sys.unraisablehook = _quiet(sys.unraisablehook)
+def _reported_elsewhere(record: logging.LogRecord) -> bool:
+    """Whether a log record is not an error in orbax's threads: those are raised in the thread that waits for them."""
+    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))
 
 
 class Checkpoints:
-    """The checkpoints in one folder. Use as a context manager: leaving waits for what is being written.
+    """The checkpoints in one folder. Use as a context manager: it waits for pending writes at its end.
 
     Args:
-        folder: where they are, or will be.
-        keep: how many of the last ones stay; None for all.
-        best: name of a metric of `save`; the step with the least of it stays as well.
-        background: `save` returns once the values are copied, and they are written while the program goes on. An error
-            then comes from the next call, or on leaving.
+        folder: of the checkpoints; made if necessary.
+        keep: how many of the last steps to keep; None for all.
+        best: name of a metric of `save`; the step with its smallest value is kept as well.
+        background: `save` returns once the values are copied, and writes them while the program goes on. An error is
+            then raised by the next call, or at the end.
     """
 
     def __init__(self, folder: Path | str, *, keep: int | None = None, best: str | None = None, background=False):
@@ -71,22 +61,24 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
         )  # fmt: skip
         if best is not None:
-            options.best_fn = self._goodness  # else the metrics stay in memory, and after a restart no step is the best
+            options.best_fn = self._goodness  # else orbax keeps metrics in memory only, and a restart forgets the best
         self._folder = Path(folder).absolute()  # orbax refuses relative paths
-        for there in self._folder.glob("[0-9]*"):
-            if there.name.isdigit():  # else it is what a kill has left
-                _check_metrics(there)
-        with _opening(self._folder):
+        for step in self._folder.glob("[0-9]*"):
+            if step.name.isdigit():  # other names are left by kills; orbax removes them
+                _remove_if_empty(step)
+                _check_metrics(step)
+        distributed.wait("empty checkpoints are removed")
+        with _naming(self._folder, reading=True):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         if keep is not None:
             self._drop_leftovers(keep)
 
     def _drop_leftovers(self, keep: int) -> None:
-        """Removes what was to go when a kill came, whole or in part; orbax looks only once it saves again."""
+        """Removes steps whose removal a kill has interrupted; orbax itself would do so at the next save."""
         steps = self.steps()
         kept = set(steps[-keep:])
         if self._best is not None and steps:
-            # of equals orbax keeps the last
+            # among equal values orbax keeps the last step
             kept.add(max(steps, key=lambda step: (self._goodness(self._manager.metrics(step) or {}), step)))
         for step in steps:
             if step not in kept:
@@ -96,22 +88,26 @@ class Checkpoints:
         return -metrics.get(self._best, math.inf)
 
     def __enter__(self) -> Checkpoints:
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_reported_elsewhere)
         return self
 
     def __exit__(self, *_) -> None:
-        with _writing(self._folder):
-            try:
+        try:
+            with _naming(self._folder):
                 self._manager.wait_until_finished()
-            finally:
-                self._manager.close()
+        finally:
+            self._manager.close()
+            for name in _LOGGERS:
+                logging.getLogger(name).removeFilter(_reported_elsewhere)
 
     def wait(self) -> None:
-        """Returns once all that was saved is written; raises what went wrong with it."""
-        with _writing(self._folder):
+        """Waits for pending writes; raises their errors."""
+        with _naming(self._folder):
             self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
-        """Steps that were saved whole, ascending. What a killed save left behind is not among them."""
+        """Steps that were saved whole, ascending."""
         return sorted(self._manager.all_steps())
 
     def drop_after(self, step: int) -> None:
@@ -121,73 +117,79 @@ class Checkpoints:
                 self._manager.delete(later)
 
     def folder(self, step: int) -> Path:
-        """Where a step is, or will be."""
+        """The folder of a step."""
         return self._folder / str(step)
 
     def save(self, step: int, trees: dict[str, Any], values: dict[str, Any] | None = None, metrics=None) -> None:
-        """Save pytrees of arrays, and plain values as the item `about`, as `step`. Raises where it cannot be written.
+        """Saves a step.
 
         Args:
-            metrics: a dict of floats to go by in what stays.
+            trees: pytrees of arrays, by item.
+            values: plain values, saved as the item `about`.
+            metrics: floats by name, for `best`.
+        Raises: OSError where it cannot be written.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         sums = {name: fingerprint(tree) for name, tree in trees.items()}
         if values is not None:
             items["about"], sums["about"] = ocp.args.JsonSave(values), _digest(values)
         if self._best is not None:
-            metrics = metrics or {}  # orbax warns of none at all
+            metrics = metrics or {}  # orbax warns about None
             sums["metrics"] = _digest(metrics)
         items[_SUMS] = ocp.args.JsonSave(sums)
-        with _writing(self._folder):
+        with _naming(self._folder):
             if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
                 raise OSError(f"checkpoint {step} was not written to {self._folder}")
 
     def load(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
-        """Items of `step`; each of `like` is a tree of arrays, or abstract arrays, of its structure and shardings.
+        """Loads items of a step.
 
-        Raises RunError where they are not what was saved.
+        Args:
+            like: for each item a tree of arrays, or abstract arrays, with the wanted structure and shardings.
+        Raises: RunError where an item is damaged: it differs from its fingerprint, or cannot be read.
         """
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
-        with _reading(self.folder(step)):
-            untrusted.check_json(self.folder(step))
+        with _naming(self.folder(step), reading=True):
             found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
         self._check(step, {name: fingerprint(tree) for name, tree in found.items()})
         return found
 
     def values(self, step: int) -> dict[str, Any]:
-        """The plain values that were saved with `step`. Raises RunError where they are not those."""
-        with _reading(self.folder(step)):
-            untrusted.check_json(self.folder(step) / "about")
+        """The plain values of a step. Raises RunError where they are damaged."""
+        with _naming(self.folder(step), reading=True):
             found = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-            if not isinstance(found, dict):
-                raise ValueError("about is not a JSON object")
         self._check(step, {"about": _digest(found)})
         return found
 
     def _check(self, step: int, found: dict[str, str]) -> None:
-        with _reading(self.folder(step)):
+        with _naming(self.folder(step), reading=True):
             saved = sums(self.folder(step))
         for name, value in found.items() if saved is not None else ():
             if saved.get(name) != value:
                 raise _damaged(self.folder(step), f"{name} is not what was saved")
 
 
-def sums(folder: Path) -> dict[str, str] | None:
-    """The fingerprint of each item of a step that was saved in `folder`; None where it was saved without any.
+def _remove_if_empty(step: Path) -> None:
+    """Removes a step without any file, as an interrupted copy leaves it; the step before it is then the last."""
+    if distributed.leads() and step.is_dir() and not any(path.is_file() for path in step.rglob("*")):
+        print(f"the checkpoint {step} is empty and is removed", file=sys.stderr, flush=True)
+        remove(step)
 
-    Raises RunError, naming the file, where it holds no object.
-    """
+
+def sums(folder: Path) -> dict[str, str] | None:
+    """The fingerprint of each item of the step in `folder`; None for a step saved without. RunError for damage."""
     path = folder / _SUMS / "metadata"  # orbax's name for an item that is JSON
     return read_json(path) if path.exists() else None
 
 
-def _check_metrics(folder: Path) -> None:
-    """Raises RunError where the metrics of a step are not those it was saved with: by them steps stay or go."""
-    path = folder / "metrics" / "metrics"  # orbax's name
-    with _reading(folder):
-        saved, there = sums(folder), read_json(path) if path.exists() else None
-    if saved is not None and there is not None and saved.get("metrics") != _digest(there):
-        raise _damaged(folder, "its metrics are not what was saved")
+def _check_metrics(step: Path) -> None:
+    """Raises RunError where the metrics of a step, which decide what stays, are damaged: orbax names no step."""
+    path = step / "metrics" / "metrics"  # orbax's name
+    if path.exists():
+        with _naming(step, reading=True):
+            saved, metrics = sums(step), read_json(path)
+        if saved is not None and saved.get("metrics") != _digest(metrics):
+            raise _damaged(step, "its metrics are not what was saved")
 
 
 def _digest(values: dict[str, Any]) -> str:
@@ -195,34 +197,20 @@ def _digest(values: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """What went wrong in the block becomes an error that names the folder, with the operating system's number."""
+def _naming(folder: Path, *, reading: bool = False) -> Iterator[None]:
+    """An error in the block becomes one that names the folder: the operating system's, with its number, or damage.
+
+    Args:
+        reading: whatever is neither full nor forbidden is then damage; else other errors stay as they are.
+    """
     try:
         yield
     except Exception as error:  # orbax and tensorstore raise no narrower class
         code = number(error)
-        if code is None:
+        if code in REMEDIES or (code is not None and not reading):
+            raise OSError(code, os.strerror(code), str(folder)) from error
+        if not reading:
             raise
-        raise OSError(code, os.strerror(code), str(folder)) from error
-
-
-@contextlib.contextmanager
-def _opening(folder: Path) -> Iterator[None]:
-    """As `_writing`; what the operating system has no part in is damage."""
-    try:
-        with _writing(folder):
-            yield
-    except OSError:
-        raise
-    except Exception as error:  # orbax and tensorstore raise no narrower class
-        raise _damaged(folder, f"{type(error).__name__}: {str(error)[:200]}") from error
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # orbax and tensorstore raise no narrower class
         raise _damaged(folder, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import os
+import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from kd_jax.parallel import cluster
 from kd_jax.runs import settings
-from kd_jax.storage import errors
+from kd_jax.storage import errors, lock
+
+# The flags of `add_processes` and what they are where they are not given.
+PROCESSES = {**dict.fromkeys(cluster.NAMES), "initialization_timeout": 300, "heartbeat_timeout": 60}
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -34,24 +40,36 @@ class Parser(argparse.ArgumentParser):
         """Adds a boolean flag: --NAME, --NAME=true, --NAME=false and --noNAME."""
         group = group or self
         group.add_argument(
-            f"--{name}", dest=name, nargs="?", const=True, metavar="bool", default=default, type=_boolean, help=help
+            f"--{name}", dest=name, nargs="?", const=True, metavar="bool", default=default, type=boolean, help=help
         )
         group.add_argument(f"--no{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
+
+    def parse_known_args(self, words: Sequence[str], namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        joined: list[str] = []
+        for word in words:
+            # argparse takes -1e-4 for a flag: it knows negative numbers without an exponent only
+            if joined and re.fullmatch(r"--[^=]+", joined[-1]) and re.match(r"-[.\d]", word):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return super().parse_known_args(joined, namespace)
 
     def parse_args(self, words: Sequence[str], namespace: Any = None) -> argparse.Namespace:
         args, rest = self.parse_known_args(read_flagfiles(words), namespace)
         if rest:
-            self.refuse(rest[0])
+            raise self.unknown(rest[0])
         return args
 
-    def refuse(self, word: str) -> NoReturn:
-        """Raises the ValueError for a word that is no argument of this command."""
-        if not word.startswith("-"):
-            raise ValueError(f"unexpected argument {word!r} (flags are written --name=value)")
+    def unknown(self, word: str) -> ValueError:
+        """The error for a word that is no argument of this command."""
         name, known = word.partition("=")[0].lstrip("-"), [option[2:] for option in self._option_string_actions]
-        if any(key.startswith(f"{name}.") for key in known):
-            raise ValueError(f"--{name} is a group of settings; set one of them, for example --{name}.KEY=VALUE")
-        raise ValueError(f"unknown flag --{name}{settings.did_you_mean(name, known, '--')}")
+        if not word.startswith("-"):
+            said = f"unexpected argument {word!r} (flags are written --name=value)"
+        elif any(key.startswith(f"{name}.") for key in known):
+            said = f"--{name} is a group of settings; set one of them, for example --{name}.KEY=VALUE"
+        else:
+            said = f"unknown flag --{name}{settings.did_you_mean(name, known, '--')}"
+        return ValueError(said)
 
 
 def read_flagfiles(words: Sequence[str]) -> list[str]:
@@ -73,31 +91,24 @@ def read_flagfiles(words: Sequence[str]) -> list[str]:
     return read
 
 
-def _boolean(text: str) -> bool:
-    try:
-        return settings.from_text(text, bool, "")
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be true or false") from None
+def path(text: str) -> str:
+    """A path, with ~ as the user's home: in --out=~/a the shell leaves it as it is."""
+    return str(Path(text).expanduser())
+
+
+def boolean(text: str) -> bool:
+    """A boolean flag's value."""
+    return settings.from_text(text, bool, "")
 
 
 def ids(text: str) -> list[int]:
     """Token ids written as 1,504."""
-    try:
-        numbers = [int(part) for part in text.split(",")] if text.strip() else []
-    except ValueError:
-        numbers = [-1]
-    if min(numbers, default=0) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of ids such as 1,504")
-    return numbers
+    return [int(part) for part in text.split(",")] if text.strip() else []
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
     """Sizes of mesh axes written as data=2,tensor=4."""
-    pairs = [part.partition("=") for part in text.split(",")]
-    sizes = {name.strip(): size.strip() for name, _, size in pairs}
-    if len(sizes) < len(pairs) or not all(size.lstrip("-").isdecimal() for size in sizes.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form data=2,tensor=4, each axis once")
-    return {name: int(size) for name, size in sizes.items()}
+    return {name.strip(): int(size) for name, _, size in (part.partition("=") for part in text.split(","))}
 
 
 def number(kind: type, *, at_least: float, below: float = float("inf")) -> Callable[[str], Any]:
@@ -115,31 +126,41 @@ def number(kind: type, *, at_least: float, below: float = float("inf")) -> Calla
 
 
 def mesh(sizes: dict[str, int] | None) -> Any:
-    """The mesh that --mesh asks for; None without the flag. Raises ValueError for axes or sizes that cannot be."""
+    """The mesh that --mesh asks for, by default all devices of several processes along "data"; None for one process.
+
+    Raises: ValueError for axes that are not there, and sizes that do not make up the number of devices.
+    """
+    from kd_jax.parallel import distributed
     from kd_jax.parallel import mesh as mesh_lib
 
     if sizes is None:
-        return None
+        return mesh_lib.make() if distributed.several() else None
     unknown = [name for name in sizes if name not in mesh_lib.AXES]
     if unknown:
         raise ValueError(f"--mesh: {unknown[0]!r} is not an axis; there are {', '.join(mesh_lib.AXES)}")
-    try:
-        return mesh_lib.make(**sizes)
-    except ValueError as error:
-        raise ValueError(f"--mesh: {error}") from error
+    return mesh_lib.make(**sizes)
+
+
+def add_prompt(parser: argparse.ArgumentParser) -> None:
+    """Adds the two ways to give a prompt."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
+    add("--prompt_ids", type=ids, metavar="1,504", help="the prompt as token ids")
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that say which of several processes this one is."""
-    group = parser.add_argument_group("several processes (launchers that JAX knows say all of this themselves)")
-    add = group.add_argument
-    add("--coordinator_address", metavar="HOST:PORT", help="where process 0 waits for the others")
-    add("--num_processes", type=int, metavar="N", help="how many processes there are")
-    add("--process_id", type=int, metavar="I", help="which of them this is, from 0")
+    group = parser.add_argument_group("several processes (srun, mpirun and TPU VMs say all of this themselves)")
+
+    def add(name: str, kind: Any, metavar: str, help: str) -> None:
+        group.add_argument(f"--{name}", type=kind, default=PROCESSES[name], metavar=metavar, help=help)
+
     seconds = number(int, at_least=1)
-    add("--initialization_timeout", type=seconds, default=300, metavar="SECONDS", help="to wait for all of them (300)")
-    add("--heartbeat_timeout", type=seconds, default=60, metavar="SECONDS",
-        help="without a sign of life after which a process counts as dead (60)")  # fmt: skip
+    add("coordinator_address", str, "HOST:PORT", "where process 0 waits for the others")
+    add("num_processes", int, "N", "how many processes there are")
+    add("process_id", int, "I", "which of them this is, from 0")
+    add("initialization_timeout", seconds, "SECONDS", "to wait for all of them (300)")
+    add("heartbeat_timeout", seconds, "SECONDS", "of silence after which a process counts as dead (60)")
 
 
 def start_processes(args: argparse.Namespace) -> None:
@@ -151,6 +172,26 @@ def start_processes(args: argparse.Namespace) -> None:
         errors.end_on_terminate()  # one of several may be waiting for another, where it cannot be interrupted
     else:
         distributed.start(processes, args.initialization_timeout, args.heartbeat_timeout)
+
+
+@contextlib.contextmanager
+def writing(folder: str | os.PathLike, argv: Sequence[str]) -> Iterator[None]:
+    """Holds the folder that a command writes while the block runs; with several processes, process 0 does for all.
+
+    Raises: RunError, in all processes, where another start holds it (kd_jax.storage.lock).
+    """
+    from kd_jax.parallel import distributed
+
+    with contextlib.ExitStack() as stack:
+        hold = functools.partial(stack.enter_context, lock.held(folder, command(argv)))
+        distributed.once(hold, f"the lock of {folder}")
+        yield
+
+
+def command(argv: Sequence[str]) -> str:
+    """What to type for the same again, from the words of sys.argv."""
+    # `python -m kd_jax.train` shows up in sys.argv as the path of the file, which does not run from elsewhere
+    return shlex.join(["python", "-m", f"kd_jax.{Path(argv[0]).stem}", *argv[1:]])
 
 
 def main(parse: Callable[[Sequence[str]], argparse.Namespace], work: Callable[[argparse.Namespace], None],

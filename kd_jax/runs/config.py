@@ -12,12 +12,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+import kd_jax
 from kd_jax.runs import settings
 from kd_jax.runs.command_line import Parser, read_flagfiles
 
 
 def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], type | None]) -> argparse.Namespace:
-    """Reads a command line that has --config FILE.py[:ARG] and overrides --config.KEY=VALUE.
+    """Reads a command line that has --config CONFIG[:ARG] and overrides --config.KEY=VALUE.
 
     Nothing is written, so a typing error never leaves a half-made run folder behind.
 
@@ -30,7 +31,9 @@ def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], 
     Raises: ValueError, naming the flag.
     """
     words = read_flagfiles(words)
-    parser.add_argument("--config", metavar="FILE.py[:ARG]", help="the experiment; with --help its settings are listed")
+    parser.add_argument(
+        "--config", metavar="CONFIG", help="a file, or a name such as gmm:smoke; with --help its settings are listed"
+    )
     first = Parser(add_help=False)
     first.add_argument("--config")
     chosen = first.parse_known_args([word for word in words if word not in ("--help", "-h")])[0].config
@@ -42,15 +45,15 @@ def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], 
     args, rest = parser.parse_known_args(words)
     for word in rest:
         if not word.startswith("--config."):
-            parser.refuse(word)
+            raise parser.unknown(word)
     if config is None:
-        raise ValueError("--config is missing (for example --config configs/gmm.py)")
+        raise ValueError("--config is missing (for example --config gmm:smoke)")
     given = {key: value for key, value in vars(args).items() if key.startswith("config.")}
     for word in rest:
         key, equals, text = word.removeprefix("--").partition("=")
         # names in a dict setting are the user's own
         if not equals or not any(hint == dict[str, Any] and key.startswith(f"{name}.") for name, hint in types.items()):
-            parser.refuse(word)
+            raise parser.unknown(word)
         given[key] = text
     for key, text in given.items():
         _set(config, key.removeprefix("config."), settings.from_text(text, types.get(key, Any), f"--{key}"))
@@ -60,10 +63,19 @@ def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], 
 
 
 def load(name: str) -> ConfigDict:
-    """The config of FILE.py or FILE.py:ARG: what get_config() returns. Raises ValueError for whatever goes wrong."""
+    """The config of a file, or of a name such as lm_laptop; after a ":" comes the argument of its get_config().
+
+    Raises: ValueError for whatever goes wrong.
+    """
     path, colon, arg = name.partition(":")
+    shipped = _shipped()
     if not Path(path).is_file():
-        raise ValueError(f"--config {name}: there is no file {path}")
+        names = {file.stem: file for file in sorted(shipped.glob("[!_]*.py"))}
+        if path not in names:
+            raise ValueError(f"--config {name}: {path} is neither a file nor one of {', '.join(names)}")
+        path = names[path]
+    # a config may begin with another one (`from configs import lm`), wherever it lies itself
+    sys.path.append(str(shipped.parent))
     try:
         found = importlib.util.spec_from_file_location("kd_jax_config", path)
         module = importlib.util.module_from_spec(found)
@@ -76,9 +88,18 @@ def load(name: str) -> ConfigDict:
         last = traceback.extract_tb(sys.exc_info()[2])[-1]
         where = f" ({last.filename}, line {last.lineno})"
         raise ValueError(f"--config {name}: {type(error).__name__}: {' '.join(str(error).split())}{where}") from error
+    finally:
+        sys.path.remove(str(shipped.parent))
     if not isinstance(config, ConfigDict):
         raise ValueError(f"--config {name}: get_config() must return an ml_collections.ConfigDict")
     return config
+
+
+def _shipped() -> Path:
+    """The folder of configs that come with the package: inside an installed one, beside it in a checkout."""
+    package = Path(kd_jax.__file__).parent
+    inside = package / "shipped" / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def to_dict(config: ConfigDict) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A digest of weights that every bit counts in, however they are laid out over devices."""
+"""A digest of weights: of every bit, and independent of their layout over devices."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from kd_jax.parallel import distributed
 
 
 def fingerprint(params: Any) -> str:
-    """A hex digest of the weights: names, shapes, dtypes and every bit, however they are laid out over devices."""
+    """A hex digest of a tree of weights: names, shapes, dtypes and bits, independent of their layout over devices."""
     return digest(line(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params))
 
 
 def line(path: tuple, leaf: jax.Array) -> str:
-    """What of the fingerprint comes from one weight; `path` is where it is in the tree, as JAX has it."""
+    """One weight's part of the fingerprint; `path` is its place in the tree (a JAX key path)."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     return f"{name} {leaf.shape} {leaf.dtype} {distributed.fetch(_sums(leaf)).tolist()}"
 
 
 def digest(lines: Iterable[str]) -> str:
-    """The fingerprint, from the lines of all weights in any order."""
+    """The fingerprint from the lines of all weights, in any order."""
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 @jax.jit
 def _sums(leaf: jax.Array) -> jax.Array:
-    """Two sums over the elements of a hash of (position, bits). They wrap, so they are exact in any order."""
+    """Two sums, over all elements, of a hash of (position, bits). uint32 wraps, so any order gives the same sums."""
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
     position, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
     for axis in reversed(range(leaf.ndim)):

@@ -1,4 +1,4 @@
-"""Progress bars on stderr, with the rate and the time that is left; only process 0 shows them."""
+"""Progress bars on stderr, with rate and remaining time, shown by process 0 only."""
 
 from __future__ import annotations
 
@@ -13,8 +13,15 @@ from kd_jax.parallel import distributed
 
 
 def bar(label: str, first: int, total: int, unit: str, *, quiet: bool = False) -> tqdm:
-    """A progress bar on stderr, with the rate and the time that is left."""
-    # into a log file, a line's worth now and then
+    """A progress bar.
+
+    Args:
+        label: text before the bar.
+        first, total: units done already, and in all.
+        unit: what is counted, in the singular.
+        quiet: show nothing.
+    """
+    # a log file gets a line every half minute
     often = 0.1 if sys.stderr.isatty() else 30
     scale = unit == "token"
     return tqdm(
@@ -25,6 +32,7 @@ def bar(label: str, first: int, total: int, unit: str, *, quiet: bool = False) -
 
 @contextlib.contextmanager
 def sampling_bar(label: str, first: int, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar of samples that also shows tokens a second; yields a function (new samples, new tokens)."""
     start, made = time.perf_counter(), 0
     with bar(label, first, total, "sample") as shown:
 

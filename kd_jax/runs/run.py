@@ -1,4 +1,4 @@
-"""Run folders: what a run was, whether it may carry on, and its rows of numbers."""
+"""Run folders: making, resuming and finishing a run, and its manifest; stopping on signals; a clock."""
 
 import collections
 import contextlib
@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import platform
-import shlex
 import signal
 import subprocess
 import time
@@ -19,11 +18,12 @@ import jaxlib
 import numpy as np
 
 import kd_jax
+from kd_jax.runs.command_line import command
 from kd_jax.runs.config import flatten
-from kd_jax.storage import files
+from kd_jax.storage import errors, files, lock
 from kd_jax.storage.errors import RunError
 
-# All that a run writes into its folder, and so all that --overwrite removes.
+# Everything that a run writes into its folder; --overwrite removes exactly this.
 NAMES = (
     "config.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "stages", "evaluation",
     "report.html", "figures",
@@ -44,56 +44,50 @@ def open_run(
     workdir: str | os.PathLike, config: Mapping[str, Any], *, argv: Sequence[str], overwrite: bool = False,
     staged: bool = False,
 ) -> Run:  # fmt: skip
-    """Makes the run folder, or opens it again where it holds a run of this same config.
+    """Makes the run folder, or opens it again where it holds a run of the same config.
 
-    A folder with another config, or with files but no run, is refused (RunError). `overwrite` starts the run
-    again: it removes what a run writes (NAMES) and leaves every other file alone. A `staged` run takes another config
-    of the same experiment, as its stages know what depends on what; the differences are printed.
+    Args:
+        config: plain values, for config.json.
+        argv: the command line, for the manifest.
+        overwrite: start the run again: remove what a run writes (NAMES), and leave every other file alone.
+        staged: take another config of the same experiment, as stages know what depends on what; prints what differs.
+    Raises: RunError for a folder with a run of another config, or with files but no run; OSError where it cannot be
+        written.
     """
     folder = Path(workdir)
-    # through JSON and back, so that it compares equal with what is read from the file
+    # through JSON and back, to compare with the content of the file
     wanted = json.loads(files.dump(dict(config)))
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; --workdir has to be a folder")
-    try:
+    with errors.writing(folder):
         exists = (folder / "config.json").exists()
         if not exists and folder.is_dir():
-            # a .tmp of ours is what a kill during the very first write leaves
-            foreign = sorted(set(os.listdir(folder)) - {f"{name}.tmp" for name in NAMES})
+            # a kill during the very first write leaves a .tmp
+            foreign = sorted(set(lock.contents(folder)) - {f"{name}.tmp" for name in NAMES})
             if foreign:
-                raise RunError(
-                    f"{folder} is not empty and holds no run (no config.json, but {foreign[0]}); "
-                    "choose another --workdir"
-                )
+                raise RunError(f"{folder} holds no run (no config.json, but {foreign[0]}); choose another --workdir")
         if exists and not overwrite:
             changes = _changes(files.read_json(folder / "config.json", hint=_AGAIN), wanted)
             if changes and not (staged and not any(change.startswith("  experiment:") for change in changes)):
-                raise RunError(
-                    f"{folder} holds a run with another config:\n"
-                    + "\n".join(changes)
-                    + "\nchoose another --workdir, or start this one again with --overwrite"
-                )
+                advice = "choose another --workdir, or start this one again with --overwrite"
+                raise RunError("\n".join([f"{folder} holds a run with another config:", *changes, advice]))
             if changes:
-                print(f"{folder}: the config has changed; what depends on it is made anew\n" + "\n".join(changes))
+                print(f"{folder}: the config has changed; stages that depend on it run again\n" + "\n".join(changes))
                 files.write_json(folder / "config.json", wanted)
                 (folder / "manifest.json").unlink(missing_ok=True)
             return _reopen(folder, config, argv)
         folder.mkdir(parents=True, exist_ok=True)
         if exists:
-            # config.json stays until it is replaced: without it, a kill here would leave a folder that is refused
+            # config.json stays until it is replaced: a kill here must not leave a folder that looks foreign
             for name in NAMES[1:]:
                 files.remove(folder / name)
         files.write_json(folder / "config.json", wanted)
         files.write_json(folder / "manifest.json", _manifest(config, argv))
-    except OSError as error:
-        raise RunError(f"cannot write the run folder {folder}: {error}") from error
     return Run(folder, resumed=False, finished=False)
 
 
 class Stop:
-    """Whether somebody has asked for the end, by Ctrl-C or SIGTERM: long work looks at `asked` where it can save.
+    """Catches Ctrl-C and SIGTERM while its block runs: long work checks `asked` where it can save and stop.
 
-    As a context manager it takes over both signals; a second one interrupts at once.
+    A second signal interrupts at once.
     """
 
     def __init__(self):
@@ -114,7 +108,7 @@ class Stop:
 
 
 class Clock:
-    """Seconds by what they were spent on: `with clock("data"): ...`. What is inside another counts there alone."""
+    """Counts seconds by activity: `with clock("data"): ...`. Time in an inner block counts for that block only."""
 
     def __init__(self):
         self.seconds: collections.Counter[str] = collections.Counter()
@@ -139,7 +133,7 @@ class Clock:
 
 
 def finish(run: Run, **extra: Any) -> None:
-    """Marks the run finished in its manifest, with `extra` (timings and the like) beside it."""
+    """Marks the run finished in its manifest, and adds `extra` to it."""
     path = run.folder / "manifest.json"
     files.write_json(path, {**files.read_json(path, hint=_AGAIN), **extra, "status": "finished", "finished": _now()})
 
@@ -152,7 +146,7 @@ def _reopen(folder: Path, config: Mapping[str, Any], argv: Sequence[str]) -> Run
             return Run(folder, resumed=True, finished=True)
         manifest.setdefault("resumed", []).append(_now())
     else:
-        manifest = _manifest(config, argv)  # killed between the two first files
+        manifest = _manifest(config, argv)  # a kill came between the first two files
     files.write_json(path, manifest)
     return Run(folder, resumed=True, finished=False)
 
@@ -173,7 +167,7 @@ def _manifest(config: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     return {
         "status": "running",
         "started": _now(),
-        "command": _command(argv),
+        "command": command(argv),
         "seed": config.get("seed"),
         "versions": {
             "python": platform.python_version(),
@@ -192,14 +186,8 @@ def _manifest(config: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _command(argv: Sequence[str]) -> str:
-    program, *rest = argv or ["kd_jax/train.py"]
-    # `python -m kd_jax.train` shows up in sys.argv as the path of the file, which does not run from elsewhere
-    start = ["python", "-m", f"kd_jax.{Path(program).stem}"]
-    return shlex.join([*start, *rest])
-
-
 def _git_commit() -> str | None:
+    """The commit of this code, with "-dirty" where files differ from it; None where it is no repository."""
     package = Path(kd_jax.__file__).parent
 
     def git(*words: str) -> str:
@@ -207,9 +195,9 @@ def _git_commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # an installed copy can lie inside some other project's repository: only a tracked one counts
+        # an installed copy may lie inside another project's repository: only tracked code counts
         git("ls-files", "--error-unmatch", "__init__.py")
-        return git("rev-parse", "HEAD")
+        return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty")
     except (OSError, subprocess.CalledProcessError):
         return None
 

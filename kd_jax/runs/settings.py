@@ -1,4 +1,4 @@
-"""Settings, each declared once: its type, default, range and meaning, as a field of a frozen dataclass (a spec).
+"""Settings, each declared once, as a field of a frozen dataclass (a spec): type, default, range and meaning.
 
 The config file's fields, the checks of the command line, its help and the documentation all come from the declaration:
 

@@ -1,11 +1,11 @@
-"""A run made of stages, each in a folder of its own that is named by what the stage is a function of.
+"""A run made of stages, each in a folder named by a digest of everything that its result depends on.
 
     WORKDIR/stages/NAME-KEY/stage.json    what it depends on, whether it is finished, how long it took
 
-The key is a digest of the stage's settings and of the keys of its inputs. So a stage that is done is not done again, a
-changed setting makes new folders for exactly what depends on it, and changing it back finds the old ones.
+The key is a digest of the stage's settings and of the keys of its inputs. So finished stages are reused, a changed
+setting makes new folders for exactly the stages that depend on it, and changing it back finds the old ones.
 
-Of several processes all run each stage, and process 0 writes what is said of it here.
+With several processes all run each stage, and process 0 writes stage.json.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ class Stage(NamedTuple):
     """A piece of a run.
 
     Attributes:
-        name: may have slashes; its first part is what --stages calls it by.
-        settings: plain values that its result is a function of, beside its inputs.
+        name: may have slashes; its first part is the group that --stages selects.
+        settings: plain values that its result depends on, beside its inputs.
         inputs: names of the stages whose folders it reads.
-        work: called with its own folder and a dict of its inputs' folders; whatever of it was done before a kill is
-            still in the folder. Returns plain values for stage.json.
+        work: called with its own folder and a dict of its inputs' folders; the folder still has what a killed start
+            has finished. Returns plain values for stage.json.
         cost: plain values that --dry_run shows.
-        about: whatever the experiment wants to know of it later.
+        about: whatever the experiment needs to know about it later.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Stage(NamedTuple):
 
 
 def folders(workdir: Path, stages: Iterable[Stage]) -> dict[str, Path]:
-    """The folder of each stage, by name; inputs come before what they are for."""
+    """The folder of each stage, by name. `stages` are in order: inputs before the stages that read them."""
     keys: dict[str, str] = {}
     for stage in stages:
         about = {"name": stage.name, "settings": stage.settings, "inputs": {name: keys[name] for name in stage.inputs}}
@@ -58,7 +58,7 @@ def folders(workdir: Path, stages: Iterable[Stage]) -> dict[str, Path]:
 
 
 def about(folder: Path) -> dict[str, Any] | None:
-    """What stage.json says of a stage; None where it has not begun. RunError where the file is damaged."""
+    """The content of a stage's stage.json; None where it has not begun. Raises RunError for a damaged file."""
     path = folder / "stage.json"
     if not path.exists():
         return None
@@ -69,21 +69,24 @@ def about(folder: Path) -> dict[str, Any] | None:
 
 
 def finished(folder: Path) -> bool:
+    """Whether the stage of this folder is finished."""
     there = about(folder)
     return there is not None and there["status"] == "finished"
 
 
 def run(workdir: Path, stages: Sequence[Stage], only: Sequence[str] = ()) -> None:
-    """Runs the stages that are not finished, in order; with `only`, those of these groups.
+    """Runs the stages that are not finished, in order.
 
-    Raises ValueError for a group that is not there, RunError for an input that is not finished and is not to be run.
+    Args:
+        only: groups to run; by default all.
+    Raises: ValueError for a group that does not exist, RunError for an input that is neither finished nor selected.
     """
     groups = list(dict.fromkeys(stage.group for stage in stages))
     for name in only:
         if name not in groups:
             raise ValueError(f"--stages: {name!r} is not one of {', '.join(groups)}")
     where = folders(workdir, stages)
-    # as process 0 finds them: another could look when a stage has just been finished
+    # process 0 decides for all: another process might look when a stage has just finished
     done = distributed.once(lambda: [stage.name for stage in stages if finished(where[stage.name])], "what is finished")
     chosen = [stage for stage in stages if stage.name not in done and (not only or stage.group in only)]
     to_run = {stage.name for stage in chosen}
@@ -91,9 +94,7 @@ def run(workdir: Path, stages: Sequence[Stage], only: Sequence[str] = ()) -> Non
         missing = [name for name in stage.inputs if name not in to_run and name not in done]
         if missing:
             group = missing[0].split("/")[0]
-            raise RunError(
-                f"stage {stage.name} needs {missing[0]}, which is not finished; run it too (--stages {group})"
-            )
+            raise RunError(f"stage {stage.name} needs {missing[0]}; run it too (--stages {group})")
     for number, stage in enumerate(chosen, start=1):
         if distributed.leads():
             print(f"stage {number} of {len(chosen)}: {stage.name}", flush=True)
@@ -115,7 +116,7 @@ def _run(stage: Stage, where: dict[str, Path]) -> None:
         there["result"] = stage.work(folder, {name: where[name] for name in stage.inputs})
         there |= {"status": "finished", "finished": _now()}
     finally:
-        # of a run that was killed outright the time is not known, and not counted
+        # the time of a start that was killed outright is unknown and not counted
         there["seconds"] = round(there["seconds"] + time.perf_counter() - began, 3)
         _write(folder, there)
 

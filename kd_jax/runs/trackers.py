@@ -1,51 +1,77 @@
-"""Where the numbers of a run also go, if asked: TensorBoard files, Weights & Biases."""
+"""Other places where the numbers of a training are logged, if asked: TensorBoard files, Weights & Biases."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-# The module each needs, and what to install for it. Neither is needed for a run without it.
+from kd_jax.storage.files import write_text
+
+# The package each needs. Neither is needed for a run without it.
 TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def check(names: Sequence[str]) -> None:
     """Raises ValueError for a name that is not known, or whose package is not installed."""
     for name in names:
-        if name not in TRACKERS:
-            raise ValueError(f"config.train.trackers: {name!r} is not one of {', '.join(TRACKERS)}")
-        if importlib.util.find_spec(TRACKERS[name]) is None:
-            raise ValueError(f"config.train.trackers: {name!r} needs the package {TRACKERS[name]}: pip install it")
+        if importlib.util.find_spec(TRACKERS.get(name, "none such")) is None:
+            known = ", ".join(f"{name} (package {package})" for name, package in TRACKERS.items())
+            raise ValueError(f"config.train.trackers: {name!r} is not one of {known} that is installed here")
 
 
-def start(names: Sequence[str], folder: Path) -> Callable[[int, dict[str, float]], None]:
-    """A function (step, values) that hands numbers to each of `names`."""
-    each = [{"tensorboard": _tensorboard, "wandb": _wandb}[name](folder) for name in names]
+class Tracker:
+    """Hands the numbers of one training to each of `names`; a training of its own in each, also among several at once.
 
-    def track(step: int, values: dict[str, float]) -> None:
-        for one in each:
-            one(step, values)
+    Args:
+        names: out of TRACKERS.
+        folder: of the training. Its name is the run's; TensorBoard's files, and W&B's id and files, are in it.
+    """
 
-    return track
+    def __init__(self, names: Sequence[str], folder: Path):
+        starts = {"tensorboard": _tensorboard, "wandb": _wandb}
+        self._loggers = [starts[name](folder) for name in names]
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the values of a step."""
+        for log, _ in self._loggers:
+            log(step, values)
+
+    def finish(self) -> None:
+        """Ends the runs: what follows in this process is no part of them."""
+        for _, end in self._loggers:
+            end()
 
 
-def _tensorboard(folder: Path) -> Callable[[int, dict[str, float]], None]:
+Logger = tuple[Callable[[int, Mapping[str, float]], Any], Callable[[], Any]]
+
+
+def _tensorboard(folder: Path) -> Logger:
     import tensorboardX
 
     writer = tensorboardX.SummaryWriter(str(folder / "tensorboard"))
 
-    def track(step, values):
+    def log(step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
-        writer.flush()  # what a killed run has seen stays
+        writer.flush()  # what a killed run has logged stays
 
-    return track
+    return log, writer.close
 
 
-def _wandb(folder: Path) -> Callable[[int, dict[str, float]], None]:
+def _wandb(folder: Path) -> Logger:
     import wandb
 
-    # the folder's name is the run's: a resumed run goes on in its own
-    run = wandb.init(project="kd_jax", id=folder.name, name=folder.name, dir=str(folder), resume="allow")
-    return lambda step, values: run.log(values, step=step)
+    # An id of its own, kept with the training: a resumed training continues its run, and trainings of the same name in
+    # two run folders are two.
+    path = folder / "wandb_id.txt"
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex)
+    # create_new: several students that train together each have a run in this process
+    run = wandb.init(
+        project="kd_jax", id=path.read_text(encoding="utf-8"), name=folder.name, dir=str(folder), resume="allow",
+        reinit="create_new",
+    )  # fmt: skip
+    return lambda step, values: run.log(dict(values), step=step), run.finish

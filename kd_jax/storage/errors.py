@@ -1,4 +1,4 @@
-"""How programs end: errors that a user can put right, and signals."""
+"""Errors that the user can mend, and how programs end on signals."""
 
 import contextlib
 import errno
@@ -9,8 +9,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-# By the number of an operating system's error: what has to be done where it came up.
-_REMEDIES = {
+# What to do about an operating system's error, by its number.
+REMEDIES = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
     errno.EFBIG: "allow larger files there (ulimit -f)",
@@ -18,28 +18,28 @@ _REMEDIES = {
     errno.EACCES: "let it be read and written to",
     errno.EPERM: "let it be read and written to",
 }
-# tensorstore's way of saying it
+# how tensorstore's messages give the number
 _NUMBER = re.compile(r"os_error_code='(\d+)'")
 
 
 class RunError(Exception):
-    """Something the user can put right; the message says what."""
+    """Something that the user can mend; the message says how."""
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """An operating system's error in the block that says no file, or not where it is, becomes one about `path`."""
+    """Makes an OSError in the block that does not name a full path one about `path`."""
     try:
         yield
     except OSError as error:
-        # shutil.rmtree goes by open folders and says the last part of the name alone
+        # shutil.rmtree works on open folders, so its errors name the last part of the path only
         if error.errno is None or os.path.isabs(str(error.filename or "")):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def number(error: BaseException | None) -> int | None:
-    """The number of the operating system's error that this one is, or came from; None where it is no such thing."""
+    """The number of the operating system's error behind an error; None where there is none."""
     while error is not None:
         found = _NUMBER.search(str(error))
         if isinstance(error, OSError) and error.errno is not None:
@@ -51,21 +51,21 @@ def number(error: BaseException | None) -> int | None:
 
 
 def explain(error: BaseException) -> str:
-    """The error's text, with what is to be done if that is known."""
-    remedy = _REMEDIES.get(number(error))
-    return str(error) if remedy is None else f"{error}; {remedy}, and the same command goes on"
+    """The error's message, with the remedy if there is a known one."""
+    remedy = REMEDIES.get(number(error))
+    return str(error) if remedy is None else f"{error}; {remedy}, and the same command resumes"
 
 
 def end_on_terminate() -> None:
-    """From now on SIGTERM is what Ctrl-C is, KeyboardInterrupt: the program says so and ends with code 130."""
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python lets nobody ask for signals
+    """From now on SIGTERM raises KeyboardInterrupt, like Ctrl-C."""
+    if threading.current_thread() is threading.main_thread():  # Python sets signal handlers in the main thread only
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def again(folder: str | os.PathLike) -> str:
-    """What is to be done about a damaged file in `folder`: removed with it, or with all of its stage, it is made again.
+    """The remedy for a damaged file in `folder`: remove the folder, or its whole stage, and run again.
 
-    Nothing is removed without being asked: the damage may be the disk's, and the file be whole elsewhere.
+    Nothing is removed automatically: there may be a whole copy elsewhere.
     """
     folder = Path(folder).absolute()
     stage = next((above for above in [folder, *folder.parents] if (above / "stage.json").exists()), folder)

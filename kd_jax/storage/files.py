@@ -1,28 +1,36 @@
-"""Files that are written whole or not at all, and what is read of them: JSON, rows of JSON, arrays."""
+"""Files that are written whole or not at all: JSON, rows of JSON, arrays."""
 
 import contextlib
 import json
 import math
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from kd_jax.storage import untrusted
 from kd_jax.storage.errors import RunError, writing
 
-# JSON has no such numbers; Python's own NaN token is not JSON, and other readers refuse the line.
+# JSON has no such numbers. Python's NaN token is not JSON, and other readers refuse it.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+# What reading a damaged .npz raises.
+_DAMAGE = (
+    ValueError, SyntaxError, TypeError, KeyError, EOFError, NotImplementedError, RuntimeError, MemoryError, OSError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, partial: Path | None = None) -> Iterator[BinaryIO]:
-    """A file to fill, which takes the place of `path` once the block is through; else nothing is left of it.
+    """A file to fill, which replaces `path` when the block ends; where it fails, nothing is left of it.
 
-    `partial` is where it is until then, by default beside it with .tmp at the end. Raises OSError that names the file.
+    Args:
+        partial: where the file is until then; by default beside `path`, with .tmp at the end.
+    Raises: OSError, naming the file.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".tmp") if partial is None else partial
@@ -33,9 +41,8 @@ def replacing(path: str | os.PathLike, partial: Path | None = None) -> Iterator[
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
-        except Exception:
-            partial.unlink(missing_ok=True)  # a full disk needs the room
-            raise
+        finally:
+            partial.unlink(missing_ok=True)  # of a write that failed: a full disk needs the room
 
 
 def remove(path: Path) -> None:
@@ -63,24 +70,33 @@ def read_json(
 ) -> dict[str, Any]:
     """The object in a JSON file.
 
-    Raises `error`, which names the file and ends in `hint`, where it holds no object, or one without a value of the
-    type that `needs` has for a key; OSError for one that cannot be read.
+    Args:
+        error: raised where the file holds no object, or one without a key of `needs`.
+        needs: keys that must be there, with the types of their values.
+        hint: end of the error's message.
+    Raises: `error`, naming the file; OSError where it cannot be read.
     """
     path = Path(path)
     try:
-        value = untrusted.parse_json(untrusted.text(path))
+        return _object(path.read_bytes(), needs or {})
     except ValueError as reason:
-        raise error(f"{path} is not JSON ({reason}){hint}") from reason
-    if not isinstance(value, dict):
-        raise error(f"{path} is not a JSON object{hint}")
-    problem = _lack(value, needs or {})
+        raise error(f"{path} {reason}{hint}") from reason
+
+
+def _object(text: bytes, needs: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object of a text, which has these keys; ValueError says what is wrong with it."""
+    try:
+        value = json.loads(str(text, "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from error
+    problem = _lack(value, needs) if isinstance(value, dict) else "is not a JSON object"
     if problem:
-        raise error(f"{path} {problem}{hint}")
+        raise ValueError(problem)
     return value
 
 
 def _lack(value: dict[str, Any], needs: dict[str, Any]) -> str | None:
-    """What an object does not have of a value of each of these types."""
+    """Which value of `needs` an object lacks, or has of another type."""
     for key, kind in needs.items():
         if not isinstance(value.get(key), kind):
             return f"has no {key}" if key not in value else f"has {key}={value[key]!r:.40}, which it cannot be"
@@ -99,45 +115,36 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write(text)
 
 
-def read_rows(
-    path: Path, needs: dict[str, Any] | None = None, *, cut: bool = False, halves: bool = False
-) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file, none where there is no file; `halves` as of `untrusted.parse_json`.
+def read_rows(path: Path, needs: dict[str, Any] | None = None, *, cut: bool = False) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file; none where there is no file.
 
-    With `cut` a last line without an end is left out: it is what a kill or a full disk leaves of an `append_rows`.
-    RunError names a line that is broken, or has no value of the type that `needs` has for a key.
+    Args:
+        needs: keys that every row must have, with the types of their values.
+        cut: leave out a last line without an end: it is what a kill or a full disk leaves of an `append_rows`.
+    Raises: RunError, naming the line that is broken.
     """
     path = Path(path)
     if not path.exists():
         return []
     rows = []
-    # not the whole at once, and not by splitlines: U+2028 ends a line for it, and may be in a JSON string as it is
+    # line by line from the file, not by splitlines: U+2028 ends a line for it, and may stand in a JSON string
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip() and not (cut and not line.endswith(b"\n")):
-                rows.append(_row(line, f"{path}, line {number}", needs or {}, halves))
+                try:
+                    rows.append(_decode(_object(line, needs or {})))
+                except ValueError as reason:
+                    raise RunError(f"{path}, line {number}: {reason}") from reason
     return rows
-
-
-def _row(line: bytes, where: str, needs: dict[str, Any], halves: bool) -> dict[str, Any]:
-    try:
-        row = untrusted.parse_json(str(line, "utf-8"), halves=halves)
-    except ValueError as error:
-        raise RunError(f"{where}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise RunError(f"{where}: not a row (a JSON object)")
-    problem = _lack(row, needs)
-    if problem:
-        raise RunError(f"{where} {problem}")
-    return _decode(row)
 
 
 def read_arrays(path: Path, *, hint: str = "") -> dict[str, np.ndarray]:
     """The arrays of an .npz. Raises RunError, which names the file and ends in `hint`, where it is damaged."""
     try:
-        return untrusted.arrays(path)
-    except ValueError as error:
-        raise RunError(f"{error}{hint}") from error
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except _DAMAGE as error:
+        raise RunError(f"{path} is damaged: {type(error).__name__}: {error}{hint}") from error
 
 
 def _lines(rows: Iterable[dict[str, Any]]) -> str:
@@ -145,6 +152,7 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def dump(value: Any, indent: int | None = None) -> str:
+    """JSON of plain values, arrays, paths and numbers that JSON does not have (as texts, see _NON_FINITE)."""
     return json.dumps(_encode(value), indent=indent, allow_nan=False)
 
 

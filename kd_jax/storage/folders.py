@@ -13,17 +13,19 @@ from jax.experimental import multihost_utils
 
 @contextlib.contextmanager
 def replacing(folder: str | os.PathLike, overwrite: bool, ours: tuple[str, ...]) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` once the block is through; else nothing is left of it.
+    """A folder to fill, which replaces `folder` when the block ends; where it fails, nothing is left of it.
 
-    Of a folder that is there and not empty, only one where every name matches `ours` is replaced, with `overwrite`.
+    Args:
+        overwrite: whether a folder that is not empty may be replaced.
+        ours: patterns of names; a folder with a name that matches none of them is never replaced.
+    Raises: FileExistsError for a folder that may not be replaced.
     """
     folder = Path(folder).expanduser().resolve()
     there = sorted(os.listdir(folder)) if folder.exists() else []
-    if there and not overwrite:
-        raise FileExistsError(f"{folder} is not empty; choose another folder, or overwrite it")
     foreign = [name for name in there if not any(fnmatch.fnmatch(name, pattern) for pattern in ours)]
-    if foreign:
-        raise FileExistsError(f"{folder} has other files too ({foreign[0]}), so it is not overwritten; choose another")
+    if there and not (overwrite and not foreign):
+        why = "is not empty" if not overwrite else f"has other files too ({foreign[0]}), so it is not overwritten"
+        raise FileExistsError(f"{folder} {why}; choose another folder{'' if overwrite else ', or overwrite it'}")
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     first = jax.process_index() == 0
     if first:
@@ -31,12 +33,13 @@ def replacing(folder: str | os.PathLike, overwrite: bool, ours: tuple[str, ...])
             shutil.rmtree(partial)
         partial.mkdir(parents=True)
     multihost_utils.sync_global_devices(f"{partial} is there")
+    filled = False
     try:
         yield partial
-    except BaseException:
-        if first:
+        filled = True
+    finally:
+        if first and not filled:
             shutil.rmtree(partial)
-        raise
     multihost_utils.sync_global_devices(f"{partial} is full")
     if first:
         for path in [*partial.rglob("*"), partial]:

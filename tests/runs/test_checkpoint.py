@@ -1,9 +1,9 @@
 """Checkpoints: what is kept, what is newest, what comes back, onto other devices as well."""
 
+import logging
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ import numpy as np
 import optax
 import pytest
 
-from kd_jax.runs import checkpoint
 from kd_jax.runs.checkpoint import Checkpoints
 
 
@@ -135,10 +134,42 @@ def test_onto_another_number_of_devices(tmp_path):
         assert done.stdout.strip().endswith("ok"), done.stderr[-2000:]
 
 
-def test_only_writes_that_nobody_waits_for_go_unsaid():
-    said = []
-    report = checkpoint._quiet(lambda unraisable: said.append(unraisable.exc_value))
-    errors = [RuntimeError("Event loop is closed"), RuntimeError("another"), ValueError("Event loop is closed")]
-    for error in errors:
-        report(SimpleNamespace(exc_value=error))
-    assert said == errors[1:]
+def test_an_empty_step_is_removed_and_the_one_before_it_is_the_last(tmp_path, capsys):
+    with Checkpoints(tmp_path) as saved:
+        saved.save(10, {"t": {"a": jnp.arange(3.0)}})
+    (tmp_path / "20/t").mkdir(parents=True)
+    with Checkpoints(tmp_path, keep=1) as saved:
+        assert saved.steps() == [10] and f"{tmp_path / '20'} is empty and is removed" in capsys.readouterr().err
+        saved.save(20, {"t": {"a": jnp.arange(4.0)}})
+    with Checkpoints(tmp_path) as saved:
+        assert saved.steps() == [20]
+
+
+def test_loggers_are_as_they_were_once_the_checkpoints_are_closed(tmp_path):
+    before = {name: list(logging.getLogger(name).filters) for name in ("absl", "asyncio")}
+    with Checkpoints(tmp_path):
+        pass
+    assert {name: logging.getLogger(name).filters for name in before} == before
+
+
+def test_importing_every_module_changes_nothing_of_python_itself():
+    script = """
+import logging, pkgutil, signal, sys, importlib, threading
+import absl.logging, jax, orbax.checkpoint, datasets, transformers  # whatever they do themselves
+def state():
+    loggers = {name: logger for name, logger in logging.root.manager.loggerDict.items() if hasattr(logger, "filters")}
+    own = ("kd_jax", "matplotlib", "PIL", "wandb")
+    kept = {name: (list(one.filters), one.level, list(one.handlers)) for name, one in loggers.items()}
+    hooks = sys.unraisablehook, sys.excepthook, threading.excepthook, signal.getsignal(signal.SIGTERM)
+    return hooks, {name: one for name, one in kept.items() if not name.startswith(own)}
+before = state()
+import kd_jax
+for module in pkgutil.walk_packages(kd_jax.__path__, "kd_jax."):
+    importlib.import_module(module.name)
+after = state()
+assert before[0] == after[0]
+changed = [name for name, one in before[1].items() if one != after[1][name]]
+assert not changed, changed
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

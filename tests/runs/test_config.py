@@ -137,6 +137,7 @@ def test_a_bad_flag_is_one_line_that_names_it(parse, word, parts, tmp_path):
         ("--config.words=a,b", ("a", "b")),
         ("--config.words=('a',)", ("a",)),
         ("--config.limit=2", 2.0),
+        ("--config.limit=-1e-4", -1e-4),
         ("--config.limit=none", None),
         ("--config.arms={'a': {'top_k': 3}}", {"a": {"top_k": 3}}),
         ("--config.rate=1", 1.0),
@@ -213,7 +214,7 @@ def test_flagfiles_have_comments_and_name_others(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (None, ["config.py", "no file"]),
+        (None, ["config.py", "neither a file"]),
         ("def get_config():\n    return 3\n", ["ConfigDict"]),
         ("def get_config():\n    return {}['a']\n", ["KeyError", "config.py, line 2"]),
         ("def get_config(arg=''):\n    raise ValueError(f'{arg} is not known')\n", ["not known"]),
@@ -240,3 +241,18 @@ def test_config_is_locked_and_plain(parse):
         config.seds = 3
     plain = config_lib.to_dict(config)
     assert plain["sizes"] == [1, 2] and json.loads(json.dumps(plain)) == plain
+
+
+def test_a_negative_number_as_a_word_of_its_own(parse_declared):
+    for text in ("-1e-4", "-.5", "-3"):
+        assert parse_declared("--config.limit", text).config.limit == float(text)
+
+
+def test_a_config_that_comes_with_the_package_is_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert config_lib.load("gmm:smoke").experiment == "gmm"
+    # a copied file still finds the one it begins with
+    (tmp_path / "mine.py").write_text((config_lib._shipped() / "gmm_frontier.py").read_text())
+    assert config_lib.load("mine.py").experiment == "gmm_frontier"
+    with pytest.raises(ValueError, match="gm is neither a file nor one of gmm, gmm_frontier"):
+        config_lib.load("gm")

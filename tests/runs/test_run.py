@@ -58,15 +58,9 @@ def test_other_config_is_refused_naming_the_fields(tmp_path):
 def test_folder_that_is_no_run_is_refused_even_to_overwrite(tmp_path):
     (tmp_path / "figures").mkdir()
     for overwrite in (False, True):
-        with pytest.raises(errors.RunError, match="not empty"):
+        with pytest.raises(errors.RunError, match="holds no run"):
             open_run(tmp_path, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == ["figures"]
-
-
-def test_workdir_that_is_a_file_is_refused(tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(errors.RunError, match="is a file"):
-        open_run(tmp_path / "file")
 
 
 def test_overwrite_keeps_foreign_files(tmp_path):
@@ -128,3 +122,19 @@ def test_door_exits_2_and_writes_nothing(tmp_path):
     done = subprocess.run([*command, "--config.experimnt=x"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "did you mean --config.experiment?" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_the_commit_says_whether_files_differ_from_it(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True)
+
+    (tmp_path / "__init__.py").write_text("a = 1\n")
+    monkeypatch.setattr(run_lib.kd_jax, "__file__", str(tmp_path / "__init__.py"))
+    assert run_lib._git_commit() is None
+    git("init", "-q"), git("add", "."), git("commit", "-q", "-m", "one")
+    git("tag", "v1")
+    commit = run_lib._git_commit()
+    assert len(commit) == 40 and int(commit, 16)
+    (tmp_path / "__init__.py").write_text("a = 2\n")
+    assert run_lib._git_commit() == f"{commit}-dirty"

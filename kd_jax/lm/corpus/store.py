@@ -26,6 +26,7 @@ from kd_jax.lm.corpus import manifest as manifests
 from kd_jax.lm.corpus import shards
 from kd_jax.lm.corpus.manifest import DATA_SETTINGS, SETTINGS
 from kd_jax.lm.corpus.shards import SCHEMA
+from kd_jax.storage import lock
 from kd_jax.storage.errors import RunError
 from kd_jax.storage.files import write_json
 
@@ -172,7 +173,7 @@ def find(folder: str | os.PathLike, settings: dict[str, Any], *, kind: str = "sa
     manifest = manifests.read(folder)
     if manifest is None:
         # a .tmp of ours is what a kill during the very first write leaves
-        foreign = sorted(set(os.listdir(folder)) - {"manifest.json.tmp"}) if folder.is_dir() else []
+        foreign = [name for name in lock.contents(folder) if name != "manifest.json.tmp"]
         if foreign:
             raise RunError(f"{folder} holds {foreign[0]} and no corpus (no manifest.json); choose another folder")
         return None

@@ -24,7 +24,7 @@ CONTROL = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
 
 def read(path: Path) -> list[dict]:
     """The rows of a samples.jsonl, none where there is no file; ValueError names one that is not a sample's."""
-    rows = files.read_rows(path, halves=True)
+    rows = files.read_rows(path)
     for index, row in enumerate(rows, start=1):
         missing = [key for key in ("name", "arm", "index", "text") if row.get(key) is None]
         if missing:

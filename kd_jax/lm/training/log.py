@@ -41,7 +41,7 @@ class Log:
         self._leads = distributed.leads()
         if self._leads:
             write_rows(self._path, [row for row in read_rows(self._path, ROW, cut=True) if row["step"] <= first])
-        self._track = trackers.start(names if self._leads else (), folder)
+        self._track = trackers.Tracker(names if self._leads else (), folder)
         self._ceiling, self._clock = tokens_at_ceiling, clock
         # tokens, time, and seconds of rollouts at the previous row; the rate that the bar shows
         self._previous, self._rate = None, ""
@@ -91,3 +91,4 @@ class Log:
 
     def close(self) -> None:
         self._bar.close()
+        self._track.finish()

@@ -1,0 +1,32 @@
+"""All commands as one: kd-jax COMMAND ..., or python -m kd_jax COMMAND ..."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": "run an experiment, or resume it",
+    "sample": "sample a corpus from a model, or show one",
+    "teacher": "record a teacher's likeliest tokens with a corpus",
+    "evaluate": "precision, recall and more of models against p*",
+    "report": "write the pages of run folders",
+}
+_USAGE = "\n".join(
+    ["usage: kd-jax COMMAND [flags]; kd-jax COMMAND --help lists the flags", ""]
+    + [f"  {name:10} {what}" for name, what in COMMANDS.items()]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command that the first word names, and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in COMMANDS:
+        asked = words in (["--help"], ["-h"])
+        print(_USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    # the command's own file is what it takes for the program's name
+    return importlib.import_module(f"kd_jax.{words[0]}").main([f"kd_jax/{words[0]}.py", *words[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
