@@ -6,11 +6,13 @@ have kept: results name their metrics with their versions, so an old number is n
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from kd_jax import metrics
 from kd_jax.lm.corpus import Rows
 from kd_jax.lm.evaluation import estimates
 
@@ -24,6 +26,7 @@ MEASURED = {
     "own_data": "p_star_of_data where the validation rows were drawn from p*",
     "calibration": "confidence and hits of the model on the validation rows, see estimates.calibration_error",
     "agreement": "validation tokens of each row at which the model's likeliest id is p*'s, float64 [m]",
+    "points": "embeddings of samples and validation rows, equally many (Points)",
 }
 
 
@@ -37,6 +40,23 @@ class Reduction(NamedTuple):
 
     columns: tuple[str, ...]
     compute: Callable[..., Iterable[Any]]
+
+
+class Points:
+    """Texts as points, for the metrics of kd_jax.metrics.SAMPLE_METRICS.
+
+    Args:
+        samples: the points; `real` are validation rows, as many as `fake`.
+        bias: what the metrics give for two halves of the validation rows, by name; it is asked for at most once.
+    """
+
+    def __init__(self, samples: metrics.Samples, bias: Callable[[], Mapping[str, metrics.Bias]]):
+        self.samples, self._bias = samples, bias
+
+    def value_and_bias(self, name: str) -> tuple[float, float | None]:
+        """A metric, and how far it is off for equal distributions at this size; None for one without an ideal."""
+        bias = self._bias().get(name)
+        return float(metrics.SAMPLE_METRICS[name].function(self.samples)), None if bias is None else bias.bias
 
 
 PER_TOKEN = Reduction(("", "_se", "_per_sequence", "_per_sequence_se"), estimates.both_averages)
@@ -129,7 +149,15 @@ _ROWS = (
     Metric("agreement", ("agreement", "data"), PER_TOKEN, "share", "the likeliest id is more often p*'s",
            "E_{x ~ data} [argmax model = argmax p*]", lambda a, d: (a, _counts(d))),
 )  # fmt: skip
-METRICS = {metric.name: metric for metric in _ROWS}
+# Metrics of samples are rows of their own table: one that is added there is a column here.
+_OF_POINTS = (
+    Metric(
+        name, ("points",), Reduction(("", "_bias"), lambda value, bias: (value, bias)), row.unit, row.larger,
+        row.summary, functools.partial(Points.value_and_bias, name=name),
+    )
+    for name, row in metrics.SAMPLE_METRICS.items()
+)  # fmt: skip
+METRICS = {metric.name: metric for metric in (*_ROWS, *_OF_POINTS)}
 
 
 def computable(measured: Iterable[str]) -> dict[str, int]:

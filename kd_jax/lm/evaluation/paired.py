@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kd_jax.lm.decode import WHOLE, SamplerSpec
-from kd_jax.lm.evaluation.precision_recall import home
+from kd_jax.lm.evaluation.tasks import home
 from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
 from kd_jax.storage.errors import RunError

@@ -25,6 +25,10 @@ class MeasureSpec:
         (1.0,), "each model is evaluated at each of these; 1 is its own distribution", above=0
     )
     agreement: bool = setting(False, "score p* on the validation rows, too: how often its likeliest id is a model's")
+    embedding_model: str = setting(
+        "", "its mean hidden states make texts points, for metrics of samples; best not p*; empty for none"
+    )
+    num_points: int = setting(2000, "texts of each model that are embedded, at most", at_least=20)
     batch_tokens: int | None = setting(
         None, "tokens scored at a time; none is 4096 for each part of the mesh that rows are split over", at_least=1
     )
@@ -83,6 +87,13 @@ def check(
     compatibility.check_model("p*", reference, reference, max_length)
     for name, entry in models.items():
         compatibility.check_model(name, metadata(entry.source), reference, max_length)
+    if spec.embedding_model:
+        embedder = metadata(spec.embedding_model)
+        if reference.tokenizer is None and embedder.num_tokens < reference.num_tokens:
+            raise ValueError(
+                f"embedding_model {spec.embedding_model} has {embedder.num_tokens} ids, p* has {reference.num_tokens} "
+                "and no tokenizer to make text of them"
+            )
 
 
 def check_samples(name: str, samples: Corpus, p_star: Model, validation: Mapping[str, Any], num_samples: int) -> None:

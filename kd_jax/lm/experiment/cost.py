@@ -94,8 +94,10 @@ def scoring(spec: LmSpec, shape: Architecture | None, top_k: int) -> Cost:
 def evaluation(spec: LmSpec, shape: Architecture | None) -> Cost:
     """Of scoring the samples of every model under p*, which is by far the most of it; `shape` is that of p*."""
     groups = arms(spec)
-    models = spec.seeds * len(groups) + len({arm.sampler for arm in groups if arm.sampler is not None})
-    tokens = models * spec.num_samples * spec.sampling.max_length
+    students = spec.seeds * len(groups) * len(spec.evaluation.sample_temperatures)
+    models = students + len({arm.sampler for arm in groups if arm.sampler is not None})
+    rows = models * spec.num_samples + (spec.num_recall if spec.evaluation.agreement else 0)
+    tokens = rows * spec.sampling.max_length
     return _cost("scoring", spec, shape, tokens, disk=8 * tokens)
 
 

@@ -12,7 +12,7 @@ import tokenizers
 from kd_jax.lm import corpus, decode, evaluation, score, weights
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import SamplerSpec, to_corpus
-from kd_jax.lm.evaluation import Entry, EvaluationSpec, LazyModel, precision_recall, scores
+from kd_jax.lm.evaluation import Entry, EvaluationSpec, LazyModel, metric_rows, scores, tasks, work
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.storage import errors
 
@@ -326,11 +326,11 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch):
     # many small parts: shards of 16 samples, batches of a few rows, each saved at once
-    monkeypatch.setattr(precision_recall, "_SHARD_ROWS", 16)
-    monkeypatch.setattr(precision_recall, "_SHARD_BATCHES", 2)
+    monkeypatch.setattr(tasks, "_SHARD_ROWS", 16)
+    monkeypatch.setattr(tasks, "_SHARD_BATCHES", 2)
     monkeypatch.setattr(scores, "_SAVE_SECONDS", 0.0)
     return {name: Counted(monkeypatch, *where) for name, where in {
-        "sample": (decode, "stream"), "score": (score, "per_token"), "result": (precision_recall, "write_rows"),
+        "sample": (decode, "stream"), "score": (score, "per_token"), "result": (work, "write_rows"),
     }.items()}  # fmt: skip
 
 
@@ -376,25 +376,25 @@ def test_only_what_has_changed_is_done_again(counted, tmp_path):
         models = models or {"one": Entry(one), "a/b": Entry(two, seed=1)}
         return evaluation.evaluate(p_star, models, validation, settings(**changes), tmp_path / "out")
 
-    def work():
+    def calls():
         return counted["sample"].calls, counted["score"].calls, counted["result"].calls
 
     first = evaluated()
-    assert work() == (6, 4, 2)
-    assert evaluated() == first and work() == (0, 0, 0)
+    assert calls() == (6, 4, 2)
+    assert evaluated() == first and calls() == (0, 0, 0)
     # a label is not what the numbers are a function of
-    assert evaluated({"one": Entry(one, "direct")})[0] == {**first[0], "arm": "direct"} and work() == (0, 0, 0)
+    assert evaluated({"one": Entry(one, "direct")})[0] == {**first[0], "arm": "direct"} and calls() == (0, 0, 0)
     # fewer validation rows: the samples and what p* says of them stay
     (fewer, _) = evaluated(num_recall=20)
-    assert work() == (0, 2, 2) and fewer["num_recall"] == 20 and fewer["precision"] == first[0]["precision"]
+    assert calls() == (0, 2, 2) and fewer["num_recall"] == 20 and fewer["precision"] == first[0]["precision"]
     assert evaluated() == first
     # other weights in one of the two places
     (_, changed) = evaluated({"one": Entry(one), "a/b": Entry(random_model(9), seed=1)})
-    assert work() == (3, 2, 1) and changed["entropy"] != first[1]["entropy"]
+    assert calls() == (3, 2, 1) and changed["entropy"] != first[1]["entropy"]
     evaluated()
     # the samples' own seed
     (other, _) = evaluated(seed=5)
-    assert work() == (6, 2, 2) and other["recall"] == first[0]["recall"] and other["entropy"] != first[0]["entropy"]
+    assert calls() == (6, 2, 2) and other["recall"] == first[0]["recall"] and other["entropy"] != first[0]["entropy"]
     assert evaluated() == first
     # more samples go on from those that are there, and are those that would have been drawn at once
     more = evaluated(num_samples=50)
@@ -469,7 +469,7 @@ def test_a_new_metric_is_computed_for_old_runs_and_a_changed_one_again(tmp_path,
 
     (row,) = evaluated()
     request.getfixturevalue("no_work")
-    table = precision_recall.metric_rows
+    table = metric_rows
     new = table.Metric(
         "longest", ("samples",), table.NUMBER, "tokens", "longer", "max length", lambda s: (int(s.length.max()),)
     )
