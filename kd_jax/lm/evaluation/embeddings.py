@@ -82,6 +82,8 @@ def _ids(tokens: Sequence[np.ndarray], tokenizer: Any, model: Model) -> list[np.
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
 def _means(params, tokens, lengths, architecture: Architecture, compute: Compute) -> jax.Array:
+    # float32 before the sum: in bfloat16 a mean over hundreds of positions loses its digits
     hidden = model_lib.forward(params, architecture, tokens, compute=compute).astype(jnp.float32)
+    # selected, not multiplied: padding may hold anything
     inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
     return jnp.where(inside[..., None], hidden, 0).sum(axis=1) / lengths[:, None].astype(jnp.float32)

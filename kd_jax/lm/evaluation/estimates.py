@@ -36,6 +36,7 @@ def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     ratio = values.sum() / total
     if count < 2 or not np.isfinite(ratio):
         return float(ratio), float("nan")
+    # A ratio of two random sums: long sequences have larger sums, and only what is not explained by length is noise.
     residuals = values - ratio * tokens
     return float(ratio), float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / total)
 
@@ -58,6 +59,7 @@ def difference(
 ) -> tuple[float, float]:
     """The difference of two averages per token over independent sequences, and its standard error."""
     (a, a_se), (b, b_se) = per_token(values, tokens), per_token(other_values, other_tokens)
+    # independent draws: the variances add
     return a - b, float(np.hypot(a_se, b_se))
 
 

@@ -49,6 +49,7 @@ class LazyModel:
         """The model with its weights. Raises RunError where the files have changed since the evaluation began."""
         if self._model is None:
             self._model = weights.load(self.source, dtype=self._dtype, mesh=self._mesh)
+            # of the loaded arrays, so that it depends on the dtype and not on how the files are laid out
             fingerprint = weights.fingerprint(self._model.params)
             # a training that still runs has a newer checkpoint by now
             if self._fingerprint not in (None, fingerprint) or weights.identity(self.source) != self._identity:

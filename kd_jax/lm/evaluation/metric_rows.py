@@ -120,6 +120,7 @@ _ROWS = (
            "E_{x ~ data} log model(x)", lambda v, d: (v, _counts(d))),
     Metric("recall_num_infinite", ("model_of_data",), NUMBER, "sequences", "data that the model never gives",
            "how many validation rows have log model(x) = -inf", _infinite),
+    # The log-probabilities of the draws themselves: no second pass, and it holds at any temperature and truncation.
     Metric("entropy", ("samples",), PER_TOKEN, "nats per token", "more varied samples",
            "-E_{x ~ model} log model(x), both as sampled", lambda s: (-s.sample_log_prob, _counts(s))),
     # One mean of differences, not a difference of means: both logarithms are of the same draws and share their noise.

@@ -84,6 +84,7 @@ def score_rows(
     """
     # several processes read the same: process 0 does not write before all have scored a batch
     kept = [_read(one, len(rows.index)) for one in wanted]
+    # A temperature that is added later is the only one of its pass; those that are complete are not computed again.
     todo = [i for i, scores in enumerate(kept) if np.isnan(scores.log_prob).any()]
     if not todo:
         return kept
@@ -152,8 +153,11 @@ def _add(scores: Scores, chosen, log_probs, top, agreement, prompt_lengths, leng
     scores.log_prob[chosen] = np.where(new, sums, scores.log_prob[chosen])
     scores.agreement[chosen] = np.where(new, agreement, scores.agreement[chosen])
     inside = inside & new[:, None]
+    # Equal to the largest log-probability: the id is the likeliest (or one of several), without an argmax over the
+    # vocabulary, which is slow on CPUs.
     confidence = np.exp(top[inside].astype(np.float64))
     right = log_probs[inside] == top[inside]
+    # counts by bin rather than values by token: they add up over batches and restarts
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     for column, weights in enumerate((np.ones(len(bins)), confidence, right)):
         scores.calibration[:, column] += np.bincount(bins, weights, CALIBRATION_BINS)

@@ -135,6 +135,7 @@ def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: Sa
         key["embedding_model"] = plan.embedder.fingerprint
     where = home(plan.folder, name, WHOLE if entry.samples is not None else sampler)
     row = distributed.once(lambda: _kept_row(where, key), f"reading {where}")
+    # What an old run lacks, because the metric is new or defined anew, is computed from the scores that it kept.
     versions = metric_rows.computable(_measurable(plan))
     missing = tuple(metric for metric, version in versions.items() if row["metrics"].get(metric) != version)
     return Task(name, entry, sampler, where, drawn, key, row, missing)

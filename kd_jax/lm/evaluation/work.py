@@ -27,6 +27,8 @@ def work(plan: Plan, model: LazyModel, tasks: list[Task], bias: Callable[[], Any
     start = time.perf_counter()
     for task in tasks:
         task.home.mkdir(parents=True, exist_ok=True)
+    # Samples first, then one pass over the validation rows for all temperatures: the model is in memory for both, and
+    # p* (often far larger) need not be loaded before the model is gone, except for agreement.
     corpora = [_samples(plan, model, task) for task in tasks]
     other = _p_star_ids(plan) if plan.spec.agreement else None
     wanted, label = [(task.home / "recall.npz", task.sampler) for task in tasks], f"{tasks[0].name}: recall"
@@ -37,6 +39,7 @@ def work(plan: Plan, model: LazyModel, tasks: list[Task], bias: Callable[[], Any
         count = plan.spec.num_samples
         samples = plan.data._replace(rows=corpus.rows(0, count), fingerprint=fingerprint(corpus, count))
         path, label = task.home / "precision.npz", f"{task.name}: precision"
+        # p* is scored as it is, whatever temperature the samples were drawn at
         (precision,) = _scores(plan, plan.p_star, [(path, WHOLE)], samples, label)
         measured = {
             "samples": samples.rows, "p_star_of_samples": precision.log_prob, "data": plan.data.rows,
@@ -47,6 +50,7 @@ def work(plan: Plan, model: LazyModel, tasks: list[Task], bias: Callable[[], Any
             measured["points"] = metric_rows.Points(_points(plan, task, samples), bias)
         task.row["columns"] |= metric_rows.compute(task.missing, measured)
         task.row["metrics"] |= {metric: metric_rows.METRICS[metric].version for metric in task.missing}
+    # the models of a group share their passes, so their time is split evenly
     took = round((time.perf_counter() - start) / len(tasks), 3)
     for task in tasks if distributed.leads() else ():
         result = {"key": task.key, "row": row_of(task), "metrics": task.row["metrics"], "seconds": took}

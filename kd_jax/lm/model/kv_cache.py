@@ -219,8 +219,9 @@ def _open(owner, order, table, nth, wanted):
     slots, most = table.shape
     # the lowest free pages, in order, for the slots that want one
     lowest = jnp.nonzero(owner == slots, size=slots, fill_value=len(owner))[0]
-    page = jnp.where(wanted, lowest[jnp.cumsum(wanted) - 1], len(owner))
-    owner = owner.at[page].set(jnp.arange(slots), mode="drop")
+    # int32 said, since indices are int64 under JAX_ENABLE_X64
+    page = jnp.where(wanted, lowest[jnp.cumsum(wanted) - 1], len(owner)).astype(jnp.int32)
+    owner = owner.at[page].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
     order = order.at[page].set(nth, mode="drop")
     table = table.at[jnp.arange(slots), jnp.where(wanted, nth, most)].set(page, mode="drop")
     return owner, order, table

@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 
+from kd_jax.lm.corpus import shards
 from kd_jax.lm.evaluation import estimates
 
 
@@ -95,3 +96,16 @@ def test_distinct_and_repetition_of_random_rows():
         assert estimates.distinct(rows, n)[-1] == len(set(every)) / len(every)
         expected = np.mean([1 - len(set(some)) / len(some) for some in each if some])
         assert estimates.repetition(rows, n) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_entropy_of_a_corpus_reads_no_tokens(tmp_path, monkeypatch):
+    from tests.lm.evaluation.test_precision_recall import drawn, random_model
+
+    corpus = drawn(random_model(0), tmp_path / "c", 40, shard_size=16)
+    rows, read, columns = corpus.rows(), shards.read, []
+    monkeypatch.setattr(
+        shards, "read", lambda folder, shard, names: columns.append(names) or read(folder, shard, names)
+    )
+    expected = estimates.per_token(-rows.sample_log_prob, rows.length - rows.prompt_length)
+    assert estimates.corpus_entropy(corpus) == expected
+    assert columns == [["length", "prompt_length", "sample_log_prob"]] * 3

@@ -625,3 +625,13 @@ def test_transformers_says_the_same(tmp_path):
             sums.append(float(scored.sum()))
         assert got[name] == pytest.approx(sum(sums) / sum(len(ids) - 1 for ids in rows.tokens), abs=1e-4)
         assert got[f"{name}_per_sequence"] == pytest.approx(np.mean(sums), abs=1e-3)
+
+
+def test_evaluation_under_x64_is_the_same(tmp_path):
+    p_star = random_model(0)
+    validation = drawn(p_star, tmp_path / "data", 40)
+    spec = settings(20, sample_temperatures=(0.7,), agreement=True)
+    (expected,) = evaluation.evaluate(p_star, {"m": Entry(random_model(1))}, validation, spec, tmp_path / "a")
+    with jax.enable_x64(True):
+        (row,) = evaluation.evaluate(p_star, {"m": Entry(random_model(1))}, validation, spec, tmp_path / "b")
+    assert numbers(row) == pytest.approx(numbers(expected), rel=1e-4, abs=1e-4, nan_ok=True)
