@@ -117,10 +117,11 @@ def log_prob(
         truncation: of `cut`.
     Returns: log-probabilities of the ids, -inf for one that is never drawn, and of the likeliest id, float32 [...].
     """
-    tempered = temper(logits, sample_temperature)
     # Not the shifted logits: at temperature 1 these are the logits themselves, and rounded as the model's own scores.
     scaled = logits.astype(jnp.float32) / _divisor(jnp.asarray(sample_temperature, jnp.float32))
-    scaled = jnp.where(cut(tempered, **truncation) > -jnp.inf, scaled, -jnp.inf)
+    if any(value is not None for value in truncation.values()):
+        kept = cut(temper(logits, sample_temperature), **truncation) > -jnp.inf
+        scaled = jnp.where(kept, scaled, -jnp.inf)
     total = jax.nn.logsumexp(scaled, axis=-1)
     return jnp.take_along_axis(scaled, ids[..., None], axis=-1)[..., 0] - total, scaled.max(axis=-1) - total
 

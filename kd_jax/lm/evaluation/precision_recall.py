@@ -92,6 +92,7 @@ def carry_out(plan: Plan) -> list[dict[str, Any]]:
         ]
         work.work(plan, model, [task for task in tasks if task.missing], bias)
         model.remember()
+        model.release()
         for name in entries:
             rows[name] = [row_of(task) for task in tasks if task.name == name]
     return [row for name in plan.entries for row in rows[name]]

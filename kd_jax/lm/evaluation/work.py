@@ -27,8 +27,8 @@ def work(plan: Plan, model: LazyModel, tasks: list[Task], bias: Callable[[], Any
     start = time.perf_counter()
     for task in tasks:
         task.home.mkdir(parents=True, exist_ok=True)
-    # Samples first, then one pass over the validation rows for all temperatures: the model is in memory for both, and
-    # p* (often far larger) need not be loaded before the model is gone, except for agreement.
+    # All that needs the model comes first, and one pass over the validation rows serves all temperatures: it is loaded
+    # once, and its memory is free again while p*, often far larger, scores the samples.
     corpora = [_samples(plan, model, task) for task in tasks]
     other = _p_star_ids(plan) if plan.spec.agreement else None
     wanted, label = [(task.home / "recall.npz", task.sampler) for task in tasks], f"{tasks[0].name}: recall"
