@@ -55,6 +55,13 @@ def _parser() -> command_line.Parser:
         "--sample_temperature", type=number(float, at_least=0), nargs="+", default=[1.0], metavar="TAU",
         help="of the models: a row for each model at each of these (1)",
     )  # fmt: skip
+    add(
+        "--agreement", action="store_true", help="score p* on the validation rows, for agreement with its likeliest ids"
+    )
+    add(
+        "--embedding_model", default="", metavar="SOURCE",
+        help="metrics of samples as points: mean hidden states of this model, best not p*",
+    )  # fmt: skip
     command_line.add_prompt(parser)
     add("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, the prompt included (512)")
     add("--batch_size", type=count, default=64, metavar="B", help="samples made at a time (%(default)s)")
@@ -108,7 +115,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     cache.enable_compilation_cache()
     spec = evaluation.EvaluationSpec(
         num_samples=args.num_samples, num_recall=args.num_recall, seed=args.seed, dtype=args.dtype,
-        sample_temperatures=tuple(args.sample_temperature), batch_size=args.batch_size,
+        sample_temperatures=tuple(args.sample_temperature), batch_size=args.batch_size, agreement=args.agreement,
+        embedding_model=args.embedding_model,
     )  # fmt: skip
     entries = {name: evaluation.Entry(source, *_arm(name)) for name, source in args.model.items()}
     manifest, p_star = _manifest(args, argv), evaluation.LazyModel(args.p_star, args.dtype, mesh, out / "models")

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from kd_jax.lm import distill, score
 from kd_jax.lm import model as model_lib
-from kd_jax.lm import score
+from kd_jax.lm.corpus import batches
 from kd_jax.lm.model import Architecture, Model
 
 SHAPE = Architecture(
@@ -99,6 +100,19 @@ def test_a_padded_vocabulary_is_scored_over_the_real_ids():
     np.testing.assert_allclose(log_probs, expected, atol=1e-5)
     with pytest.raises(ValueError, match="row 0 has id 20"):
         score.log_prob(model, np.full((1, 3), 20), np.array([3]))
+
+
+def test_training_and_scoring_have_one_cross_entropy():
+    model, (tokens, lengths) = tiny()._replace(tokenizer=types.SimpleNamespace(vocab_size=20)), rows()
+    tokens = tokens % 20
+    log_probs, mask = score.log_prob(model, tokens, lengths)
+    # position j learns token j + 1; of the last one of a row nothing is learnt
+    learnt = np.pad(mask, ((0, 0), (0, 1)))
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    batch = batches.Batch(tokens=tokens.astype(np.int32), segments=None, positions=positions, mask=learnt)
+    loss = distill.cross_entropy(TINY, model_lib.Compute(), num_tokens=model.num_tokens, packed=False)
+    mean, _ = loss(model.params, batch)
+    assert float(mean.mean) == pytest.approx(-log_probs.sum() / mask.sum(), abs=1e-5)
 
 
 def test_any_function_of_logits_and_ids():
