@@ -19,6 +19,7 @@ from kd_jax.runs.settings import freeze
 
 SHARPENED = "sharpened teacher (beta)"
 COOLED_PLAIN = "unsharpened teacher, student cooled"
+BY_WEIGHTS = {DIRECT: "direct student, cooled by its weights", PLAIN: f"{COOLED_PLAIN} by its weights"}
 RANDOM_CHOICE = "random choice between two students"
 KINDS = (
     dict.fromkeys((*AXES, "beta", "share", "sample_temperature"), row_kinds.FINITE)
@@ -79,9 +80,9 @@ def betas(students: Students) -> list[float]:
     return sorted({who.beta for who in students if who.arm == DISTILLED})
 
 
-def temperatures(students: Students, who: Who) -> list[Who]:
-    """The student at each of its sampling temperatures, from the highest down, cooled by its covariances."""
-    own = [w for w in students if w[:2] == who[:2] and w.cooling in (None, COOLINGS[0]) and w.share is None]
+def temperatures(students: Students, who: Who, cooling: str = COOLINGS[0]) -> list[Who]:
+    """The student at each of its sampling temperatures, from the highest down, cooled by covariances or weights."""
+    own = [w for w in students if w[:2] == who[:2] and w.cooling in (None, cooling) and w.share is None]
     return sorted(own, key=lambda w: -w.temperature)
 
 
@@ -98,18 +99,21 @@ def direct(students: Students) -> Curve:
 def ways(students: Students) -> dict[str, list[Who]]:
     """Each way of making a more precise student, as the settings of its curve. Empty for rows of other kinds."""
     distilled = [Who(DISTILLED, beta) for beta in betas(students)]
-    found = {SHARPENED: distilled}
+    curves = {SHARPENED: distilled}
     if Who(PLAIN) in students:
-        found[COOLED_PLAIN] = temperatures(students, Who(PLAIN))
+        curves[COOLED_PLAIN] = temperatures(students, Who(PLAIN))
         for who in distilled[1:]:
-            found[f"sharpened by {who.beta:.3g}, student cooled"] = temperatures(students, who)
+            curves[f"sharpened by {who.beta:.3g}, student cooled"] = temperatures(students, who)
+        # students of several components alone
+        for arm, name in BY_WEIGHTS.items():
+            curves[name] = temperatures(students, Who(arm), COOLINGS[1])
         for arm in CONTROLS:
-            found[f"{arm} component, student cooled"] = temperatures(students, Who(arm))
+            curves[f"{arm} component, student cooled"] = temperatures(students, Who(arm))
     # From one end of the knob to the other: the plain student is a share of 0 and the most selective one of 1.
     choices = sorted((who for who in students if who.arm == CHOICE), key=lambda who: who.share)
     if choices:
-        found[RANDOM_CHOICE] = [Who(PLAIN), *choices, distilled[-1]]
-    return {name: whos for name, whos in found.items() if len(whos) > 1}
+        curves[RANDOM_CHOICE] = [Who(PLAIN), *choices, distilled[-1]]
+    return {name: whos for name, whos in curves.items() if len(whos) > 1}
 
 
 def compared(students: Students, spec: GmmSpec) -> list[Match]:
@@ -119,16 +123,18 @@ def compared(students: Students, spec: GmmSpec) -> list[Match]:
         return []
     curves = {name: curve(students, whos) for name, whos in ways(students).items()}
     gains = sorted({spec.contrast_gain, *spec.gains})
-    found = matches(
+    listed = matches(
         curves, curve(students, control), direct(students), gains, preregistered=(SHARPENED, spec.contrast_gain)
     )
-    return sorted(found, key=lambda match: (match.way, match.gain) != (SHARPENED, spec.contrast_gain))
+    return sorted(listed, key=lambda match: (match.way, match.gain) != (SHARPENED, spec.contrast_gain))
 
 
-def contrast(found: list[Match], spec: GmmSpec) -> str:
+def contrast(listed: list[Match], spec: GmmSpec) -> str:
     """The preregistered contrast as a sentence; "" where there are no temperatures to compare with."""
     return (
-        frontier_page.contrast(found, SHARPENED, "students of a sharpened teacher", spec.contrast_gain) if found else ""
+        frontier_page.contrast(listed, SHARPENED, "students of a sharpened teacher", spec.contrast_gain)
+        if listed
+        else ""
     )
 
 
@@ -148,7 +154,7 @@ def decades(students: Students) -> list[tuple[float, float]]:
 
 
 def summary(folder: Path) -> list[str]:
-    """What a finished run has found, in lines for the end of its output."""
+    """What a finished run has listed, in lines for the end of its output."""
     spec, students = spec_of(folder), next(iter(load(folder).values()))
     last = Who(DISTILLED, betas(students)[-1])
     lines = []

@@ -133,16 +133,18 @@ def _write_values(axes, knobs: Sequence[Knob]) -> None:
         x, y = (_means(knob, name)[0] for name in ("recall", "precision"))
         for *point, value in zip(x, y, knob.values, strict=True):
             texts.setdefault(tuple(point), []).append(value)
-    for point, found in texts.items():
-        if len(found) == 1 and _is_short(found[0]) and np.isfinite(point).all():
-            axes.annotate(plain(found[0]), point, (5, 5), textcoords="offset points", fontsize=7.5, color=INK, zorder=6)
+    for point, labels in texts.items():
+        if len(labels) == 1 and _is_short(labels[0]) and np.isfinite(point).all():
+            axes.annotate(
+                plain(labels[0]), point, (5, 5), textcoords="offset points", fontsize=7.5, color=INK, zorder=6
+            )
 
 
-def price_table(found: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
+def price_table(listed: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table of prices, by gain, the cheapest first."""
     head = ["gain", "precision", "knob", "recall lost", "price", "above the cheapest"]
     rows = []
-    for before, price in zip([None, *found], found, strict=False):
+    for before, price in zip([None, *listed], listed, strict=False):
         first = before is None or before.gain != price.gain
         above = "cheapest" if first else show(price.extra, price.extra_error)
         own = show(price.price, price.price_error)
@@ -150,30 +152,30 @@ def price_table(found: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
     return head, rows
 
 
-def match_table(found: Sequence[Match]) -> tuple[list[str], list[list[str]]]:
+def match_table(listed: Sequence[Match]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table with a line for each way: its standing, and its recall minus the control's at each gain.
 
     An asterisk marks an adjusted p-value below 5 %.
     """
-    gains = sorted({match.gain for match in found})
+    gains = sorted({match.gain for match in listed})
     head = ["way", "against the control", *(f"gain {gain:g}" for gain in gains)]
     rows = []
-    for way in dict.fromkeys(match.way for match in found):
-        own = {match.gain: match for match in found if match.way == way}
+    for way in dict.fromkeys(match.way for match in listed):
+        own = {match.gain: match for match in listed if match.way == way}
         cells = [_match_cell(own[gain]) if gain in own else "not reached" for gain in gains]
         rows.append([way, standing([*own.values()]), *cells])
     return head, rows
 
 
-def contrast(found: Sequence[Match], way: str, who: str, gain: float) -> str:
+def contrast(listed: Sequence[Match], way: str, who: str, gain: float) -> str:
     """The preregistered contrast as a sentence.
 
     Args:
-        found: all matches; `way` and `gain` say which of them was preregistered.
+        listed: all matches; `way` and `gain` say which of them was preregistered.
         who: the students of that way, in the plural.
         gain: nats of precision over the direct student.
     """
-    wanted = [m for m in found if (m.way, m.gain) == (way, gain) and m.difference is not None]
+    wanted = [m for m in listed if (m.way, m.gain) == (way, gain) and m.difference is not None]
     if not wanted:
         return f"The preregistered contrast, at a gain of {gain:g} nats of precision, is not defined in this run."
     difference, more = wanted[0].difference, "more" if wanted[0].difference.mean > 0 else "less"
@@ -195,13 +197,13 @@ def _match_cell(match: Match) -> str:
     return show(match.difference.mean, match.difference.error) + (" *" if match.p_value < LEVEL else "")
 
 
-def verdict(found: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[float]) -> list[str]:
+def verdict(listed: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[float]) -> list[str]:
     """Sentences: which knob buys precision most cheaply, over all gains and at each, and which cannot be told from it.
 
     A difference, paired by seed, counts where its p-value is below 5 %, adjusted for all pairs of knobs at all gains.
     """
-    at = {gain: [price for price in found if price.gain == gain] for gain in gains}
-    if not found:
+    at = {gain: [price for price in listed if price.gain == gain] for gain in gains}
+    if not listed:
         return [f"No knob reaches a gain of {_listed([f'{gain:g}' for gain in gains], 'or')} nats."]
     winners: dict[str, list[str]] = {}
     for gain, here in at.items():

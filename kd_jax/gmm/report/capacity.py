@@ -41,36 +41,36 @@ def change(students: Students) -> Change:
 
 def grid(runs: dict[tuple, Students], spec: GmmSpec, base: tuple) -> dict[tuple[int, int], Change]:
     """(teacher, student) -> change, for the settings of `spec.vary.grid`; empty where there are none."""
-    found = {}
+    changes = {}
     for teacher in spec.vary.grid:
         for student in spec.vary.grid:
             setting = list(base)
             setting[TEACHER], setting[STUDENT] = teacher, student
             if tuple(setting) in runs:
-                found[teacher, student] = change(runs[tuple(setting)])
-    return found
+                changes[teacher, student] = change(runs[tuple(setting)])
+    return changes
 
 
-def grid_tables(found: dict[tuple[int, int], Change]) -> list[tuple[list[str], list[list[str]]]]:
+def grid_tables(changes: dict[tuple[int, int], Change]) -> list[tuple[list[str], list[list[str]]]]:
     """A table of the precision gained and one of the recall change, a line for each teacher."""
-    teachers, students = (sorted({pair[i] for pair in found}) for i in (0, 1))
+    teachers, students = (sorted({pair[i] for pair in changes}) for i in (0, 1))
     tables = []
     for name in Change._fields:
         rows = []
         for teacher in teachers:
-            cells = [getattr(found[teacher, student], name) for student in students if (teacher, student) in found]
+            cells = [getattr(changes[teacher, student], name) for student in students if (teacher, student) in changes]
             rows.append([f"teacher {teacher}", *(show(cell.mean, cell.error) for cell in cells)])
         tables.append(([f"change of {name}", *(f"student {student}" for student in students)], rows))
     return tables
 
 
-def figure(found: dict[tuple[int, int], Change]) -> Figure:
+def figure(changes: dict[tuple[int, int], Change]) -> Figure:
     """The change of precision and of recall over teacher and student components, as two maps."""
-    teachers, students = (sorted({pair[i] for pair in found}) for i in (0, 1))
+    teachers, students = (sorted({pair[i] for pair in changes}) for i in (0, 1))
     drawn = canvas(9.0, 4.0)
     for axes, name in zip(drawn.subplots(1, 2), Change._fields, strict=True):
         values = np.full((len(teachers), len(students)), np.nan)
-        for (teacher, student), both in found.items():
+        for (teacher, student), both in changes.items():
             values[teachers.index(teacher), students.index(student)] = getattr(both, name).mean
         # one scale for gain and loss, white at no change
         reach = max(float(np.nanmax(abs(values))), 1e-6)

@@ -53,11 +53,11 @@ TEMPLATE = """<p><strong>{{ finding }}</strong></p>
 {% if ways %}<h2>Against the cooled direct student</h2>
 {{ grid(ways[0], ways[1]) }}
 <p class="note">Recall minus that of the direct student, sampled at a lower temperature, at equal precision; mean ±
-standard error over {{ seeds }} seeds, paired by seed, in nats. Gain: precision above the plain student's. An asterisk:
+standard error over {{ seeds }} seeds, paired by seed, in nats. Gain: precision above the direct student's. An asterisk:
 t test, p &lt; 5 % with Holm's correction for all cells but the preregistered one. Where “control ends below”, no
 temperature takes the direct student that far.</p>{% endif %}
 <h2>Which knob buys precision most cheaply?</h2>
-<p>{{ verdict[0] }}</p>
+{% if verdict %}<p>{{ verdict[0] }}</p>{% endif %}
 <ul>{% for sentence in verdict[1:] %}<li>{{ sentence }}</li>{% endfor %}</ul>
 {{ grid(price_head, prices) }}
 <p class="note">Gain: nats of precision above the plain student of the same seed. Price: nats of recall lost per nat of
@@ -81,19 +81,19 @@ each of the teacher's components.</p>
 
 
 def write(folder: str | Path) -> Path:
-    """Draw a run's figure into figures/ and write its report.html; returns the report's path."""
+    """Draws a run's figure into figures/ and writes its report.html; returns the page's path."""
     folder = Path(folder)
-    found = _read(folder)
-    plain, direct = found[PLAIN], found.get(DIRECT)
-    knobs = [found[name] for name in (*TEACHERS, *DIVERGENCES) if name in found]
+    students = _read(folder)
+    plain, direct = students[PLAIN], students.get(DIRECT)
+    knobs = [students[name] for name in (*TEACHERS, *DIVERGENCES) if name in students]
     config = folder / "config.json"
     spec = freeze(GmmFrontierSpec, page.read_json(config), str(config))
     gains = spec.gains
     reference = {name: plain.metrics[name][0] for name in ("precision", "recall")}
-    free = [found[name] for name in (COOLED[PLAIN], CHOICE) if name in found]
+    free = [students[name] for name in (COOLED[PLAIN], CHOICE) if name in students]
     prices = frontier_page.prices_of([*knobs, *free], reference, gains)
-    against = _against(found, [*knobs, *free], reference, spec)
-    cooled = [found[COOLED[DIRECT]]] if COOLED[DIRECT] in found else []
+    against = [] if spec.smoke else _against(students, [*knobs, *free], spec)
+    cooled = [students[COOLED[DIRECT]]] if COOLED[DIRECT] in students else []
     price_head, price_rows = frontier_page.price_table(prices)
     seeds = len(reference["recall"])
     html = page.render(
@@ -103,15 +103,15 @@ def write(folder: str | Path) -> Path:
         finding=_finding(against, spec, seeds),
         lead=_lead(seeds),
         ways=frontier_page.match_table(against) if against else None,
-        verdict=frontier_page.verdict(prices, [*knobs, *free], gains),
+        verdict=[] if spec.smoke else frontier_page.verdict(prices, [*knobs, *free], gains),
         price_head=price_head,
         prices=price_rows,
         seeds=seeds,
         head=["student", *COLUMNS.values()],
         table=[row for knob in [direct, plain, *knobs, *cooled, *free] if knob for row in _rows(knob, COLUMNS)],
-        check=_check(found),
+        check=_check(students),
         fit_head=["divergence", "on fresh draws", "on the fit's", "largest gradient norm", "best from EM's start"],
-        fits=[row for name in DIVERGENCES if name in found for row in _fits(found[name])],
+        fits=[row for name in DIVERGENCES if name in students for row in _fits(students[name])],
         images=page.embed(
             {"frontier": frontier_page.figure([*knobs, *cooled, *free], plain, direct, zoom=ZOOM)}, folder
         ),
@@ -149,21 +149,21 @@ def _fits(knob: Knob) -> list[list[str]]:
     return lines
 
 
-def _against(found: dict[str, Knob], knobs: list[Knob], reference: dict, spec: GmmFrontierSpec) -> list[Match]:
+def _against(students: dict[str, Knob], knobs: list[Knob], spec: GmmFrontierSpec) -> list[Match]:
     """Every way against the cooled direct student; nothing where it was not sampled at other temperatures."""
-    if DIRECT not in found or COOLED[DIRECT] not in found:
+    if DIRECT not in students or COOLED[DIRECT] not in students:
         return []
     stacked = lambda first, rest: Curve(  # noqa: E731
         *(np.concatenate([first.metrics[n], rest.metrics[n]]) for n in ("precision", "recall"))
     )
     curves = {knob.name: Curve(knob.metrics["precision"], knob.metrics["recall"]) for knob in knobs}
     for name in (COOLED[PLAIN], CHOICE):  # both begin at the plain student
-        if name in found:
-            curves[NAMES[name]] = stacked(found[PLAIN], found[name])
-    control = stacked(found[DIRECT], found[COOLED[DIRECT]])
+        if name in students:
+            curves[NAMES[name]] = stacked(students[PLAIN], students[name])
+    control = stacked(students[DIRECT], students[COOLED[DIRECT]])
     gains = sorted({spec.contrast_gain, *spec.gains})
     preregistered = (NAMES["beta"], spec.contrast_gain)
-    return matches(curves, control, Curve(reference["precision"], reference["recall"]), gains, preregistered)
+    return matches(curves, control, Curve(control.precision[0], control.recall[0]), gains, preregistered)
 
 
 def _finding(against: list[Match], spec: GmmFrontierSpec, seeds: int) -> str:
@@ -172,19 +172,20 @@ def _finding(against: list[Match], spec: GmmFrontierSpec, seeds: int) -> str:
     return frontier_page.contrast(against, NAMES["beta"], "students of a sharpened teacher", spec.contrast_gain)
 
 
-def _check(found: dict[str, Knob]) -> str:
+def _check(students: dict[str, Knob]) -> str:
     """What the fits by gradient have to show: small gradients, and EM's own answer where there is one."""
-    fits = [found[name].metrics["gradient_norm"].ravel() for name in DIVERGENCES if name in found]
+    fits = [students[name].metrics["gradient_norm"].ravel() for name in DIVERGENCES if name in students]
     if not fits:
         return "There are no fits by gradient."
     norms = np.concatenate(fits)
     text = f"The largest gradient norm of {norms.size} fits is {norms.max():.1e}."
-    forward = found.get("jensen_shannon")
+    forward = students.get("jensen_shannon")
     if forward is None or "0" not in forward.values:
         return text
     index = forward.values.index("0")
     gaps = [
-        np.abs(forward.metrics[name][index] - found[PLAIN].metrics[name][0]).max() for name in ("precision", "recall")
+        np.abs(forward.metrics[name][index] - students[PLAIN].metrics[name][0]).max()
+        for name in ("precision", "recall")
     ]
     return (
         f"{text} Forward KL by gradient and EM maximise the same likelihood, which has one maximum for students of one "
@@ -208,10 +209,10 @@ def _read(folder: Path) -> dict[str, Knob]:
     if PLAIN not in cells:
         raise ValueError(f"{path}: no student of the unchanged teacher ({PLAIN})")
     seeds = sorted(cells[PLAIN][None])
-    found = {name: _knob(path, name, settings, seeds) for name, settings in cells.items()}
-    if not all(np.isfinite(found[PLAIN].metrics[name]).all() for name in ("precision", "recall")):
+    students = {name: _knob(path, name, settings, seeds) for name, settings in cells.items()}
+    if not all(np.isfinite(students[PLAIN].metrics[name]).all() for name in ("precision", "recall")):
         raise ValueError(f"{path}: precision or recall of {PLAIN} is not finite, and all are counted from them")
-    return found
+    return students
 
 
 def _knob(path: Path, name: str, settings: dict, seeds: list[int]) -> Knob:

@@ -84,7 +84,8 @@ def write(folder: str | Path) -> Path:
     folder = Path(folder)
     spec, runs = findings.spec_of(folder), findings.load(folder)
     base_setting, students = next(iter(runs.items()))
-    found = findings.compared(students, spec)
+    # Of a few seeds of a smoke run, no comparison is worth a reader's time.
+    compared = [] if spec.smoke else findings.compared(students, spec)
     seeds = len(students[Who(DIRECT)]["recall"])
     drawn = {
         "frontier": figures.frontier(students, findings.ways(students)),
@@ -97,15 +98,15 @@ def write(folder: str | Path) -> Path:
     if grid:
         drawn["capacity"] = capacity.figure(grid)
     betas = findings.betas(students)
-    finding = SMOKE.format(seeds=seeds) if spec.smoke else _finding(found, students)
+    finding = SMOKE.format(seeds=seeds) if spec.smoke else _finding(compared, students)
     html = page.render(
         TEMPLATE,
         folder=folder,
         title=TITLE,
         finding=finding,
-        contrast="" if spec.smoke else findings.contrast(found, spec),
+        contrast=findings.contrast(compared, spec),
         setup=_setup(spec, seeds),
-        ways=frontier_page.match_table(found) if found else None,
+        ways=frontier_page.match_table(compared) if compared else None,
         slopes=_slopes(students),
         head=["student", *COLUMNS.values()],
         table=[[_name(who), *_cells(students[who])] for who in _chosen(students)],
@@ -134,7 +135,7 @@ def beside(folder: str | Path) -> page.Beside:
 _TWO = ("precision", "recall")
 
 
-def _finding(found: list[Match], students: Students) -> str:
+def _finding(compared: list[Match], students: Students) -> str:
     """One plain sentence: what sharpening the teacher does, and whether cooling the direct student does it better."""
     betas = findings.betas(students)
     rise = {
@@ -153,7 +154,7 @@ def _finding(found: list[Match], students: Students) -> str:
         "the precision",
         "not told apart": "and cannot be told from the direct student that is merely sampled at a lower temperature",
     }
-    own = [match for match in found if match.way == SHARPENED]
+    own = [match for match in compared if match.way == SHARPENED]
     return f"{trade}, {verdict[standing(own)]}." if standing(own) in verdict else f"{trade}."
 
 
