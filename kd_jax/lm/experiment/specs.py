@@ -40,6 +40,12 @@ class DataSpec:
     split: str = setting("train", "of a data set with several")
     text_column: str = setting("", "column of texts; empty to find it")
     ids_column: str = setting("", "column of token ids, in place of text")
+    messages_column: str = setting("", "column of conversations, in place of text")
+    prompt_column: str = setting("", "column of requests whose answers are in response_column, in place of text")
+    response_column: str = setting("", "column of answers")
+    special_tokens: bool = setting(False, "the text of a special token in a document becomes its id")
+    whole_files: bool = setting(False, "a .txt file is one document; else each line is")
+    eos_id: int | None = setting(None, "id that ends a document; none is the tokenizer's EOS", at_least=0)
 
 
 @spec
