@@ -205,6 +205,11 @@ def test_damaged_and_unfit_safetensors(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             weights.load(write_folder(tmp_path, {**tensors, name: array}))
+    path.write_bytes(whole + bytes(64))
+    with pytest.raises(ValueError, match=r"model\.safetensors \(\d+ bytes\) is cut short or damaged"):
+        weights.load(tmp_path)
+    save_file(tensors, path, metadata={})
+    assert_params(weights.load(tmp_path).params, tensors)
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
     assert_params(weights.load(write_folder(tmp_path, {**tensors, **table})).params, tensors)
 
