@@ -38,7 +38,7 @@ class DataSpec:
 
     source: str = setting("", "files, a folder or a hub id: see kd_jax.lm.corpus.ingest.from_dataset")
     split: str = setting("train", "of a data set with several")
-    text_column: str = setting("", "column of texts; empty to find it")
+    text_column: str = setting("", "column of texts; empty is the column text")
     ids_column: str = setting("", "column of token ids, in place of text")
     messages_column: str = setting("", "column of conversations, in place of text")
     prompt_column: str = setting("", "column of requests whose answers are in response_column, in place of text")
