@@ -172,6 +172,7 @@ class Updates:
         epoch, batch = divmod(int(update), self.per_epoch)
         last_epoch, order = self._order
         if last_epoch != epoch:
+            # by (seed, epoch) alone: hosts agree on it without communicating, whatever their number
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sequences))
             self._order = (epoch, order)
         return order[batch * self.layout.sequences : (batch + 1) * self.layout.sequences]
@@ -223,7 +224,8 @@ def arrange(
             batch.tokens[row, start:stop] = tokens[i]
             batch.segments[row, start:stop] = segment
             batch.positions[row, start:stop] = np.arange(stop - start)
-            # position j predicts j + 1: the first to predict is the last of the prompt
+            # position j predicts j + 1: the first to predict is the last of the prompt; a row's first id is predicted
+            # by nothing, also where there is no prompt
             learnt = slice(start + max(1, prompt_lengths[i]) - 1, stop - 1)
             batch.mask[row, learnt] = True if masks is None else masks[i][max(1, prompt_lengths[i]) :]
             if targets is not None:
@@ -238,6 +240,7 @@ def arrange(
 def _first_fit(lengths: list[int], room: int) -> list[list[int]]:
     """First-fit decreasing: numbers of the sequences in each row."""
     bins, free = [], []
+    # longest first needs at most 11/9 of the fewest rows (Johnson, 1973)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = next((b for b, left in enumerate(free) if left >= lengths[i]), None)
         if place is None:

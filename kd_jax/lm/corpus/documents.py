@@ -118,6 +118,7 @@ def _content(file: str) -> str:
             return hashlib.file_digest(content, "sha256").hexdigest()
         digest = hashlib.sha256(f"{size} bytes".encode())
         for block in range(_BLOCKS):
+            # the first and the last block are the file's two ends
             content.seek((size - (1 << 20)) * block // (_BLOCKS - 1))
             digest.update(content.read(1 << 20))
         return digest.hexdigest()
@@ -143,6 +144,7 @@ def files(source: str, *, split: str, subset: str | None, revision: str | None =
             builder = datasets.load_dataset_builder(repository, name=subset, revision=revision or asked)
         except Exception as error:  # the library raises no narrower class
             raise RunError(f"cannot read {source} as data: {type(error).__name__}: {error}") from error
+        # the library lists files by split; reading them is done here, where only the asked columns are read
         splits = {str(name): list(paths) for name, paths in (builder.config.data_files or {}).items()}
         if split not in splits:
             raise ValueError(f"{source} has no split {split!r}; there are {', '.join(splits) or 'none'}")
@@ -176,6 +178,7 @@ def load(source: str, paths: list[str], columns: Columns, tokenizer: Tokenizer, 
 
     Raises: RunError for files that cannot be read, ValueError for a column of another type.
     """
+    # training and validation corpora take other documents of the same data: the copy is read by both
     key = hashlib.sha256(json.dumps([content, paths, columns]).encode()).hexdigest()
     path = cache.folder("data", f"{key}.arrow")
     if not path.exists():
@@ -195,6 +198,7 @@ def stream(source: str, paths: list[str], columns: Columns) -> Iterator[str | np
 
     Raises: ValueError, naming the column, where it holds something else.
     """
+    # types are checked by value, not by a schema over all files: a column may be null for long, or in one file only
     make = {"text": _as_text, "ids": _as_ids, "messages": _as_messages}[columns.kind]
     for path in paths:
         for number, values in enumerate(readers.rows(path, columns.names, columns.whole_files)):
@@ -241,6 +245,7 @@ def survey(documents: Documents) -> tuple[np.ndarray, str, dict[str, int]]:
     with tqdm(total=len(documents), unit="document", desc="reading", mininterval=1, dynamic_ncols=True) as bar:
         for batch in documents.batches:
             for row in _members(batch):
+                # each document with its length, so that "ab", "c" and "a", "bc" differ
                 content = row.astype("<i8").tobytes() if isinstance(row, np.ndarray) else (row or "").encode()
                 digest.update(len(content).to_bytes(8, "little") + content)
                 reason = problem(documents.columns, documents.tokenizer, row, len(usable))

@@ -87,6 +87,7 @@ def from_dataset(
     } | ({} if num_samples is None else {"num_samples": num_samples})  # fmt: skip
     columns = _columns(settings)
     _check(settings, on_hub)
+    # what can be refused is refused before the tokenizer is loaded and the data are read
     corpus.find(folder, settings, kind="data")
     tokenizer = weights.tokenizer(tokenizer_source)
     settings |= _tokenizer_settings(tokenizer, settings, eos)
@@ -200,6 +201,7 @@ def _streamed(rows: Iterator[Any], columns: Columns, tokenizer: Tokenizer, targe
                 yield row
 
     used = usable()
+    # a stream has no random access: a resumed run reads the documents again that it has already
     passed = sum(1 for _ in itertools.islice(used, settings["first"] + target.num_rows))
     left = settings["num_samples"] - target.num_rows
     while left:
@@ -239,8 +241,10 @@ def _row(index: int, ids: list[int], settings: dict[str, Any]) -> dict[str, Any]
     prompt, eos, max_length = settings["prompt_ids"], settings["eos_ids"], settings["max_length"]
     if ids[: len(prompt)] != prompt:
         ids = [*prompt, *ids]
+    # a document that brings its own EOS does not get a second one
     if ids[-1:] != eos:
         ids = [*ids, *eos]
+    # a cut document has no EOS: with one, a model would learn to stop at max_length
     cut = len(ids) > max_length
     tokens = np.array(ids[:max_length], np.int32)
     return {
@@ -255,6 +259,7 @@ def _conversation(index: int, messages: str, tokenizer: Tokenizer, settings: dic
     max_length = settings["max_length"]
     tokens, mask = ids[:max_length], learnt[:max_length]
     return {
+        # up to the assistant's first id; the mask says what is learnt after it
         "index": index, "tokens": tokens, "length": len(tokens), "prompt_length": max(1, int(mask.argmax())),
         "finished": len(ids) <= max_length, "log_prob": None, "sample_log_prob": None, shards.LOSS_MASK: mask,
     }  # fmt: skip

@@ -59,6 +59,7 @@ def rows(file: str, columns: Sequence[str], whole_files: bool = False) -> Iterat
 
 
 def _rows(file: str, columns: Sequence[str] | None, whole_files: bool) -> Iterator[dict[str, Any]]:
+    # the row is said in the error: of a file of millions, "invalid JSON" alone finds nothing
     number = 0
     try:
         with fsspec.open(file, "rb") as content:
@@ -82,13 +83,14 @@ def _parquet(file: str, content: Any, columns: Sequence[str] | None, _: bool) ->
         yield dict.fromkeys(parquet.schema_arrow.names)
         return
     present = [name for name in columns if name in parquet.schema_arrow.names]
-    # a column of structs is read by its own name
+    # batches keep a row group of any size out of memory; columns that nobody asked for are not even decompressed
     for batch in parquet.iter_batches(batch_size=1000, columns=present):
         values = [_values(batch.column(name)) for name in present]
         yield from (dict(zip(present, row, strict=True)) for row in zip(*values, strict=True))
 
 
 def _values(column: pa.Array) -> list[Any]:
+    # lists of ids stay arrays: as Python integers a corpus of 1e8 ids takes minutes and gigabytes
     kind = column.type
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if lists and pa.types.is_integer(kind.value_type) and not column.null_count:
@@ -102,6 +104,7 @@ def _json(file: str, content: Any, *_: Any) -> Iterator[dict[str, Any]]:
     lines = _text(file, content)
     filled = (line for line in lines if not line.isspace())
     first = next(filled, "")
+    # ".json" is both: an array of rows, which is one JSON value, or a row a line
     if first.lstrip().startswith("["):
         rows = json.loads(first + lines.read())
     else:

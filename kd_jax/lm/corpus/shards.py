@@ -47,6 +47,7 @@ def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str
     if LOSS_MASK in rows[0]:
         table = table.append_column(LOSS_MASK, _lists([row[LOSS_MASK] for row in rows]))
     plain = [name for name in SCHEMA.names if name != "tokens"] + ["tokens.list.element"]
+    # into memory first: the checksum in the manifest is of these bytes, whatever the disk makes of them
     buffer = io.BytesIO()
     more = {"use_dictionary": plain, "column_encoding": encodings} if encodings else {}
     pq.write_table(table, buffer, compression="zstd", **more)
@@ -66,6 +67,7 @@ def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str
 def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) -> pa.Table:
     """A shard, or some columns of it. RunError, naming the file, unless it is to the byte what was written."""
     path = locate(folder, shard)
+    # the whole shard is hashed, so it is read whole; its columns are decoded only where they are asked for
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard["sha256"]:
         raise RunError(f"{path} is damaged: its sha256 is not the one in the manifest{again(folder)}")

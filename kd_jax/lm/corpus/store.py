@@ -263,6 +263,7 @@ def write_rows(
                 raise ValueError(f"sample {row['index']} came twice")
             rows[row["index"]] = row
         made += arrival.tokens
+        # shards are written in order of index, so that the corpus on disk is always a prefix of the finished one
         while ready := _whole_shard(rows, settings, manifest["counts"]["rows"]):
             ready = complete(ready) if complete is not None else ready
             listed = [*manifest["shards"], shards.write(folder, ready, settings["shard_size"])]

@@ -41,10 +41,12 @@ def open_file(path: Path) -> Stored:
         raise ValueError(f"{path}: {error}") from error
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     _check_rope_factors(file)
+    # no weight: frequencies follow from the base
     shapes.pop(_ROPE_FACTORS, None)
 
     def read(weight, layer, index):
         tensor = file.tensors[tensor_name(weight, layer)]
+        # quantised blocks lie within a row, so that rows can be read in any order and columns only after dequantising
         rows = index[0]
         if weight in ("q", "k"):
             rows = stored_rows(np.arange(rows.start, rows.stop), architecture.head_dim)

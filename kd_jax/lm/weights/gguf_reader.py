@@ -89,6 +89,7 @@ class _Cursor:
         kind, count = self.number("I"), self.number("Q")
         if kind == _STRING:
             return [self.text() for _ in range(count)]
+        # one call for a whole list: Gemma has 262144 scores and as many types
         values = np.frombuffer(self.data, f"<{_SCALARS[kind]}", count, self.at)
         self.at += values.nbytes
         return values.tolist()
@@ -108,6 +109,7 @@ def _parse(cursor: _Cursor, file: np.ndarray) -> tuple[dict[str, Any], dict[str,
         name, dimensions = cursor.text(), cursor.number("I")
         shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
         infos.append((name, shape, GGMLQuantizationType(cursor.number("I")), cursor.number("Q")))
+    # offsets of tensors count from the end of the header, rounded up to the alignment
     alignment = metadata.get("general.alignment", 32)
     start = -(-cursor.at // alignment) * alignment
     return metadata, {name: _tensor(file, shape, kind, start + offset) for name, shape, kind, offset in infos}

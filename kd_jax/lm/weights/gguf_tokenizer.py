@@ -78,6 +78,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -
     if pre not in _PATTERNS and pre not in _GPT2_LIKE:
         known = ", ".join([*_GPT2_LIKE, *_PATTERNS])
         raise ValueError(f"tokenizer.ggml.pre is {pre!r}; {known} are read, so use a folder with tokenizer.json")
+    # unused ids fill the embedding up to a round size; as tokens they would be found in texts that spell them
     vocab = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}
     merges = [tuple(line.split(" ")) for line in metadata["tokenizer.ggml.merges"]]
     # Llama 3 takes a word that is a token as it stands, without merging it up
@@ -90,6 +91,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -
         cut = pre_tokenizers.Split(Regex(_PATTERNS[pre]), behavior="isolated")
         whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         backend.pre_tokenizer = pre_tokenizers.Sequence([cut, whole])
+    # Qwen's tokenizer.json composes characters first; GGUF has no key for it
     if _PATTERNS.get(pre) == _QWEN2:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
@@ -112,6 +114,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str], types: list[
             unk_token=None if unknown is None else pieces[unknown], fuse_unk=True, byte_fallback=True,
         )
     )  # fmt: skip
+    # files from before this key are of Llama 2 and its like, which put a space before a text
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     decoding = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
@@ -126,6 +129,7 @@ def _sentencepiece_bpe(metadata: dict[str, Any], tokens: list[str], types: list[
 
 
 def _merges(pieces: list[str], vocab: dict[str, int], types: list[int], scores: list[float]) -> list[tuple[str, str]]:
+    # control tokens are no pieces: text that spells one must not be merged into it
     ranked, score = [], float("inf")
     for i, of in enumerate(types):
         # pieces that the user has defined have no score of their own: they rank by their place in the file

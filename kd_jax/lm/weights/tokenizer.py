@@ -142,7 +142,9 @@ class Tokenizer:
         Raises: ValueError where no token stands for a byte of the text, or BOS is wanted and there is none.
         """
         self._check_bytes(text)
+        # a switch of the backend, so it is set for each call
         self.backend.encode_special_tokens = not special
+        # 20 MB take seconds; a short row needs no more than the first page of them
         end = len(text) if limit is None else _CHARACTERS * limit
         while True:
             border = _BORDER.search(text, end)
