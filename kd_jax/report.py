@@ -16,7 +16,7 @@ from kd_jax.reporting import page
 from kd_jax.runs import command_line
 
 # Modules by the experiment's name, so that one experiment's report does not import the others. Each has
-# write(folder), which returns the page's path.
+# write(folder), which returns the page's path, and may have result(folder), a finished run's result in a few lines.
 PAGES = {
     "gmm": "kd_jax.gmm.report.page",
     "gmm_frontier": "kd_jax.gmm.report.frontier",
@@ -40,6 +40,12 @@ def write_all(folders: Sequence[str | Path]) -> list[Path]:
     mixtures = [modules["gmm"].beside(folder) for folder, name in runs if name == "gmm"] if "lm" in names else []
     extra = {"lm": {"beside": mixtures}}
     return [modules[name].write(folder, **extra.get(name, {})) for folder, name in runs]
+
+
+def result(folder: str | Path) -> list[str]:
+    """A finished run in a few lines: its finding and a short table; [] for an experiment without such a summary."""
+    module = importlib.import_module(PAGES[experiment(Path(folder))])
+    return module.result(folder) if hasattr(module, "result") else []
 
 
 def experiment(folder: Path) -> str:

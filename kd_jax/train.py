@@ -22,7 +22,7 @@ from kd_jax.storage import errors
 #   Spec                    its settings (kd_jax.runs.settings); the functions below take them frozen
 #   validate(spec)          raises ValueError on settings that cannot work, before any work
 #   run(spec, folder)       does the work; returns what to add to the manifest
-#   result(folder)          optional: the lines that sum up a finished run
+#   result(folder)          optional: the lines that sum up a finished run; without it kd_jax.report.result has them
 # Those in STAGED run in stages: run also takes `only` (names), `dry_run` and `target`, and returns None where the run
 # is not at its end yet. A module without Spec takes the config as the file has it.
 EXPERIMENTS = {
@@ -188,11 +188,12 @@ def _say(text: str) -> None:
 
 
 def _say_result(experiment: Any, folder: Path) -> None:
-    """The end of a run's output: its result, where the experiment sums it up, and the path of its page."""
+    """Prints the end of a run's output: its result, where there is a summary, and the path of its page."""
+    from kd_jax import report
     from kd_jax.parallel import distributed
 
     if distributed.leads():
-        for line in experiment.result(folder) if hasattr(experiment, "result") else ():
+        for line in getattr(experiment, "result", report.result)(folder):
             print(line)
         print(f"report: {folder / 'report.html'}")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable
+from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,29 +17,40 @@ from kd_jax.reporting import figures
 from kd_jax.storage import files
 
 # A page is _HEAD, the style of its own, _BODY, its own template and _TAIL: one file that loads nothing from elsewhere.
+# An empty <nav> in a template becomes the list of its headings.
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title>
 <style>
-body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: #222; background: #fff;
-       max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem; }
+:root { color-scheme: light dark; --ink: #222; --paper: #fff; --faint: #555; --line: #ddd; --rule: #888;
+        --link: #2b5d8a; --shade: #eef2f6; --warn: #a32c3e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #ddd; --paper: #17191c; --faint: #a4a9b0; --line: #34383d;
+        --rule: #6b7178; --link: #8ab4e0; --shade: #252b33; --warn: #f08a98; } }
+body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: var(--ink); background: var(--paper);
+       max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-.scroll { overflow-x: auto; }
+a { color: var(--link); } nav ul { columns: 16rem; padding-left: 1.2rem; }
+.scroll { overflow-x: auto; overflow-wrap: normal; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
+th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th { border-bottom: 2px solid var(--rule); white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
-img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
-figcaption, footer, .note { font-size: .88rem; color: #555; }
-footer { margin-top: 3rem; border-top: 1px solid #ccc; padding-top: .8rem; }
-dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; overflow-wrap: anywhere; }
+img { max-width: 100%; height: auto; background: #fff; } figure { margin: 1rem 0; }
+figcaption, footer, .note { font-size: .88rem; color: var(--faint); }
+footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem; }
+dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; }
 """
 _BODY = """</style></head><body>
 {% macro grid(head, rows) %}<div class="scroll"><table><thead><tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
 </thead><tbody>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endmacro %}
 {% macro figure(name, caption) %}{% if name in images %}<figure><img alt="{{ caption }}"
- src="data:image/png;base64,{{ images[name] }}"><figcaption>{{ caption }}</figcaption></figure>{% endif %}{% endmacro %}
+ src="data:image/png;base64,{{ images[name] }}"><figcaption>{{ caption }} File: figures/{{ name }}.pdf</figcaption>
+</figure>{% endif %}{% endmacro %}
+{% macro section(table) %}<h2>{{ table.title }}</h2>
+{% for text in table.texts %}<p>{{ text }}</p>
+{% endfor %}{% if table.rows %}{{ grid(table.head, table.rows) }}
+<p class="note">{{ table.note }} File: figures/{{ table.name }}.csv</p>{% endif %}{% endmacro %}
 <h1>{{ title }}</h1>
 """
 _TAIL = """<footer><h2>Reproduction</h2><dl>{% for key, value in footer %}<dt>{{ key }}</dt><dd>{{ value }}</dd>
@@ -63,15 +76,38 @@ class Beside(NamedTuple):
 
 
 def render(template: str, *, folder: Path, style: str = "", **values: Any) -> str:
-    """A whole page from the template of its body, which has the macros `grid(head, rows)` and `figure(name, caption)`.
+    """A whole page from the template of its body.
 
-    `values` has at least `title` and `images` (name -> base64 PNG); all text is escaped. `folder` is the run's, for
-    the footer.
+    The template has the macros `grid(head, rows)`, `figure(name, caption)` and `section(table)`, the latter for a
+    `kd_jax.reporting.tables.Table`. All text is escaped.
+
+    Args:
+        template: Jinja source of the body.
+        folder: of the run, for the footer.
+        style: CSS of this page alone.
+        values: what the template names; at least `title` and `images` (name -> base64 PNG).
+    Returns: the page's HTML.
     """
     source = _HEAD + style + _BODY + template + _TAIL
     html = Environment(autoescape=True).from_string(source).render(footer=_footer(folder), **values)
     # half of a pair of surrogates can be in a sample's row, and is no character
-    return html.encode("utf-8", "replace").decode("utf-8")
+    return _with_contents(html).encode("utf-8", "replace").decode("utf-8")
+
+
+def _with_contents(html: str) -> str:
+    """The page with an anchor at each heading, and links to them in its empty <nav>; as it is without one."""
+    if "<nav></nav>" not in html:
+        return html
+    anchors: dict[str, str] = {}
+
+    def anchored(match: re.Match) -> str:
+        anchor = re.sub(r"[^a-z0-9]+", "-", unescape(match[1]).lower()).strip("-")
+        anchors[anchor] = match[1]
+        return f'<h2 id="{anchor}">{match[1]}</h2>'
+
+    html = re.sub(r"<h2>(.*?)</h2>", anchored, html, flags=re.DOTALL)
+    links = "".join(f'<li><a href="#{anchor}">{title}</a></li>\n' for anchor, title in anchors.items())
+    return html.replace("<nav></nav>", f"<nav><ul>{links}</ul></nav>", 1)
 
 
 def embed(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:

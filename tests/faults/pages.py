@@ -8,15 +8,15 @@ from kd_jax import report
 from kd_jax.storage import files
 from tests.gmm import test_frontier as gmm_frontier
 from tests.gmm.report import test_page as gmm
-from tests.lm.experiment import test_knobs as lm_frontier
+from tests.lm.report import test_frontier as lm_frontier
 from tests.lm.report import test_page as lm
 
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "ul", "li", "strong", "div", "span",
     "table", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption", "footer", "dl", "dt", "dd", "details",
-    "summary",
+    "summary", "nav", "a",
 }  # fmt: skip
-ATTRIBUTES = {"lang", "charset", "name", "content", "class", "alt", "src"}
+ATTRIBUTES = {"lang", "charset", "name", "content", "class", "alt", "src", "id", "href"}
 OUTPUT = {"report.html", "figures"}
 
 
@@ -34,6 +34,8 @@ class Page(HTMLParser):
         if tag not in TAGS or not set(names) <= ATTRIBUTES:
             self.wrong.append(f"<{tag} {' '.join(names)}>"[:200])
         self.styles += tag == "style"
+        if not dict(attributes).get("href", "#").startswith("#"):
+            self.wrong.append("a link to another page")
         if tag == "img":
             kind, _, data = dict(attributes)["src"].partition("base64,")
             if kind != "data:image/png;" or base64.b64decode(data)[:4] != b"\x89PNG":
@@ -51,7 +53,7 @@ def check(written, folder):
     assert page.wrong == [] and page.styles == 1, page.wrong[:3]
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>") and text.count("</html>") == 1
     endings = {path.name.partition(".")[2] for path in folder.glob("figures/*")}
-    assert endings in (set(), {"png", "pdf"}), endings
+    assert endings <= {"png", "pdf", "csv"}, endings
 
 
 def undrawn(drawn, folder):

@@ -1,87 +1,86 @@
-"""Students of arms by name in words: how each learns, and how it differs from the direct student."""
+"""Arms in words: what the students of each learn, and how they differ from the direct student."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from kd_jax.lm.report import summary
-from kd_jax.lm.report.summary import Difference, Group
-from kd_jax.reporting.page import show
+from kd_jax.lm.report import expectations, summary
+from kd_jax.lm.report.summary import Group
+from kd_jax.reporting.tables import Number, Table
 
-HEAD = ("students", "learn", "precision − direct's", "recall − direct's")
-TEXTS = {"p_star": "p*'s text", "samples": "the teacher's text", "mix": "text of both"}
-
-
-def named(groups: list[Group]) -> list[Group]:
-    """The students of arms by name."""
-    return [group for group in groups if summary.is_student(group) and group.arm not in summary.ORDER and group.rows]
+TEXTS = {"p_star": "p*'s text", "samples": "the teacher's text", "mix": "p*'s and the teacher's text"}
+_SAMPLER = {"sample_temperature": "tau", "top_k": "top-k", "top_p": "top-p", "min_p": "min-p"}
 
 
-def table(groups: list[Group]) -> list[list[str]]:
-    """A line for each kind of student that learns from the teacher; none where there are no arms by name."""
-    if not named(groups):
-        return []
-    direct, lines = _direct(groups), []
-    for group in groups:
-        if not summary.is_student(group) or not group.rows or group is direct:
+def table(groups: list[Group]) -> Table:
+    """A line for each arm that learns from the teacher, with its differences from the direct student."""
+    direct, lines = summary.direct(groups), []
+    for group in summary.students(groups):
+        if group is direct:
             continue
-        apart = ["–", "–"]
+        apart = [Number(math.nan)] * 2
         if direct is not None:
-            apart = [_shown(summary.difference(group, direct, name)) for name in ("precision", "recall")]
+            apart = [summary.difference(group, direct, name).cell for name in ("precision", "recall")]
         lines.append([group.label, learns(group.rows[0]), *apart])
-    return lines
+    head = ("students", "learn", "precision − direct's", "recall − direct's")
+    note = "Nats per token, ± standard error, paired by seed. All students are sampled at 1."
+    return Table("arms", "What students learn, beside the direct student", head, lines, note)
 
 
 def headline(groups: list[Group]) -> str:
-    """How many arms by name clearly differ from the direct student, in one sentence."""
-    arms, direct = named(groups), _direct(groups)
+    """How many arms differ from the direct student, in one sentence; all comparisons are corrected together (Holm)."""
+    # All differences are tested before any is named: the count of clear ones is then not inflated by choosing.
+    arms, direct = [group for group in groups if group.by_name and group.rows], summary.direct(groups)
     if direct is None:
-        return "Students of the teacher cannot be compared with the direct student yet: it is not there."
-    ends = {}
-    for name in ("precision", "recall"):
-        found = [summary.difference(group, direct, name) for group in arms]
-        for sign, word in ((1, "higher"), (-1, "lower")):
-            ends[word, name] = sum(summary.verdict(one, sign) == "holds" for one in found)
+        return "Distilled students cannot be compared with the direct student, which has not been evaluated."
+    places = [(group, name) for group in arms for name in ("precision", "recall")]
+    intervals = [summary.difference(group, direct, name).interval for group, name in places]
+    p_values = expectations.adjusted([interval.p_value for interval in intervals])
+    counts = {(name, sign): 0 for name in ("precision", "recall") for sign in (1, -1)}
+    for (_, name), interval, p_value in zip(places, intervals, p_values, strict=True):
+        counts[name, 1 if interval.mean > 0 else -1] += p_value < expectations.LEVEL
     return (
-        f"Beside the direct student, of {len(arms)} arm(s) {ends['higher', 'precision']} have clearly higher precision "
-        f"and {ends['lower', 'precision']} lower; {ends['higher', 'recall']} have clearly higher recall and "
-        f"{ends['lower', 'recall']} lower."
+        f"Of {len(arms)} ways of distilling, beside the direct student: precision is clearly higher in "
+        f"{counts['precision', 1]} and lower in {counts['precision', -1]}; recall is clearly higher in "
+        f"{counts['recall', 1]} and lower in {counts['recall', -1]}."
     )
 
 
-def _direct(groups: list[Group]) -> Group | None:
-    return next((group for group in groups if group.arm == "direct" and group.rows), None)
-
-
-def _shown(found: Difference) -> str:
-    return show(found.mean, found.error) if found.count else "–"
+def loss_name(settings: dict[str, Any]) -> str:
+    """The loss that students with these `distill` settings are trained on."""
+    if settings.get("policy", "sequence") == "sequence":
+        return "cross-entropy"
+    name = (settings.get("divergence") or "divergence").replace("_", " ").replace(" kl", " KL")
+    if settings.get("parameter") is not None:
+        name += f" ({settings['parameter']:g})"
+    if settings.get("hard_weight"):
+        name += f" + {settings['hard_weight']:g} cross-entropy"
+    return name
 
 
 def learns(row: dict[str, Any]) -> str:
-    """What the student of a row learns, in words."""
-    how = row.get("distill") or {}
-    policy = how.get("policy", "sequence")
+    """What the student of an evaluation row learns, in words."""
+    settings = row.get("distill") or {}
+    policy = settings.get("policy", "sequence")
     if policy == "sequence":
-        return "the teacher's text" + _sampled(how if how else {"sample_temperature": row.get("tau")})
-    parameter = f" ({how['parameter']:g})" if how.get("parameter") is not None else ""
-    loss = [how["divergence"].replace("_", " ") + parameter]
-    if how.get("loss_temperature", 1.0) != 1:
-        loss.append(f"loss temperature {how['loss_temperature']:g}")
-    if how.get("teacher_temperature") is not None:
-        loss.append(f"teacher temperature {how['teacher_temperature']:g}")
-    if how.get("hard_weight"):
-        loss.append(f"cross-entropy's share {how['hard_weight']:g}")
-    text = TEXTS[how["data"]] + (_sampled(how) if how["data"] != "p_star" else "")
+        return "the teacher's text" + _sampled(settings or {"sample_temperature": row.get("tau")})
+    parts = [loss_name(settings)]
+    for key, words in (("loss_temperature", "loss temperature"), ("teacher_temperature", "teacher temperature")):
+        if settings.get(key) not in (None, 1.0):
+            parts.append(f"{words} {settings[key]:g}")
+    data = settings.get("data") or "p_star"
+    text = TEXTS.get(data, data) + (_sampled(settings) if data != "p_star" else "")
     if policy == "on_policy":
-        text = f"the student's own text in {how['on_policy_fraction']:.0%} of updates, else {text}"
+        share = settings.get("on_policy_fraction")
+        text = f"the student's own text{'' if share is None else f' in {share:.0%} of updates'}, else {text}"
     if policy == "offline":
-        few = f"{how['record_top_k']} " if "record_top_k" in how else ""
-        loss.append(f"of the teacher's {few}likeliest tokens, recorded, tail: {how['tail']}")
-    return f"{', '.join(loss)}; on {text}"
+        count = "" if settings.get("record_top_k") is None else f"{settings['record_top_k']:g} "
+        parts.append(f"recorded of the teacher's {count}most probable tokens (tail: {settings.get('tail')})")
+    return f"{', '.join(parts)}; on {text}"
 
 
-def _sampled(how: dict[str, Any]) -> str:
-    """How the teacher was sampled."""
-    names = {"sample_temperature": "tau", "top_k": "top-k", "top_p": "top-p"}
-    parts = [f"{word} = {how[name]:g}" for name, word in names.items() if how.get(name) is not None]
+def _sampled(settings: dict[str, Any]) -> str:
+    """How the teacher's text was sampled."""
+    parts = [f"{word} = {settings[name]:g}" for name, word in _SAMPLER.items() if settings.get(name) is not None]
     return f" at {', '.join(parts)}" if parts else ""

@@ -1,7 +1,7 @@
-"""Figures of the language-model experiment, drawn from groups (`kd_jax.lm.report.summary.summarise`) and metrics rows.
+"""Figures of the language-model experiment, drawn from groups (`kd_jax.lm.report.summary.summarise`).
 
-Every function returns a matplotlib `Figure`; `kd_jax.reporting.figures.save` writes it. What is not finite is left
-out. All likelihoods are in nats per token.
+Every function returns a matplotlib `Figure`; `kd_jax.reporting.figures.save` writes it. Values that are not finite are
+left out. All likelihoods are in nats per token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kd_jax.lm.report.summary import ORDER, Group, is_student
+from kd_jax.lm.report.cooling import Curve
+from kd_jax.lm.report.summary import ORDER, Group
 from kd_jax.reporting.figures import CMAP, DIRECT, DISTILLED, INK, canvas, plain, tidy
 from kd_jax.reporting.page import number
 
@@ -22,20 +23,20 @@ TAU_MAP = ListedColormap(colormaps[CMAP](np.linspace(0.0, 0.9, 256)), name="tau"
 TAU = r"teacher's sampling temperature $\tau$"
 FAINT = {"s": 20, "alpha": 0.35, "linewidths": 0, "zorder": 2}
 BARS = {"fmt": "none", "elinewidth": 1.1, "capsize": 2.5, "zorder": 3}
-# Of arms by name: Okabe and Ito's colours, which the colour-blind tell apart, without the two lightest and darkest.
+# Colours of arms by name: Okabe and Ito's, which the colour-blind tell apart, without the two lightest and darkest.
 NAMED = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
 MARKS = "s^vP<X>p"
 
 
 def named(index: int) -> tuple[str, str]:
-    """Colour and marker of an arm by its place among those by name; 24 have one of their own."""
+    """Colour and marker of an arm by its place among those by name; the first 24 differ."""
     return NAMED[index % len(NAMED)], MARKS[index % len(MARKS)]
 
 
 def arms_by_name(groups: list[Group]) -> list[tuple[Group, str, str]]:
     """The students of arms by name that have a value, each group with its colour and marker."""
-    found = [group for group in groups if is_student(group) and group.arm not in ORDER]
-    return [(group, *named(index)) for index, group in enumerate(found) if _has_value(group)]
+    students = [group for group in groups if group.by_name]
+    return [(group, *named(index)) for index, group in enumerate(students) if _has_value(group)]
 
 
 def _has_value(group: Group) -> bool:
@@ -43,21 +44,21 @@ def _has_value(group: Group) -> bool:
 
 
 def split(groups: list[Group]) -> tuple[list[Group], list[Group], list[Group]]:
-    """Students of a teacher in order of tau, the direct students, and the teacher in order of tau."""
+    """Students of config.taus in order of tau, the direct students, and the teacher in order of tau."""
     arms = {arm: [g for g in groups if g.arm == arm and _has_value(g)] for arm in ("distilled", "direct", "teacher")}
     distilled = sorted((g for g in arms["distilled"] if g.tau is not None), key=lambda g: g.tau)
     return distilled, arms["direct"][:1], sorted(arms["teacher"], key=lambda g: g.tau)
 
 
 def _column(groups: list[Group], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard errors of one metric [groups]; a mean that is not finite is NaN, an error unknown is 0."""
+    """Means and standard errors of one metric [groups]; NaN for a mean that is not finite, 0 for an unknown error."""
     mean = np.array([g.estimates[name].mean for g in groups], float)
     error = np.array([g.estimates[name].error for g in groups], float)
     return np.where(np.isfinite(mean), mean, np.nan), np.where(np.isfinite(error), error, 0.0)
 
 
 def _seeds(group: Group, *names: str) -> list[np.ndarray]:
-    """The single seeds' values, an array [seeds] for each metric; nothing where there is one seed."""
+    """The single seeds' values, an array [seeds] for each metric; empty where there is one seed."""
     rows = group.rows if len(group.rows) > 1 else []
     values = np.array([[number(row.get(name)) for name in names] for row in rows]).reshape(len(rows), len(names))
     return list(np.where(np.isfinite(values), values, np.nan).T)
@@ -70,7 +71,7 @@ def norm(taus: list[float]) -> Normalize:
 
 
 def colourbar(figure: Figure, axes, taus: list[float]) -> None:
-    """The colour scale's legend; a few taus are its ticks, many are not."""
+    """Adds the colour scale's legend to axes, with a tick at each tau where they are few."""
     bar = figure.colorbar(ScalarMappable(norm(taus), TAU_MAP), ax=axes, pad=0.02, aspect=30)
     bar.set_label(TAU)
     if _sparse(taus):
@@ -78,12 +79,12 @@ def colourbar(figure: Figure, axes, taus: list[float]) -> None:
 
 
 def _sparse(taus: list[float]) -> bool:
-    """Whether every tau can be a tick: few, and none too near the next."""
+    """Whether every tau can be a tick: at most 8, and none too near the next."""
     return 0 < len(taus) <= 8 and bool((np.diff(sorted(taus)) > 0.08 * (max(taus) - min(taus))).all())
 
 
 def _tau_axis(axes, groups: list[Group]) -> None:
-    """Names the axis and ticks it at the taus themselves."""
+    """Labels the axis and puts its ticks at the taus."""
     axes.set_xlabel(TAU)
     taus = sorted({g.tau for g in groups if g.arm in ("distilled", "teacher") and g.tau is not None})
     if _sparse(taus):
@@ -91,67 +92,115 @@ def _tau_axis(axes, groups: list[Group]) -> None:
 
 
 def legend(figure: Figure, handles: list[Line2D]) -> None:
-    """Above the axes, where no data can be."""
+    """A legend above the axes, where it hides no data."""
     if handles:
         columns = min(4 if figure.get_figwidth() > 7 else 3, len(handles))
         figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
 def marker(label: str, marker: str, colour, size: float = 8, **style) -> Line2D:
+    """A legend's entry."""
     style = {"linestyle": "", "markeredgecolor": "white", **style}
     return Line2D([], [], color=colour, marker=marker, markersize=size, label=plain(label), **style)
 
 
-def frontier(groups: list[Group]) -> Figure:
-    """Recall against precision: a point per tau, the single seeds behind it, the direct student and the teacher."""
+def frontier(groups: list[Group], curves: dict[str, Curve]) -> Figure:
+    """Recall against precision: the mean of each arm, its single seeds, and its curve over sample temperatures.
+
+    Args:
+        groups: as `summary.summarise` returns them.
+        curves: students by arm, as `cooling.curves` returns them.
+    """
     figure = canvas(7.4, 5.4)
     axes = figure.add_subplot()
     distilled, direct, teacher = split(groups)
     handles = []
     if distilled:
-        taus = [g.tau for g in distilled]
-        (x, xerr), (y, yerr) = _column(distilled, "recall"), _column(distilled, "precision")
-        colours = TAU_MAP(norm(taus)(taus))
-        axes.plot(x, y, color="0.75", linewidth=1.2, zorder=1)
-        for group, colour in zip(distilled, colours, strict=True):
-            axes.scatter(*_seeds(group, "recall", "precision"), color=colour, **FAINT)
-        axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor="0.35", **BARS)
-        axes.scatter(x, y, c=colours, s=75, edgecolors="white", linewidths=0.8, zorder=4)
-        colourbar(figure, axes, taus)
-        handles.append(marker("distilled", "o", "0.75", 9, markerfacecolor=DISTILLED, linestyle="-"))
+        handles.append(_draw_distilled(figure, axes, distilled))
     for group in direct:
-        (x, xerr), (y, yerr) = _column([group], "recall"), _column([group], "precision")
-        axes.scatter(*_seeds(group, "recall", "precision"), marker="*", color=DIRECT, **{**FAINT, "s": 45})
-        axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor=DIRECT, **BARS)
-        axes.scatter(x, y, marker="*", s=260, color=DIRECT, edgecolors="white", linewidths=0.8, zorder=5)
+        _draw_group(axes, group, DIRECT, "*", size=260, edge="white")
         handles.append(marker("direct (no teacher)", "*", DIRECT, 15))
     (x, _), (y, _) = _column(teacher, "recall"), _column(teacher, "precision")
     if np.isfinite(x + y).any():
         axes.scatter(x, y, marker="D", s=60, facecolors="none", edgecolors=INK, linewidths=1.5, zorder=4)
         handles.append(marker("teacher", "D", INK, 7, markerfacecolor="none", markeredgecolor=INK))
-    others = [g for g in groups if not is_student(g) and g.arm not in ORDER]
+    others = [g for g in groups if not g.is_student and g.arm not in ORDER]
     (x, _), (y, _) = _column(others, "recall"), _column(others, "precision")
     if np.isfinite(x + y).any():
         axes.scatter(x, y, marker="s", s=45, color="0.5", zorder=4)
         handles.append(marker("other models", "s", "0.5", 7))
     for group, colour, mark in arms_by_name(groups):
-        (x, xerr), (y, yerr) = _column([group], "recall"), _column([group], "precision")
-        axes.scatter(*_seeds(group, "recall", "precision"), marker=mark, color=colour, **FAINT)
-        axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor=colour, **BARS)
-        axes.scatter(x, y, marker=mark, s=60, color=colour, edgecolors=INK, linewidths=0.6, zorder=4)
+        _draw_group(axes, group, colour, mark, size=60, edge=INK)
         handles.append(marker(group.label, mark, colour, 8, markeredgecolor=INK, markeredgewidth=0.6))
     if any(len(group.rows) > 1 for group in (*distilled, *direct)):
         handles.append(marker("single seeds", "o", "0.5", 5, alpha=0.5))
-    axes.set_xlabel(r"recall  $E_{p^*}[\log p'']$  (nats per token)")
-    axes.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats per token)")
+    handles += draw_curves(axes, curves, colours_of(groups))
+    axes.set_xlabel(r"recall  $E_{p^*}[\log p'']$  (nats per token)  better $\rightarrow$")
+    axes.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats per token)  better $\rightarrow$")
     axes.margins(0.08)
     tidy(axes)
     legend(figure, handles)
     return figure
 
 
+def _draw_distilled(figure: Figure, axes, distilled: list[Group]) -> Line2D:
+    """The students of config.taus, coloured by tau; returns the legend's entry."""
+    taus = [g.tau for g in distilled]
+    (x, xerr), (y, yerr) = _column(distilled, "recall"), _column(distilled, "precision")
+    colours = TAU_MAP(norm(taus)(taus))
+    axes.plot(x, y, color="0.75", linewidth=1.2, zorder=1)
+    for group, colour in zip(distilled, colours, strict=True):
+        axes.scatter(*_seeds(group, "recall", "precision"), color=colour, **FAINT)
+    axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor="0.35", **BARS)
+    axes.scatter(x, y, c=colours, s=75, edgecolors="white", linewidths=0.8, zorder=4)
+    colourbar(figure, axes, taus)
+    return marker("distilled", "o", "0.75", 9, markerfacecolor=DISTILLED, linestyle="-")
+
+
+def _draw_group(axes, group: Group, colour, mark: str, size: float, edge: str) -> None:
+    """One arm's mean with errors, and its single seeds."""
+    (x, xerr), (y, yerr) = _column([group], "recall"), _column([group], "precision")
+    axes.scatter(*_seeds(group, "recall", "precision"), marker=mark, color=colour, **FAINT)
+    axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor=colour, **BARS)
+    axes.scatter(x, y, marker=mark, s=size, color=colour, edgecolors=edge, linewidths=0.7, zorder=5)
+
+
+def colours_of(groups: list[Group]) -> dict[str, tuple]:
+    """Colour of each student's arm, by its name."""
+    distilled, _, _ = split(groups)
+    taus = [g.tau for g in distilled]
+    colours = {"direct": DIRECT} | {group.arm: colour for group, colour, _ in arms_by_name(groups)}
+    return colours | {f"tau-{tau:g}": TAU_MAP(norm(taus)(tau)) for tau in taus}
+
+
+def draw_curves(axes, curves: dict[str, Curve], colours: dict[str, tuple]) -> list[Line2D]:
+    """Each student's mean curve over its own sample temperatures; the direct student's, the control, is labelled.
+
+    Returns: the legend's entries.
+    """
+    drawn = {arm: curve for arm, curve in curves.items() if len(curve.temperatures) > 1 and curve.seeds}
+    for arm, curve in drawn.items():
+        x, y = (_finite(curve.values(name, curve.seeds).mean(1)) for name in ("recall", "precision"))
+        control = arm == "direct"
+        style = {"linewidth": 1.6, "alpha": 1.0} if control else {"linewidth": 1.0, "alpha": 0.7}
+        axes.plot(x, y, "--.", color=colours.get(arm, "0.5"), markersize=5, zorder=2, **style)
+        for temperature, *point in zip(curve.temperatures, x, y, strict=True) if control else ():
+            if np.isfinite(point).all():
+                axes.annotate(f"{temperature:g}", point, (5, -9), textcoords="offset points", fontsize=8, color=DIRECT)
+    handles = []
+    if "direct" in drawn:
+        handles.append(Line2D([], [], linestyle="--", marker=".", color=DIRECT, label="direct, cooled (at 1, ...)"))
+    if set(drawn) - {"direct"}:
+        handles.append(Line2D([], [], linestyle="--", marker=".", color="0.5", label="distilled, cooled"))
+    return handles
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
 def _against(axes, groups: list[Group], x_name: str | None, y_name: str) -> None:
-    """One metric of the students against tau (`x_name` None) or against another metric, beside the direct student."""
+    """Draws one metric of the students against tau (`x_name` None) or against another metric."""
     distilled, direct, _ = split(groups)
     y, yerr = _column(distilled, y_name)
     x, xerr = (np.array([g.tau for g in distilled], float), None) if x_name is None else _column(distilled, x_name)
@@ -176,7 +225,7 @@ def _against(axes, groups: list[Group], x_name: str | None, y_name: str) -> None
 
 
 def _handles(groups: list[Group], with_teacher: bool) -> list[Line2D]:
-    """The legend of figures against one thing; where the teacher is, the arms by name are as well."""
+    """The legend of `curves` (with the teacher, and arms by name) and of `divergences`."""
     distilled, direct, teacher = split(groups)
     handles = [Line2D([], [], color=DISTILLED, marker="o", markersize=5, label="distilled")] if distilled else []
     if direct:
@@ -192,10 +241,10 @@ def _handles(groups: list[Group], with_teacher: bool) -> list[Line2D]:
 
 
 def curves(groups: list[Group]) -> Figure:
-    """Precision and recall against tau, if there are students of several, and against the entropy of what is learnt."""
+    """Precision and recall against tau, if students of config.taus exist, and against the teacher's entropy."""
     distilled, _, teacher = split(groups)
     columns = {None: TAU} if distilled else {}
-    columns["teacher_entropy"] = "entropy of what is learnt from (nats per token)"
+    columns["teacher_entropy"] = "teacher's entropy (nats per token)"
     figure = canvas(9.2 if distilled else 6.4, 6.8)
     grid = figure.subplots(2, len(columns), sharex="col", sharey="row", squeeze=False)
     style = {"color": INK, "linestyle": ":", "linewidth": 1.2, "marker": "D", "markersize": 5.5}
@@ -214,7 +263,7 @@ def curves(groups: list[Group]) -> Figure:
 
 
 def divergences(groups: list[Group]) -> Figure | None:
-    """Both Kullback-Leibler divergences between student and p* against tau; None where there are no students of any."""
+    """Both Kullback-Leibler divergences between student and p* against tau; None without students of config.taus."""
     if not split(groups)[0]:
         return None
     figure = canvas(9.2, 3.9)

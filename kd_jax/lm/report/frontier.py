@@ -2,186 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from kd_jax.lm.experiment.knobs import Frontier
-from kd_jax.lm.report import comparison, summary
+from kd_jax.lm.report import comparison, figures
+from kd_jax.lm.report.cooling import Curve
+from kd_jax.metrics import statistics
 from kd_jax.reporting import frontier_page
-from kd_jax.reporting.page import mean_se, number, show
+from kd_jax.reporting.tables import Number, Table
 
 UNIT = "nats per token"
-ENTROPY = f"entropy of what is learnt from  ({UNIT})"
+COLUMNS = ("precision", "recall", "kl_model_data", "kl_data_model", "entropy", "teacher_entropy")
 HEAD = (
-    "students", "arm", "precision", "recall", "KL(p″‖p*)", "KL(p*‖p″)", "entropy", "entropy of what is learnt from",
-    "measured on",
+    "students", "arm", "precision", "recall", "KL(p″‖p*)", "KL(p*‖p″)", "entropy", "teacher's entropy", "measured on",
 )  # fmt: skip
 
-TEMPLATE = """{% for title, verdict, head, rows, note in knobs.comparisons %}<h2>{{ title }}</h2>
-<p><strong>{{ verdict[0] }}</strong></p>
-<ul>{% for sentence in verdict[1:] %}<li>{{ sentence }}</li>{% endfor %}</ul>
-{{ grid(head, rows) }}
-<p class="note">{{ note }}</p>{% endfor %}
-<h2>Every setting of every knob</h2>
-{{ grid(knobs.head, knobs.table) }}
-<p class="note">{{ knobs.note }}</p>
-"""
+
+class Section(NamedTuple):
+    """What the page shows of a run's knobs: the figure with its caption, the first sentences, and tables."""
+
+    figure: Figure
+    caption: str
+    headlines: list[str]
+    tables: list[Table]
 
 
-def section(found: Frontier | None, rows: list[dict]) -> dict[str, Any] | None:
-    """What TEMPLATE shows as `knobs`, the caption of the figure and the figure; None where a run has no knobs yet."""
-    curves = None if found is None else read_curves(found, rows)
-    if curves is None:
-        return None
-    comparisons = [_at_equal_precision(found, curves), _from_own(found, curves)]
-    return {
-        "figure": figure(curves),
-        "caption": _caption(found, curves),
-        "headlines": [verdict[0] for _, verdict, *_ in comparisons],
-        "comparisons": comparisons,
-        "head": HEAD,
-        "table": _table(found, curves, rows),
-        "note": _note(found, curves, rows),
-    }
-
-
-def _at_equal_precision(found: Frontier, curves: Curves) -> tuple:
-    """Title, verdict, head and rows of prices, and note: all knobs counted from the reference."""
-    reference = {name: curves.reference.metrics[name][0] for name in ("precision", "recall")}
-    verdict, head, rows = _priced(curves.knobs, reference, found.gains)
-    both = _more_of_both(found, curves)
-    if both:
-        verdict.append(f"Clearly more precision and more recall than {found.reference} have: {', '.join(both)}.")
-    return "Which knob buys precision most cheaply?", verdict, head, rows, _price_note(found, curves)
-
-
-def _more_of_both(found: Frontier, curves: Curves) -> list[str]:
-    """The arms that beat the reference in precision and in recall by more than two standard errors, paired by seed."""
-    reference, better = curves.arms[found.reference], []
-    for arm in found.arms:
-        if arm in curves.arms:
-            with np.errstate(invalid="ignore"):  # of two infinite values; what is not finite is not better
-                apart = [mean_se(curves.arms[arm][name] - reference[name]) for name in ("precision", "recall")]
-            better += [arm] if all(mean > 2 * error for mean, error in apart) else []
-    return better
-
-
-def _from_own(found: Frontier, curves: Curves) -> tuple:
-    """The same with each knob counted from its own unchanged setting."""
-    nothing = {name: np.zeros(len(curves.seeds)) for name in ("precision", "recall")}
-    verdict, head, rows = _priced(curves.own, nothing, found.gains)
-    neutral = {knob.name: found.neutral(knob.name) for knob in found.knobs}
-    counted = "; ".join(
-        f"{', '.join(name for name in neutral if neutral[name] == arm)} from {arm}"
-        for arm in dict.fromkeys(neutral.values())
-    )
-    note = f"As above, without what a knob's unchanged setting itself gains or loses. Counted are {counted}."
-    verdict[0] = f"Counted from each knob's own unchanged setting: {verdict[0][:1].lower()}{verdict[0][1:]}"
-    # the reference is 0, so the precision is the gain
-    rows = [[row[0], *row[2:]] for row in rows]
-    return "And from its own unchanged setting?", verdict, [head[0], *head[2:]], rows, note
-
-
-def _priced(knobs, reference: dict[str, np.ndarray], gains) -> tuple[list[str], list[str], list[list[str]]]:
-    """Verdict, and head and rows of the table of prices."""
-    if not all(np.isfinite(values).all() for values in reference.values()):
-        verdict = ["Knobs have no prices: the reference's precision or recall is not finite."]
-        return verdict, *frontier_page.price_table([])
-    prices = frontier_page.prices_of(knobs, reference, gains)
-    return frontier_page.verdict(prices, knobs, gains), *frontier_page.price_table(prices)
-
-
-def missing(found: Frontier | None, rows: list[dict]) -> list[str]:
-    """What the comparison of knobs lacks, in words."""
-    there = students_of(rows)
-    gone = [] if found is None else [arm for arm in found.arms if arm not in there]
-    return [f"students of the arms: {', '.join(gone)} (settings of knobs on the frontier)"] if gone else []
-
-
-def figure(curves: Curves) -> Figure:
-    """All knobs on one recall-precision figure."""
-    return frontier_page.figure(
-        curves.knobs, curves.reference, curves.direct, also=curves.also, unit=UNIT, entropy_label=ENTROPY, values=True
-    )
-
-
-def _caption(found: Frontier, curves: Curves) -> str:
-    return (
-        f"Every setting of every knob, mean over {len(curves.seeds)} seed(s); bars are standard errors over seeds, "
-        f"lines join a knob's settings in order. The ring is the reference, {found.reference}, from which all are "
-        "counted; a hexagon another student for which no knob is turned; the star the direct student. Colour is the "
-        "entropy of what is learnt from: of the sampled text, or of the teacher's distribution at the temperature in "
-        "the loss (the table says which)."
-    )
-
-
-def _price_note(found: Frontier, curves: Curves) -> str:
-    return (
-        f"Gain: nats per token of precision above {found.reference}, of the same seed. Price: nats of recall lost per "
-        f"nat of precision gained, ± standard error over {len(curves.seeds)} seed(s); below 0, recall is gained as "
-        "well. The last column is paired by seed. A knob is interpolated linearly between neighbouring settings, which "
-        "a generator that takes one of two students at random at least attains (but for their lengths); it is absent "
-        "where no two neighbours enclose the gain."
-    )
-
-
-def _table(found: Frontier, curves: Curves, rows: list[dict]) -> list[list[str]]:
-    """A line for each arm."""
-    students = students_of(rows)
-    lines = []
-    for arm, metrics in curves.arms.items():
-        cells = [show(*mean_se(metrics[name])) for name in COLUMNS]
-        row = students[arm][curves.seeds[0]]
-        label = "no teacher" if arm == "direct" else found.label(arm)
-        lines.append([label, arm, *cells, measured_on(row)])
-    return lines
-
-
-def measured_on(row: dict) -> str:
-    """Which text the entropy of what a student learnt from is a mean over."""
-    how = row.get("distill") or {}
-    if how.get("policy", "sequence") != "sequence":
-        return comparison.TEXTS[how.get("data", "p_star")]
-    return comparison.TEXTS["p_star" if row["arm"] == "direct" else "samples"]
-
-
-def _note(found: Frontier, curves: Curves, rows: list[dict]) -> str:
-    text = (
-        "Mean ± standard error over seeds, nats per token. Entropy of what is learnt from: where students learn text, "
-        "the mean of -log of the probability with which each token was drawn (tau, top-k and top-p included); where "
-        "they learn the teacher's distributions, the mean entropy of these at the temperature in the loss, on held-out "
-        "rows of the text named. One is a mean over what the teacher writes, the other over what p* writes, so they "
-        "differ for one and the same teacher"
-    )
-    same = _unchanged(found, curves, rows)
-    return text + (f": unchanged, it has {same[0]:.3f} on its own text and {same[1]:.3f} on p*'s." if same else ".")
-
-
-def _unchanged(found: Frontier, curves: Curves, rows: list[dict]) -> tuple[float, float] | None:
-    """The unchanged teacher's entropy on its own text and on p*'s, where both were measured."""
-    students = students_of(rows)
-    own = curves.arms[found.reference]["teacher_entropy"].mean()
-    for arm, metrics in curves.arms.items():
-        how = students[arm][curves.seeds[0]].get("distill") or {}
-        temperatures = [how.get(name) for name in ("loss_temperature", "teacher_temperature")]
-        if how.get("policy") in ("online", "on_policy") and how.get("data") == "p_star" and temperatures == [1.0, None]:
-            return float(own), float(metrics["teacher_entropy"].mean())
-    return None
-
-
-COLUMNS = ("precision", "recall", "kl_model_data", "kl_data_model", "entropy", "teacher_entropy")
-
-
-class Curves(NamedTuple):
-    """The students of a run's knobs, all of the same seeds.
+class KnobStudents(NamedTuple):
+    """The students of a run's knobs, sampled at 1, all of the same seeds.
 
     Attributes:
         knobs: as frontier_page draws them; a setting without students is left out.
-        reference, direct: their one setting; `direct` is None where there are no direct students.
+        own: the same knobs, precision and recall counted from each one's own unchanged setting.
+        reference, direct: knobs of one setting; `direct` is None where there are no direct students.
         also: the other references.
-        own: the same knobs, their precision and recall counted from each one's own unchanged setting.
         arms: arm -> metrics [seed], by COLUMNS; the reference first, "direct" among them.
         seeds: which.
     """
@@ -195,26 +51,48 @@ class Curves(NamedTuple):
     seeds: list[int]
 
 
-def students_of(rows: list[dict]) -> dict[str, dict[int, dict]]:
-    """The evaluation rows of students: arm -> seed -> row."""
-    students: dict[str, dict[int, dict]] = {}
-    for row in summary.evaluations(rows):
-        if row.get("seed") is not None:
-            students.setdefault(summary.arm_name(row), {})[row["seed"]] = row
-    return students
+def section(frontier: Frontier | None, curves: dict[str, Curve], smoke: bool) -> Section | None:
+    """The knobs' part of the page; None where a run has no knobs, or no students of the reference yet.
 
-
-def read_curves(frontier: Frontier, rows: list[dict]) -> Curves | None:
-    """The knobs' students, of the seeds that all arms have; None where there is none that the reference has."""
-    found = students_of(rows)
-    there = [arm for arm in [*frontier.arms, "direct"] if arm in found]
-    seeds = sorted(set.intersection(*(set(found[arm]) for arm in there))) if frontier.reference in there else []
-    if not seeds:
+    Args:
+        frontier: of the run's config.
+        curves: students by arm, as `cooling.curves` returns them.
+        smoke: whether the run is too small for conclusions, so that only numbers are shown.
+    """
+    students = None if frontier is None else knob_students(frontier, curves)
+    if students is None:
         return None
-    arms = {
-        arm: {name: np.array([number(found[arm][seed].get(name)) for seed in seeds]) for name in COLUMNS}
-        for arm in there
-    }
+    tables = [_at_equal_precision(frontier, students), _from_own(frontier, students)]
+    headlines = [] if smoke else [table.texts[0] for table in tables[:1]]
+    if smoke:
+        tables = [table._replace(texts=()) for table in tables]
+    tables.append(_all_settings(frontier, students, curves))
+    return Section(figure(students, curves), _caption(frontier, students), headlines, tables)
+
+
+def missing(frontier: Frontier | None, curves: dict[str, Curve]) -> list[str]:
+    """What the comparison of knobs lacks, in words."""
+    gone = [] if frontier is None else [arm for arm in frontier.arms if arm not in curves]
+    return [f"students of the arms: {', '.join(gone)} (settings of knobs on the frontier)"] if gone else []
+
+
+def knob_students(frontier: Frontier, curves: dict[str, Curve]) -> KnobStudents | None:
+    """The knobs' students, of the seeds that all arms have.
+
+    Args:
+        frontier: of the run's config.
+        curves: students by arm, as `cooling.curves` returns them.
+    Returns: the students, or None where the reference has none of these seeds.
+    """
+    # Seeds of one number share their start and the order of the data, so only common ones can be paired.
+    present = [arm for arm in [*frontier.arms, "direct"] if arm in curves and 1.0 in curves[arm].rows]
+    seeds = sorted(set.intersection(*(set(curves[arm].rows[1.0]) for arm in present))) if present else []
+    if not seeds or frontier.reference not in present:
+        return None
+    arms = {}
+    for arm in present:
+        at_one = curves[arm]._replace(temperatures=[1.0])
+        arms[arm] = {name: at_one.values(name, seeds)[0] for name in COLUMNS}
 
     def stacked(name: str, settings: list[tuple[str, str]]) -> frontier_page.Knob:
         metrics = {column: np.stack([arms[arm][column] for _, arm in settings]) for column in COLUMNS}
@@ -223,9 +101,11 @@ def read_curves(frontier: Frontier, rows: list[dict]) -> Curves | None:
     knobs, own = [], []
     for knob in frontier.knobs:
         settings = [(value, arm) for value, arm in knob.settings if arm in arms]
-        knobs += [stacked(knob.name, settings)] if settings else []
+        if not settings:
+            continue
+        knobs.append(stacked(knob.name, settings))
         neutral = arms.get(frontier.neutral(knob.name))
-        if settings and neutral is not None:
+        if neutral is not None:
             with np.errstate(invalid="ignore"):  # of two infinite values; a setting that is not finite has no price
                 less = {name: knobs[-1].metrics[name] - neutral[name] for name in ("precision", "recall")}
             own.append(knobs[-1]._replace(metrics=knobs[-1].metrics | less))
@@ -233,4 +113,121 @@ def read_curves(frontier: Frontier, rows: list[dict]) -> Curves | None:
     reference = stacked(f"reference: {first}", [("", first)])
     also = [stacked(f"unchanged too: {arm}", [("", arm)]) for arm in others if arm in arms]
     direct = stacked("direct: p*'s text, no teacher", [("", "direct")]) if "direct" in arms else None
-    return Curves(knobs, own, reference, direct, also, arms, seeds)
+    return KnobStudents(knobs, own, reference, direct, also, arms, seeds)
+
+
+def _at_equal_precision(frontier: Frontier, students: KnobStudents) -> Table:
+    """Prices of all knobs counted from the reference, with the verdict."""
+    reference = {name: students.reference.metrics[name][0] for name in ("precision", "recall")}
+    verdict, head, rows = _priced(students.knobs, reference, frontier.gains)
+    both = _more_of_both(frontier, students)
+    if both:
+        verdict.append(f"Clearly more precision and more recall than {frontier.reference}: {', '.join(both)}.")
+    note = (
+        f"Gain: nats per token of precision above {frontier.reference}, of the same seed. Price: nats of recall lost "
+        f"per nat of precision gained, ± standard error over {len(students.seeds)} seed(s), paired by seed; below 0, "
+        "recall is gained as well. Prices between settings are not attained by any measured student: they are read "
+        "off the straight line between two neighbouring settings, and are only comparable with each other. A knob is "
+        "absent where no two neighbours enclose the gain."
+    )
+    return Table("prices", "Which knob buys precision most cheaply?", head, rows, note, verdict)
+
+
+def _more_of_both(frontier: Frontier, students: KnobStudents) -> list[str]:
+    """The arms whose precision and recall are both above the reference's, with 95 % t intervals over seeds."""
+    reference, better = students.arms[frontier.reference], []
+    for arm in frontier.arms:
+        if arm in students.arms:
+            with np.errstate(invalid="ignore"):  # of two infinite values; what is not finite is not better
+                apart = [students.arms[arm][name] - reference[name] for name in ("precision", "recall")]
+            better += [arm] if all(statistics.t_interval(values).low > 0 for values in apart) else []
+    return better
+
+
+def _from_own(frontier: Frontier, students: KnobStudents) -> Table:
+    """The same with each knob counted from its own unchanged setting."""
+    nothing = {name: np.zeros(len(students.seeds)) for name in ("precision", "recall")}
+    verdict, head, rows = _priced(students.own, nothing, frontier.gains)
+    neutral = {knob.name: frontier.neutral(knob.name) for knob in frontier.knobs}
+    counted = "; ".join(
+        f"{', '.join(name for name in neutral if neutral[name] == arm)} from {arm}"
+        for arm in dict.fromkeys(neutral.values())
+    )
+    note = (
+        "As in the table before, without what a knob's unchanged setting itself gains or loses beside the reference. "
+        f"Counted: {counted}."
+    )
+    # the reference is 0, so the column of precision repeats the gain
+    rows = [[row[0], *row[2:]] for row in rows]
+    title = "Prices from each knob's own unchanged setting"
+    return Table("prices_from_own", title, [head[0], *head[2:]], rows, note, verdict)
+
+
+def _priced(knobs, reference: dict[str, np.ndarray], gains) -> tuple[list[str], list[str], list[list[str]]]:
+    """Verdict, and head and rows of the table of prices."""
+    if not all(np.isfinite(values).all() for values in reference.values()):
+        verdict = ["Knobs have no prices: the reference's precision or recall is not finite."]
+        return verdict, *frontier_page.price_table([])
+    prices = frontier_page.prices_of(knobs, reference, gains)
+    return frontier_page.verdict(prices, knobs, gains), *frontier_page.price_table(prices)
+
+
+def figure(students: KnobStudents, curves: dict[str, Curve]) -> Figure:
+    """All knobs on one recall-precision figure, with the direct student's curve over its sample temperatures."""
+    drawn = frontier_page.figure(
+        students.knobs, students.reference, students.direct, also=students.also, unit=UNIT,
+        entropy_label=f"teacher's entropy  ({UNIT})", values=True,
+    )  # fmt: skip
+    figures.draw_curves(drawn.axes[0], curves, {})
+    return drawn
+
+
+def _caption(frontier: Frontier, students: KnobStudents) -> str:
+    return (
+        f"Every setting of every knob, mean over {len(students.seeds)} seed(s); bars are standard errors over seeds, "
+        f"lines join a knob's settings in order. The ring is the reference, {frontier.reference}, from which all are "
+        "counted; a hexagon is another student of the unchanged teacher; the star is the direct student. Dashed: "
+        "students over their own sample temperatures, the direct one's with numbers, where they were evaluated. Colour "
+        "is the teacher's entropy: of its sampled text, or of its distribution at the temperature in the loss."
+    )
+
+
+def _all_settings(frontier: Frontier, students: KnobStudents, curves: dict[str, Curve]) -> Table:
+    """A line for each arm."""
+    lines = []
+    for arm, metrics in students.arms.items():
+        cells = [Number(*statistics.t_interval(metrics[name])[:2]) for name in COLUMNS]
+        row = curves[arm].rows[1.0][students.seeds[0]]
+        label = "no teacher" if arm == "direct" else frontier.label(arm)
+        lines.append([label, arm, *cells, measured_on(row)])
+    note = (
+        "Mean ± standard error over seeds, nats per token. Teacher's entropy: where students learn text, the mean of "
+        "-log of the probability with which each token was drawn (tau, top-k and top-p included); where they learn the "
+        "teacher's distributions, the mean entropy of these at the temperature in the loss, on held-out rows of the "
+        "text named. The same teacher has another entropy on its own text than on p*'s"
+    )
+    both = _unchanged(frontier, students, curves)
+    note += f": unchanged, {both[0]:.3f} on its own and {both[1]:.3f} on p*'s." if both else "."
+    return Table("knobs", "Every setting of every knob", HEAD, lines, note)
+
+
+def measured_on(row: dict) -> str:
+    """Which text the teacher's entropy is a mean over."""
+    settings = row.get("distill") or {}
+    if settings.get("policy", "sequence") != "sequence":
+        return comparison.TEXTS.get(settings.get("data", "p_star"), "–")
+    return comparison.TEXTS["p_star" if row["arm"] == "direct" else "samples"]
+
+
+def _unchanged(
+    frontier: Frontier, students: KnobStudents, curves: dict[str, Curve]
+) -> tuple[float, float] | None:  # fmt: skip
+    """The unchanged teacher's entropy on its own text and on p*'s, where both were measured."""
+    own = students.arms[frontier.reference]["teacher_entropy"].mean()
+    for arm, metrics in students.arms.items():
+        settings = curves[arm].rows[1.0][students.seeds[0]].get("distill") or {}
+        temperatures = [settings.get(name) for name in ("loss_temperature", "teacher_temperature")]
+        on_p_star = settings.get("policy") in ("online", "on_policy") and settings.get("data") == "p_star"
+        if on_p_star and temperatures == [1.0, None]:
+            return float(own), float(metrics["teacher_entropy"].mean())
+    return None

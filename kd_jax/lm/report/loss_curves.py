@@ -1,4 +1,4 @@
-"""The figure of losses while models train, drawn from metrics rows."""
+"""The figure of losses while models train: a panel for each loss that something was trained on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from kd_jax.lm.report import figures
+from kd_jax.lm.report.comparison import loss_name
 from kd_jax.lm.report.summary import ORDER, group_key, label, of_kind, position
 from kd_jax.reporting.figures import DIRECT, INK, canvas, plain, tidy
 from kd_jax.reporting.page import mean_se, number
@@ -17,55 +18,65 @@ LINES = ("-", "--", ":", "-.")
 
 
 def training(rows: list[dict]) -> Figure | None:
-    """Validation and training loss of each training, mean over seeds; None where there are no such rows.
+    """Training and validation loss of each arm, mean over seeds; None where there are no such rows.
 
-    Where a teacher's distribution is learnt, its divergence is no cross-entropy: that of the text is drawn in its
-    place, without the updates on text of the student's own.
+    Every panel shows the loss that its models were trained on, by name: losses of different panels are not comparable.
     """
-    shown = [row for row in map(_of_text, rows) if row is not None]
+    panels = by_loss(rows)
+    shown = [row for members in panels.values() for row in members]
     if not shown:
         return None
-    panels = {"teacher": [], "students": []}
-    for row in shown:
-        panels["teacher" if row["arm"] == "teacher" else "students"].append(row)
-    panels = {title: members for title, members in panels.items() if members}
-    keys = sorted({group_key(row) for row in panels.get("students", [])}, key=position)
+    keys = sorted({group_key(row) for row in shown if row["arm"] != "teacher"}, key=position)
     taus = [tau for arm, tau, _ in keys if arm == "distilled" and tau is not None]
     styles = _styles(keys, taus)
     counted, unit = _tokens(shown)
-    figure = canvas(9.2 if len(panels) > 1 else 6.4, 4.4 + 0.2 * (len(keys) // 4))
-    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, members) in zip(grid, panels.items(), strict=True):
-        arms: dict[tuple, list[dict]] = {}
-        for row in members:
-            arms.setdefault(group_key(row), []).append(row)
-        for key, own in arms.items():
-            _losses(axes, own, counted, *styles.get(key, (INK, "-")))
-        axes.set_title(title, fontsize=11)
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = canvas(max(6.4, 4.6 * columns), 3.6 * lines + 0.8 + 0.2 * (len(keys) // 4))
+    grid = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes, ((who, loss), members) in zip(grid, panels.items(), strict=False):
+        _panel(axes, members, counted, styles)
+        axes.set_title(who, fontsize=11)
         axes.set_xlabel(unit)
-        axes.set_ylim(_loss_limits(shown))
-        tidy(axes)
-    grid[0].set_ylabel("loss (nats per token)")
+        axes.set_ylabel(f"{loss} (nats per token)")
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     if taus:
-        figures.colourbar(figure, grid[-1], taus)
+        figures.colourbar(figure, grid, taus)
     figures.legend(figure, _handles(shown, styles))
     return figure
 
 
-def _of_text(row: dict) -> dict | None:
-    """The row with the cross-entropy of text as its loss; None for one that has none."""
-    if row["kind"] not in ("training", "validation") or row.get("loss") is None or row.get("on_policy"):
-        return None
-    return row if row.get("cross_entropy") is None else {**row, "loss": row["cross_entropy"]}
+def by_loss(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The rows of trainings by (who learns, name of the loss): the teacher first, then students of text."""
+    names = {group_key(row): loss_name(row.get("distill") or {}) for row in of_kind(rows, "evaluation")}
+    panels: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        if row["kind"] in ("training", "validation") and row.get("loss") is not None:
+            # before the evaluation only the row itself tells that a divergence is learnt
+            fallback = "divergence" if row.get("divergence") is not None else "cross-entropy"
+            who = "teacher" if row["arm"] == "teacher" else "students"
+            panels.setdefault((who, names.get(group_key(row), fallback)), []).append(row)
+    return dict(sorted(panels.items(), key=lambda item: (item[0][0] != "teacher", item[0][1])))
+
+
+def _panel(axes, rows: list[dict], counted: dict[tuple, float], styles: dict[tuple, tuple]) -> None:
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(group_key(row), []).append(row)
+    for key, members in groups.items():
+        _losses(axes, members, counted, *styles.get(key, (INK, "-")))
+    axes.set_ylim(_loss_limits(rows))
+    tidy(axes)
 
 
 def _styles(keys: list[tuple], taus: list[float]) -> dict[tuple, tuple]:
-    """Colour and line of each kind of student."""
-    found = {("direct", None, None): (DIRECT, "-")}
-    found |= {("distilled", tau, None): (figures.TAU_MAP(figures.norm(taus)(tau)), "-") for tau in taus}
+    """Colour and line of each group of students."""
+    styles = {("direct", None, None): (DIRECT, "-")}
+    styles |= {("distilled", tau, None): (figures.TAU_MAP(figures.norm(taus)(tau)), "-") for tau in taus}
     for i, key in enumerate(key for key in keys if key[0] not in ORDER):
-        found[key] = figures.named(i)[0], LINES[i // len(figures.NAMED) % len(LINES)]
-    return found
+        styles[key] = figures.named(i)[0], LINES[i // len(figures.NAMED) % len(LINES)]
+    return styles
 
 
 def _handles(rows: list[dict], styles: dict[tuple, tuple]) -> list[Line2D]:
@@ -84,7 +95,7 @@ def _handles(rows: list[dict], styles: dict[tuple, tuple]) -> list[Line2D]:
 
 
 def _losses(axes, rows: list[dict], counted: dict[tuple, float], colour, line) -> None:
-    """The curves of one arm at one tau: validation over a band of standard errors, training lightly behind."""
+    """The curves of one group: validation in a band of its standard error, training in a thin line behind."""
     for kind, style in (("training", {"linewidth": 0.9, "alpha": 0.35}), ("validation", {"linewidth": 1.6})):
         by_step: dict[int, dict[str, tuple[float, float]]] = {}
         for row in of_kind(rows, kind):
@@ -102,7 +113,7 @@ def _losses(axes, rows: list[dict], counted: dict[tuple, float], colour, line) -
 
 
 def _tokens(rows: list[dict]) -> tuple[dict[tuple, float], str]:
-    """(name, step) -> millions of tokens trained on, or steps where some training does not say; and the axis' label."""
+    """(name, step) -> millions of tokens trained on (steps, if a training has no token counts), and the axis' label."""
     known: dict[str, dict[int, float]] = {}
     for row in of_kind(rows, "training"):
         if row.get("tokens") is not None:
@@ -110,18 +121,18 @@ def _tokens(rows: list[dict]) -> tuple[dict[tuple, float], str]:
     places = {(row["name"], row["step"]) for row in rows}
     if any(len(known.get(name, {})) < 2 for name, _ in places):
         return {(name, step): step for name, step in places}, "steps"
-    found = {}
+    millions = {}
     for name, step in places:
         steps = sorted(known[name])
         tokens = [known[name][s] for s in steps]
-        # Validation falls between the steps that are logged, or after the last of them.
+        # Validation can fall between the steps that are logged, or after the last of them.
         inside = np.interp(step, steps, tokens)
-        found[name, step] = float(inside) if step <= steps[-1] else tokens[-1] * step / steps[-1]
-    return found, "tokens trained on (millions)"
+        millions[name, step] = float(inside) if step <= steps[-1] else tokens[-1] * step / steps[-1]
+    return millions, "tokens trained on (millions)"
 
 
 def _loss_limits(rows: list[dict]) -> tuple[float, float] | tuple[None, None]:
-    """Limits that leave out the first fall, beside which the differences that matter would not show."""
+    """Limits without the first tenth of the steps, whose fall would hide the differences that matter."""
     by_name: dict[str, list[dict]] = {}
     for row in of_kind(rows, "validation") or rows:
         if math.isfinite(row["loss"]):

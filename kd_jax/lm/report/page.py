@@ -1,99 +1,81 @@
-"""The report page of a language-model run: what came out, figures, tables, samples side by side, cost and config."""
+"""The report page of a language-model run: its finding, figures, samples side by side, tables, cost and config."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from kd_jax.lm.experiment import knobs as frontier
-from kd_jax.lm.report import comparison, figures, loss_curves, summary, tables
-from kd_jax.lm.report import frontier as frontier_report
-from kd_jax.lm.report import samples as texts
-from kd_jax.lm.report.summary import Estimate, Group
-from kd_jax.reporting import page
-from kd_jax.reporting.page import Beside, show
+from kd_jax.lm.experiment import knobs
+from kd_jax.lm.report import (
+    about_run,
+    comparison,
+    cooling,
+    distillation_cost,
+    expectations,
+    figures,
+    frontier,
+    loss_curves,
+    summary,
+)  # fmt: skip
+from kd_jax.lm.report import samples as samples_lib
+from kd_jax.lm.report.cooling import Curve, Standing
+from kd_jax.lm.report.summary import Group
+from kd_jax.reporting import page, tables
+from kd_jax.reporting.page import Beside
+from kd_jax.reporting.tables import Table
 from kd_jax.storage import files
 
 TITLE = "Distilling a language model: precision against recall"
 KNOBS_TITLE = "Knobs of selectivity for a language model: the price of precision"
-TABLES = {
-    "Per token": (
-        ("precision", "precision", 3), ("recall", "recall", 3), ("entropy", "entropy", 3),
-        ("kl_model_data", "KL(p″‖p*)", 3), ("kl_data_model", "KL(p*‖p″)", 3),
-        ("teacher_entropy", "source's entropy", 3),
-    ),
-    "Per sequence": (
-        ("precision_per_sequence", "precision", 2), ("recall_per_sequence", "recall", 2),
-        ("entropy_per_sequence", "entropy", 2), ("kl_model_data_per_sequence", "KL(p″‖p*)", 2),
-        ("kl_data_model_per_sequence", "KL(p*‖p″)", 2),
-    ),
-    "The text, and validation": (
-        ("finished", "finished (share)", 3), ("length_mean", "mean length (tokens)", 1),
-        ("distinct_2", "distinct-2", 4), ("repetition_4", "repetition-4", 4),
-        ("validation_perplexity", "validation perplexity", 2),
-    ),
-}  # fmt: skip
-UNITS = {
-    "Per token": (
-        "Nats per token. The source is what is learnt from: of text, what drew it (the teacher as it was sampled, or "
-        "p*); else the teacher's distribution at the temperature in the loss, on held-out rows of its text."
-    ),
-    "Per sequence": "Nats per sequence.",
-    "The text, and validation": (
-        "Distinct-2: different pairs of tokens over all pairs, in all samples together; it falls with their number. "
-        "Repetition-4: mean over sequences of the share of runs of four tokens that were there before. The validation "
-        "perplexity is the chosen checkpoint's, padding not counted."
-    ),
-}
-KINDS = {
-    "evaluation": "evaluation (no frontier, no tables of likelihoods)",
-    "validation": "validation during training (no curves of validation loss, no chosen checkpoints)",
-    "training": "training losses",
-    "stage": "stages (what they cost)",
-}
-VERDICTS = {"holds": "Holds", "fails": "Does not hold", "unclear": "Not shown", "untested": "Not tested"}
+# name, title, columns (metric, head) and note of each table of models
+TABLES = (
+    ("per_token", "Per token",
+     (("precision", "precision"), ("recall", "recall"), ("entropy", "entropy"), ("kl_model_data", "KL(p″‖p*)"),
+      ("kl_data_model", "KL(p*‖p″)"), ("teacher_entropy", "teacher's entropy")),
+     "Nats per token. Teacher's entropy: of the text that is learnt as it was drawn, or of the distribution that is "
+     "learnt at the temperature in the loss, on held-out rows of its text."),
+    ("per_sequence", "Per sequence",
+     (("precision_per_sequence", "precision"), ("recall_per_sequence", "recall"),
+      ("entropy_per_sequence", "entropy"), ("kl_model_data_per_sequence", "KL(p″‖p*)"),
+      ("kl_data_model_per_sequence", "KL(p*‖p″)")),
+     "Nats per sequence."),
+    ("text", "The text, and validation",
+     (("finished", "finished (share)"), ("length_mean", "mean length (tokens)"), ("distinct_2", "distinct-2"),
+      ("repetition_4", "repetition-4"), ("calibration_error", "calibration error"), ("agreement", "agreement with p*"),
+      ("validation_perplexity", "validation perplexity")),
+     "Distinct-2: distinct pairs of tokens over all pairs, in all samples together; it falls with their number. "
+     "Repetition-4: mean over sequences of the share of runs of four tokens that occurred before. The validation "
+     "perplexity is the chosen checkpoint's, padding not counted."),
+)  # fmt: skip
+NOT_COOLED = (
+    "The direct student was not evaluated at lower sample temperatures, which also trade recall for precision: this "
+    "run cannot tell what distillation adds to mere cooling."
+)
 
-STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > div { flex: 1 1 24rem; }
-.findings li { margin: .25rem 0; }
+STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > div { flex: 1 1 24rem; min-width: 0; }
+.lead { font-size: 1.1rem; } .findings li { margin: .25rem 0; }
 .samples td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
 .samples td > div { width: 17rem; max-height: 22rem; overflow-y: auto; } .samples td:first-child { min-width: 2rem; }
 .samples th { text-align: left; }
-.special { color: #2b5d8a; background: #e8eef5; border-radius: 3px; } .cut { color: #a32c3e; font-style: italic; }
+.special { color: var(--link); background: var(--shade); border-radius: 3px; }
+.cut { color: var(--warn); font-style: italic; }
 summary { cursor: pointer; }
 """
-TEMPLATE = (
-    """{% if knobs %}{% for text in knobs.headlines %}<p><strong>{{ text }}</strong></p>{% endfor %}{% endif %}
-{% if headline %}<p><strong>{{ headline }}</strong></p>{% endif %}
-<ul class="findings">{% for verdict, text in findings %}<li><strong>{{ verdict }}.</strong> {{ text }}</li>
-{% endfor %}</ul>
-<p>{{ about }}</p>
-<p class="note">{{ certainty }}</p>
-{% if missing %}<h2>Not in this run yet</h2>
-<ul>{% for text in missing %}<li>{{ text }}</li>{% endfor %}</ul>{% endif %}
-{% if "frontier" in images or beside %}<h2>Precision–recall frontier</h2>
+TEMPLATE = """<p class="lead"><strong>{{ finding }}</strong></p>
+{% for text in caveats %}<p>{{ text }}</p>
+{% endfor %}<nav></nav>
+{% if "frontier" in images or beside %}<h2>What distillation did</h2>
 {% if beside %}<div class="beside"><div><h3>This run</h3>{{ figure("frontier", captions.frontier) }}</div>
 {% for other in beside %}<div><h3>{{ other.title }}</h3>
 <figure><img alt="frontier of {{ other.title }}" src="data:image/png;base64,{{ other.image }}"></figure>
 {{ grid(["metric", "slope (" ~ other.note ~ ")"], other.slopes) }}</div>{% endfor %}</div>
-{% else %}{{ figure("frontier", captions.frontier) }}{% endif %}{% endif %}
-{% if knobs %}"""
-    + frontier_report.TEMPLATE
-    + """{% endif %}
-{% if arms %}<h2>How students learn, and beside the direct one</h2>
-{{ grid(arm_head, arms) }}
-<p class="note">Differences in nats per token, ± standard error, paired by seed.</p>{% endif %}
-{% for title, head, rows, unit in tables %}<h2>{{ title }}</h2>
-{{ grid(head, rows) }}
-<p class="note">{{ unit }} {% if loop.first %}{{ note }}{% endif %}</p>{% endfor %}
-{% if "curves" in images %}<h2>Against {% if "divergences" in images %}tau and against {% endif -%}
-the entropy of what is learnt from</h2>
-{{ figure("curves", captions.curves) }}
-{{ figure("divergences", captions.divergences) }}{% endif %}
-{% if "training" in images %}<h2>Training</h2>
-{{ figure("training", captions.training) }}{% endif %}
+{% else %}{{ figure("frontier", captions.frontier) }}{% endif %}
+<ul class="findings">{% for verdict, text in findings %}<li><strong>{{ verdict }}.</strong> {{ text }}</li>
+{% endfor %}</ul>{% endif %}
 {% if samples.rows %}<h2>Samples side by side</h2>
 <div class="scroll samples"><table>
 <thead><tr>{% for h in samples.head %}<th>{{ h }}</th>{% endfor %}</tr></thead><tbody>
@@ -102,89 +84,214 @@ the entropy of what is learnt from</h2>
 {%- endif %}{% endfor %}{% if cell.cut %}<span class="cut"> [{{ cell.cut }}]</span>{% endif -%}
 </div>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
-<p class="note">Each column is one model's, of the seed named; a row is one index. Special tokens are shaded; “cut”
-marks a text that reached the longest length allowed before it ended.</p>{% endif %}
-{% if cost.rows or cost.notes %}<h2>Where the time went</h2>
-{% if cost.rows %}{{ grid(cost.head, cost.rows) }}{% endif %}
-{% for text in cost.notes %}<p class="note">{{ text }}</p>{% endfor %}{% endif %}
-{% if differences %}<h2>What differs from the base config</h2>
-{{ grid(["setting", "base", "this run"], differences) }}{% endif %}
+<p class="note">A column is one model, of the seed named; a row is one index. Special tokens are shaded; “cut” marks a
+text that reached the longest length allowed before it ended.</p>{% endif %}
+{% for table in tables %}{{ section(table) }}
+{% endfor %}
+{% if "curves" in images %}<h2>Against {% if "divergences" in images %}tau and {% endif %}the teacher's entropy</h2>
+{{ figure("curves", captions.curves) }}
+{{ figure("divergences", captions.divergences) }}{% endif %}
+{% if "training" in images %}<h2>Training</h2>
+{{ figure("training", captions.training) }}{% endif %}
+<h2>How to read the numbers</h2>
+{% for text in definitions %}<p>{{ text }}</p>
+{% endfor %}{% if missing %}<h2>Not in this run yet</h2>
+<ul>{% for text in missing %}<li>{{ text }}</li>{% endfor %}</ul>{% endif %}
+{% if cost.rows %}{{ section(cost) }}{% endif %}
 {% if config %}<h2>Config</h2>
 <details><summary>{{ config | length }} settings</summary>{{ grid(["setting", "value"], config) }}</details>{% endif %}
 """
-)
 
 
-def _cell(estimate: Estimate, size: int, digits: int) -> str:
-    """A table cell: mean ± standard error; what is missing or not finite is said with how many seeds it is of."""
-    if not estimate.count:
-        return "–"
-    some = f" (n = {estimate.count})" if estimate.count < size else ""
-    if estimate.bad:
-        return f"{estimate.mean} ({estimate.bad} of {estimate.count} seeds)"
-    return show(estimate.mean, estimate.error, digits) + some
+class _Run(NamedTuple):
+    """What a run's folder says, read once.
+
+    Attributes:
+        rows, config, manifest: of the folder's files.
+        groups: models by arm and tau.
+        curves: students by arm, over their sample temperatures.
+        standings: each arm beside the cooled direct student.
+        smoke: samples of each student, where they are too few for conclusions; else None.
+    """
+
+    rows: list[dict]
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    groups: list[Group]
+    curves: dict[str, Curve]
+    standings: dict[str, Standing]
+    smoke: int | None
 
 
-def _tables(groups: list[Group]) -> list[tuple]:
-    """Title, head, rows and unit of each table; a column that no group has a value for is left out."""
-    out = []
-    for title, columns in TABLES.items():
-        columns = [column for column in columns if any(g.estimates[column[0]].count for g in groups)]
-        rows = []
-        for group in groups:
-            estimates = [group.estimates[name] for name, _, _ in columns]
-            if not any(estimate.count for estimate in estimates):
-                continue
+def _read(folder: Path) -> _Run:
+    rows = page.read_rows(folder)
+    summary.check(rows, folder / "metrics.jsonl")
+    groups, curves = summary.summarise(rows), cooling.curves(rows)
+    return _Run(
+        rows, page.read_json(folder / "config.json"), page.read_json(folder / "manifest.json"), groups, curves,
+        cooling.standings(curves), summary.smoke_samples(groups),
+    )  # fmt: skip
+
+
+def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
+    """Writes a run's figures and tables into figures/, and its report.html.
+
+    What the run does not have yet is named on the page, and the rest is shown.
+
+    Args:
+        folder: of the run.
+        beside: other runs' frontiers to show next to this one's.
+    Returns: the page's path.
+    Raises: FileNotFoundError, ValueError or RunError, naming the file, for one that cannot be read.
+    """
+    folder = Path(folder)
+    run = _read(folder)
+    samples = samples_lib.read(folder / "samples.jsonl")
+    frontier_config = _frontier_config(run.config, folder / "config.json")
+    section = frontier.section(frontier_config, run.curves, run.smoke is not None)
+    drawn, captions = _figures(run), _captions(run.groups)
+    if section is not None:
+        drawn["frontier"], captions["frontier"] = section.figure, section.caption
+    shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
+    tables.save([*shown, cost], folder)
+    html = page.render(
+        TEMPLATE,
+        folder=folder,
+        style=STYLE,
+        title=TITLE if frontier_config is None else KNOBS_TITLE,
+        finding=finding(run.groups, run.curves, run.standings),
+        caveats=_caveats(run, section),
+        findings=_findings(run),
+        images=page.embed(drawn, folder),
+        captions=captions,
+        beside=beside,
+        samples=samples_lib.side_by_side(samples),
+        tables=shown,
+        definitions=_definitions(run.groups),
+        missing=about_run.missing(run.rows, run.groups, samples) + frontier.missing(frontier_config, run.curves),
+        cost=cost,
+        config=about_run.settings(run.config),
+    )
+    path = folder / "report.html"
+    files.write_text(path, html)
+    return path
+
+
+def result(folder: str | Path) -> list[str]:
+    """A finished run in short: its finding in one sentence, and a table of at most four lines.
+
+    The table has the direct student, and the distilled students of lowest and highest precision.
+    """
+    run = _read(Path(folder))
+    students = [g for g in summary.students(run.groups) if math.isfinite(g.estimates["precision"].mean)]
+    ranked = sorted((g for g in students if g.arm != "direct"), key=lambda g: g.estimates["precision"].mean)
+    direct = [g for g in students if g.arm == "direct"]
+    lines = [("students", "precision", "recall", "entropy")]
+    for group in direct + ranked[:1] + ranked[1:][-1:]:
+        cells = [str(group.estimates[name].cell(len(group.rows))) for name in ("precision", "recall", "entropy")]
+        lines.append((group.label, *cells))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [finding(run.groups, run.curves, run.standings), *text]
+
+
+def finding(groups: list[Group], curves: dict[str, Curve], standings: dict[str, Standing]) -> str:
+    """The run's result in one sentence; of a smoke run, that it has none.
+
+    Args:
+        groups: as `summary.summarise` returns them.
+        curves, standings: as `cooling.curves` and `cooling.standings` return them.
+    """
+    smoke = summary.smoke_samples(groups)
+    if smoke is not None:
+        return f"This is a smoke run ({smoke} samples of each student): all stages work, and nothing can be concluded."
+    # Cooling is the trivial way to buy precision, so the comparison with it comes before the trade itself.
+    matched = cooling.headline(curves, standings)
+    if matched is not None:
+        return matched
+    if any(group.arm == "distilled" for group in groups) or not any(group.by_name for group in groups):
+        return expectations.headline(expectations.findings(groups))
+    return comparison.headline(groups)
+
+
+def _findings(run: _Run) -> list[tuple[str, str]]:
+    """The expectations of students by tau with their verdicts; none for a smoke run, or one without such students."""
+    if run.smoke is not None or not any(group.arm in ("distilled", "direct") for group in run.groups):
+        return []
+    if not any(g.arm == "distilled" for g in run.groups) and any(g.by_name for g in run.groups):
+        return []
+    return [(expectations.VERDICTS[one.verdict], one.text) for one in expectations.findings(run.groups)]
+
+
+def _caveats(run: _Run, section: frontier.Section | None) -> list[str]:
+    """What else belongs at the top of the page."""
+    if run.smoke is not None or not summary.students(run.groups):
+        return []
+    texts = [] if section is None else list(section.headlines)
+    return texts + ([] if run.standings else [NOT_COOLED])
+
+
+def _tables(run: _Run, section: frontier.Section | None) -> list[Table]:
+    """All tables of models that have something to show, in the page's order."""
+    every = [
+        cooling.table(run.curves, run.standings, run.smoke is not None),
+        distillation_cost.table(run.curves),
+        distillation_cost.too_precise(run.rows),
+        *([] if section is None else section.tables),
+        comparison.table(run.groups),
+        *(_model_table(run.groups, *each) for each in TABLES),
+        cooling.temperature_table(run.curves, run.standings),
+    ]
+    return [table for table in every if table.rows or (table.texts and table.name in ("above_p_star", "prices"))]
+
+
+def _model_table(groups: list[Group], name: str, title: str, columns: Sequence[tuple], note: str) -> Table:
+    """A table of estimates; a column that no group has a value for is left out."""
+    columns = [column for column in columns if any(g.estimates[column[0]].count for g in groups)]
+    rows = []
+    for group in groups:
+        estimates = [group.estimates[metric] for metric, _ in columns]
+        if any(estimate.count for estimate in estimates):
             size = max(estimate.count for estimate in group.estimates.values())
-            cells = [_cell(e, size, digits) for e, (_, _, digits) in zip(estimates, columns, strict=True)]
-            rows.append([group.label, size, *cells])
-        if rows:
-            out.append((title, ["model", "n", *(text for _, text, _ in columns)], rows, UNITS[title]))
-    return out
+            rows.append([group.label, size, *(estimate.cell(size) for estimate in estimates)])
+    return Table(name, title, ["model", "n", *(head for _, head in columns)], rows, f"{note} {_errors(groups)}")
 
 
 def _errors(groups: list[Group]) -> str:
-    """Over what the standard errors are, in words."""
-    if max((len(g.rows) for g in groups if summary.is_student(g)), default=0) > 1:
-        return "Mean ± standard error over n seeds (sd / √n); where n = 1, over the model's sequences, if known."
-    return "There is one seed: the errors are over its sequences and say nothing of how other seeds would differ."
+    """What the standard errors are over, in words."""
+    if max((len(group.rows) for group in groups if group.is_student), default=0) > 1:
+        return "Mean ± standard error over n seeds; where n = 1, over the model's sequences."
+    return "There is one seed: errors are over its sequences, and other seeds may differ by more."
 
 
-def _about(groups: list[Group]) -> str:
-    """What was done, and what the words mean."""
-    rows = [row for g in groups for row in g.rows if summary.is_student(g)]
+def _definitions(groups: list[Group]) -> list[str]:
+    """What was done, what the words mean, and what the errors cover."""
+    rows = [row for group in summary.students(groups) for row in group.rows]
 
     def sizes(name: str) -> str:
-        found = sorted({row[name] for row in rows if row.get(name) is not None})
-        return " to ".join(dict.fromkeys(f"{size:,}" for size in (found[:1] + found[-1:])))
+        values = sorted({row[name] for row in rows if row.get(name) is not None})
+        return " to ".join(dict.fromkeys(f"{size:,}" for size in values[:1] + values[-1:]))
 
     counts = [(sizes("num_samples"), "samples of each student"), (sizes("num_recall"), "validation samples of p*")]
     counted = " and ".join(f"{size} {what}" for size, what in counts if size)
     bound = next((row["data_log_prob"] for row in rows if row.get("data_log_prob") is not None), None)
-    named = ", or as the table of arms says (the others)" if comparison.named(groups) else ""
-    return (
-        "Students learn from text that a teacher samples at sample_temperature tau (distilled), from the text of p* "
-        f"(direct){named}. A teacher that is trained in the run learns from the text of p* too. Precision is the mean "
-        "log-probability that p* gives a student's samples, recall the mean log-probability that the student gives "
-        "validation samples of p*"
+    texts = [
+        "p* is the distribution that is learnt, the teacher p′ and the students p″ learn from it. The direct student "
+        "learns text of p*. A distilled student learns text that the teacher sampled at the temperature tau, or what "
+        "the table of arms says. Precision is the mean log-probability that p* gives to a student's samples; recall is "
+        "the mean log-probability that the student gives to validation samples of p*"
         + (f"; on {counted}." if counted else ".")
-        + (f" p* gives these validation samples {bound:.3f} nats per token." if bound is not None else "")
-    )
-
-
-def _certainty(groups: list[Group]) -> str:
-    """What counts as a difference, and how much that is worth."""
-    count = max((len(g.rows) for g in groups if summary.is_student(g)), default=0)
-    rate = summary.chance(count)
-    if rate is None:
-        text = "A difference counts where it is beyond two standard errors."
-        text += " There is one seed, so these are over its sequences: other seeds may differ by more." if count else ""
-    else:
-        text = "A difference counts where it is beyond two standard errors of the differences paired by seed; with "
-        text += f"{count} seeds chance alone passes that, in the direction expected, {rate:.1%} of the time."
+        + (f" p* gives {bound:.3f} nats per token to these validation samples." if bound is not None else "")
+    ]
+    count = max((len(group.rows) for group in groups if group.is_student), default=0)
+    if count > 1:
+        texts.append(
+            f"Differences are paired by seed, with t intervals over {count} seeds ({count - 1} degrees of freedom). A "
+            "difference is called clear where p < 0.05 after Holm's correction for the comparisons made together."
+        )
     if len({row.get("seed") for g in groups for row in g.rows if g.arm == "teacher"}) == 1:
-        text += " One teacher is behind all students: how another would differ is not in the errors."
-    return text
+        texts.append("All students have the same teacher: the errors do not cover how another would differ.")
+    return texts
 
 
 def _captions(groups: list[Group]) -> dict[str, str]:
@@ -193,105 +300,32 @@ def _captions(groups: list[Group]) -> dict[str, str]:
         f"{g.label} ({name})"
         for g in groups
         for name in ("precision", "recall")
-        if summary.is_student(g) and g.rows and not math.isfinite(g.estimates[name].mean)
+        if g.is_student and g.rows and not math.isfinite(g.estimates[name].mean)
     ]
-    absent = f" Not drawn, for want of a finite value: {', '.join(gone)}." if gone else ""
-    named = ", and of each arm by name" if comparison.named(groups) else ""
+    absent = f" Not drawn, because not finite: {', '.join(gone)}." if gone else ""
+    named = " and each arm by name" if any(group.by_name for group in groups) else ""
     return {
-        "frontier": f"Mean at each tau{named}; bars are standard errors over {over}." + absent,
+        "frontier": f"Mean at each tau{named}; bars are standard errors over {over}. Dashed curves: a student sampled "
+        "at lower temperatures, where it was evaluated there." + absent,
         "curves": f"Bars and band are standard errors over {over}; the dashed line is the direct student." + absent,
         "divergences": f"Divergences between student (p″) and p*, per token; errors over {over}.",
-        "training": "Mean over seeds, with a band of one standard error where there are several: cross-entropy of the "
-        "text, of each arm's own text, also where a divergence is learnt. The axis leaves out the first fall.",
+        "training": "Each panel shows the loss that its models are trained on, mean over seeds with a band of one "
+        "standard error; values of different losses cannot be compared. The axis leaves out the first fall.",
     }
 
 
-def _missing(rows: list[dict], groups: list[Group], samples: list[dict]) -> list[str]:
-    """What the run does not have (yet), in words."""
-    found = [text for kind, text in KINDS.items() if not summary.of_kind(rows, kind)]
-    if not samples:
-        found.append("samples.jsonl (no samples side by side)")
-    trained = {row["name"] for row in rows if row["kind"] in ("training", "validation")}
-    evaluated = {row["name"] for row in summary.of_kind(rows, "evaluation")}
-    if any(g.arm == "teacher" and g.rows for g in groups):
-        # evaluated by tau, under other names
-        evaluated |= {row.get("name") for row in rows if row.get("arm") == "teacher"}
-    waiting = sorted(trained - evaluated)
-    if evaluated and waiting:
-        found.append(f"evaluation of: {', '.join(waiting)}")
-    if evaluated and not any(g.arm == "direct" and g.rows for g in groups):
-        found.append("the direct student's evaluation")
-    return found
-
-
-def _findings(groups: list[Group]) -> tuple[list[summary.Finding], str]:
-    """What is expected of students by tau, and what became of it; of a run without any, of its arms by name."""
-    if comparison.named(groups) and not any(group.arm == "distilled" for group in groups):
-        return [], comparison.headline(groups)
-    found = summary.findings(groups)
-    return found, summary.headline(found)
-
-
-def _knobs(config: dict, path: Path) -> frontier.Frontier | None:
-    """What the config says of knobs; ValueError names the file too."""
+def _frontier_config(config: dict, path: Path) -> knobs.Frontier | None:
+    """The config's knobs; ValueError names the file too."""
     try:
-        return frontier.read(config)
+        return knobs.read(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _drawn(rows: list[dict], groups: list[Group]) -> dict[str, Figure]:
+def _figures(run: _Run) -> dict[str, Figure]:
     """The figures that the run has values for."""
-    drawn = {"training": loss_curves.training(rows)}
-    if any(group.rows for group in groups):
-        drawn["frontier"], drawn["curves"] = figures.frontier(groups), figures.curves(groups)
-        drawn["divergences"] = figures.divergences(groups)
+    drawn = {"training": loss_curves.training(run.rows)}
+    if any(group.rows for group in run.groups):
+        drawn["frontier"] = figures.frontier(run.groups, run.curves)
+        drawn["curves"], drawn["divergences"] = figures.curves(run.groups), figures.divergences(run.groups)
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
-    """Draws a run's figures into figures/ and writes its report.html; returns the report's path.
-
-    What the run does not have yet is named on the page and the rest is shown. `beside` are other runs' frontiers to
-    show next to this one's. Raises FileNotFoundError, ValueError or RunError, naming the file, for what cannot be read.
-    """
-    folder = Path(folder)
-    rows = page.read_rows(folder)
-    summary.check(rows, folder / "metrics.jsonl")
-    samples = texts.read(folder / "samples.jsonl")
-    config, manifest = page.read_json(folder / "config.json"), page.read_json(folder / "manifest.json")
-    tables.check(manifest, folder / "manifest.json")
-    groups = summary.summarise(rows)
-    wanted = _knobs(config, folder / "config.json")
-    knobs = frontier_report.section(wanted, rows)
-    found, headline = _findings(groups)
-    drawn = _drawn(rows, groups)
-    captions = _captions(groups)
-    if knobs is not None:
-        drawn["frontier"], captions["frontier"] = knobs["figure"], knobs["caption"]
-    html = page.render(
-        TEMPLATE,
-        folder=folder,
-        style=STYLE,
-        title=TITLE if wanted is None else KNOBS_TITLE,
-        headline=headline,
-        findings=[(VERDICTS[f.verdict], f.text) for f in found],
-        about=_about(groups),
-        certainty=_certainty(groups),
-        missing=_missing(rows, groups, samples) + frontier_report.missing(wanted, rows),
-        images=page.embed(drawn, folder),
-        captions=captions,
-        beside=beside,
-        knobs=knobs,
-        arm_head=comparison.HEAD,
-        arms=comparison.table(groups),
-        tables=_tables(groups),
-        note=_errors(groups),
-        samples=texts.side_by_side(samples),
-        cost=tables.cost(rows, manifest),
-        config=tables.settings(config),
-        differences=tables.differences(manifest.get("config_differences")),
-    )
-    path = folder / "report.html"
-    files.write_text(path, html)
-    return path

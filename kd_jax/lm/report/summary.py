@@ -1,49 +1,50 @@
-"""What the rows of a language-model run add up to: estimates over seeds, and whether the trade-off shows."""
+"""What the rows of a language-model run add up to: students by arm, estimates over seeds, and differences with errors.
+
+Rows have fields for arm, tau, seed and sample_temperature; nothing is read from names. A student may have rows at
+several sample temperatures of its own: the row at 1 is the student as it was trained, the others are
+kd_jax.lm.report.cooling's.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import Any, NamedTuple
 
-from scipy.special import stdtr
+import numpy as np
 
-from kd_jax.lm.distill.loss import DATA
+from kd_jax.metrics import statistics
+from kd_jax.metrics.statistics import Interval
 from kd_jax.reporting import row_kinds
-from kd_jax.reporting.page import mean_se, number, show
+from kd_jax.reporting.page import number
+from kd_jax.reporting.tables import Number
 
 # Nats per token; each has a `_per_sequence` column beside it, and both a `_se` over the sequences.
 LIKELIHOOD = ("precision", "recall", "entropy", "kl_model_data", "kl_data_model")
-TEXT = ("finished", "length_mean", "distinct_2", "repetition_4")
+TEXT = ("finished", "length_mean", "distinct_2", "repetition_4", "calibration_error", "agreement")
 METRICS = (*LIKELIHOOD, *(f"{name}_per_sequence" for name in LIKELIHOOD), *TEXT, "teacher_entropy")
 ORDER = ("direct", "distilled", "teacher")
-KINDS = (
-    {
-        "kind": row_kinds.TEXT,
-        "name": row_kinds.TEXT,
-        "arm": row_kinds.TEXT,
-        "seed": row_kinds.INTEGER,
-        "tau": row_kinds.FINITE,
-        "step": row_kinds.SIZE,
-        "perplexity": row_kinds.ANY_NUMBER,
-    }
+# With fewer samples than this a run only shows that everything works.
+SMOKE = 96
+# What the fields of a row may hold: a run's folder can be somebody else's, or have been edited.
+FIELDS = (
+    dict.fromkeys(("kind", "name", "arm"), row_kinds.TEXT)
+    | {"seed": row_kinds.INTEGER, "perplexity": row_kinds.ANY_NUMBER}
+    | dict.fromkeys(("tau", "sample_temperature"), row_kinds.FINITE)
     | dict.fromkeys(
         (*METRICS, "loss", "cross_entropy", "data_log_prob", "share_of_data_logging_checkpoints"), row_kinds.NUMBER
     )
     | dict.fromkeys((*(f"{name}_se" for name in METRICS), "length_sd"), row_kinds.FROM_ZERO)
-    | dict.fromkeys(("tokens", "seconds", "num_samples", "num_recall"), row_kinds.SIZE)
+    | dict.fromkeys(("step", "tokens", "seconds", "num_samples", "num_recall"), row_kinds.SIZE)
 )
-# Of how a student learns (kd_jax.lm.experiment.arms): what has to be there by policy, and what else is shown.
-POLICIES = {
-    "sequence": (),
-    "online": ("divergence", "data"),
-    "on_policy": ("divergence", "data", "on_policy_fraction"),
-    "offline": ("divergence", "data", "tail"),
-}
-DISTILL_KINDS = dict.fromkeys(("policy", "divergence", "data", "tail"), row_kinds.TEXT) | dict.fromkeys(
+DISTILL_FIELDS = dict.fromkeys(("policy", "divergence", "data", "tail"), row_kinds.TEXT) | dict.fromkeys(
     ("parameter", "loss_temperature", "teacher_temperature", "hard_weight", "on_policy_fraction", "record_top_k",
-     "sample_temperature", "top_k", "top_p"),
+     "sample_temperature", "top_k", "top_p", "min_p"),
     row_kinds.NUMBER,
 )  # fmt: skip
+_NEEDED = {
+    "evaluation": ("arm", "name"), "stage": ("name",), "training": ("arm", "name", "step"),
+    "validation": ("arm", "name", "step"),
+}  # fmt: skip
 
 
 class Estimate(NamedTuple):
@@ -51,8 +52,7 @@ class Estimate(NamedTuple):
 
     Attributes:
         mean: over the seeds that have a value; NaN where none has.
-        error: its standard error, over seeds (sd / sqrt(n)), or over the sequences where there is one seed; NaN where
-            that is not known.
+        error: its standard error, over seeds, or over the sequences where there is one seed; NaN if unknown.
         count: seeds that have a value.
         bad: how many of these values are not finite.
     """
@@ -62,15 +62,21 @@ class Estimate(NamedTuple):
     count: int
     bad: int
 
+    def cell(self, size: int) -> Number:
+        """The table's cell; `size` is how many seeds the group has, of which some may lack a value."""
+        remark = f" ({self.bad} of {self.count} seeds)" if self.bad else ""
+        remark += f" (n = {self.count})" if 0 < self.count < size and not self.bad else ""
+        return Number(self.mean, self.error, remark)
+
 
 class Group(NamedTuple):
-    """The models of one arm at one tau: one a seed.
+    """The models of one arm at one tau: one per seed.
 
     Attributes:
-        arm: "direct", "distilled", "teacher", or another name.
-        tau: the teacher's sample_temperature, for the arm "teacher" that of its own samples; None where there is none.
+        arm: "direct", "distilled", "teacher", or a name from config.arms.
+        tau: the teacher's sample temperature in the text that is learnt; for the teacher, that of its own samples.
         label: how the page names it.
-        rows: the evaluation rows, one a seed; none in a run that has not come so far.
+        rows: evaluation rows at the students' sample temperature 1, one per seed; empty before the evaluation.
         estimates: by metric, METRICS and "validation_perplexity".
     """
 
@@ -80,17 +86,28 @@ class Group(NamedTuple):
     rows: list[dict]
     estimates: dict[str, Estimate]
 
+    @property
+    def is_student(self) -> bool:
+        """Whether these models were trained as students in this run; among arms by name, those have seeds."""
+        named = self.arm not in (*ORDER, "p_star") and all(row.get("seed") is not None for row in self.rows)
+        return self.arm in ("direct", "distilled") or named
 
-class Finding(NamedTuple):
-    """Something the experiment expects, and what became of it.
+    @property
+    def by_name(self) -> bool:
+        """Whether these are students of an arm of config.arms."""
+        return self.is_student and self.arm not in ORDER
 
-    Attributes:
-        verdict: "holds" (beyond two standard errors), "fails" (the opposite, beyond two), "unclear" or "untested".
-        text: in words, with the numbers.
-    """
 
-    verdict: str
-    text: str
+class Difference(NamedTuple):
+    """first - second in one metric: mean with its interval, and how many seeds both have a value for."""
+
+    interval: Interval
+    count: int
+
+    @property
+    def cell(self) -> Number:
+        """The table's cell."""
+        return Number(self.interval.mean, self.interval.error)
 
 
 def of_kind(rows: list[dict], kind: str) -> list[dict]:
@@ -98,35 +115,39 @@ def of_kind(rows: list[dict], kind: str) -> list[dict]:
     return [row for row in rows if row.get("kind") == kind]
 
 
-def evaluations(rows: list[dict]) -> list[dict]:
-    """The evaluation rows, one a model: of a model evaluated at several temperatures, the row at temperature 1."""
-    rows = of_kind(rows, "evaluation")
-    whole = {row["name"] for row in rows if row.get("sample_temperature", 1) == 1}
-    return [row for row in rows if row["name"] not in whole or row.get("sample_temperature", 1) == 1]
+def is_student_row(row: dict) -> bool:
+    """Whether an evaluation row is of a model that the run trained as a student."""
+    return row.get("seed") is not None and row["arm"] not in ("teacher", "p_star")
+
+
+def sample_temperature(row: dict) -> float:
+    """The temperature at which the model of a row was sampled and scored."""
+    value = row.get("sample_temperature")
+    return 1.0 if value is None else float(value)
+
+
+def is_main(row: dict) -> bool:
+    """Whether a row is the model's main one: of a student the row at 1, of a teacher the row at its tau."""
+    usual = 1.0 if is_student_row(row) or row.get("tau") is None else float(row["tau"])
+    return row.get("sample_temperature") is None or sample_temperature(row) == usual
 
 
 def group_key(row: dict) -> tuple:
-    """What makes rows one group: arm and tau; of other arms, a model without a seed stands alone, by its name."""
+    """What makes rows one group: arm and tau. A model without a seed that is not the teacher stands alone."""
     arm, tau = row["arm"], row.get("tau")
     if arm == "teacher":
-        return arm, 1.0 if tau is None else float(tau), None  # the teacher itself is its tau of 1
+        return arm, 1.0 if tau is None else float(tau), None  # the teacher as it was trained is its tau of 1
     alone = arm not in ORDER and row.get("seed") is None
     return arm, None if tau is None else float(tau), row["name"] if alone else None
 
 
 def arm_name(row: dict) -> str:
-    """The name of a student's arm: rows of config.taus have the kind "distilled", and their tau tells them apart."""
-    return f"tau-{row['tau']:g}" if row["arm"] == "distilled" else row["arm"]
-
-
-def is_student(group: Group) -> bool:
-    """Whether these models learnt in this run; of arms by name, those have seeds."""
-    by_name = group.arm not in (*ORDER, "p_star") and all(row.get("seed") is not None for row in group.rows)
-    return group.arm in ("direct", "distilled") or by_name
+    """The name of a student's arm: rows of config.taus have the arm "distilled", and their tau tells them apart."""
+    return f"tau-{row['tau']:g}" if row["arm"] == "distilled" and row.get("tau") is not None else row["arm"]
 
 
 def label(arm: str, tau: float | None, name: str | None = None) -> str:
-    """How a group is named."""
+    """How the page names a group."""
     if arm == "p_star":
         return "p*"
     if arm == "distilled" and tau is not None:
@@ -135,206 +156,107 @@ def label(arm: str, tau: float | None, name: str | None = None) -> str:
 
 
 def position(key: tuple) -> tuple:
-    """Sorts group keys: p*, direct, distilled by tau, teacher by tau, then others by name."""
+    """Sort key of group keys: p*, direct, distilled by tau, teacher by tau, then others by name."""
     arm, tau, name = key
     order = ("p_star", *ORDER)
     return (order.index(arm) if arm in order else len(order), arm, -math.inf if tau is None else tau, name or "")
 
 
 def check(rows: list[dict], path: Any) -> None:
-    """Raises ValueError, naming the row, for one that the page could only misread."""
-    seen = set()
+    """Checks the rows of a metrics.jsonl, once, where they are read.
+
+    Raises: ValueError, naming file and row, for a field of another type, or a row that is not a language-model run's.
+    """
     for index, row in enumerate(rows, start=1):
         where = f"{path}, row {index}"
-        row_kinds.check(row, where, KINDS)
-        kind = row.get("kind")
-        needed = {"evaluation": ("arm", "name"), "stage": ("name",), "training": ("arm", "name", "step")}
-        needed["validation"] = needed["training"]
-        missing = [key for key in needed.get(kind, ("kind",)) if row.get(key) is None]
+        row_kinds.check(row, where, FIELDS)
+        missing = [key for key in _NEEDED.get(row.get("kind"), ("kind",)) if row.get(key) is None]
         if missing:
             raise ValueError(f"{where}: no {missing[0]}; not a language-model run's row")
-        if row.get("distill") is not None:
-            _check_distill(row["distill"], f"{where}: distill")
-        if kind == "evaluation":
-            model = (row["name"], *group_key(row), row.get("seed"), row.get("sample_temperature", 1))
-            if model in seen:
-                raise ValueError(f"{where}: {row['name']} is evaluated twice at tau {row.get('tau')}")
-            seen.add(model)
-
-
-def _check_distill(how: Any, where: str) -> None:
-    if not isinstance(how, dict):
-        raise ValueError(f"{where} is {how!r:.40}, not how a student learns")
-    row_kinds.check(how, where, DISTILL_KINDS)
-    policy = how.get("policy", "sequence")
-    if policy not in POLICIES:
-        raise ValueError(f"{where}: policy is {policy!r:.40}, not one of {', '.join(POLICIES)}")
-    missing = [name for name in POLICIES[policy] if how.get(name) is None]
-    if missing:
-        raise ValueError(f"{where}: no {missing[0]}, which {policy} has")
-    if "data" in how and how["data"] not in DATA:
-        raise ValueError(f"{where}: data is {how['data']!r:.40}, not one of {', '.join(DATA)}")
-    if "loss_temperature" in how and how["loss_temperature"] is None:
-        raise ValueError(f"{where}: loss_temperature is None, not a number")
+        settings = row.get("distill") or {}
+        if not isinstance(settings, dict):
+            raise ValueError(f"{where}: distill is {settings!r:.40}, not an object")
+        row_kinds.check(settings, f"{where}: distill", DISTILL_FIELDS)
 
 
 def summarise(rows: list[dict]) -> list[Group]:
-    """The groups, in the page's order, of all models that have been evaluated or have chosen a checkpoint."""
-    evaluated: dict[tuple, list[dict]] = {}
-    perplexities: dict[tuple, dict[str, float]] = {}
-    for row in evaluations(rows):
-        evaluated.setdefault(group_key(row), []).append(row)
+    """The groups, in the page's order, of all models that were evaluated or have a chosen checkpoint."""
+    evaluations: dict[tuple, list[dict]] = {}
+    perplexities: dict[tuple, list[float]] = {}
+    for row in of_kind(rows, "evaluation"):
+        if is_main(row):
+            evaluations.setdefault(group_key(row), []).append(row)
     for row in of_kind(rows, "validation"):
         if row.get("chosen"):
-            perplexities.setdefault(group_key(row), {})[row["name"]] = number(row.get("perplexity"))
+            perplexities.setdefault(group_key(row), []).append(number(row.get("perplexity")))
     groups = []
-    for key in sorted(evaluated.keys() | perplexities.keys(), key=position):
-        members = evaluated.get(key, [])
+    for key in sorted(evaluations.keys() | perplexities.keys(), key=position):
+        members = evaluations.get(key, [])
         estimates = {name: _estimate(members, name) for name in METRICS}
-        estimates["validation_perplexity"] = _of_values(list(perplexities.get(key, {}).values()))
+        estimates["validation_perplexity"] = _of_values(perplexities.get(key, []))
         if key[0] == "teacher":
-            estimates["teacher_entropy"] = _of_values([])  # it is its own, in the column beside it
+            estimates["teacher_entropy"] = _of_values([])  # the same as its entropy, in the column beside
         groups.append(Group(key[0], key[1], label(*key), members, estimates))
     return groups
 
 
+def students(groups: list[Group]) -> list[Group]:
+    """The groups of students that have been evaluated."""
+    return [group for group in groups if group.is_student and group.rows]
+
+
+def direct(groups: list[Group]) -> Group | None:
+    """The students that learn p*'s text, if they have been evaluated."""
+    return next((group for group in groups if group.arm == "direct" and group.rows), None)
+
+
+def smoke_samples(groups: list[Group]) -> int | None:
+    """How many samples of each student a smoke run has; None for a run that is none."""
+    sizes = [row["num_samples"] for g in students(groups) for row in g.rows if row.get("num_samples") is not None]
+    return min(sizes) if sizes and min(sizes) < SMOKE else None
+
+
 def _of_values(values: list[float]) -> Estimate:
-    """An infinite value counts and makes the mean infinite; so does NaN."""
-    mean, error = mean_se(values)
-    return Estimate(mean, error, len(values), sum(not math.isfinite(value) for value in values))
+    with np.errstate(invalid="ignore"):  # infinities of both signs make NaN
+        interval = statistics.t_interval(values)
+    return Estimate(interval.mean, interval.error, len(values), sum(not math.isfinite(value) for value in values))
 
 
 def _estimate(rows: list[dict], name: str) -> Estimate:
     having = [row for row in rows if row.get(name) is not None]
-    found = _of_values([number(row[name]) for row in having])
-    if len(having) == 1 and not found.bad:
-        return found._replace(error=_over_sequences(having[0], name))
-    return found
+    estimate = _of_values([number(row[name]) for row in having])
+    if len(having) == 1 and not estimate.bad:
+        return estimate._replace(error=_over_sequences(having[0], name))
+    return estimate
 
 
 def _over_sequences(row: dict, name: str) -> float:
-    """The standard error of one model's metric over its sequences; NaN where the row does not say."""
+    """The standard error of one model's metric over its sequences; NaN where the row has none."""
     spread, count = row.get("length_sd"), row.get("num_samples")
     if name == "length_mean" and row.get("length_mean_se") is None and spread is not None and count:
         return number(spread) / math.sqrt(count)
     return number(row.get(f"{name}_se"))
 
 
-class Difference(NamedTuple):
-    """first - second, in the mean over the seeds that both have; `error` is its standard error."""
-
-    mean: float
-    error: float
-    count: int
-
-
 def difference(first: Group, second: Group, name: str) -> Difference:
-    """Of one metric, paired by seed.
+    """first - second in one metric, paired by seed, with a t interval over seeds.
 
-    With one seed the error is over sequences, those of the two models taken as independent. For recall they are the
-    same sequences, whose part in common cancels: the true error is then smaller.
+    With one seed the error is over sequences, those of the two models taken as independent. Recall is measured on the
+    same sequences for both, so its true error is then smaller.
+
+    Args:
+        first, second: groups of students.
+        name: one of METRICS.
+    Returns: the difference over the seeds that both have a value for; NaN where a value is not finite.
     """
     by_seed = [{row.get("seed"): row for row in group.rows if row.get(name) is not None} for group in (first, second)]
     pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
-    values = [(number(a[name]), number(b[name])) for a, b in pairs]
-    if not all(math.isfinite(value) for pair in values for value in pair):
-        return Difference(math.nan, math.nan, len(pairs))
-    mean, error = mean_se([a - b for a, b in values])
+    values = np.array([[number(row[name]) for row in pair] for pair in pairs]).reshape(-1, 2)
+    if not np.isfinite(values).all():
+        return Difference(Interval(*[math.nan] * 5), len(pairs))
+    interval = statistics.t_interval(values[:, 0] - values[:, 1])
     if len(pairs) == 1:
         error = math.hypot(*(_over_sequences(row, name) for row in pairs[0]))
-    return Difference(mean, error, len(pairs))
-
-
-def verdict(found: Difference, sign: int) -> str:
-    """Whether a difference has the sign expected of it, by two standard errors."""
-    mean = sign * found.mean
-    if math.isnan(mean) or math.isnan(found.error):
-        return "untested"
-    return "holds" if mean > 2 * found.error else "fails" if mean < -2 * found.error else "unclear"
-
-
-def chance(count: int) -> float | None:
-    """How often two standard errors are passed in one given direction where there is no difference (Student's t)."""
-    return float(stdtr(count - 1, -2.0)) if count > 1 else None
-
-
-def findings(groups: list[Group]) -> list[Finding]:
-    """The four expectations: precision falls and recall rises with tau; the direct student is at the end of both."""
-    return [
-        _trend(groups, "precision", -1),
-        _trend(groups, "recall", +1),
-        _extreme(groups, "recall", +1),
-        _extreme(groups, "precision", -1),
-    ]
-
-
-def headline(found: list[Finding]) -> str:
-    """The outcome in one sentence; `found` as `findings` gives them."""
-    trends, rest = [f.verdict for f in found[:2]], [f.verdict for f in found[2:]]
-    if "untested" in trends:
-        return "This run does not tell yet whether precision is traded for recall."
-    if trends != ["holds", "holds"]:
-        return "The expected trade of precision for recall does not show in this run."
-    shows = "The trade of precision for recall shows: the lower tau, the higher the precision and the lower the recall"
-    if rest == ["holds", "holds"]:
-        return f"{shows}, and the direct student is at the far end of both."
-    if "untested" in rest:
-        return f"{shows}; the direct student cannot be compared yet."
-    return f"{shows}. Not all that is expected of the direct student holds."
-
-
-def _trend(groups: list[Group], name: str, sign: int) -> Finding:
-    """Whether a metric rises (sign 1) or falls (-1) from the lowest tau to the highest."""
-    expected = f"{name} {'rises' if sign > 0 else 'falls'} with tau"
-    students = [g for g in groups if g.arm == "distilled" and g.tau is not None and g.estimates[name].count]
-    if len(students) < 2:
-        return Finding("untested", f"Whether {expected}: there are not two values of tau to compare.")
-    low, high = min(students, key=lambda g: g.tau), max(students, key=lambda g: g.tau)
-    found = difference(high, low, name)
-    state = verdict(found, sign)
-    span = f"from tau = {low.tau:g} to {high.tau:g}"
-    if state == "untested":
-        return Finding(state, f"Whether {expected}: {_why_not(found)} {span}.")
-    if state == "unclear":
-        return Finding(state, f"Expected was that {expected}; {span} it changes by {_amount(found)}: no clear change.")
-    moves = f"{'rises' if found.mean > 0 else 'falls'} by {_amount(found, absolute=True)} {span}"
-    if state == "holds":
-        return Finding(state, f"{name.capitalize()} {moves}.")
-    return Finding(state, f"Expected was that {expected}; it {moves}.")
-
-
-def _extreme(groups: list[Group], name: str, sign: int) -> Finding:
-    """Whether the direct student has the highest (sign 1) or lowest (-1) value of all; the closest rival decides."""
-    most = "highest" if sign > 0 else "lowest"
-    direct = [g for g in groups if g.arm == "direct" and g.estimates[name].count]
-    rivals = [g for g in groups if g.arm == "distilled" and g.estimates[name].count]
-    if not direct or not rivals:
-        missing = "direct" if not direct else "distilled"
-        text = f"Whether the direct student has the {most} {name}: no {missing} student has a value."
-        return Finding("untested", text)
-    # The worst verdict counts, and among equals the closest rival: one student beyond the direct one is enough.
-    ranks = ("fails", "untested", "unclear", "holds")
-    compared = [(difference(direct[0], rival, name), rival) for rival in rivals]
-    found, rival = min(compared, key=lambda pair: (ranks.index(verdict(pair[0], sign)), sign * number(pair[0].mean)))
-    state = verdict(found, sign)
-    if state == "untested":
-        text = f"Whether the direct student has the {most} {name}: {_why_not(found)} beside {rival.label}."
-        return Finding(state, text)
-    side = "above" if found.mean > 0 else "below"
-    apart = f"{_amount(found, absolute=True)} {side} {rival.label}"
-    if state == "holds":
-        return Finding(state, f"The direct student has the {most} {name}, {apart}, the closest.")
-    text = f"Expected was that the direct student has the {most} {name}; it is {apart}"
-    return Finding(state, text + (": no clear difference." if state == "unclear" else "."))
-
-
-def _amount(found: Difference, absolute: bool = False) -> str:
-    mean = abs(found.mean) if absolute else found.mean
-    seeds = f"{found.count} seeds" if found.count > 1 else "1 seed, error over sequences"
-    return f"{show(mean, found.error)} nats per token ({seeds})"
-
-
-def _why_not(found: Difference) -> str:
-    if not found.count:
-        return "no seed has both values"
-    return "a value is not finite" if math.isnan(found.mean) else "there is no standard error"
+        reach = 1.96 * error  # sequences are many, so the normal quantile
+        interval = Interval(interval.mean, error, interval.mean - reach, interval.mean + reach, math.inf)
+    return Difference(interval, len(pairs))

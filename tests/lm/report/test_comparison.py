@@ -25,40 +25,41 @@ def rows_of(arms=VALUES, seeds=3):
 
 
 def test_differences_from_the_direct_student_are_paired():
-    lines = comparison.table(summary.summarise(rows_of()))
+    lines = comparison.table(summary.summarise(rows_of())).rows
     assert [line[0] for line in lines] == ["online", "other"]
     for line in lines:
         for shown, values, direct in zip(line[2:], VALUES[line[0]], VALUES["direct"], strict=True):
             apart = np.subtract(values, direct)
-            assert shown == f"{apart.mean():.3f} ± {apart.std(ddof=1) / np.sqrt(3):.3f}"
+            assert shown[:2] == pytest.approx((apart.mean(), apart.std(ddof=1) / np.sqrt(3)))
 
 
 def test_headline_counts_who_clearly_differs():
     groups = summary.summarise(rows_of())
     assert comparison.headline(groups) == (
-        "Beside the direct student, of 2 arm(s) 1 have clearly higher precision and 1 lower; 1 have clearly higher "
-        "recall and 1 lower."
+        "Of 2 ways of distilling, beside the direct student: precision is clearly higher in 1 and lower in 1; recall "
+        "is clearly higher in 1 and lower in 1."
     )
-    assert "it is not there" in comparison.headline(summary.summarise(rows_of(["online"])))
+    assert "has not been evaluated" in comparison.headline(summary.summarise(rows_of(["online"])))
 
 
-def test_without_arms_by_name_there_is_no_table():
-    assert comparison.table(summary.summarise(rows_of(["direct"]))) == []
+def test_without_distilled_students_there_is_no_table():
+    assert comparison.table(summary.summarise(rows_of(["direct"]))).rows == []
 
 
 @pytest.mark.parametrize("row, said", [
     ({"tau": 0.8}, "the teacher's text at tau = 0.8"),
     ({"distill": {"policy": "sequence", "sample_temperature": 1.0, "top_k": None, "top_p": 0.9}},
      "the teacher's text at tau = 1, top-p = 0.9"),
-    ({"distill": ONLINE}, "forward kl; on p*'s text"),
+    ({"distill": ONLINE}, "forward KL; on p*'s text"),
     ({"distill": {**ONLINE, "divergence": "jensen_shannon", "parameter": 0.9, "loss_temperature": 2.0,
                   "teacher_temperature": 0.5, "hard_weight": 0.1}},
-     "jensen shannon (0.9), loss temperature 2, teacher temperature 0.5, cross-entropy's share 0.1; on p*'s text"),
+     "jensen shannon (0.9) + 0.1 cross-entropy, loss temperature 2, teacher temperature 0.5; on p*'s text"),
     ({"distill": {**ONLINE, "policy": "on_policy", "on_policy_fraction": 0.5}},
-     "forward kl; on the student's own text in 50% of updates, else p*'s text"),
-    ({"distill": {**ONLINE, "data": "mix", "sample_temperature": 0.8}}, "forward kl; on text of both at tau = 0.8"),
+     "forward KL; on the student's own text in 50% of updates, else p*'s text"),
+    ({"distill": {**ONLINE, "data": "mix", "sample_temperature": 0.8}},
+     "forward KL; on p*'s and the teacher's text at tau = 0.8"),
     ({"distill": {**ONLINE, "policy": "offline", "record_top_k": 64, "tail": "bucket"}},
-     "forward kl, of the teacher's 64 likeliest tokens, recorded, tail: bucket; on p*'s text"),
+     "forward KL, recorded of the teacher's 64 most probable tokens (tail: bucket); on p*'s text"),
 ])  # fmt: skip
 def test_what_an_arm_learns_in_words(row, said):
     assert comparison.learns(row) == said
@@ -70,7 +71,7 @@ def legend(figure):
 
 def test_figures_tell_arms_by_name_apart():
     groups = summary.summarise(rows_of())
-    drawn = figures.frontier(groups)
+    drawn = figures.frontier(groups, {})
     assert {"online", "other", "direct (no teacher)"} <= set(legend(drawn)) and "other models" not in legend(drawn)
     colours = {}
     for collection in drawn.axes[0].collections:
@@ -88,13 +89,15 @@ def test_every_mark_of_an_arm_by_name_is_its_own():
     assert len({figures.named(index) for index in range(24)}) == 24
 
 
-def test_losses_of_distributions_are_drawn_as_cross_entropies():
-    row = {"kind": "validation", "name": "online/seed-0", "arm": "online", "tau": None, "seed": 0}
+def test_each_panel_shows_the_loss_that_was_trained_on():
+    row = {"kind": "validation", "name": "online/seed-0", "arm": "online", "tau": None, "seed": 0, "divergence": 0.5}
     losses = [
-        row | {"step": step, "loss": 0.5, "cross_entropy": 9.0 - step / 10, "chosen": step == 20} for step in (10, 20)
+        row | {"step": step, "loss": 1.0 - step / 40, "cross_entropy": 9.0, "chosen": step == 20} for step in (10, 20)
     ]
-    own = row | {"kind": "training", "step": 10, "loss": 0.4, "cross_entropy": 2.0, "tokens": 100, "on_policy": True}
-    text = own | {"step": 20, "cross_entropy": 7.5, "tokens": 200, "on_policy": False}
-    axes = loss_curves.training([*losses, own, text]).axes[0]
-    values = np.concatenate([line.get_ydata() for line in axes.lines])
-    np.testing.assert_allclose(sorted(values), [7.0, 7.5, 8.0])  # not those of the student's own text
+    text = row | {"name": "direct/seed-0", "arm": "direct", "divergence": None, "step": 10, "loss": 7.5}
+    # before the evaluation only the rows themselves tell that a divergence is learnt
+    assert list(loss_curves.by_loss([*losses, text])) == [("students", "cross-entropy"), ("students", "divergence")]
+    first, second = loss_curves.training([*losses, text, *rows_of(seeds=1)]).axes
+    assert first.get_ylabel() == "cross-entropy (nats per token)"
+    assert second.get_ylabel() == "forward KL (nats per token)"
+    np.testing.assert_allclose(np.concatenate([line.get_ydata() for line in second.lines]), [0.75, 0.5])
