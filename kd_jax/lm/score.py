@@ -180,6 +180,6 @@ def _score(
     # Only the ids that the tokenizer has: a vocabulary padded to a round size has probability on ids that never occur.
     head = model_lib.head(params)[:num_tokens]
     return fused.linear_map(
-        lambda logits, ids: function(logits, ids, *arguments), hidden, head, tokens[:, 1:], chunk=compute.chunk,
-        mesh=compute.mesh,
+        lambda logits, ids: function(logits, ids, *arguments), hidden, head, tokens[:, 1:],
+        softcap=architecture.logit_softcap, chunk=compute.chunk, mesh=compute.mesh,
     )  # fmt: skip

@@ -43,7 +43,8 @@ def linear_distillation(
     student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
     labels: jax.Array | None, mask: jax.Array, *, divergence: str = "forward_kl", temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, parameter: Scalar | None = None, hard_weight: Scalar = 0.0,
-    num_tokens: int | None = None, chunk: int | None = None, mesh: Mesh | None = None,
+    num_tokens: int | None = None, softcap: float | None = None, teacher_softcap: float | None = None,
+    chunk: int | None = None, mesh: Mesh | None = None,
 ) -> tuple[Mean, Statistics]:  # fmt: skip
     """(1 - hard_weight) T^2 D(p, q) + hard_weight CE: `losses.distillation_loss` of the projected hidden states.
 
@@ -58,6 +59,7 @@ def linear_distillation(
         mask: bool [..., position].
         divergence, temperature, teacher_temperature, parameter, num_tokens: as in `losses.distillation_loss`; all but
             `num_tokens` and the name are traced.
+        softcap, teacher_softcap: of the student's and the teacher's logits, see `kd_jax.losses.head.project`.
         chunk: tokens at a time, by default `chunk_tokens()`.
         mesh: what the rows and the student's head are split over. The teacher's head is laid out in the same way,
             wherever it was, so that both models' logits are on the same devices and none of them are sent.
@@ -70,7 +72,8 @@ def linear_distillation(
     soft_weight = (1 - hard_weight) * temperatures[0] ** 2
     settings = _settings(divergence, temperatures, parameter, soft_weight, hard_weight)
     tokens = _Tokens(student_hidden, teacher_hidden, labels, mask)
-    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk, mesh)
+    caps = softcap, teacher_softcap
+    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, caps, chunk, mesh)
 
 
 def linear_divergence(
@@ -87,7 +90,8 @@ def linear_divergence(
     temperatures = parameters.checked_temperatures(temperature, teacher_temperature)
     settings = _settings(divergence, temperatures, parameter, 1.0, 0.0)
     tokens = _Tokens(student_hidden, teacher_hidden, None, mask)
-    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, chunk, None)[0]
+    caps = None, None
+    return _from_hidden(tokens, student_head, teacher_head, divergence, settings, num_tokens, caps, chunk, None)[0]
 
 
 def linear_top_k_distillation(
@@ -95,7 +99,7 @@ def linear_top_k_distillation(
     teacher_tail_log_prob: jax.Array | None, labels: jax.Array | None, mask: jax.Array, *,
     divergence: str = "forward_kl", temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
     parameter: Scalar | None = None, tail: str = "bucket", hard_weight: Scalar = 0.0, num_tokens: int | None = None,
-    chunk: int | None = None, mesh: Mesh | None = None,
+    softcap: float | None = None, chunk: int | None = None, mesh: Mesh | None = None,
 ) -> tuple[Mean, Statistics]:  # fmt: skip
     """`linear_distillation` from the teacher's K most probable tokens, with `losses.top_k_divergence` as D.
 
@@ -114,7 +118,7 @@ def linear_top_k_distillation(
     vocab = student_head.shape[0]
     parameters.check_vocabulary(vocab, vocab, num_tokens)
     tail = divergences.checked_tail(tail, teacher_ids.shape[-1], num_tokens or vocab)
-    plan = _Plan(divergence, tail, num_tokens or vocab, chunk or chunk_tokens(mesh), mesh)
+    plan = _Plan(divergence, tail, num_tokens or vocab, (softcap, None), chunk or chunk_tokens(mesh), mesh)
     teacher = divergences.top_k_teacher(teacher_log_probs, teacher_tail_log_prob, tail)
     tokens = _Tokens(student_hidden, (teacher_ids, teacher), labels, mask)
     _check_shapes(tokens, teacher_ids=teacher_ids, teacher_log_probs=teacher)
@@ -127,6 +131,7 @@ class _Plan(NamedTuple):
     divergence: str
     tail: str | None  # None: the teacher is hidden states and a head
     num_tokens: int
+    softcaps: tuple[float | None, float | None]  # of the student, of the teacher
     chunk: int
     mesh: Mesh | None
 
@@ -156,11 +161,11 @@ def _settings(divergence, temperatures, parameter, soft_weight, hard_weight) -> 
     return _Settings(*(jnp.asarray(value, jnp.float32) for value in values))
 
 
-def _from_hidden(tokens: _Tokens, head, teacher_head, divergence, settings, num_tokens, chunk, mesh):
+def _from_hidden(tokens: _Tokens, head, teacher_head, divergence, settings, num_tokens, softcaps, chunk, mesh):
     _check_shapes(tokens, teacher_hidden=tokens.teacher)
     sizes = teacher_head.shape[0], head.shape[0]
     parameters.check_vocabulary(*sizes, num_tokens)
-    plan = _Plan(divergence, None, num_tokens or min(sizes), chunk or chunk_tokens(mesh), mesh)
+    plan = _Plan(divergence, None, num_tokens or min(sizes), softcaps, chunk or chunk_tokens(mesh), mesh)
     # What the longer head has more is cut off here. Padding that both have is masked later (`real_only`).
     head, teacher_head = head[: min(sizes)], teacher_head[: min(sizes)]
     return _labelled(plan, tokens, head, teacher_head, settings)
@@ -237,9 +242,11 @@ def _means(values, size, mask):
 
 def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, scale=None):
     """Loss and statistics of a chunk, [..., position], and with `scale` the gradient in its logits times `scale`."""
-    logits = real_only(project(_selected(tokens.hidden, tokens.mask), head), plan.num_tokens)
+    capped = project(_selected(tokens.hidden, tokens.mask), head, plan.softcaps[0])
+    logits = real_only(capped, plan.num_tokens)
     if plan.tail is None:
-        teacher = real_only(project(_selected(tokens.teacher, tokens.mask), teacher_head), plan.num_tokens)
+        teacher = project(_selected(tokens.teacher, tokens.mask), teacher_head, plan.softcaps[1])
+        teacher = real_only(teacher, plan.num_tokens)
         soft, entropies, agreement, gradient = _soft(plan, settings, teacher, logits)
     else:
         ids, teacher = tokens.teacher[0], _selected(tokens.teacher[1], tokens.mask)
@@ -258,6 +265,7 @@ def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, sca
         gradient = gradient + settings.hard_weight * hard_gradient
     if scale is None:
         return (value, statistics), None
+    gradient = head_lib.through_softcap(gradient, capped, plan.softcaps[0])
     return (value, statistics), _selected(gradient * scale, tokens.mask)
 
 

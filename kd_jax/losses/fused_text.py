@@ -16,7 +16,7 @@ from kd_jax.metrics import Mean
 
 def linear_log_prob(
     hidden: jax.Array, head: jax.Array, labels: jax.Array, *, entropy: bool = False, num_tokens: int | None = None,
-    chunk: int | None = None, mesh: Mesh | None = None,
+    softcap: float | None = None, chunk: int | None = None, mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """Log-probability of each label and, on request, the entropy of each prediction.
 
@@ -26,6 +26,7 @@ def linear_log_prob(
         labels: int [..., position].
         entropy: whether to return it.
         num_tokens: number of real ids; the others, which pad the vocabulary, get probability 0.
+        softcap: of the logits, see `kd_jax.losses.head.project`.
         chunk: tokens at a time, by default `chunk_tokens()`.
         mesh: what the rows and the head are split over.
     Returns: log-probabilities [..., position] and entropies [..., position] in nats, or None; float32.
@@ -41,12 +42,12 @@ def linear_log_prob(
         # A token of probability 0 adds 0 to the entropy; 0 * -inf would be NaN.
         return log_prob, -jnp.where(log_probs > -jnp.inf, jnp.exp(log_probs) * log_probs, 0).sum(axis=-1)
 
-    return linear_map(score, hidden, head, labels, chunk=chunk, mesh=mesh)
+    return linear_map(score, hidden, head, labels, softcap=softcap, chunk=chunk, mesh=mesh)
 
 
 def linear_cross_entropy(
     hidden: jax.Array, head: jax.Array, labels: jax.Array, mask: jax.Array, *, num_tokens: int | None = None,
-    chunk: int | None = None, mesh: Mesh | None = None,
+    softcap: float | None = None, chunk: int | None = None, mesh: Mesh | None = None,
 ) -> Mean:  # fmt: skip
     """Cross-entropy in nats of the labels that the mask selects, as a Mean over all of them.
 
@@ -59,6 +60,7 @@ def linear_cross_entropy(
         labels: int [..., position]; masked ones may be anything, but their hidden states must be finite.
         mask: bool [..., position].
         num_tokens: number of real ids; the others, which pad the vocabulary, get probability 0.
+        softcap: of the logits, see `kd_jax.losses.head.project`.
         chunk: tokens at a time, by default `chunk_tokens()`.
         mesh: what the rows and the head are split over.
     Returns: the Mean; its `mean` and the gradient are NaN where a selected label is not a real id.
@@ -69,26 +71,27 @@ def linear_cross_entropy(
     num_tokens = num_tokens or head.shape[0]
     mask = mask.astype(bool)
     labels = jnp.where(mask, labels, 0)
-    mean = _cross_entropy(num_tokens, chunk or chunk_tokens(mesh), mesh, hidden, head, labels, mask)
+    chunk = chunk or chunk_tokens(mesh)
+    mean = _cross_entropy(num_tokens, softcap, chunk, mesh, hidden, head, labels, mask)
     wrong = (labels < 0) | (labels >= num_tokens)
     # A product, so that the gradient is NaN as well.
     return mean._replace(mean=mean.mean * jnp.where(wrong.any(), jnp.nan, 1.0))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _cross_entropy(num_tokens, chunk, mesh, hidden, head, labels, mask):
-    log_prob, _ = linear_log_prob(hidden, head, labels, num_tokens=num_tokens, chunk=chunk, mesh=mesh)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _cross_entropy(num_tokens, softcap, chunk, mesh, hidden, head, labels, mask):
+    log_prob, _ = linear_log_prob(hidden, head, labels, num_tokens=num_tokens, softcap=softcap, chunk=chunk, mesh=mesh)
     return masked_mean(-log_prob, mask)
 
 
 @_cross_entropy.defjvp
-def _cross_entropy_jvp(num_tokens, chunk, mesh, primals, tangents):
-    mean, gradients = _with_gradient(num_tokens, chunk, mesh, *primals)
+def _cross_entropy_jvp(num_tokens, softcap, chunk, mesh, primals, tangents):
+    mean, gradients = _with_gradient(num_tokens, softcap, chunk, mesh, *primals)
     tangent = jax.tree.map(jnp.zeros_like, mean)
     return mean, tangent._replace(mean=head_lib.inner_product(gradients, tangents[:2]))
 
 
-def _with_gradient(num_tokens, chunk, mesh, hidden, head, labels, mask):
+def _with_gradient(num_tokens, softcap, chunk, mesh, hidden, head, labels, mask):
     """The Mean, and the gradients of its `mean` in hidden states and head."""
     dtype, groups = head.dtype, head_lib.groups(hidden, mesh)
     head = head_lib.whole(head, hidden, mesh)
@@ -97,14 +100,15 @@ def _with_gradient(num_tokens, chunk, mesh, hidden, head, labels, mask):
 
     def step(so_far, piece):
         h, label, keep = piece
-        logits = real_only(project(h, head), num_tokens)
+        capped = project(h, head, softcap)
+        logits = real_only(capped, num_tokens)
         top = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = weights.sum(axis=-1, keepdims=True)
         value = (jnp.log(total) + top - jnp.take_along_axis(logits, label[..., None], axis=-1))[..., 0]
         one_hot = jnp.arange(head.shape[0]) == label[..., None]
         gradient = (weights / total - one_hot) * jnp.where(keep, scale, 0)[..., None]
-        gradient = gradient.astype(hidden.dtype)
+        gradient = head_lib.through_softcap(gradient, capped, softcap).astype(hidden.dtype)
         h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
         return so_far + head_lib.head_gradient(gradient, h, groups), (value, h_gradient)
 

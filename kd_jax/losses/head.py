@@ -31,8 +31,8 @@ def chunk_tokens(mesh: Mesh | None = None, each: int | None = None) -> int:
 
 
 def linear_map(
-    function: Callable[..., Any], hidden: jax.Array, head: jax.Array, *arrays: jax.Array, chunk: int | None = None,
-    mesh: Mesh | None = None,
+    function: Callable[..., Any], hidden: jax.Array, head: jax.Array, *arrays: jax.Array, softcap: float | None = None,
+    chunk: int | None = None, mesh: Mesh | None = None,
 ) -> Any:  # fmt: skip
     """function(logits, *pieces) of each chunk of positions, joined.
 
@@ -42,19 +42,29 @@ def linear_map(
         hidden: [..., position, width].
         head: [vocab, width].
         arrays: [..., position] each.
+        softcap: of the logits, see `project`.
         chunk: tokens at a time, by default `chunk_tokens()`.
         mesh: what the rows and the head are split over.
     Returns: what the function returned, with all positions: [..., position, *any].
     """
     size, pieces = cut((hidden, *arrays), hidden.shape[:-1], chunk or chunk_tokens(mesh))
     head = whole(head, hidden, mesh)
-    out = jax.lax.map(lambda piece: function(project(piece[0], head), *piece[1:]), pieces)
+    out = jax.lax.map(lambda piece: function(project(piece[0], head, softcap), *piece[1:]), pieces)
     return jax.tree.map(lambda parts: join(parts, size, hidden.ndim - 2), out)
 
 
-def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
-    """float32 logits [..., vocab] of hidden [..., width] and head [vocab, width]."""
-    return dot(hidden, head.astype(hidden.dtype), (hidden.ndim - 1, 1))
+def project(hidden: jax.Array, head: jax.Array, softcap: float | None = None) -> jax.Array:
+    """float32 logits [..., vocab] of hidden [..., width] and head [vocab, width]; with a cap, cap * tanh(logit / cap).
+
+    (Gemma 2, arXiv 2408.00118, section 2.)
+    """
+    logits = dot(hidden, head.astype(hidden.dtype), (hidden.ndim - 1, 1))
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def through_softcap(gradient: jax.Array, logits: jax.Array, softcap: float | None) -> jax.Array:
+    """The gradient in the logits before the soft cap, from that in the capped logits."""
+    return gradient if softcap is None else gradient * (1 - (logits / softcap) ** 2)
 
 
 def real_only(logits: jax.Array, num_tokens: int) -> jax.Array:

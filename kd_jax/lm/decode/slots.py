@@ -235,7 +235,8 @@ def _advance(state: State, params, settings: Settings, architecture: Architectur
     hidden, cache = model_lib.extend(
         params, architecture, cache, newest[:, None], positions[:, None], compute=compute
     )  # fmt: skip
-    logits = mesh_lib.constrain(model_lib.logits(params, hidden[:, 0]), ("batch", "vocab"), compute.mesh)
+    logits = model_lib.logits(params, architecture, hidden[:, 0])
+    logits = mesh_lib.constrain(logits, ("batch", "vocab"), compute.mesh)
     logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)
     uniforms = _uniforms(settings.seed, slots.index, slots.length)
     drawn = next_token.sample(uniforms, logits, **settings.knobs, mesh=compute.mesh)

@@ -138,8 +138,9 @@ def _cross_entropy(architecture: Architecture, compute: Compute, num_tokens: int
         head = model_lib.head(params)
         head = head if num_tokens == architecture.vocab_size else head[:num_tokens]
         mean = fused.linear_cross_entropy(
-            hidden, head, _next_tokens(part), part.mask, chunk=compute.chunk, mesh=compute.mesh
-        )
+            hidden, head, _next_tokens(part), part.mask, softcap=architecture.logit_softcap, chunk=compute.chunk,
+            mesh=compute.mesh,
+        )  # fmt: skip
         return mean, {}
 
     return loss
@@ -176,7 +177,8 @@ def _loss(
         mean, statistics = compare(
             guide, part, hidden, model_lib.head(params), divergence=divergence, parameter=guide.parameter,
             temperature=guide.loss_temperature, teacher_temperature=guide.teacher_temperature,
-            hard_weight=guide.hard_weight, num_tokens=num_tokens, chunk=compute.chunk, mesh=compute.mesh,
+            hard_weight=guide.hard_weight, num_tokens=num_tokens, softcap=architecture.logit_softcap,
+            chunk=compute.chunk, mesh=compute.mesh,
         )  # fmt: skip
         return mean, statistics._asdict()
 
@@ -196,8 +198,9 @@ class _Teacher(NamedTuple):
         teacher_hidden = _hidden(teacher, self.architecture, part, self.compute, self.packed)
         teacher_hidden = mesh_lib.constrain(teacher_hidden, ("batch", None, None), self.student_mesh)
         return fused.linear_distillation(
-            hidden, head, teacher_hidden, model_lib.head(teacher), _next_tokens(part), part.mask, **loss_options
-        )
+            hidden, head, teacher_hidden, model_lib.head(teacher), _next_tokens(part), part.mask,
+            teacher_softcap=self.architecture.logit_softcap, **loss_options,
+        )  # fmt: skip
 
 
 class _Records(NamedTuple):

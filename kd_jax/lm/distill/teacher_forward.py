@@ -60,12 +60,12 @@ def forward(
     num_tokens = num_tokens or architecture.vocab_size
     hidden = model_lib.forward(params, architecture, tokens, compute=compute)
     inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    head = model_lib.head(params)
+    head, softcap = model_lib.head(params), architecture.logit_softcap
     if want == "hidden":
         out = jnp.where(inside[..., None], hidden, 0)
     elif want == "logits":
         chosen = jnp.take_along_axis(hidden, positions[..., None], axis=1)
-        out = jnp.where((positions < lengths[:, None])[..., None], fused.project(chosen, head[:num_tokens]), 0)
+        out = jnp.where((positions < lengths[:, None])[..., None], fused.project(chosen, head[:num_tokens], softcap), 0)
     else:
 
         def best(logits):
@@ -74,7 +74,9 @@ def forward(
                 logits = jnp.where(jnp.arange(logits.shape[-1]) < num_tokens, logits, -jnp.inf)
             return _top_k(logits, k, compute.mesh)
 
-        log_probs, ids, tail = fused.linear_map(best, hidden, head, chunk=compute.chunk, mesh=compute.mesh)
+        log_probs, ids, tail = fused.linear_map(
+            best, hidden, head, softcap=softcap, chunk=compute.chunk, mesh=compute.mesh
+        )
         out = TopK(jnp.where(inside[..., None], log_probs, -jnp.inf), ids, jnp.where(inside, tail, -jnp.inf))
     return jax.lax.stop_gradient(out)
 

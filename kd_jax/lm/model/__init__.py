@@ -1,8 +1,8 @@
 """A language model: its architecture, its weights, and its forward pass as pure functions of them."""
 
 from kd_jax.lm.model.architecture import AXES, PRESETS, Architecture, abstract, init, logical_axes
+from kd_jax.lm.model.decoder import DEFAULT, Compute, Model, empty_cache, extend, forward, head, logits, unstack
 from kd_jax.lm.model.kv_cache import Cache, Pages
-from kd_jax.lm.model.llama import DEFAULT, Compute, Model, empty_cache, extend, forward, head, logits, unstack
 
 __all__ = [
     "AXES", "DEFAULT", "PRESETS", "Architecture", "Cache", "Compute", "Model", "Pages", "abstract", "empty_cache",

@@ -1,27 +1,63 @@
-"""The shape of a Llama model, and its weights, declared once.
+"""The settings of a decoder, and its weights, declared once.
 
-Linen declares the weights because it does so without a mesh at hand: `init` under `eval_shape` gives shapes, dtypes and
-logical axes, from which shardings follow before anything is allocated. (NNX places an annotated variable when it is
-made, so it wants the mesh first.) Nothing outside this file knows: a model's weights are a dict of arrays.
+Families of models (Llama, Qwen, Gemma, ...) are settings of one architecture, not classes; the table from families to
+settings is kd_jax.lm.weights.families.
+
+Linen declares the weights because it needs no mesh to do so: `init` under `eval_shape` gives shapes, dtypes and logical
+axes, from which shardings follow before anything is allocated. (NNX places an annotated variable when it is made, so it
+needs the mesh first.) No other file depends on Linen: a model's weights are a dict of arrays.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
-_KINDS = {"int": (int, np.integer), "float": (int, float, np.integer, np.floating), "bool": bool}
+from kd_jax.lm.model.rotary import Scaling
+
+
+class LayerKind(NamedTuple):
+    """What layers of one model may differ in.
+
+    Attributes:
+        window: a position attends to so many positions, itself included; None for all before it.
+        rotary: which rotary phases it has: "global", "local" (with the base `local_rope_theta`) or "none".
+    """
+
+    window: int | None
+    rotary: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The shape of a Llama model; names are those of the checkpoints' config.json."""
+    """The settings of a decoder-only transformer; without the optional ones it is Llama.
+
+    The first eleven have the names of the checkpoints' config.json. Tuples and `rope_scaling` may be given as lists and
+    objects of JSON.
+
+    Attributes:
+        family: whose layout an export has; a key of kd_jax.lm.weights.families.FAMILIES. It changes no number.
+        query_key_value_bias, output_bias, mlp_bias: which linear layers have biases.
+        query_key_norm: RMS norm of queries and keys before they are rotated: "none", "head" (each head by itself) or
+            "width" (all heads of a position together).
+        attention_scale: factor of the scores; None for 1 / sqrt(head_dim).
+        attention_softcap: scores become cap * tanh(score / cap).
+        sliding_window, sliding_layers: the window in tokens, and the layers that have it.
+        rotary_dim: the first dimensions of a head that are rotated; None for all.
+        rope_scaling: see kd_jax.lm.model.rotary; not for local phases.
+        local_rope_theta: rotary base of the sliding layers, if it is another.
+        unrotated_layers: layers without rotary phases.
+        norm_order: RMS norms "before" attention and MLP, "after" them (on what is added to the residual), or "both".
+        unit_offset_gain: the norms multiply by 1 + weight (Gemma).
+        activation: of the gated MLP, "silu", "gelu_tanh" (the tanh approximation) or "gelu".
+        embedding_multiplier, residual_multiplier: factors of the embeddings, and of what attention and MLP add.
+        logits_divisor: logits are divided by it; `forward` divides the hidden states instead.
+        logit_softcap: logits become cap * tanh(logit / cap), after the division.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -34,24 +70,61 @@ class Architecture:
     rms_norm_eps: float = 1e-5
     max_position_embeddings: int = 8192
     tie_word_embeddings: bool = True
+    family: str = "llama"
+    query_key_value_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    query_key_norm: str = "none"
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+    rotary_dim: int | None = None
+    rope_scaling: Scaling | None = None
+    local_rope_theta: float | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    norm_order: str = "before"
+    unit_offset_gain: bool = False
+    activation: str = "silu"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    logit_softcap: float | None = None
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if isinstance(value, bool) != (kind == "bool") or not isinstance(value, _KINDS[kind]):
-                raise ValueError(f"{field.name}={value!r} has to be of type {kind}")
-            if kind != "bool" and not value > 0:
-                raise ValueError(f"{field.name}={value} must be above 0")
-            # ids and positions are int32, and no model has any size near that
-            if kind != "bool" and not value < (2**31 if kind == "int" else math.inf):
-                raise ValueError(f"{field.name}={value} is too large")
+        object.__setattr__(self, "sliding_layers", tuple(self.sliding_layers))
+        object.__setattr__(self, "unrotated_layers", tuple(self.unrotated_layers))
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", Scaling(**self.rope_scaling))
+        for field in dataclasses.fields(self)[:10]:  # the sizes, and two numbers above 0
+            value = getattr(self, field.name)
+            # ids and positions are int32
+            if isinstance(value, bool | str) or value is None or not 0 < value < 2**31:
+                raise ValueError(f"{field.name}={value!r} has to be above 0 and below 2^31")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.head_dim % 2:
+        if self.rotated % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+
+    @property
+    def rotated(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return self.rotary_dim or self.head_dim
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+
+        def kind(layer):
+            sliding = layer in self.sliding_layers
+            local = sliding and self.local_rope_theta is not None
+            rotary = "none" if layer in self.unrotated_layers else "local" if local else "global"
+            return LayerKind(self.sliding_window if sliding else None, rotary)
+
+        return tuple(map(kind, range(self.num_hidden_layers)))
 
     @property
     def num_parameters(self) -> int:
@@ -78,7 +151,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# Logical axes of the weights of a layer.
+# Logical axes of the weights of a layer. Those of linear layers are [out, in].
 AXES = {
     "attention_norm": ("embed",),
     "q": ("heads", "embed"),
@@ -89,39 +162,49 @@ AXES = {
     "gate": ("mlp", "embed"),
     "up": ("mlp", "embed"),
     "down": ("embed", "mlp"),
+    "q_bias": ("heads",),
+    "k_bias": ("heads",),
+    "v_bias": ("heads",),
+    "o_bias": ("embed",),
+    "gate_bias": ("mlp",),
+    "up_bias": ("mlp",),
+    "down_bias": ("embed",),
+    # whole on every device: gains of one head, or of all of them, are few numbers
+    "q_norm": (None,),
+    "k_norm": (None,),
+    "post_attention_norm": ("embed",),
+    "post_mlp_norm": ("embed",),
 }
 
 
 class _Weights(nn.Module):
-    """Declares each weight once: name, shape, logical axes, initialiser."""
+    """Declares each weight once: name, shape, logical axes, initialiser.
+
+    Linen draws each weight's key from its name and from how many were declared before it, so the order of these
+    declarations is part of what a seed means: new weights come last.
+    """
 
     architecture: Architecture
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
         a = self.architecture
-        queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
         # 0.041666 for a width of 576, as published for SmolLM2: 1 / sqrt(width)
-        normal, ones = nn.initializers.normal(a.hidden_size**-0.5), nn.initializers.ones
-        layers = {
-            "attention_norm": ((a.hidden_size,), ones),
-            "q": ((queries, a.hidden_size), normal),
-            "k": ((keys, a.hidden_size), normal),
-            "v": ((keys, a.hidden_size), normal),
-            "o": ((a.hidden_size, queries), normal),
-            "mlp_norm": ((a.hidden_size,), ones),
-            "gate": ((a.intermediate_size, a.hidden_size), normal),
-            "up": ((a.intermediate_size, a.hidden_size), normal),
-            "down": ((a.hidden_size, a.intermediate_size), normal),
-        }
+        normal = nn.initializers.normal(a.hidden_size**-0.5)
+        gain = nn.initializers.zeros if a.unit_offset_gain else nn.initializers.ones
+        initialisers = {name: gain for name in AXES if name.endswith("norm")}
+        initialisers |= {name: nn.initializers.zeros for name in AXES if name.endswith("bias")}
         weights = {
             "embedding": self._declare("embedding", ("vocab", "embed"), (a.vocab_size, a.hidden_size), normal),
             "layers": {
-                name: self._declare(f"layers.{name}", ("layer", *AXES[name]), (a.num_hidden_layers, *shape), init)
-                for name, (shape, init) in layers.items()
+                name: self._declare(
+                    f"layers.{name}", ("layer", *AXES[name]), (a.num_hidden_layers, *shape),
+                    initialisers.get(name, normal),
+                )
+                for name, shape in _layer_shapes(a).items()
             },
-            "norm": self._declare("norm", ("embed",), (a.hidden_size,), ones),
-        }
+            "norm": self._declare("norm", ("embed",), (a.hidden_size,), gain),
+        }  # fmt: skip
         if not a.tie_word_embeddings:
             weights["head"] = self._declare("head", ("vocab", "embed"), (a.vocab_size, a.hidden_size), normal)
         return weights
@@ -130,17 +213,44 @@ class _Weights(nn.Module):
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32, unbox=False)
 
 
+def _layer_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight that a layer of this architecture has."""
+    width, mlp = a.hidden_size, a.intermediate_size
+    queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim
+    linear = {
+        "q": (queries, width), "k": (keys, width), "v": (keys, width), "o": (width, queries),
+        "gate": (mlp, width), "up": (mlp, width), "down": (width, mlp),
+    }  # fmt: skip
+    before, after = a.norm_order in ("before", "both"), a.norm_order in ("after", "both")
+    shapes = {"attention_norm": (width,)} if before else {}
+    shapes |= {name: linear[name] for name in ("q", "k", "v", "o")}
+    shapes |= {"mlp_norm": (width,)} if before else {}
+    shapes |= {name: linear[name] for name in ("gate", "up", "down")}
+    biased = ("q", "k", "v") * a.query_key_value_bias + ("o",) * a.output_bias + ("gate", "up", "down") * a.mlp_bias
+    shapes |= {f"{name}_bias": linear[name][:1] for name in biased}
+    if a.query_key_norm != "none":
+        whole = a.query_key_norm == "width"
+        shapes |= {"q_norm": (queries if whole else a.head_dim,), "k_norm": (keys if whole else a.head_dim,)}
+    return shapes | ({"post_attention_norm": (width,), "post_mlp_norm": (width,)} if after else {})
+
+
 def _boxed(architecture: Architecture, key: jax.Array) -> dict[str, Any]:
     return _Weights(architecture).init_with_output(key)[0]
 
 
 def init(key: jax.Array, architecture: Architecture, dtype=jnp.float32) -> dict[str, Any]:
-    """Random weights: normal with standard deviation hidden_size**-0.5, norm gains 1. Jit it with out_shardings."""
+    """Random weights; jit it with out_shardings.
+
+    Args:
+        key: a key of jax.random.
+        dtype: of the weights; they are drawn in float32.
+    Returns: linear weights and embeddings normal with standard deviation hidden_size**-0.5, biases 0, norms of gain 1.
+    """
     return jax.tree.map(lambda leaf: leaf.astype(dtype), nn.unbox(_boxed(architecture, key)))
 
 
 def abstract(architecture: Architecture, dtype=jnp.float32) -> dict[str, Any]:
-    """Shapes and dtypes of the weights; nothing is allocated."""
+    """Shapes and dtypes of the weights, as a tree of jax.ShapeDtypeStruct; nothing is allocated."""
     return jax.eval_shape(lambda: init(jax.random.key(0), architecture, dtype))
 
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a model, and how many of them this device does in a second."""
+"""Floating-point operations of a model, and the rate at which this machine does them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ from kd_jax.losses import head
 
 
 def forward_flops(architecture: Architecture, length: int) -> float:
-    """Operations (a multiplication and an addition are two) for a token of a sequence of `length`, on average.
+    """Operations per token of a sequence of `length` tokens, on average; a multiplication and an addition are two.
 
-    Weights count twice, the head as well, the embedding (a lookup) not; attention sees half of the sequence.
+    Each weight counts twice, the output head too, the embedding (a lookup) not. A position attends to half of the
+    sequence on average, or in a layer with a sliding window to at most the window.
     """
     a = architecture
     lookups = 0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size
-    attention = 2 * a.num_hidden_layers * a.num_attention_heads * a.head_dim * length
-    return 2.0 * (a.num_parameters - lookups) + attention
+    # the keys that all positions see together are length^2 / 2, less those that lie before their windows
+    windows = (min(length, kind.window or length) for kind in a.layer_kinds)
+    keys = sum(length - (length - window) ** 2 / length for window in windows)
+    return 2.0 * (a.num_parameters - lookups) + 2 * a.num_attention_heads * a.head_dim * keys
 
 
 def training_flops(architecture: Architecture, length: int) -> float:
-    """The same for an update: forward, and twice that backward."""
+    """Operations per token of an update: the forward pass, and twice that backward."""
     return 3.0 * forward_flops(architecture, length)
 
 
 @functools.cache
 def ceiling(dtype: str) -> float:
-    """Operations per second of large matrix products, measured here (a fraction of a second), all devices together."""
+    """Operations per second of large matrix products on all devices together, measured in a fraction of a second."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a, b: head.dot(a, b, (1, 1), out_dtype=dtype))

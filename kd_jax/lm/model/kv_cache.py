@@ -1,12 +1,12 @@
-"""Keys and values of the positions that a batch of sequences has been through: what the next tokens attend to.
+"""The KV cache: keys and values of past positions, which the next tokens attend to.
 
 `Cache` has a row for each sequence, all of one length: for prompts, and for tokens that come several at a time. `Pages`
 is for sampling one token at a time from sequences of many lengths: a pool of pages that sequences take as they grow and
-give back when they end, so that a step reads what is there and not every row to the length of the longest. Both hold an
-array for each layer; layers are not stacked, since taking one out of a stack would copy it.
+give back when they end, so that a step reads the pages in use and not every row to the length of the longest. Both hold
+an array for each layer; layers are not stacked, since taking one out of a stack would copy it.
 
-(Paged attention is Kwon et al. 2023, arXiv 2309.06180. Here the pool is read from end to end, in place, and only
-queries and results are gathered.)
+Paged attention is Kwon et al. 2023, arXiv 2309.06180. Here the whole pool is read, in place, and only queries and
+results are gathered. Layers with a sliding window keep all pages too: keys before the window are masked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from kd_jax.lm.model import attention
 
-# Positions of a page: less is lost at the end of sequences with few, but the products then are too small to be quick.
+# Positions of a page. Smaller pages waste less at the end of sequences, but their products are too small to be fast.
 PAGE = 64
 
 
@@ -29,8 +29,8 @@ class Cache(NamedTuple):
 
     Attributes:
         keys: [row, kv head, head_dim, position] for each layer.
-        values: [row, kv head, position, head_dim]. In these orders the products of one query with both run along the
-            last axis, at the speed of memory.
+        values: [row, kv head, position, head_dim] for each layer. In these orders the products of one query with both
+            run along the last axis, at the speed of memory.
     """
 
     keys: tuple[jax.Array, ...]
@@ -40,17 +40,27 @@ class Cache(NamedTuple):
     def length(self) -> int:
         return self.keys[0].shape[-1]
 
-    def attend(self, layer: int, q, k, v, positions):
-        """Writes new keys and values of a layer and attends to it -> its keys, values, and [row, new, head * width]."""
+    def attend(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array,
+        rule: attention.Rule = attention.LLAMA,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+        """Writes a layer's new keys and values, then attends to all of them.
+
+        Args:
+            layer: its number in this cache.
+            q, k, v: [row, new, head, width].
+            positions: [row, new].
+        Returns: the layer's keys, its values, and the attention [row, new, head * width].
+        """
         keys, values = self.keys[layer], self.values[layer]
         rows = jnp.arange(q.shape[0])[:, None]
         keys = keys.at[rows, :, :, positions].set(k.astype(keys.dtype), mode="drop")
         values = values.at[rows, :, positions].set(v.astype(values.dtype), mode="drop")
-        return keys, values, attention.cached(q, keys, values, positions)
+        return keys, values, attention.cached(q, keys, values, positions, rule)
 
 
 def empty(layers: int, rows: int, heads: int, width: int, length: int, dtype=jnp.float32) -> Cache:
-    """A cache of zeros with room for `length` positions in each of `rows` rows; of `heads` kv heads of `width` each."""
+    """A cache of zeros for `rows` rows of `length` positions, with `heads` kv heads of `width` dimensions."""
     return Cache(
         tuple(jnp.zeros((rows, heads, width, length), dtype) for _ in range(layers)),
         tuple(jnp.zeros((rows, heads, length, width), dtype) for _ in range(layers)),
@@ -80,21 +90,24 @@ class Pages(NamedTuple):
 
     @property
     def num_slots(self) -> int:
-        """Of a group."""
+        """Slots of each group."""
         return self.table.shape[1]
 
     @property
     def length(self) -> int:
-        """Positions that a slot can have; one from here on is none, and is not written."""
+        """The most positions of a slot; a position from here on is not written."""
         return self.table.shape[2] * PAGE
 
-    def attend(self, layer: int, q, k, v, positions):
-        """As `Cache.attend`, for slots [group * slot, 1, ...], whose positions have a page (see `open_pages`)."""
+    def attend(
+        self, layer: int, q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array,
+        rule: attention.Rule = attention.LLAMA,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+        """As `Cache.attend`, for slots [group * slot, 1, ...] whose positions have a page (see `open_pages`)."""
 
         def split(x):
             return x[:, 0].reshape(*self.table.shape[:2], *x.shape[2:])
 
-        keys, values, out = jax.vmap(_attend)(
+        keys, values, out = jax.vmap(functools.partial(_attend, rule))(
             self.keys[layer], self.values[layer], self.owner, self.order, self.table, split(q), split(k), split(v),
             split(positions),
         )  # fmt: skip
@@ -102,11 +115,12 @@ class Pages(NamedTuple):
 
 
 def paged(cache: Cache, groups: int, slots: int, num_pages: int, length: int) -> Pages:
-    """A pool in which each of `slots` slots of each group holds what the one row of `cache` does, and room to grow.
+    """A pool in which every slot starts with a copy of the one row of `cache`, such as a prompt that all samples share.
 
     Args:
-        cache: of one row; its length is that of whole pages.
-        num_pages: of a group; enough for the slots' first ones.
+        cache: of one row; its length is a multiple of PAGE.
+        groups, slots: groups, and slots of each.
+        num_pages: of a group; at least those that the copies take.
         length: the most positions that a slot will have.
     """
     first, most = cache.length // PAGE, -(-length // PAGE)
@@ -134,40 +148,43 @@ def paged(cache: Cache, groups: int, slots: int, num_pages: int, length: int) ->
 
 
 def free(pages: Pages) -> jax.Array:
-    """How many pages of each group no slot has."""
+    """int32 [group]: how many pages are free."""
     return (pages.owner == pages.num_slots).sum(axis=1, dtype=jnp.int32)
 
 
 def missing(pages: Pages, positions: jax.Array) -> jax.Array:
-    """bool [group, slot]: whether there is no page yet for this position [group * slot]."""
+    """bool [group, slot]: whether the slot has no page yet for its position, of `positions` [group * slot]."""
     nth = positions.reshape(pages.table.shape[:2]) // PAGE
     page = jnp.take_along_axis(pages.table, jnp.minimum(nth, pages.table.shape[2] - 1)[..., None], axis=2)[..., 0]
     return (page == pages.num_pages) & (nth < pages.table.shape[2])
 
 
 def open_pages(pages: Pages, positions: jax.Array) -> Pages:
-    """Gives a page to each slot that has none for its position [group * slot]; `free` says whether there are enough."""
+    """Gives a free page to each slot that is `missing` one for its position [group * slot].
+
+    The caller makes sure that there are enough (`free`): a slot that gets none would write nothing.
+    """
     nth = positions.reshape(pages.table.shape[:2]) // PAGE
     owner, order, table = jax.vmap(_open)(pages.owner, pages.order, pages.table, nth, missing(pages, positions))
     return pages._replace(owner=owner, order=order, table=table)
 
 
 def release(pages: Pages, done: jax.Array, keep: jax.Array) -> Pages:
-    """Takes back the pages of the slots that are done [group * slot], but for the first `keep` of each."""
+    """Frees the pages of the slots that are done, bool [group * slot], except the first `keep` of each slot."""
     done = done.reshape(pages.table.shape[:2])
-    held = jnp.take_along_axis(done, jnp.minimum(pages.owner, pages.num_slots - 1), axis=1)
-    given_back = held & (pages.order >= keep)
+    owner_done = jnp.take_along_axis(done, jnp.minimum(pages.owner, pages.num_slots - 1), axis=1)
+    freed = owner_done & (pages.order >= keep)
     later = jnp.arange(pages.table.shape[2]) >= keep
     return pages._replace(
-        owner=jnp.where(given_back, pages.num_slots, pages.owner),
+        owner=jnp.where(freed, pages.num_slots, pages.owner),
         table=jnp.where(done[..., None] & later, pages.num_pages, pages.table),
     )
 
 
 def resize(pages: Pages, num_pages: int) -> Pages:
-    """The same in a pool of another size, which has to hold those in use; what it was given is used up.
+    """The same pages in a pool of another size, which must hold all pages in use. It deletes the arrays it is given.
 
-    Not for use under jit: it goes layer by layer, so that no more than one of them is held twice.
+    Not for use under jit: it moves one layer at a time, so that at most one layer is in memory twice.
     """
     *index, source = _renumber(pages, num_pages)
 
@@ -183,10 +200,11 @@ def resize(pages: Pages, num_pages: int) -> Pages:
 
 
 def keep(pages: Pages, slots: jax.Array) -> Pages:
-    """The same with these slots alone [group, slot], in this order; the pages of all others are free.
+    """A pool with a selection of the slots, in a new order; the pages of all others become free.
 
     Args:
-        slots: int, the number of slots now for one that is to have no pages. Others come once.
+        slots: int [group, slot], the old number of each new slot, at most once each; the old number of slots for a new
+            slot without pages.
     """
     owner, table = _keep(pages.owner, pages.table, slots)
     return pages._replace(
@@ -195,7 +213,7 @@ def keep(pages: Pages, slots: jax.Array) -> Pages:
 
 
 def resized(pages: Pages, num_pages: int) -> Pages:
-    """The shapes of a pool of another size, from the shapes of one."""
+    """The shapes of a pool of another size; `pages` is a tree of shapes too."""
 
     def one(leaf):
         return jax.ShapeDtypeStruct((leaf.shape[0], num_pages, *leaf.shape[2:]), leaf.dtype)
@@ -203,16 +221,16 @@ def resized(pages: Pages, num_pages: int) -> Pages:
     return jax.tree.map(one, pages)._replace(table=pages.table)
 
 
-def _attend(keys, values, owner, order, table, q, k, v, position):
+def _attend(rule, keys, values, owner, order, table, q, k, v, position):
     """`Pages.attend` in one group; q, k, v [slot, head, width], position [slot]."""
     nth = position // PAGE
     page = table[jnp.arange(len(table)), jnp.minimum(nth, table.shape[1] - 1)]
-    page = jnp.where(nth < table.shape[1], page, len(owner))  # none: dropped
+    page = jnp.where(nth < table.shape[1], page, len(owner))  # out of bounds: dropped by the writes below
     keys = keys.at[page, :, :, position % PAGE].set(k.astype(keys.dtype), mode="drop")
     values = values.at[page, :, position % PAGE].set(v.astype(values.dtype), mode="drop")
     last = jnp.where(owner < len(table), position[jnp.minimum(owner, len(table) - 1)], -1)
-    visible = order[:, None] * PAGE + jnp.arange(PAGE) <= last[:, None]
-    return keys, values, attention.paged(q, keys, values, owner, visible, table)
+    visible = rule.visible(last[:, None], order[:, None] * PAGE + jnp.arange(PAGE))
+    return keys, values, attention.paged(q, keys, values, owner, visible, table, rule)
 
 
 def _open(owner, order, table, nth, wanted):
@@ -232,7 +250,7 @@ def _keep(owner, table, slots):
     (_, pages), (_, old, _), new = owner.shape, table.shape, slots.shape[1]
 
     def one(owner, table, slots):
-        # where each went; no slot's pages stay no slot's
+        # the new number of each old slot; free pages stay free
         place = jnp.full(old + 1, new).at[slots].set(jnp.where(slots < old, jnp.arange(new), new))
         return place[owner], jnp.take(table, slots, axis=0, mode="fill", fill_value=pages)
 
@@ -241,11 +259,11 @@ def _keep(owner, table, slots):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _renumber(pages: Pages, num_pages: int):
-    """The pool's index with those in use first, in a pool of another size; and where each page comes from."""
+    """The index (owner, order, table) of the resized pool, pages in use first; and each page's old number."""
     old = pages.num_pages
     used = pages.owner < pages.num_slots
     source = jnp.argsort(~used, axis=1, stable=True)
-    place = jnp.argsort(source, axis=1).astype(jnp.int32)  # where each went
+    place = jnp.argsort(source, axis=1).astype(jnp.int32)  # the new number of each old page
     source = jnp.pad(source, ((0, 0), (0, max(0, num_pages - old))), constant_values=old)[:, :num_pages]
 
     def take(index, fill):

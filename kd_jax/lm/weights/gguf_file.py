@@ -10,53 +10,67 @@ import numpy as np
 from gguf.quants import dequantize
 
 from kd_jax.lm.model import Architecture, Model
-from kd_jax.lm.weights import gguf_reader
+from kd_jax.lm.model.rotary import Scaling, frequencies
+from kd_jax.lm.weights import families, gguf_reader
+from kd_jax.lm.weights import tensors as tensors_lib
 from kd_jax.lm.weights.gguf_reader import GGUF
 from kd_jax.lm.weights.hf_files import Stored
 from kd_jax.lm.weights.tokenizer import Tokenizer
 
-OUTSIDE = {"embedding": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
-LAYER = {
-    "attention_norm": "attn_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output",
-    "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
+EMBEDDING, ROPE_FACTORS = "token_embd.weight", "rope_freqs.weight"
+# GGUF's name of a family (Mistral has Llama's) -> model_type in a config.json.
+MODEL_TYPES = {
+    name: name for name in ("llama", "qwen2", "qwen3", "gemma2", "phi3", "smollm3", "olmo2", "granite")
+} | {"gemma3": "gemma3_text"}  # fmt: skip
+# Families whose rotary pairs lie side by side in a GGUF file; see stored_rows.
+INTERLEAVED = ("llama", "smollm3", "granite")
+
+# config.json's key -> GGUF's, without the name of the family.
+_KEYS = {
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length", "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "max_position_embeddings": "context_length", "rope_theta": "rope.freq_base",
+    "rope_local_base_freq": "rope.freq_base_swa", "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
+    "attention_multiplier": "attention.scale", "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale",
 }  # fmt: skip
-_ROPE_FACTORS = "rope_freqs.weight"
-
-
-def tensor_name(weight: str, layer: int | None) -> str:
-    """The name of a weight in a GGUF file."""
-    return OUTSIDE[weight] if layer is None else f"blk.{layer}.{LAYER[weight]}.weight"
+_NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+           "max_position_embeddings")  # fmt: skip
+# Models whose scores are scaled by the width of a head in the residual stream: Gemma 2 27B and Gemma 3 27B.
+_WIDE = {("gemma2", 46), ("gemma3", 62)}
 
 
 def open_file(path: Path) -> Stored:
     """Opens a GGUF file. Weights are dequantised as they are read, to float32.
 
     Raises: ValueError, naming the file and the key or tensor, where it is damaged or describes something other than
-        this Llama. Where only the tokenizer is not supported there is a warning, and the model has none.
+        a model of a known family. Where only the tokenizer is not supported there is a warning, and the model has none.
     """
     file = gguf_reader.read(path)
     try:
         architecture = _architecture(file)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    _check_rope_factors(file)
-    # no weight: frequencies follow from the base
-    shapes.pop(_ROPE_FACTORS, None)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
+    wanted = tensors_lib.listed(architecture, tensors_lib.gguf(architecture))
+    places = tensors_lib.places(wanted, architecture)
+    interleaved = architecture.family in INTERLEAVED
 
     def read(weight, layer, index):
-        tensor = file.tensors[tensor_name(weight, layer)]
-        # quantised blocks lie within a row, so that rows can be read in any order and columns only after dequantising
-        rows = index[0]
-        if weight in ("q", "k"):
-            rows = stored_rows(np.arange(rows.start, rows.stop), architecture.head_dim)
+        name, first = places[weight, layer]
+        tensor, rows = file.tensors[name], np.arange(index[0].start, index[0].stop) + first
+        if interleaved and weight.removesuffix("_bias") in ("q", "k"):
+            rows = stored_rows(rows, architecture.head_dim)
         try:
-            if len(index) == 1:
-                return dequantize(tensor.data, tensor.kind)[rows]
-            return dequantize(tensor.data[rows], tensor.kind)[:, *index[1:]]
+            if len(tensor.shape) > 1:
+                return dequantize(tensor.data[rows], tensor.kind)[:, *index[1:]]
+            values = dequantize(tensor.data, tensor.kind)[rows]
         except NotImplementedError as error:
-            name = tensor_name(weight, layer)
             raise ValueError(f"{path}: {name} is stored as {tensor.kind.name}, which gguf cannot read") from error
+        # GGUF has the gain itself
+        return values - 1 if architecture.unit_offset_gain and weight.endswith("norm") else values
 
     ids = _special_ids(file, architecture.vocab_size)
     try:
@@ -64,7 +78,7 @@ def open_file(path: Path) -> Stored:
     except ValueError as error:
         warnings.warn(f"{path}: the weights are loaded without the tokenizer: {error}", stacklevel=2)
         tokens = None
-    return Stored(Model(architecture, {}, *ids, tokens), shapes, tensor_name, read)
+    return Stored(Model(architecture, {}, *ids, tokens), shapes, wanted, read)
 
 
 def tokenizer(path: Path) -> Tokenizer | None:
@@ -90,55 +104,85 @@ def stored_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _architecture(file: GGUF) -> Architecture:
-    """The architecture by the file's metadata, whose keys begin with the family's name."""
-    family = file.metadata.get("general.architecture")
-    if family != "llama":
-        raise ValueError(f"general.architecture is {family!r}; only 'llama' is known")
-    if OUTSIDE["embedding"] not in file.tensors:
-        raise ValueError(f"the file lacks {OUTSIDE['embedding']}")
-
-    def value(key: str, default: Any = None) -> int | float:
-        number = file.metadata.get(f"{family}.{key}", default)
-        if not isinstance(number, int | float):
-            raise ValueError(f"it lacks {family}.{key}" if number is None else f"{family}.{key} is {number}")
-        return number
-
-    # a model with another value would load, and then compute something else
-    known = {f"{family}.rope.scaling.type": "none", f"{family}.rope.scale_linear": 1, f"{family}.expert_count": 0}
-    for key, only in known.items():
-        if file.metadata.get(key, only) != only:
-            raise ValueError(f"{key} is {file.metadata[key]!r}; only {only!r} is supported")
-    if file.metadata.get("split.count", 1) > 1:
-        raise ValueError(f"split.count is {file.metadata['split.count']}; join the parts with llama-gguf-split")
+    """The architecture by the file's metadata, whose keys are renamed to those of a config.json."""
+    get, tensors = file.metadata.get, file.tensors
+    if EMBEDDING not in tensors:
+        raise ValueError(f"the file lacks {EMBEDDING}")
+    vocab_size = tensors[EMBEDDING].shape[0]
+    family = get("general.architecture")
+    if family not in MODEL_TYPES:
+        raise ValueError(f"general.architecture is {family!r}; known are {', '.join(MODEL_TYPES)}")
+    if get("split.count", 1) > 1:
+        raise ValueError(f"split.count is {get('split.count')}; join the parts with llama-gguf-split")
+    if get(f"{family}.expert_count", 0):
+        raise ValueError(f"{family}.expert_count is {get(f'{family}.expert_count')}; there are no experts here")
     if f"{family}.rope.freq_base" not in file.metadata:
-        warnings.warn(f"{file.path} has no {family}.rope.freq_base; 10000 is taken", stacklevel=2)
-    width, heads = value("embedding_length"), value("attention.head_count")
-    head_dim = value("attention.key_length", width // heads)
-    if value("rope.dimension_count", head_dim) != head_dim:
-        raise ValueError(f"{family}.rope.dimension_count is not {head_dim}, the dimensions of a head")
-    return Architecture(
-        vocab_size=value("vocab_size", file.tensors[OUTSIDE["embedding"]].shape[0]),
-        hidden_size=width,
-        intermediate_size=value("feed_forward_length"),
-        num_hidden_layers=value("block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=value("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        rope_theta=_decimal(value("rope.freq_base", 10000.0)),
-        rms_norm_eps=_decimal(value("attention.layer_norm_rms_epsilon")),
-        max_position_embeddings=value("context_length"),
-        tie_word_embeddings=OUTSIDE["head"] not in file.tensors,
-    )
+        warnings.warn(f"{file.path} has no {family}.rope.freq_base; its family's default is taken", stacklevel=2)
+    config = {"model_type": MODEL_TYPES[family], "vocab_size": vocab_size, "hidden_activation": None}
+    for key, name in _KEYS.items():
+        value = get(f"{family}.{name}")
+        if value is None and key in _NEEDED:
+            raise ValueError(f"lacks {family}.{name}")
+        if isinstance(value, list):
+            raise ValueError(f"{family}.{name} is {value}; it has to be one number")
+        if value is not None:
+            config[key] = _decimal(value) if isinstance(value, float) else value
+    if get(f"{family}.vocab_size", vocab_size) != vocab_size:
+        raise ValueError(
+            f"{family}.vocab_size is {get(f'{family}.vocab_size')}, but the embedding has {vocab_size} rows"
+        )
+    head_dim = config.setdefault("head_dim", config["hidden_size"] // max(1, config["num_attention_heads"]))
+    rotated = get(f"{family}.rope.dimension_count", head_dim)
+    if rotated != head_dim:
+        config["partial_rotary_factor"] = rotated / head_dim
+    if family.startswith("gemma"):
+        wide = (family, config["num_hidden_layers"]) in _WIDE
+        heads = config["num_attention_heads"]
+        config["query_pre_attn_scalar"] = config["hidden_size"] // heads if wide else head_dim
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    config["attention_bias"] = "blk.0.attn_output.bias" in tensors
+    config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
+    known = families.FAMILIES[config["model_type"]]
+    for key in ("attention_bias", "mlp_bias", "hidden_activation", "sliding_window", "attn_logit_softcapping"):
+        if key not in known.keys and key not in known.other_keys:
+            config.pop(key, None)
+    factors = tensors.get(ROPE_FACTORS)
+    factors = None if factors is None else dequantize(factors.data, factors.kind)
+    config["rope_scaling"] = _scaling(get, family, config, factors)
+    architecture = families.read(config)
+    if architecture.num_hidden_layers > len(tensors):  # else as many names would be made as a damaged file claims
+        raise ValueError(f"it has {len(tensors)} tensors, too few for {architecture.num_hidden_layers} layers")
+    return architecture
 
 
-def _check_rope_factors(file: GGUF) -> None:
-    """Factors that divide the rotary frequencies, one for each pair of dimensions, have to be ones.
+def _scaling(get, family, config, factors) -> dict[str, Any] | None:
+    """The object rope_scaling of a config.json."""
+    kind = get(f"{family}.rope.scaling.type", "none")
+    factor = _decimal(get(f"{family}.rope.scaling.factor", get(f"{family}.rope.scale_linear", 1.0)))
+    if kind == "none" and factor != 1:
+        kind = "linear"
+    if kind not in ("none", "linear", "yarn"):
+        raise ValueError(f"{family}.rope.scaling.type is {kind!r}; known are none, linear and yarn")
+    if factors is not None and not np.all(factors == 1):
+        return _llama3(config, factors)
+    if kind == "none":
+        return None
+    scaling = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        original = get(f"{family}.rope.scaling.original_context_length")
+        scaling |= {"original_max_position_embeddings": original} if original else {}
+    return scaling
 
-    Writers put Llama 3's scaled frequencies there, and ones where a model has none.
-    """
-    factors = file.tensors.get(_ROPE_FACTORS)
-    if factors is not None and not np.all(dequantize(factors.data, factors.kind) == 1):
-        raise ValueError(f"{file.path}: {_ROPE_FACTORS} scales the rotary embedding, which is not supported here")
+
+def _llama3(config, factors) -> dict[str, Any]:
+    """Llama 3's scaling from its factors alone: only their largest differs between the published models."""
+    scaling = Scaling("llama3", round(float(factors.max()), 3), 8192)
+    plain = frequencies(config["rope_theta"], 2 * len(factors))
+    scaled = frequencies(config["rope_theta"], 2 * len(factors), scaling)
+    if not np.allclose(plain / factors, scaled, rtol=1e-5, atol=0):
+        raise ValueError(f"{ROPE_FACTORS} scales the rotary embedding otherwise than Llama 3 does")
+    keys = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return {key: getattr(scaling, key) for key in keys}
 
 
 def _special_ids(file: GGUF, vocab_size: int) -> tuple[tuple[int, ...], int | None, int | None]:

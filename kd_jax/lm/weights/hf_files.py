@@ -5,6 +5,7 @@ Nothing here runs or unpickles what a checkpoint brings along: safetensors and J
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,20 +15,18 @@ import numpy as np
 import safetensors
 from huggingface_hub import errors as hub_errors
 
-from kd_jax.lm import model as model_lib
-from kd_jax.lm.model import Architecture, Model
+from kd_jax.lm.model import Model
 from kd_jax.lm.weights import hf_config
+from kd_jax.lm.weights import tensors as tensors_lib
 from kd_jax.lm.weights.tokenizer import in_folder
 from kd_jax.storage import files
 from kd_jax.storage.errors import RunError
 
 INDEX = "model.safetensors.index.json"
-OUTSIDE = {"embedding": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-LAYER = {
-    "attention_norm": "input_layernorm", "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm", "gate": "mlp.gate_proj", "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}  # fmt: skip
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Prefixes in a multimodal checkpoint: of its text model, in one of two orders, and of parts that no text goes through.
+_TEXT_MODEL = r"^(language_model\.(?=lm_head)|(language_model\.model|model\.language_model)\.(?=.))"
+_NO_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 FLOATS = ("F64", "F32", "F16", "BF16")
 # what a model on the hub is read from
 PATTERNS = ("*.json", "model*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
@@ -39,62 +38,54 @@ class Stored(NamedTuple):
     Attributes:
         model: the model, with no params.
         shapes: the shape of each tensor there is, by the name it has in the file.
-        name: (weight, layer) -> that name; weight is a key of the params tree, layer None outside of the layers.
-        read: (weight, layer, index) -> that part of the weight; index is one slice with start and stop for each axis.
+        tensors: what the architecture needs; see kd_jax.lm.weights.tensors.
+        read: (weight, layer, index) -> that part of the weight; weight is a key of the params tree, layer is None
+            outside of the layers, index is one slice with start and stop for each axis.
     """
 
     model: Model
     shapes: dict[str, tuple[int, ...]]
-    name: Callable[[str, int | None], str]
+    tensors: list[tensors_lib.Tensor]
     read: Callable[[str, int | None, tuple[slice, ...]], np.ndarray]
-
-
-def pieces(architecture: Architecture) -> list[tuple[str, int | None, tuple[int, ...]]]:
-    """The weights one by one, as checkpoints keep them: (weight, layer or None, shape)."""
-    tree = model_lib.abstract(architecture)
-    outside = [(weight, None, leaf.shape) for weight, leaf in tree.items() if weight != "layers"]
-    inside = [
-        (weight, layer, leaf.shape[1:])
-        for layer in range(architecture.num_hidden_layers)
-        for weight, leaf in tree["layers"].items()
-    ]
-    return outside + inside
-
-
-def tensor_name(weight: str, layer: int | None) -> str:
-    """The name of a weight in such a checkpoint."""
-    return OUTSIDE[weight] if layer is None else f"model.layers.{layer}.{LAYER[weight]}.weight"
 
 
 def open_folder(folder: Path) -> Stored:
     """Opens a folder with config.json and safetensors, in one file or in shards with an index.
 
     Raises FileNotFoundError where a file is missing, ValueError where one is damaged or describes something other
-    than this Llama; both name the file, and the tensor or the key.
+    than a model of a known family; both name the file, and the tensor or the key.
     """
     config = read_json(folder / "config.json")
-    tensors = _tensor_files(folder)
-    shapes = {name: _shape(folder, file, name) for name, file in tensors.items()}
+    stored_names, open_files = _tensor_files(folder)
+    shapes = {name: _shape(folder, open_files[name], stored) for name, stored in stored_names.items()}
     architecture = hf_config.architecture(config, folder / "config.json")
+    layers = architecture.num_hidden_layers
+    if layers > len(shapes):  # else as many names would be made as a damaged file claims layers
+        raise ValueError(f"{folder} has {len(shapes)} tensors, too few for the {layers} layers it speaks of")
+    tensors = tensors_lib.listed(architecture, tensors_lib.hugging_face(architecture))
+    places = tensors_lib.places(tensors, architecture)
 
     def read(weight, layer, index):
-        return tensors[tensor_name(weight, layer)].get_slice(tensor_name(weight, layer))[index]
+        name, row = places[weight, layer]
+        index = (slice(index[0].start + row, index[0].stop + row), *index[1:])
+        return open_files[name].get_slice(stored_names[name])[index]
 
-    if OUTSIDE["head"] not in shapes and not architecture.tie_word_embeddings:
+    if HEAD not in shapes and not architecture.tie_word_embeddings:
         raise ValueError(
             f"{folder}: tie_word_embeddings is {config.get('tie_word_embeddings', 'absent, which means false')}, "
-            f"but there is no {OUTSIDE['head']}"
+            f"but there is no {HEAD}"
         )
-    if {OUTSIDE["head"], OUTSIDE["embedding"]} <= set(shapes) and architecture.tie_word_embeddings:
-        if not _is_tied(shapes, read):
+    if {HEAD, EMBEDDING} <= set(shapes) and architecture.tie_word_embeddings:
+        head, embedding = (open_files[name].get_slice(stored_names[name]) for name in (HEAD, EMBEDDING))
+        if not _are_equal(head, embedding):
             raise ValueError(
-                f"{folder}: tie_word_embeddings is true, but {OUTSIDE['head']} differs from {OUTSIDE['embedding']}; "
+                f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; "
                 "set it to false to use both, or remove the head"
             )
-        del shapes[OUTSIDE["head"]]
+        del shapes[HEAD]
     tokenizer = in_folder(folder)
     ids = hf_config.special_ids(folder, config, architecture.vocab_size)
-    return Stored(Model(architecture, {}, *ids, tokenizer), shapes, tensor_name, read)
+    return Stored(Model(architecture, {}, *ids, tokenizer), shapes, tensors, read)
 
 
 def names(folder: Path) -> list[str]:
@@ -154,8 +145,11 @@ def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
     return where, shards
 
 
-def _tensor_files(folder: Path) -> dict[str, Any]:
-    """The open safetensors file of each tensor; with an index, only the shards it names count."""
+def _tensor_files(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """(name in the file, the open safetensors file), each by the name of the tensor in a text model.
+
+    With an index, only the shards it names count.
+    """
     where, shards = _shards(folder)
     tensors = {}
     for shard in shards:
@@ -165,8 +159,13 @@ def _tensor_files(folder: Path) -> dict[str, Any]:
         if absent:
             raise ValueError(f"{folder / shard} lacks {some(absent)}; {INDEX} says it is there")
         tensors |= {name: file for name in names if not where or where.get(name) == shard}
-    # old exports carry this table, which follows from rope_theta
-    return {name: file for name, file in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    stored = {
+        re.sub(_TEXT_MODEL, lambda match: "" if match[2] is None else "model.", name): name
+        for name in tensors
+        # old exports carry inv_freq, a table that follows from rope_theta
+        if not name.endswith("rotary_emb.inv_freq") and not name.startswith(_NO_TEXT)
+    }
+    return stored, {name: tensors[stored_name] for name, stored_name in stored.items()}
 
 
 def _open(path: Path) -> Any:
@@ -188,14 +187,11 @@ def _shape(folder: Path, file: Any, name: str) -> tuple[int, ...]:
     return tuple(part.get_shape())
 
 
-def _is_tied(shapes: dict[str, tuple[int, ...]], read: Callable) -> bool:
-    """Whether embedding and head are equal; 4096 rows at a time."""
-    num_rows, width = shapes[OUTSIDE["embedding"]]
-    starts = range(0, num_rows, 4096)
-    blocks = ((slice(first, min(first + 4096, num_rows)), slice(0, width)) for first in starts)
-    return shapes[OUTSIDE["head"]] == (num_rows, width) and all(
-        np.array_equal(read("embedding", None, block), read("head", None, block)) for block in blocks
-    )
+def _are_equal(one: Any, other: Any) -> bool:
+    """Whether two stored tensors are equal; 4096 rows at a time."""
+    count = one.get_shape()[0]
+    blocks = (slice(first, min(first + 4096, count)) for first in range(0, count, 4096))
+    return one.get_shape() == other.get_shape() and all(np.array_equal(one[block], other[block]) for block in blocks)
 
 
 def some(names: list[str]) -> str:

@@ -19,7 +19,9 @@ from safetensors.numpy import save_file
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import Architecture, Model
 from kd_jax.lm.weights import gguf_file, hf_config, hf_files, sources
+from kd_jax.lm.weights import tensors as tensors_lib
 from kd_jax.lm.weights.sources import SOURCES, WHEELS, fetch, identity, tokenizer
+from kd_jax.lm.weights.tensors import Tensor
 from kd_jax.lm.weights.tokenizer import FILES as TOKENIZER_FILES
 from kd_jax.lm.weights.tokenizer import in_folder
 from kd_jax.parallel import mesh as mesh_lib
@@ -123,14 +125,14 @@ def export(
     names = names if count > 1 else ["model.safetensors"]
     with folders.replacing(folder, overwrite, _EXPORTED) as partial:
         for name, pieces in zip(names, shards, strict=True):
-            tensors = {hf_files.tensor_name(*piece): _host(model.params, *piece) for piece in pieces}
+            tensors = {tensor.name: _host(model.params, tensor) for tensor in pieces}
             if jax.process_index() == 0:
                 _save_tensors(tensors, partial / name)
                 # safetensors makes files that only their owner can read
                 (partial / name).chmod(partial.stat().st_mode & 0o666)
         if jax.process_index() == 0:
             if count > 1:
-                where = {hf_files.tensor_name(*p): name for name, ps in zip(names, shards, strict=True) for p in ps}
+                where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
                 index = {"metadata": {"total_size": total}, "weight_map": where}
                 files.write_json(partial / hf_files.INDEX, index)
             config, generation = hf_config.configs(model, dtype)
@@ -188,7 +190,7 @@ def _layout(architecture: Architecture, dtype, mesh: jax.sharding.Mesh | None) -
 
 def _check_tensors(stored: hf_files.Stored, path: Path) -> None:
     """Before anything is read: the tensors this architecture needs, in their shapes, and no others."""
-    wanted = {stored.name(weight, layer): shape for weight, layer, shape in hf_files.pieces(stored.model.architecture)}
+    wanted = {tensor.name: tensor.shape for tensor in stored.tensors}
     missing = [name for name in wanted if name not in stored.shapes]
     if missing:
         raise ValueError(f"{path} lacks {hf_files.some(missing)}")
@@ -300,23 +302,26 @@ def _restore_params(path: Path, shapes: Any, shardings: Any) -> tuple[Any, str]:
     return params, fingerprint_lib.digest(lines)
 
 
-def _plan(model: Model, max_shard_bytes: int) -> tuple[list[list[tuple[str, int | None]]], int]:
-    """The weights of each shard, in order, and how many bytes they are together."""
+def _plan(model: Model, max_shard_bytes: int) -> tuple[list[list[Tensor]], int]:
+    """The tensors of each shard, in order, and how many bytes they are together."""
     shards, room, total = [], 0, 0
-    for weight, layer, shape in hf_files.pieces(model.architecture):
-        leaf = model.params[weight] if layer is None else model.params["layers"][weight]
-        size = leaf.dtype.itemsize * math.prod(shape)
+    item = model.params["embedding"].dtype.itemsize
+    for tensor in tensors_lib.listed(model.architecture, tensors_lib.hugging_face(model.architecture)):
+        size = item * math.prod(tensor.shape)
         if not shards or size > room:
             shards.append([])
             room = max_shard_bytes
-        shards[-1].append((weight, layer))
+        shards[-1].append(tensor)
         room, total = room - size, total + size
     return shards, total
 
 
-def _host(params: Any, weight: str, layer: int | None) -> np.ndarray:
-    """One weight on the host, in C order: safetensors writes the memory as it lies, whatever the strides say."""
-    leaf = params[weight] if layer is None else params["layers"][weight][layer]
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.ascontiguousarray(leaf)
+def _host(params: Any, tensor: Tensor) -> np.ndarray:
+    """A tensor on the host, in C order: safetensors writes the memory as it lies, whatever the strides say."""
+    parts = []
+    for weight, layer in tensor.parts:
+        leaf = params[weight] if layer is None else params["layers"][weight][layer]
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        parts.append(np.asarray(leaf))
+    return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))

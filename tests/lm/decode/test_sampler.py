@@ -87,7 +87,7 @@ def usual():
 
 @jax.jit
 def _logits(params, tokens):
-    return model.logits(params, model.forward(params, SMALL, tokens))
+    return model.logits(params, SMALL, model.forward(params, SMALL, tokens))
 
 
 def forward_logits(tokens):
@@ -315,7 +315,7 @@ def test_pages_come_and_go(monkeypatch):
     assert 0.2 < samples.finished.mean() < 1
     assert any(after > before for before, after in sizes) and any(after < before for before, after in sizes)
     rows, at = generated_by(samples)
-    logits = jax.jit(lambda params, tokens: model.logits(params, model.forward(params, SMALL, tokens)))
+    logits = jax.jit(lambda params, tokens: model.logits(params, SMALL, model.forward(params, SMALL, tokens)))
     expected = log_softmax(np.asarray(logits(small().params, samples.tokens), np.float64))
     expected = expected[rows, at - 1, samples.tokens[rows, at]]
     np.testing.assert_allclose(samples.log_probs[rows, at], expected, atol=1e-4)

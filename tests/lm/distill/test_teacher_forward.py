@@ -89,7 +89,7 @@ def test_hidden_states_are_those_of_each_row_alone():
 def test_logits_are_those_of_the_chosen_positions():
     rows = np.arange(5)[:, None]
     hidden, by_hand = reference()
-    by_model = model_lib.logits(tiny().params, jnp.asarray(hidden, jnp.float32))
+    by_model = model_lib.logits(tiny().params, TINY, jnp.asarray(hidden, jnp.float32))
     inside = INSIDE[rows, POSITIONS]
     for name, got in outputs("logits").items():
         assert got.shape == (5, 4, REAL) and got.dtype == np.float32, name

@@ -74,7 +74,7 @@ def written(folder, rows, max_length, **changes):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _logits(params, architecture, tokens):
-    return model_lib.logits(params, model_lib.forward(params, architecture, tokens))
+    return model_lib.logits(params, architecture, model_lib.forward(params, architecture, tokens))
 
 
 def log_prob(model, rows, temperature=1.0):

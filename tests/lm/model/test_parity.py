@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kd_jax.lm import decode, model, score, weights
-from tests.golden import texts, tiny
+from tests.golden import families, texts, tiny
 from tests.lm.weights.test_golden import SOURCE, scored_part, table, tiny_model
 
 torch = pytest.importorskip("torch")
@@ -44,7 +44,7 @@ def rows(real):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _logits(params, architecture, tokens):
-    return model.logits(params, model.forward(params, architecture, tokens))
+    return model.logits(params, architecture, model.forward(params, architecture, tokens))
 
 
 def our_logits(of, ids):
@@ -89,6 +89,40 @@ def test_tiny_export(name, tmp_path):
     assert theirs.config.rope_parameters["rope_theta"] == config["rope_theta"]
     for ids in tiny.sequences(config, seed)[-2:]:
         np.testing.assert_allclose(our_logits(of, ids), their_logits(theirs, ids), rtol=0, atol=1e-5)
+
+
+# Every family
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """From a name of tests.golden.families to the model here and in transformers."""
+    folder = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def load(name):
+        theirs = make.family_model(name)
+        theirs.save_pretrained(folder / name)
+        return weights.load(folder / name), theirs
+
+    return load
+
+
+@pytest.mark.parametrize("name", families.CONFIGS)
+def test_family_scores(name, family):
+    assert_scores(*family(name), families.sequences(name), 1e-5, 2e-5)
+
+
+@pytest.mark.parametrize("name", families.CONFIGS)
+def test_family_export(name, family, tmp_path):
+    ours, theirs = family(name)
+    weights.export(ours, tmp_path / "out")
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    assert type(again) is type(theirs) and not any(report.values()), report
+    for ids in families.sequences(name):
+        assert torch.equal(again(torch.as_tensor(ids)[None]).logits, theirs(torch.as_tensor(ids)[None]).logits)
 
 
 # The real weights

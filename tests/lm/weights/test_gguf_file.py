@@ -8,6 +8,7 @@ from gguf.quants import dequantize, quantize
 
 from kd_jax.lm import weights
 from kd_jax.lm.model import PRESETS, Architecture
+from kd_jax.lm.model.rotary import Scaling
 from kd_jax.runs import cache
 from tests.lm.weights.checkpoints import BLOCKS, assert_params, gguf_tensors, tensors_of, write_gguf
 
@@ -72,7 +73,7 @@ def test_gguf_with_its_own_head_and_chat_end(tmp_path):
     tensors = {**tensors_of(BLOCKS), "lm_head.weight": tensors_of(BLOCKS, seed=1)["model.embed_tokens.weight"]}
     more = {"tokenizer.ggml.eot_token_id": 7, "tokenizer.ggml.padding_token_id": 0, "llama.rope.freq_base": None}
     path = write_gguf(tmp_path / "m.gguf", gguf_tensors(tensors, BLOCKS), **more)
-    with pytest.warns(UserWarning, match="no llama.rope.freq_base; 10000"):
+    with pytest.warns(UserWarning, match="no llama.rope.freq_base"):
         model = weights.load(path)
     assert model.architecture.rope_theta == 10000.0 and not model.architecture.tie_word_embeddings
     assert (model.eos_ids, model.pad_id) == ((0, 7), 0)
@@ -82,14 +83,12 @@ def test_gguf_with_its_own_head_and_chat_end(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2'"),
+        ({"general.architecture": "mamba"}, "general.architecture is 'mamba'; known are llama, qwen2"),
         ({"llama.block_count": None}, "lacks llama.block_count"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm_rms_epsilon"),
         ({"llama.attention.head_count": [4, 4]}, r"llama.attention.head_count is \[4, 4\]"),
-        ({"llama.vocab_size": 95}, r"token_embd.weight has shape \(96, 64\); the architecture says \(95, 64\)"),
-        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is not 16, the dimensions of a head"),
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
-        ({"llama.rope.scale_linear": 2.0}, "llama.rope.scale_linear is 2.0"),
+        ({"llama.vocab_size": 95}, "llama.vocab_size is 95, but the embedding has 96 rows"),
+        ({"llama.rope.scaling.type": "longrope"}, "llama.rope.scaling.type is 'longrope'"),
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
         ({"split.count": 2}, "split.count is 2"),
         ({"llama.attention.head_count_kv": 3}, "not a multiple"),
@@ -111,13 +110,34 @@ def test_gguf_tensors_that_do_not_fit_are_refused(tmp_path):
         ("token_embd.weight", None, r"lacks token_embd\.weight"),
         ("output_norm.weight", np.ones(32, np.float32), r"output_norm\.weight has shape \(32,\).*\(64,\)"),
         ("blk.0.attn_q.bias", np.ones(64, np.float32), r"no place for: blk\.0\.attn_q\.bias"),
-        ("rope_freqs.weight", np.array([*[1] * 7, 8], np.float32), "rope_freqs.weight scales the rotary embedding"),
+        ("rope_freqs.weight", np.full(8, 2, np.float32), "rope_freqs.weight scales .* otherwise than Llama 3"),
     ):
         changed = {key: value for key, value in {**tensors, name: array}.items() if value is not None}
         with pytest.raises(ValueError, match=message):
             weights.load(write_gguf(path, changed))
     # ones scale nothing
     weights.load(write_gguf(path, tensors | {"rope_freqs.weight": np.ones(8, np.float32)}))
+
+
+def test_rotary_settings_of_a_gguf(tmp_path):
+    tensors, path = gguf_tensors(tensors_of(BLOCKS), BLOCKS), tmp_path / "m.gguf"
+
+    def settings(factors=None, **changes):
+        more = {} if factors is None else {"rope_freqs.weight": np.asarray(factors, np.float32)}
+        a = weights.load(write_gguf(path, {**tensors, **more}, **changes)).architecture
+        return a.rope_scaling, a.rotary_dim
+
+    assert settings(np.ones(8)) == (None, None)
+    assert settings(**{"llama.rope.dimension_count": 8}) == (None, 8)
+    assert settings(**{"llama.rope.scale_linear": 2.0}) == (Scaling("linear", 2.0), None)
+    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    assert settings(**linear) == (Scaling("linear", 4.0), None)
+    # Llama 3.1's, by its definition: wavelengths beyond 8192 tokens are 8 times as long, those below 2048 as they were
+    wavelengths = 2 * np.pi * 100000.0 ** (np.arange(8) / 8)
+    smooth = (8192 / wavelengths - 1) / 3
+    between = 1 / ((1 - smooth) / 8 + smooth)
+    factors = np.where(wavelengths > 8192, 8, np.where(wavelengths < 2048, 1, between))
+    assert settings(factors) == (Scaling("llama3", 8.0, 8192), None)
 
 
 def test_gguf_cut_short(tmp_path):

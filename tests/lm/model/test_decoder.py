@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from kd_jax.lm import model
-from kd_jax.lm.model import PRESETS, Architecture, Compute, attention, llama
+from kd_jax.lm.model import PRESETS, Architecture, Compute, attention, rotary
 from kd_jax.parallel import mesh as mesh_lib
 
 TINY = PRESETS["tiny"]
@@ -111,7 +111,7 @@ def test_forward_is_the_definition(architecture):
     assert ("head" in params) != architecture.tie_word_embeddings
     projection = np.asarray(params["embedding" if architecture.tie_word_embeddings else "head"], np.float64)
     hidden = forward(params, architecture, tokens)
-    ours = model.logits(params, hidden)
+    ours = model.logits(params, architecture, hidden)
     assert hidden.dtype == ours.dtype == jnp.float32
     for row in range(2):
         reference = reference_hidden(params, architecture, tokens[row]) @ projection.T
@@ -121,7 +121,7 @@ def test_forward_is_the_definition(architecture):
 def test_rotary_phases():
     a = PRESETS["smollm2-135m"]
     assert (a.head_dim, a.rope_theta) == (64, 100000.0)
-    cos, sin = (np.asarray(x)[0, :, 0] for x in llama._phases(jnp.array([[0, 1, 1000]]), a))
+    cos, sin = (np.asarray(x)[0, :, 0] for x in rotary.phases(jnp.array([[0, 1, 1000]]), a.rope_theta, 64, None))
     assert cos.shape == (3, 32) and cos.dtype == np.float32
     np.testing.assert_array_equal(cos[0], 1)
     np.testing.assert_allclose(np.arctan2(sin[1, 1], cos[1, 1]), 0.6978306, atol=1e-6)
@@ -158,7 +158,7 @@ def test_attention_kinds_agree(segmented, blocks):
 def test_compute_picks_the_attention(monkeypatch):
     asked = []
 
-    def causal(q, k, v, segments, kind, block):
+    def causal(q, k, v, segments, kind, block, rule):
         asked.append((kind, block))
         return jnp.zeros((*q.shape[:2], q.shape[2] * q.shape[3]))
 
@@ -247,7 +247,7 @@ def test_compute_dtype_is_apart_from_that_of_the_weights():
     exact, rounded = (reference_hidden(weights, SMALL, tokens) for weights in (params, half))
     for weights in (params, half):
         hidden = forward(weights, SMALL, tokens[None], compute=Compute(dtype="bfloat16"))[0]
-        assert hidden.dtype == jnp.bfloat16 and model.logits(weights, hidden).dtype == jnp.float32
+        assert hidden.dtype == jnp.bfloat16 and model.logits(weights, SMALL, hidden).dtype == jnp.float32
         difference = np.abs(np.asarray(hidden, np.float32) - exact)
         assert 1e-4 < difference.mean() < 0.03 and difference.max() < 0.3
     # bfloat16 weights in float32 arithmetic: exact up to the weights' own rounding
@@ -263,7 +263,7 @@ def test_gradients_are_right_and_remat_does_not_change_them():
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(params, compute):
         def total(params):
-            return (model.logits(params, model.forward(params, SMALL, tokens[None], compute=compute)) ** 2).sum()
+            return (model.logits(params, SMALL, model.forward(params, SMALL, tokens[None], compute=compute)) ** 2).sum()
 
         return jax.grad(total)(params)
 

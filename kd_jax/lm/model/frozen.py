@@ -1,0 +1,79 @@
+"""Partial training: the weights that are trained, cut from those that are frozen, and put together again.
+
+The optimiser is given the trained part alone: it has no state for frozen weights, and they stay bit for bit the same.
+Layers are stacked, so a stack of which only some layers are frozen is cut in two.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kd_jax.lm.model.architecture import AXES, Architecture
+
+_PATTERN = re.compile(r"layers(?:\.(\d+)(?:-(\d+))?)?(?:\.([a-z_]+))?")
+
+
+def frozen_layers(patterns: tuple[str, ...], architecture: Architecture) -> dict[str, frozenset[int]]:
+    """From patterns to the frozen layers of each weight; a weight outside of the layers counts as one layer, 0.
+
+    Args:
+        patterns: "embedding", "norm" or "head"; "layers" for all, "layers.4" or "layers.0-3" for some; followed by the
+            name of a weight for that weight alone: "layers.q", "layers.0-3.mlp_norm".
+    Raises: ValueError naming the pattern that matches nothing.
+    """
+    count = architecture.num_hidden_layers
+    frozen: dict[str, frozenset[int]] = {}
+    for pattern in patterns:
+        match = _PATTERN.fullmatch(pattern)
+        if pattern in ("embedding", "norm", "head"):
+            names, layers = [pattern], frozenset({0})
+        elif match is None or match[3] not in (None, *AXES):
+            raise ValueError(f"frozen pattern {pattern!r} is not embedding, norm, head, layers, layers.0-3 or layers.q")
+        else:
+            first = 0 if match[1] is None else int(match[1])
+            last = count - 1 if match[1] is None else int(match[2] or match[1])
+            if not 0 <= first <= last < count:
+                raise ValueError(f"frozen pattern {pattern!r} names layers that are not among 0 to {count - 1}")
+            names, layers = [match[3]] if match[3] else list(AXES), frozenset(range(first, last + 1))
+            names = [f"layers.{name}" for name in names]
+        frozen |= {name: frozen.get(name, frozenset()) | layers for name in names}
+    return frozen
+
+
+def split(params: dict[str, Any], frozen: dict[str, frozenset[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the weights that are trained, those that are frozen), both flat: {"embedding": ..., "layers.q": ...}."""
+    trained, kept = {}, {}
+    for name, leaf in _flat(params).items():
+        layers = frozen.get(name, frozenset())
+        if not name.startswith("layers.") or len(layers) in (0, len(leaf)):
+            (kept if layers else trained)[name] = leaf
+        else:
+            free = [i for i in range(len(leaf)) if i not in layers]
+            trained[name], kept[name] = leaf[np.array(free)], leaf[np.array(sorted(layers))]
+    return trained, kept
+
+
+def join(trained: dict[str, Any], kept: dict[str, Any], frozen: dict[str, frozenset[int]]) -> dict[str, Any]:
+    """The whole weights again, from both parts of `split`; differentiable, for use under jit."""
+    params: dict[str, Any] = {"layers": {}}
+    for name in sorted({*trained, *kept}):
+        if name in trained and name in kept:
+            layers, count = frozen[name], len(trained[name]) + len(kept[name])
+            order = [i for i in range(count) if i not in layers] + sorted(layers)
+            leaf = jnp.concatenate([trained[name], kept[name]])[np.argsort(order)]
+        else:
+            leaf = trained[name] if name in trained else kept[name]
+        if name.startswith("layers."):
+            params["layers"][name.removeprefix("layers.")] = leaf
+        else:
+            params[name] = leaf
+    return params
+
+
+def _flat(params: dict[str, Any]) -> dict[str, Any]:
+    layers = {f"layers.{name}": leaf for name, leaf in params["layers"].items()}
+    return {name: leaf for name, leaf in params.items() if name != "layers"} | layers
