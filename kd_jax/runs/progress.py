@@ -43,3 +43,17 @@ def sampling_bar(label: str, first: int, total: int) -> Iterator[Callable[[int, 
             shown.update(samples)
 
         yield progress
+
+
+@contextlib.contextmanager
+def no_dataset_bars() -> Iterator[None]:
+    """Inside, the library datasets shows no progress bars of its own beside ours."""
+    import datasets  # here, since most users of this file do without it, and it takes a second to import
+
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()

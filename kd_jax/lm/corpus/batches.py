@@ -19,6 +19,7 @@ import numpy as np
 
 from kd_jax.lm.corpus import shards
 from kd_jax.lm.corpus.store import Corpus, fingerprint
+from kd_jax.runs import progress
 from kd_jax.storage.errors import number
 
 # The number of rows of a packed batch is rounded up to one of 8 sizes: each size compiles one more program.
@@ -106,7 +107,8 @@ class Sequences:
         try:
             # the library knows files by their times, which copies keep: a folder for each content
             folder = os.path.join(cache_dir, fingerprint(corpus)[:16])
-            return cls(datasets.Dataset.from_parquet(files, cache_dir=folder, columns=columns))
+            with progress.no_dataset_bars():
+                return cls(datasets.Dataset.from_parquet(files, cache_dir=folder, columns=columns))
         except (OSError, datasets.exceptions.DatasetGenerationError) as error:
             # the library names a lock file, or nothing
             code = errno.ENOSPC if "Not enough disk space" in str(error) else number(error)
