@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from kd_jax.parallel import distributed, mesh
+from kd_jax.runs import progress
 from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.storage.files import append_rows, write_rows
 
@@ -38,14 +38,14 @@ def run(
             write_rows(rows_path, saved_rows)
         if done and distributed.leads():
             print(f"resuming: {len(done)} of {count} chunks are done")
-        for c in tqdm(range(count), unit="chunk", disable=None if distributed.leads() else True):
-            if c in done:
-                continue
-            arrays = compute(c)
-            # before its rows: rows can be made again from a checkpoint
-            saved.save(c, arrays)
-            if distributed.leads():
-                append_rows(rows_path, rows(c, arrays))
+        with progress.bar("sweep", len(done), count, "chunk") as bar:
+            for c in sorted(set(range(count)) - set(done)):
+                arrays = compute(c)
+                # before its rows: rows can be made again from a checkpoint
+                saved.save(c, arrays)
+                if distributed.leads():
+                    append_rows(rows_path, rows(c, arrays))
+                bar.update(1)
 
 
 def _chain(parts: Iterable[list[dict]]) -> list[dict]:

@@ -50,8 +50,8 @@ def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> N
     Raises: RunError where the coordinator's port is taken, or where JAX's backend does not see all processes.
     """
     global _started
-    if cluster.process_id == 0:
-        _check_port(cluster.coordinator_address)
+    if cluster.process_id == 0 and cluster.coordinator_address and not _is_free(cluster.coordinator_address):
+        raise RunError(f"the coordinator's port, {cluster.coordinator_address}, is taken; choose another")
     # JAX's preemption service would handle SIGTERM, and nothing would end; kd_jax.runs.run.Stop and Agreement do it.
     jax.config.update("jax_enable_preemption_service", False)
     given = {"cluster_detection_method": "deactivate"} if cluster.coordinator_address else {}
@@ -85,15 +85,15 @@ def _give_up(missing: str) -> NoReturn:
     leave(2)
 
 
-def _check_port(address: str) -> None:
+def _is_free(address: str) -> bool:
+    """Whether a port of this machine can be listened on."""
     # JAX's server would share the port with another run's (SO_REUSEPORT) and wait until its timeout
-    host, _, port = address.rpartition(":")
     with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(port)))
-        except OSError as error:
-            raise RunError(f"the coordinator's port {port} on {host} is taken ({error}); choose another") from error
+        with contextlib.suppress(OSError):
+            probe.bind(("", int(address.rpartition(":")[2])))
+            return True
+    return False
 
 
 def several() -> bool:

@@ -81,18 +81,21 @@ def load(name: str) -> ConfigDict:
         module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
         config = module.get_config(arg) if colon else module.get_config()
-    except ValueError as error:
-        prefix = "--config: " if name in str(error) else f"--config {name}: "
-        raise ValueError(f"{prefix}{error}") from error
     except Exception as error:  # the file is Python, and may raise anything
-        last = traceback.extract_tb(sys.exc_info()[2])[-1]
-        where = f" ({last.filename}, line {last.lineno})"
-        raise ValueError(f"--config {name}: {type(error).__name__}: {' '.join(str(error).split())}{where}") from error
+        raise ValueError(f"--config {name}: {_one_line(error)}") from error
     finally:
         sys.path.remove(str(shipped.parent))
     if not isinstance(config, ConfigDict):
         raise ValueError(f"--config {name}: get_config() must return an ml_collections.ConfigDict")
     return config
+
+
+def _one_line(error: Exception) -> str:
+    """An error's message; with its type and place unless the file has raised it to explain something itself."""
+    message = " ".join(str(error).split())
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{type(error).__name__}: {message} ({last.filename}, line {last.lineno})"
+    return message if isinstance(error, ValueError) else where
 
 
 def _shipped() -> Path:

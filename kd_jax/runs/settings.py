@@ -18,6 +18,7 @@ dict[str, Any] for names that the user makes up.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -84,7 +85,8 @@ def spec(kind: type[T]) -> type[T]:
 
     def __post_init__(self):
         for field in _fields(type(self)):
-            _check_range(field, getattr(self, field.name))
+            for member in _out_of_range(field, getattr(self, field.name)):
+                raise ValueError(f"{field.name}={member!r} must be {_range(field)}")
         if more is not None:
             more(self)
 
@@ -198,31 +200,26 @@ def from_text(text: str, hint: Any, key: str) -> Any:
     kind, optional = _optional(hint)
     if optional and text.lower() == "none":
         return None
+    value = text  # what cannot be read stays a text, and is refused by its type
     if kind is bool:
         value = _BOOLEANS.get(text.lower(), text)
-    elif kind is str:
-        value = text
     elif kind in (int, float):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = text  # named below, with the type
-    else:
-        try:
+    elif kind is not str:
+        value = tuple(text.split(",")) if kind == tuple[str, ...] else text
+        with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = tuple(text.split(",")) if kind == tuple[str, ...] else text
     return _typed(value, hint, key)
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """A question for an error about an unknown name, "; did you mean PREFIX+NAME?"; empty where nothing is near.
+    """The end of an error about an unknown name, "; did you mean PREFIX+NAME?"; empty where no known name is similar.
 
-    What a setting is called in other projects (SYNONYMS) counts before its spelling, and a name without the group it is
-    in finds it in its group.
+    The name's meaning in other projects (SYNONYMS) counts before its spelling; the group may be missing or wrong.
     """
     known = sorted(known, key=lambda key: (key.count("."), key))
-    full = {key.removeprefix("config."): key for key in known}  # what all share says nothing of how near two are
+    full = {key.removeprefix("config."): key for key in known}  # a common prefix would make all names similar
     last = {}
     for key in known:
         last.setdefault(key.rpartition(".")[2], key)
@@ -243,7 +240,8 @@ def _fields(kind: type) -> Iterator[dataclasses.Field]:
     return (field for field in dataclasses.fields(kind) if "bounds" in field.metadata)
 
 
-def _check_range(field: dataclasses.Field, value: Any) -> None:
+def _out_of_range(field: dataclasses.Field, value: Any) -> Iterator[Any]:
+    """The value, or the members of a tuple, that the declaration does not allow."""
     one_of, bounds = field.metadata["one_of"], field.metadata["bounds"]
     for member in value if isinstance(value, tuple) else (value,):
         if member is None:
@@ -252,7 +250,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
         # NaN is within no range, and infinity is within none that has no upper bound
         finite = not bounds or not isinstance(member, float) or math.isfinite(member)
         if not within or not finite or (one_of is not None and member not in one_of):
-            raise ValueError(f"{field.name}={member!r} must be {_range(field)}")
+            yield member
 
 
 def _range(field: dataclasses.Field) -> str:

@@ -253,7 +253,7 @@ def test_a_port_that_is_taken_is_said_at_once(tmp_path):
         other.listen()
         port = other.getsockname()[1]
         code, said = end(spawn(train_command(tmp_path / "run", *cluster_flags(port, 2, 0))))
-    assert code == 2 and re.search(rf"error: the coordinator's port {port} on 127.0.0.1 is taken", said), said
+    assert code == 2 and re.search(rf"error: the coordinator's port, 127.0.0.1:{port}, is taken", said), said
     assert not (tmp_path / "run").exists()
 
 

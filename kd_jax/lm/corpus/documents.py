@@ -18,11 +18,10 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 from huggingface_hub import errors as hub_errors
-from tqdm import tqdm
 
 from kd_jax.lm.corpus import conversations, readers, shards
 from kd_jax.lm.weights.tokenizer import Tokenizer
-from kd_jax.runs import cache
+from kd_jax.runs import cache, progress
 from kd_jax.storage.errors import RunError
 from kd_jax.storage.files import replacing
 
@@ -242,7 +241,7 @@ def survey(documents: Documents) -> tuple[np.ndarray, str, dict[str, int]]:
     """
     digest, skipped, usable = hashlib.sha256(), collections.Counter(), []
     digest.update(documents.columns.kind.encode())
-    with tqdm(total=len(documents), unit="document", desc="reading", mininterval=1, dynamic_ncols=True) as bar:
+    with progress.bar("reading", 0, len(documents), "document") as bar:
         for batch in documents.batches:
             for row in _members(batch):
                 # each document with its length, so that "ab", "c" and "a", "bc" differ

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from kd_jax.lm import corpus, weights
 from kd_jax.lm.corpus import conversations, documents, shards
@@ -21,7 +20,9 @@ from kd_jax.lm.corpus.documents import Columns, Documents
 from kd_jax.lm.corpus.manifest import DataSpec
 from kd_jax.lm.corpus.store import Arrival, Corpus
 from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.runs import progress
 from kd_jax.runs.settings import freeze
+from kd_jax.storage import lock
 
 # Documents tokenised at a time, and the characters to an id of a row from which they are tokenised one by one.
 _BATCH, _LONG = 256, 32
@@ -87,33 +88,32 @@ def from_dataset(
     } | ({} if num_samples is None else {"num_samples": num_samples})  # fmt: skip
     columns = _columns(settings)
     _check(settings, on_hub)
-    # what can be refused is refused before the tokenizer is loaded and the data are read
-    corpus.find(folder, settings, kind="data")
-    tokenizer = weights.tokenizer(tokenizer_source)
-    settings |= _tokenizer_settings(tokenizer, settings, eos)
-    identity = documents.identity(source)
-    paths = documents.files(source, split=split, subset=subset, revision=identity if on_hub else None)
-    documents.check_columns(source, paths, columns)
-    if settings["streaming"]:
-        data, chosen = None, {"data_fingerprint": identity}
-    else:
-        data = documents.load(source, paths, columns, tokenizer, identity)
-        places, skipped, chosen = _choose(data, settings)
     command = shlex.join(sys.argv) if command is None else command
-    target = corpus.create_or_resume(folder, settings | chosen, command=command, kind="data")
-    if target.finished:
-        return target
-    if data is None:
-        batches = _streamed(documents.stream(source, paths, columns), columns, tokenizer, target)
-    else:
-        batches = _taken(data, target, places, skipped)
-    num_rows = target.manifest["settings"]["num_samples"]
-    # into a log file, a line's worth now and then
-    interval = 0.1 if sys.stderr.isatty() else 30
-    with tqdm(total=num_rows, initial=target.num_rows, unit="row", mininterval=interval, dynamic_ncols=True) as bar:
-        return corpus.write_rows(
-            target, _arrivals(batches, columns, tokenizer, target), lambda rows, _: bar.update(rows)
-        )
+    with lock.held(folder, command):
+        # what can be refused is refused before the tokenizer is loaded and the data are read
+        corpus.find(folder, settings, kind="data")
+        tokenizer = weights.tokenizer(tokenizer_source)
+        settings |= _tokenizer_settings(tokenizer, settings, eos)
+        identity = documents.identity(source)
+        paths = documents.files(source, split=split, subset=subset, revision=identity if on_hub else None)
+        documents.check_columns(source, paths, columns)
+        if settings["streaming"]:
+            data, chosen = None, {"data_fingerprint": identity}
+        else:
+            data = documents.load(source, paths, columns, tokenizer, identity)
+            places, skipped, chosen = _choose(data, settings)
+        target = corpus.create_or_resume(folder, settings | chosen, command=command, kind="data")
+        if target.finished:
+            return target
+        if data is None:
+            batches = _streamed(documents.stream(source, paths, columns), columns, tokenizer, target)
+        else:
+            batches = _taken(data, target, places, skipped)
+        num_rows = target.manifest["settings"]["num_samples"]
+        with progress.bar("rows", target.num_rows, num_rows, "row") as bar:
+            return corpus.write_rows(
+                target, _arrivals(batches, columns, tokenizer, target), lambda rows, _: bar.update(rows)
+            )
 
 
 def _absolute(source: str | os.PathLike) -> str:
