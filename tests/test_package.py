@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 def test_no_command_and_an_unknown_one_list_the_commands(capsys):
     assert __main__.main([]) == 2 and __main__.main(["trian"]) == 2
     said = capsys.readouterr().err
-    assert all(said.count(f"  {name} ") == 2 for name in __main__.COMMANDS)
+    assert all(said.count(f"  {name} ") >= 2 for name in __main__.COMMANDS)
     assert __main__.main(["--help"]) == 0 and "evaluate" in capsys.readouterr().out
 
 
