@@ -163,12 +163,22 @@ def _check_stage(found, folder):
 _KEY = {"model": "ab", "rows": "cd"}
 
 
+def write_sums(path, key, log_prob):
+    """Scores of rows as an evaluation keeps them."""
+    kept = scores.Scores(log_prob, np.zeros((scores.CALIBRATION_BINS, 3)), np.zeros(len(log_prob)))
+    scores._write([scores.Wanted(path, key)], [kept])
+
+
+def read_sums(path, key, count):
+    return scores._read(scores.Wanted(path, key), count).log_prob
+
+
 def _build_sums(folder):
-    scores._write(folder / "sums.npz", _KEY, np.array([-1.5, np.nan, -2.0]))
+    write_sums(folder / "sums.npz", _KEY, np.array([-1.5, np.nan, -2.0]))
 
 
 def _load_sums(folder):
-    return scores._read(folder / "sums.npz", _KEY, 3)
+    return read_sums(folder / "sums.npz", _KEY, 3)
 
 
 def _check_sums(found, folder):

@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 from kd_jax.gmm.report import page
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import weights
-from kd_jax.lm.evaluation import scores
 from kd_jax.lm.training import log
 from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.runs.run import Clock
 from kd_jax.storage import errors, files
 from kd_jax.storage.errors import RunError
+from tests.faults.targets import read_sums, write_sums
 from tests.gmm.report import test_page as gmm
 from tests.lm.training import test_loop as trainings
 from tests.lm.weights.checkpoints import TINY, config_of, tensors_of
@@ -169,12 +169,12 @@ def test_the_best_checkpoint_outlives_a_restart(tmp_path):
 def test_scores_that_are_damaged_are_named(tmp_path):
     path, key = tmp_path / "recall.npz", {"model": "ab"}
     sums, rng = np.linspace(-9, -1, 50), np.random.default_rng(0)
-    scores._write(path, key, sums)
+    write_sums(path, key, sums)
     whole = path.read_bytes()
     for data in damages(whole, rng, flips=200):
         path.write_bytes(data)
         try:
-            found = scores._read(path, key, 50)
+            found = read_sums(path, key, 50)
         except RunError as error:
             assert str(path) in str(error) and "remove it" in str(error)
         else:  # of another key, as it seems, or in what the format does not use

@@ -11,10 +11,10 @@ import pytest
 
 from kd_jax.gmm.report import page
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm.evaluation import scores
 from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.storage import errors, files
 from tests.faults import disks, runs
+from tests.faults.targets import read_sums, write_sums
 from tests.gmm.report import test_page as gmm
 from tests.lm.corpus import test_store as corpora
 from tests.lm.training import test_loop as trainings
@@ -60,15 +60,15 @@ def test_files_keep_what_was_in_them(disk):
     text, rows, sums = disk.folder / "a.json", disk.folder / "rows.jsonl", disk.folder / "b.npz"
     files.write_json(text, {"old": 1})
     files.write_rows(rows, [{"old": i} for i in range(3)])
-    scores._write(sums, {"old": 1}, np.zeros(3))
+    write_sums(sums, {"old": 1}, np.zeros(3))
     big = "x" * 20000
     for room in (0, 4096):
         disk.fill(room)
         refused(lambda: files.write_json(text, {"new": big}), text)
         refused(lambda: files.write_rows(rows, [{"new": big}]), rows)
-        refused(lambda: scores._write(sums, {"new": 1}, np.zeros(5000)), sums)
+        refused(lambda: write_sums(sums, {"new": 1}, np.zeros(5000)), sums)
         assert files.read_json(text) == {"old": 1} and len(files.read_rows(rows)) == 3
-        np.testing.assert_array_equal(scores._read(sums, {"old": 1}, 3), np.zeros(3))
+        np.testing.assert_array_equal(read_sums(sums, {"old": 1}, 3), np.zeros(3))
         # rows that are added may come in part
         refused(lambda: files.append_rows(rows, [{"new": big}] * 3), rows)
         disk.free()

@@ -15,13 +15,12 @@ import pytest
 import kd_jax
 from kd_jax.lm import weights
 from kd_jax.lm.corpus import documents
-from kd_jax.lm.evaluation import scores
 from kd_jax.runs import cache
 from kd_jax.storage.errors import RunError
 from tests.faults import model_files
 from tests.faults.judge import judge
 from tests.faults.model_files import TENSORS
-from tests.faults.targets import TARGETS, built, refused
+from tests.faults.targets import TARGETS, built, read_sums, refused
 from tests.lm.weights import checkpoints
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +162,7 @@ def test_pickles_in_arrays_are_refused(tmp_path):
     path = tmp_path / "sums.npz"
     np.savez(path, key=np.array(json.dumps({"a": 1})), log_prob=np.array([{}, {}], dtype=object))
     with pytest.raises(RunError, match="sums.npz is damaged"):
-        scores._read(path, {"a": 1}, 2)
+        read_sums(path, {"a": 1}, 2)
 
 
 # Names in lists

@@ -7,10 +7,9 @@ import zipfile
 import numpy as np
 import pytest
 
-from kd_jax.lm.evaluation import scores
 from kd_jax.storage import files
 from kd_jax.storage.errors import RunError
-from tests.faults.targets import built, refused
+from tests.faults.targets import built, read_sums, refused, write_sums
 
 
 def safetensors_file(header, data=b"", size=None):
@@ -80,13 +79,13 @@ def test_line_separators_in_a_row_do_not_end_it(tmp_path):
 
 def test_scores_of_another_size_are_refused(tmp_path):
     path, key = tmp_path / "sums.npz", {"a": 1}
-    scores._write(path, key, np.array([1.0, np.nan]))
-    np.testing.assert_array_equal(scores._read(path, key, 2), [1.0, np.nan])
+    write_sums(path, key, np.array([1.0, np.nan]))
+    np.testing.assert_array_equal(read_sums(path, key, 2), [1.0, np.nan])
     with pytest.raises(RunError, match=r"sums\.npz is damaged"):
-        scores._read(path, key, 3)
+        read_sums(path, key, 3)
     header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,), }"
     header += b" " * (117 - len(header)) + b"\n"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("log_prob.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header)
     with pytest.raises(RunError, match=r"sums\.npz is damaged"):
-        scores._read(path, key, 3)
+        read_sums(path, key, 3)
