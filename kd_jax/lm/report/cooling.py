@@ -174,12 +174,13 @@ def headline(students: dict[str, Curve], by_arm: dict[str, Standing]) -> str | N
     at_one = {arm: standing.sides[1.0] for arm, standing in by_arm.items() if 1.0 in standing.sides}
     if not at_one:
         return None
-    words = {ABOVE: "more recall", BELOW: "less recall", ALIKE: "recall that cannot be told apart"}
+    words = {ABOVE: "more recall", BELOW: "less recall", ALIKE: "recall that cannot be told from its"}
     parts = []
     for side, word in words.items():
         labels = [students[arm].label for arm, own in at_one.items() if own == side]
-        parts += [f"{word} for {_listed(labels)}"] if labels else []
-    return f"At equal precision, beside the direct student sampled at a lower temperature: {'; '.join(parts)}."
+        parts += [f"{_listed(labels)} {'has' if len(labels) == 1 else 'have'} {word}"] if labels else []
+    control = "the direct student merely sampled at a lower temperature"
+    return f"At equal precision, compared with {control}: {'; '.join(parts)}."
 
 
 def _listed(labels: list[str], most: int = 4) -> str:

@@ -189,7 +189,9 @@ def draw_curves(axes, curves: dict[str, Curve], colours: dict[str, tuple]) -> li
                 axes.annotate(f"{temperature:g}", point, (5, -9), textcoords="offset points", fontsize=8, color=DIRECT)
     handles = []
     if "direct" in drawn:
-        handles.append(Line2D([], [], linestyle="--", marker=".", color=DIRECT, label="direct, cooled (at 1, ...)"))
+        low, high = drawn["direct"].temperatures[-1], drawn["direct"].temperatures[0]
+        text = f"direct, sampled at {high:g} to {low:g}"
+        handles.append(Line2D([], [], linestyle="--", marker=".", color=DIRECT, label=text))
     if set(drawn) - {"direct"}:
         handles.append(Line2D([], [], linestyle="--", marker=".", color="0.5", label="distilled, cooled"))
     return handles

@@ -104,7 +104,7 @@ def test_verdicts():
         "beyond": "no equal precision measured", "part": "more recall at 1 of 2, else not told apart",
     }  # fmt: skip
     text = cooling.headline(curves, found)
-    assert "more recall for better and crossing; less recall for worse;" in text and "alike and part." in text
+    assert "better and crossing have more recall; worse has less recall; alike and part have recall that" in text
     table = cooling.table(curves, found, smoke=False)
     assert [row[-1] for row in table.rows] == [standing.verdict for standing in found.values()]
     assert {row[-1] for row in cooling.table(curves, found, smoke=True).rows} == {"–"}

@@ -201,7 +201,7 @@ def test_cooled_direct_student_is_the_measure(tmp_path, undrawn):
     rows = with_cooling(make_rows())
     source, text = written(tmp_path / "run", rows)
     # direct: (-7.9, -7.2) to (-6.9, -7.7); at the precision of tau = 1, -7.6, it has a recall of -7.35
-    assert "At equal precision, beside the direct student sampled at a lower temperature: less recall for" in text
+    assert "compared with the direct student merely sampled at a lower temperature: tau = " in text
     assert "mere cooling" not in text
     cells = table_row(source, ("Distillation or temperature? Recall at equal precision", "tau = 1"))
     direct = [np.mean(of(make_rows(), "direct", None, name)) for name in ("precision", "recall")]
@@ -226,7 +226,7 @@ def test_smoke_run_says_so_and_concludes_nothing(tmp_path, undrawn):
     rows = [row | ({"num_samples": 64} if row["kind"] == "evaluation" else {}) for row in with_cooling(make_rows())]
     source, text = written(tmp_path / "run", rows)
     assert "This is a smoke run (64 samples of each student)" in text
-    for conclusion in ("Holds.", "Does not hold.", "is dominated", "higher precision", "At equal precision, beside"):
+    for conclusion in ("Holds.", "Does not hold.", "is dominated", "higher precision", "At equal precision, compared"):
         assert conclusion not in text.replace("An arm dominates if", "").replace("is dominated if", "")
     assert report.result(tmp_path / "run")[0].startswith("This is a smoke run")
 
