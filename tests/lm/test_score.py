@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from kd_jax.lm import distill, score
 from kd_jax.lm import model as model_lib
+from kd_jax.lm import score
 from kd_jax.lm.corpus import batches
+from kd_jax.lm.distill import loss as distill
 from kd_jax.lm.model import Architecture, Model
 
 SHAPE = Architecture(
