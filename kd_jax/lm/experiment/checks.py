@@ -10,8 +10,8 @@ import dataclasses
 
 import jax
 
+from kd_jax.lm import evaluation, weights
 from kd_jax.lm import model as model_lib
-from kd_jax.lm import weights
 from kd_jax.lm.corpus import compatibility, documents
 from kd_jax.lm.experiment import knobs
 from kd_jax.lm.experiment.arms import arms
@@ -49,6 +49,7 @@ def check_sources(spec: LmSpec) -> None:
         the teacher: a source that cannot be opened, or that cannot be compared with p* (another vocabulary, tokenizer
             or EOS, too few positions);
         a model that training starts from: the same;
+        the model that embeds samples: a source that cannot be opened, or that cannot read p*'s ids;
         the data: a source that cannot be opened.
     """
     length = spec.sampling.max_length
@@ -66,6 +67,7 @@ def check_sources(spec: LmSpec) -> None:
         if shape.start:
             key = "config.teacher.init" if role == "teacher" else "config.student.source"
             compatibility.check_model(key, weights.describe(shape.start), p_star, length)
+    evaluation.check(p_star, {}, evaluation.EvaluationSpec(**vars(spec.evaluation)), length)
     if spec.data.source:
         documents.identity(spec.data.source)
 

@@ -42,6 +42,7 @@ def test_a_model_with_another_tokenizer_reads_the_text(tmp_path):
     np.testing.assert_allclose(points, hidden_means(model, texts), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_metrics_of_points_are_columns_with_their_bias(tmp_path):
     validation = drawn(random_model(0), tmp_path / "data", 60)
     weights.save(random_model(5), tmp_path / "embedder")

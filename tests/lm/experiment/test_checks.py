@@ -54,6 +54,8 @@ def test_a_run_that_can_be_is_not_refused_and_no_weights_are_read(folders, monke
     ({"teacher.source": "short"}, "config.teacher.source has 8 positions"),
     ({"teacher.source": "missing"}, "missing"),
     ({"data.source": "no.jsonl"}, "no.jsonl"),
+    ({"evaluation.sample_temperatures": (1.0, 1.0)}, "must be different numbers"),
+    ({"evaluation.embedding_model": "missing"}, "missing"),
 ])  # fmt: skip
 def test_what_cannot_be_is_said_before_the_first_stage(folders, tmp_path, monkeypatch, changes, message):
     monkeypatch.setattr(stages, "run", lambda *_: pytest.fail("a stage has begun"))
