@@ -46,7 +46,9 @@ def rows(count=7, longest=12, seed=0):
 
 
 def expected_log_probs(model, tokens, temperature=1.0):
-    logits = model_lib.logits(model.params, model_lib.forward(model.params, model.architecture, tokens))
+    logits = model_lib.logits(
+        model.params, model.architecture, model_lib.forward(model.params, model.architecture, tokens)
+    )
     scores = log_softmax(np.asarray(logits, np.float64)[:, :-1] / temperature)
     return np.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0], scores
 
@@ -96,7 +98,7 @@ def test_a_padded_vocabulary_is_scored_over_the_real_ids():
     model = tiny()._replace(tokenizer=types.SimpleNamespace(vocab_size=20))
     tokens = np.random.RandomState(0).randint(0, 20, (3, 6))
     log_probs, mask = score.log_prob(model, tokens, np.full(3, 6))
-    logits = np.asarray(model_lib.logits(model.params, model_lib.forward(model.params, TINY, tokens)), np.float64)
+    logits = np.asarray(model_lib.logits(model.params, TINY, model_lib.forward(model.params, TINY, tokens)), np.float64)
     expected = np.take_along_axis(log_softmax(logits[:, :-1, :20]), tokens[:, 1:, None], axis=-1)[..., 0]
     np.testing.assert_allclose(log_probs, expected, atol=1e-5)
     with pytest.raises(ValueError, match="row 0 has id 20"):
@@ -119,7 +121,7 @@ def test_training_and_scoring_have_one_cross_entropy():
 def test_any_function_of_logits_and_ids():
     model, (tokens, lengths) = tiny(), rows()
     (top, shifted), mask = score.per_token(model, tokens, lengths, _top_and_shifted, np.float32(3))
-    logits = np.asarray(model_lib.logits(model.params, model_lib.forward(model.params, TINY, tokens)))[:, :-1]
+    logits = np.asarray(model_lib.logits(model.params, TINY, model_lib.forward(model.params, TINY, tokens)))[:, :-1]
     np.testing.assert_array_equal(top[mask], logits.argmax(axis=-1)[mask])
     np.testing.assert_array_equal(shifted[mask], tokens[:, 1:][mask] + 3)
     assert not top[~mask].any() and top.dtype == np.int32
