@@ -117,6 +117,7 @@ def fit(
             result = run(begin(key))
         else:
             results = jax.vmap(lambda k: run(begin(k)))(jax.random.split(key, num_starts))
+            # a start that failed is NaN, and argmax would choose it
             score = results.log_likelihood[:, -1]
             best = jnp.argmax(jnp.where(jnp.isnan(score), -jnp.inf, score))
             result = jax.tree.map(lambda leaf: leaf[best], results)
@@ -163,6 +164,7 @@ def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
         trace = state.trace.at[state.step].set(log_likelihood)
         return _State(state.step + 1, mixture, trace, log_likelihood, converged)
 
+    # The carry of a loop must keep its types, with x64 too.
     mixture = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), start)
     nothing = jnp.zeros((), dtype)
     state = _State(jnp.int32(0), mixture, jnp.zeros(max_iter, dtype), nothing, jnp.bool_(False))

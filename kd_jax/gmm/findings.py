@@ -148,6 +148,7 @@ def decades(students: Students) -> list[tuple[float, float]]:
     """Pairs of betas a decade apart, from the smallest on; the whole range where there is no such pair."""
     values = betas(students)
     nearest = lambda target: min(values, key=lambda beta: abs(np.log(beta / target)))  # noqa: E731
+    # betas are log-spaced, so that a decade's ends are among them or close
     steps = int(round(np.log10(values[-1] / values[0])))
     marks = list(dict.fromkeys(nearest(values[0] * 10**step) for step in range(steps + 1)))
     return list(zip(marks, marks[1:], strict=False)) or [(values[0], values[-1])]

@@ -131,6 +131,7 @@ def fit(
         raise ValueError(f"x {x.shape} and the teacher's means {teacher.means.shape} need the starts' D={shapes[1][2]}")
     noise = quasi_normal(key, shapes[1][1], shapes[1][2], num_draws, x.dtype)
     points = x.T
+    # the teacher's density at its own draws does not change during the fit
     log_p = log_density(teacher, points)
 
     def objective(params: _Params) -> jax.Array:
@@ -146,6 +147,7 @@ def fit(
         return (optax.apply_updates(params, change), state), value
 
     def run(start: Mixture):
+        # log variances: positive whatever the step, and steps are relative
         params = _Params(jax.nn.log_softmax(start.log_weights), start.means, jnp.log(start.covariances))
         (params, _), trace = jax.lax.scan(update, (params, optimiser.init(params)), length=num_updates)
         last, gradient = jax.value_and_grad(objective)(params)

@@ -47,6 +47,7 @@ def log_prob(mixture: Mixture, x: jax.Array) -> jax.Array:
     dim, x = _dim(mixture), jnp.asarray(x)
     if x.shape[-1:] != (dim,):
         raise ValueError(f"x has shape {x.shape}; this mixture needs [..., {dim}]")
+    # [D, N]: every step below is then a loop over contiguous points
     points = x.reshape(-1, dim).T
     joint = log_joint(mixture, precision_factor(mixture.covariances), points)
     return _log_sum(joint).reshape(x.shape[:-1])
@@ -61,6 +62,7 @@ def sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
     dim = _dim(mixture)
     key_component, key_noise = jax.random.split(key)
     dtype = mixture.means.dtype
+    # Inverse of the cumulative weights: one uniform number a draw, where jax.random.categorical takes K.
     uniform = jax.random.uniform(key_component, (n,), dtype)
     noise = jax.random.normal(key_noise, (dim, n), dtype)
     cumulative = jnp.cumsum(jax.nn.softmax(mixture.log_weights))
@@ -136,6 +138,7 @@ def weight_entropy(mixture: Mixture) -> jax.Array:
     """Entropy of the component weights in nats: 0 for one component, ln K for K equal ones."""
     log_weights = jax.nn.log_softmax(mixture.log_weights)
     weights = jnp.exp(log_weights)
+    # 0 log 0 is 0, and NaN in floating point
     return -jnp.where(weights > 0, weights * log_weights, 0.0).sum()
 
 
@@ -197,6 +200,7 @@ def _squared_distance(means: jax.Array, factor: jax.Array, points: jax.Array) ->
     """Mahalanobis distance squared, [K, N]. From differences, never from |x|^2 - 2 x.m + |m|^2."""
     dim = points.shape[0]
     if factor.ndim == 2:
+        # written out, so that XLA fuses it with what follows and no [K, D, N] is stored
         return sum(((points[d] - means[:, d, None]) * factor[:, d, None]) ** 2 for d in range(dim))
     if dim <= SMALL_DIM:
         difference = [points[d] - means[:, d, None] for d in range(dim)]
@@ -228,6 +232,7 @@ def _colour(mixture: Mixture, component: jax.Array, noise: jax.Array) -> jax.Arr
     if mixture.covariances.ndim == 2:
         return _take(jnp.sqrt(mixture.covariances), component) * noise
     factors = jnp.linalg.cholesky(mixture.covariances)
+    # elementwise and not a matrix product: each draw has the factor of its own component
     return jnp.stack([(_take(factors[:, i], component) * noise).sum(0) for i in range(noise.shape[0])])
 
 

@@ -107,6 +107,7 @@ class GmmSpec(SweepSpec):
     def __post_init__(self):
         if self.beta_min > self.beta_max:
             raise ValueError(f"beta_min={self.beta_min} must not be above beta_max={self.beta_max}")
+        # one axis is varied at a time, so each is checked beside the base's other settings
         vary, own = self.vary, (self.teacher_components, self.student_components)
         self.check_sizes(min((self.num_data, *vary.num_data)), min((self.num_distill, *vary.num_distill)), max(own))
         most = max((*own, *vary.teacher_components, *vary.student_components, *vary.grid))

@@ -140,6 +140,7 @@ def standing(way: Sequence[Match]) -> str:
 
     Args: way: the matches of one way, at all gains.
     """
+    # a sign that could be chance is no sign
     told = [m.difference.mean > 0 for m in way if m.difference is not None and m.p_value < LEVEL]
     if told:
         return "crosses" if len(set(told)) > 1 else "dominates" if told[0] else "is dominated"
@@ -174,6 +175,7 @@ def loss_at(gains: np.ndarray, losses: np.ndarray, gain: float) -> tuple[np.ndar
     gains, losses = gains[settings], losses[settings]
     x, y = gains.mean(1), losses.mean(1)
     best = None
+    # Neighbours in the knob's own order, not in precision: a curve may turn back.
     for a, b in zip(range(len(x) - 1), range(1, len(x)), strict=True):
         if not min(x[a], x[b]) <= gain <= max(x[a], x[b]):
             continue

@@ -89,6 +89,7 @@ def varied(runs: dict[tuple, Students], base: tuple) -> tuple[list[str], list[li
     """Head and rows of a table with a line for each setting that differs from the base in one axis alone."""
     rows = []
     for index, axis in enumerate(AXES):
+        # the grid's settings differ in two axes and have a table of their own, but for its row and column at the base
         settings = [
             s
             for s in runs

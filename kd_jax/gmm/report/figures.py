@@ -35,6 +35,7 @@ def _points(students: Students, whos: list[Who], name: str) -> tuple[np.ndarray,
     """Means and half lengths of 95 % intervals of one metric; gaps where a mean is not finite."""
     intervals = [t_interval(students[who][name]) for who in whos]
     mean = np.array([interval.mean for interval in intervals])
+    # half lengths, which is what matplotlib's error bars take
     half = np.array([interval.high - interval.mean for interval in intervals])
     return np.where(np.isfinite(mean), mean, np.nan), np.where(np.isfinite(half), half, 0.0)
 
@@ -49,6 +50,7 @@ def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
     drawn = canvas(10.0, 5.4)
     whole, near = drawn.subplots(1, 2)
     distilled = [Who(DISTILLED, beta) for beta in findings.betas(students)]
+    # a single beta needs a range of colours all the same
     low, high = distilled[0].beta, distilled[-1].beta
     norm = LogNorm(low, high) if high > low else LogNorm(low / 2, low * 2)
     cooled = findings.temperatures(students, Who(DIRECT))
@@ -60,6 +62,7 @@ def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
         if COOLED_PLAIN in ways:
             _line(axes, students, ways[COOLED_PLAIN], color=BLUE, fmt="s--", markersize=4, linewidth=1, zorder=3,
                   label="student of the unsharpened teacher, cooled")  # fmt: skip
+        # without its end, the most sharpened student: the last step is a long way down in recall
         if RANDOM_CHOICE in ways:
             _line(axes, students, ways[RANDOM_CHOICE][:-1], color="0.35", fmt=":", linewidth=1.3, zorder=2,
                   label="random choice: unsharpened or most sharpened")  # fmt: skip
@@ -138,6 +141,7 @@ def _picture(arrays: dict[str, np.ndarray], name: str, x: np.ndarray) -> _Pictur
 
 def _contours(axes, picture: _Picture, colour: str, linestyle: str = "solid") -> None:
     """Contours of one log density at fixed depths below its mode on the grid."""
+    # far tails would only make contour search work on huge numbers
     top = picture.log_density.max()
     values = np.clip(picture.log_density, top - 1e3, top)
     axes.contour(picture.x, picture.x, values, levels=[top + v for v in LEVELS], colors=[colour],
