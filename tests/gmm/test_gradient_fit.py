@@ -11,8 +11,8 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from kd_jax.gmm import gradient_fit as dv
-from kd_jax.gmm.experiment import ring
 from kd_jax.gmm.mixture import Mixture, sample, sharpen
+from kd_jax.gmm.students import eight_modes as modes
 
 KEY = jax.random.key(0)
 FAMILY = {
@@ -144,7 +144,7 @@ def padded(*components):
 
 
 def test_forward_kl_is_the_moment_match():
-    fit = fit_one(dv.forward_kl(), ring(2), gaussian([0.5, 0.0], [1.0, 2.0]))
+    fit = fit_one(dv.forward_kl(), modes(2), gaussian([0.5, 0.0], [1.0, 2.0]))
     np.testing.assert_allclose(fit.mixture.means[0], X.mean(0), atol=1e-4)
     np.testing.assert_allclose(fit.mixture.covariances[0], X.var(0), rtol=1e-4)
     assert fit.gradient_norm < 1e-3
@@ -160,9 +160,9 @@ def test_reverse_kl_to_a_gaussian_is_that_gaussian():
 
 
 def test_reverse_kl_to_separated_modes_sits_on_one():
-    """A Gaussian equal to one corner's mode of the ring, which is exact where the modes are infinitely far apart."""
+    """A Gaussian equal to one corner's mode of p*, which is exact where the modes are infinitely far apart."""
     for separation, tolerance in ((1.0, 0.04), (2.0, 0.01)):
-        p_star = ring(2, separation)
+        p_star = modes(2, separation)
         fit = fit_one(dv.reverse_kl(), p_star, gaussian([0.8 * separation] * 2, [0.1, 0.1]))
         (mean,), (variance,) = (np.asarray(leaf, np.float64) for leaf in fit.mixture[1:])
         np.testing.assert_allclose(mean, separation, atol=0.1 * tolerance)
@@ -179,20 +179,20 @@ def test_reverse_kl_to_separated_modes_sits_on_one():
 
 def test_gradient_norm_and_fresh_draws_tell_an_unconverged_fit():
     start = gaussian([0.8, 0.9], [0.1, 0.1])
-    slow, good = (fit_one(dv.reverse_kl(), ring(2), start, rate=rate) for rate in (1e-4, 0.1))
+    slow, good = (fit_one(dv.reverse_kl(), modes(2), start, rate=rate) for rate in (1e-4, 0.1))
     assert slow.gradient_norm > 1000 * good.gradient_norm
-    fresh = jax.jit(lambda student: dv.held_out(KEY, dv.reverse_kl(), ring(2), student, 4096))
+    fresh = jax.jit(lambda student: dv.held_out(KEY, dv.reverse_kl(), modes(2), student, 4096))
     assert fresh(slow.mixture) > fresh(good.mixture) + 0.1
     np.testing.assert_allclose(fresh(good.mixture), np.log(8), atol=0.02)
 
 
 def test_best_of_the_starts_is_kept():
-    starts = dv.starts_of(ring(2), gaussian([0.0, 0.0], [0.775, 0.775]), 3)
+    starts = dv.starts_of(modes(2), gaussian([0.0, 0.0], [0.775, 0.775]), 3)
     assert starts.means.shape == (3, 1, 2)
     each = [jax.tree.map(lambda leaf, r=r: leaf[r], starts) for r in range(3)]
     for target, narrow in ((dv.forward_kl(), False), (dv.reverse_kl(), True)):
-        ends = np.array([fit_one(target, ring(2), start).objective[-1] for start in each])
-        best = fit_one(target, ring(2), *each)
+        ends = np.array([fit_one(target, modes(2), start).objective[-1] for start in each])
+        best = fit_one(target, modes(2), *each)
         np.testing.assert_allclose(best.objective[-1], ends.min(), atol=1e-4)
         assert best.start == np.argmax(ends <= ends.min() + 1e-5)  # of equals the first
         assert (best.mixture.covariances.max() < 0.1) == narrow
@@ -257,8 +257,8 @@ def test_ends_of_the_jensen_shannon_family():
         (lambda: dv.jensen_shannon(float("nan")), "beta=nan"),
         (lambda: dv.skew_forward_kl(1.0), "alpha=1.0"),
         (lambda: dv.skew_reverse_kl(-0.1), "alpha=-0.1"),
-        (lambda: dv.fit(KEY, dv.forward_kl(), ring(2), jnp.zeros((5, 2)), gaussian([0.0, 0.0], [1.0, 1.0])), "starts"),
-        (lambda: dv.fit(KEY, dv.forward_kl(), ring(2), jnp.zeros((5, 3)), alone(gaussian([0.0] * 2, [1.0] * 2))), "x "),
+        (lambda: dv.fit(KEY, dv.forward_kl(), modes(2), jnp.zeros((5, 2)), gaussian([0.0, 0.0], [1.0, 1.0])), "starts"),
+        (lambda: dv.fit(KEY, dv.forward_kl(), modes(2), jnp.zeros((5, 3)), alone(gaussian([0.0] * 2, [1] * 2))), "x "),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named(call, said):
