@@ -72,16 +72,19 @@ class _Cursor:
         self.data, self.at = memoryview(file), 0
 
     def number(self, kind: str) -> Any:
+        """A number in one of struct's formats."""
         (value,) = struct.unpack_from(f"<{kind}", self.data, self.at)
         self.at += struct.calcsize(kind)
         return value
 
     def text(self) -> str:
+        """A string: its length in bytes, and UTF-8."""
         length = self.number("Q")
         self.at += length
         return str(self.data[self.at - length : self.at], "utf-8")
 
     def value(self, kind: int) -> Any:
+        """The value of a key: a number, a string or a list of them."""
         if kind == _STRING:
             return self.text()
         if kind != _LIST:

@@ -52,8 +52,12 @@ class Stored(NamedTuple):
 def open_folder(folder: Path) -> Stored:
     """Opens a folder with config.json and safetensors, in one file or in shards with an index.
 
-    Raises FileNotFoundError where a file is missing, ValueError where one is damaged or describes something other
-    than a model of a known family; both name the file, and the tensor or the key.
+    Args:
+        folder: with the files.
+
+    Returns: the model without weights, and how to read them.
+    Raises: FileNotFoundError where a file is missing, ValueError where one is damaged or describes a model that is not
+        known; both name the file, and the tensor or the key.
     """
     config = read_json(folder / "config.json")
     stored_names, open_files = _tensor_files(folder)
@@ -89,7 +93,7 @@ def open_folder(folder: Path) -> Stored:
 
 
 def names(folder: Path) -> list[str]:
-    """The files that `open_folder` reads, the tokenizer's left out. Raises FileNotFoundError where one is missing."""
+    """The files that `open_folder` reads, without the tokenizer's. Raises FileNotFoundError where one is missing."""
     _, shards = _shards(folder)
     others = ("config.json", "generation_config.json", INDEX)
     return [name for name in others if (folder / name).exists()] + shards
@@ -195,4 +199,5 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 
 def some(names: list[str]) -> str:
+    """The first few of many names, for messages."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

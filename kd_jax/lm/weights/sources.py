@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from kd_jax.lm.weights import gguf_file, hf_files
 from kd_jax.lm.weights.tokenizer import FILES as TOKENIZER_FILES
-from kd_jax.lm.weights.tokenizer import Tokenizer, in_folder
+from kd_jax.lm.weights.tokenizer import OLDER_FILES, Tokenizer, in_folder
 from kd_jax.runs import cache
 
 
@@ -108,7 +108,7 @@ def tokenizer(source: str | os.PathLike) -> Tokenizer | None:
 
     Raises: what `locate` and `find_checkpoint` raise; ValueError for a tokenizer that is damaged or not supported.
     """
-    path = locate(source, TOKENIZER_FILES)
+    path = locate(source, (*TOKENIZER_FILES, *OLDER_FILES))
     if path.is_file():
         return gguf_file.tokenizer(path)
     ours = find_checkpoint(path)
@@ -139,7 +139,8 @@ def _files(folder: Path) -> dict[str, Path]:
     """The files that loading a model reads, by their names in its folder."""
     ours = find_checkpoint(folder)
     about = folder if ours is None else ours[0]
-    files = {name: about / name for name in TOKENIZER_FILES if (about / name).exists()}
+    older = () if (about / "tokenizer.json").exists() else OLDER_FILES
+    files = {name: about / name for name in (*TOKENIZER_FILES, *older) if (about / name).exists()}
     if ours is None:
         if not (folder / "config.json").exists():
             raise no_model(folder)
@@ -158,6 +159,7 @@ def fingerprint_of(about: Path, weights: Path) -> Any:
 
 
 def no_model(folder: Path) -> FileNotFoundError:
+    """The error for a folder in which there is no model."""
     return FileNotFoundError(
         f"{folder} has neither config.json nor model.json, nor is it a training with model/model.json or "
         f"checkpoints/model.json; a model can be: {SOURCES}"

@@ -18,11 +18,9 @@ from tokenizers import decoders, models
 from kd_jax.lm.weights import gguf_reader, gguf_tokenizer
 from kd_jax.storage import files
 
-# What a folder's tokenizer is read from.
-FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
+# What a folder's tokenizer is read from, and what else where there is no tokenizer.json.
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+OLDER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
 
 _SPECIAL = ("bos", "eos", "eot", "pad")
 # Characters of text to a token, as a first guess; text is seldom longer.
@@ -238,7 +236,7 @@ class Tokenizer:
         files.write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         files.write_json(folder / "tokenizer_config.json", config)
         # transformers lets these override what the two say
-        for name in set(FILES) - {"tokenizer.json", "tokenizer_config.json"}:
+        for name in {*FILES, *OLDER_FILES} - {"tokenizer.json", "tokenizer_config.json"}:
             (folder / name).unlink(missing_ok=True)
 
     def lost_byte(self, text: str) -> int | None:
