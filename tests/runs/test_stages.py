@@ -59,7 +59,7 @@ def test_a_change_redoes_what_depends_on_it_and_back_again_nothing(tmp_path):
 
 def test_a_part_of_them(tmp_path):
     calls = []
-    with pytest.raises(RunError, match="d/1 needs b, which is not finished.*--stages b"):
+    with pytest.raises(RunError, match="d/1 needs b.*--stages b"):
         stages.run(tmp_path, chain(calls), ["d"])
     with pytest.raises(ValueError, match="'e' is not one of a, b, c, d"):
         stages.run(tmp_path, chain(calls), ["e"])
