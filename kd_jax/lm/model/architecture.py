@@ -98,9 +98,10 @@ class Architecture:
             object.__setattr__(self, "rope_scaling", Scaling(**self.rope_scaling))
         for field in dataclasses.fields(self)[:10]:  # the sizes, and two numbers above 0
             value = getattr(self, field.name)
-            # ids and positions are int32
-            if isinstance(value, bool | str) or value is None or not 0 < value < 2**31:
-                raise ValueError(f"{field.name}={value!r} has to be above 0 and below 2^31")
+            # ids and positions are int32; layers are listed one by one, so that a damaged file's billion would not end
+            limit = 2**16 if field.name == "num_hidden_layers" else 2**31
+            if isinstance(value, bool | str) or value is None or not 0 < value < limit:
+                raise ValueError(f"{field.name}={value!r} has to be above 0 and below {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

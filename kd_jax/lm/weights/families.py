@@ -145,7 +145,7 @@ def read(config: dict[str, Any]) -> Architecture:
         kind = bool if key.endswith("bias") else float
         value = None if config.get(key) is None else _typed(config, key, kind)
         settings |= {setting: value for setting in names if value is not None}
-    settings |= family.always | _rope(config, settings["head_dim"], name) | _layers(config, settings)
+    settings |= family.always | _rope(config, settings["head_dim"]) | _layers(config, settings)
     activation = config.get("hidden_activation", config["hidden_act"])
     if activation not in _ACTIVATIONS:
         raise ValueError(f"hidden_act={activation!r} is not one of {', '.join(_ACTIVATIONS)}")
@@ -232,7 +232,7 @@ def _whole_heads(config: dict[str, Any]) -> int:
     return width // heads
 
 
-def _rope(config: dict[str, Any], head_dim: int, name: str) -> dict[str, Any]:
+def _rope(config: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Settings of the rotary embedding, from the keys that any version of transformers writes."""
     nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(nested, dict):
@@ -246,11 +246,7 @@ def _rope(config: dict[str, Any], head_dim: int, name: str) -> dict[str, Any]:
     if "rope_local_base_freq" in config:
         out["local_rope_theta"] = _typed(config, "rope_local_base_freq", float)
     flat = {"rope_theta": 10000.0} | config
-    if {"rope_theta"} <= nested.keys() & config.keys() and nested["rope_theta"] != config["rope_theta"]:
-        if config["rope_theta"] != FAMILIES[name].defaults.get("rope_theta"):
-            raise ValueError(
-                f"rope_theta={config['rope_theta']} and rope_parameters.rope_theta={nested['rope_theta']} differ"
-            )
+    # where both are given the nested one counts, as in transformers
     flat |= {key: nested[key] for key in ("rope_theta", "partial_rotary_factor") if nested.get(key) is not None}
     factor = _typed({"partial_rotary_factor": 1.0} | flat, "partial_rotary_factor", float)
     if factor != 1:
@@ -315,8 +311,6 @@ def _rope_config(a: Architecture) -> dict[str, Any]:
 def _layers(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """Which layers have a sliding window, and which have no rotary phases."""
     count, name = settings["num_hidden_layers"], config["model_type"]
-    if not 0 < count < 10**6:
-        raise ValueError(f"num_hidden_layers={count} is not a number of layers")
     unrotated: tuple[int, ...] = ()
     if name == "smollm3":
         interval = _typed(config, "no_rope_layer_interval", int)

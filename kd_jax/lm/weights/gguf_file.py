@@ -108,29 +108,20 @@ def _architecture(file: GGUF) -> Architecture:
     get, tensors = file.metadata.get, file.tensors
     if EMBEDDING not in tensors:
         raise ValueError(f"the file lacks {EMBEDDING}")
-    vocab_size = tensors[EMBEDDING].shape[0]
     family = get("general.architecture")
     if family not in MODEL_TYPES:
         raise ValueError(f"general.architecture is {family!r}; known are {', '.join(MODEL_TYPES)}")
     if get("split.count", 1) > 1:
         raise ValueError(f"split.count is {get('split.count')}; join the parts with llama-gguf-split")
-    if get(f"{family}.expert_count", 0):
-        raise ValueError(f"{family}.expert_count is {get(f'{family}.expert_count')}; there are no experts here")
     if f"{family}.rope.freq_base" not in file.metadata:
         warnings.warn(f"{file.path} has no {family}.rope.freq_base; its family's default is taken", stacklevel=2)
-    config = {"model_type": MODEL_TYPES[family], "vocab_size": vocab_size, "hidden_activation": None}
+    config = {"model_type": MODEL_TYPES[family], "vocab_size": tensors[EMBEDDING].shape[0]}
     for key, name in _KEYS.items():
         value = get(f"{family}.{name}")
-        if value is None and key in _NEEDED:
-            raise ValueError(f"lacks {family}.{name}")
-        if isinstance(value, list):
+        if isinstance(value, list) or (value is None and key in _NEEDED):
             raise ValueError(f"{family}.{name} is {value}; it has to be one number")
         if value is not None:
             config[key] = _decimal(value) if isinstance(value, float) else value
-    if get(f"{family}.vocab_size", vocab_size) != vocab_size:
-        raise ValueError(
-            f"{family}.vocab_size is {get(f'{family}.vocab_size')}, but the embedding has {vocab_size} rows"
-        )
     head_dim = config.setdefault("head_dim", config["hidden_size"] // max(1, config["num_attention_heads"]))
     rotated = get(f"{family}.rope.dimension_count", head_dim)
     if rotated != head_dim:
@@ -140,19 +131,15 @@ def _architecture(file: GGUF) -> Architecture:
         heads = config["num_attention_heads"]
         config["query_pre_attn_scalar"] = config["hidden_size"] // heads if wide else head_dim
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    config["attention_bias"] = "blk.0.attn_output.bias" in tensors
-    config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
+    # a family whose layers never have biases, or windows, has no key for them
+    config |= {"attention_bias": "blk.0.attn_output.bias" in tensors, "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
     known = families.FAMILIES[config["model_type"]]
-    for key in ("attention_bias", "mlp_bias", "hidden_activation", "sliding_window", "attn_logit_softcapping"):
-        if key not in known.keys and key not in known.other_keys:
-            config.pop(key, None)
+    for key in {"attention_bias", "mlp_bias", "sliding_window"}.difference(known.keys, known.other_keys):
+        config.pop(key, None)
     factors = tensors.get(ROPE_FACTORS)
     factors = None if factors is None else dequantize(factors.data, factors.kind)
     config["rope_scaling"] = _scaling(get, family, config, factors)
-    architecture = families.read(config)
-    if architecture.num_hidden_layers > len(tensors):  # else as many names would be made as a damaged file claims
-        raise ValueError(f"it has {len(tensors)} tensors, too few for {architecture.num_hidden_layers} layers")
-    return architecture
+    return families.read(config)
 
 
 def _scaling(get, family, config, factors) -> dict[str, Any] | None:

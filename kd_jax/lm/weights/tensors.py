@@ -80,6 +80,7 @@ def listed(architecture: Architecture, names: Names) -> list[Tensor]:
     tensors = [Tensor(names.outside[weight], leaf.shape, ((weight, None),)) for weight, leaf in tree.items()]
     fused = {weights[0]: (name, weights) for name, weights in names.fused.items()}
     later = {weight for weights in names.fused.values() for weight in weights[1:]}
+    # layer by layer, so that the shards of an export hold whole layers
     for layer in range(architecture.num_hidden_layers):
         prefix = names.prefix.format(layer=layer)
         for weight in sorted(layers.keys() - later):

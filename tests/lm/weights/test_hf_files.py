@@ -87,8 +87,7 @@ def test_rope_theta_is_found_where_it_is(tmp_path):
     assert theta(rope_theta=100000, rope_parameters=nested, rope_scaling=None) == 100000.0
     with pytest.warns(UserWarning, match="no rope_theta.*default"):
         assert weights.load(write_folder(tmp_path, rope_theta=...)).architecture.rope_theta == 10000.0
-    with pytest.raises(ValueError, match="rope_theta=10000.0 and rope_parameters.rope_theta=100000.0 differ"):
-        theta(rope_parameters=nested)
+    assert theta(rope_parameters=nested) == 100000.0
     for changes, message in (
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not one of default, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
