@@ -95,7 +95,9 @@ def test_gradient_is_the_slope_of_the_loss(name, load):
         return fused.linear_cross_entropy(hidden, model.head(params), labels, mask, softcap=a.logit_softcap).mean
 
     slope = jax.grad(loss)(0.0, Compute(query_block=8, remat=True))
-    difference = (loss(2e-3, Compute()) - loss(-2e-3, Compute())) / 4e-3
+    # of fourth order: the slope along a random direction is small beside the curvature
+    near, far = (loss(step, Compute()) - loss(-step, Compute()) for step in (1e-3, 2e-3))
+    difference = (8 * near - far) / 12e-3
     np.testing.assert_allclose(slope, difference, rtol=1e-2)
 
 
@@ -220,7 +222,7 @@ MESH = """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma 3", "olmo 2, grouped, biases"])
+@pytest.mark.parametrize("name", ["gemma 2", "olmo 2, grouped, biases"])
 def test_gradient_over_a_mesh(name, tmp_path):
     folder = families.write_folder(name, tmp_path / "m")
     run_python(MESH, folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
