@@ -94,7 +94,7 @@ def _tau_axis(axes, groups: list[Group]) -> None:
 def legend(figure: Figure, handles: list[Line2D]) -> None:
     """A legend above the axes, where it hides no data."""
     if handles:
-        columns = min(4 if figure.get_figwidth() > 7 else 3, len(handles))
+        columns = min(4 if figure.get_figwidth() > 8 else 3, len(handles))
         figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
 
 
