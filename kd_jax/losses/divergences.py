@@ -73,6 +73,7 @@ def _named(row: table.Divergence) -> Callable[..., jax.Array]:
             teacher_temperature=teacher_temperature, num_tokens=num_tokens, **own,
         )  # fmt: skip
 
+    # For `help` and for editors: the parameter under its own name, with its range and default.
     described, signature = "", inspect.signature(function)
     arguments = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
     if row.parameter is not None:
@@ -96,7 +97,8 @@ skew_reverse_kl = DIVERGENCES["skew_reverse_kl"]
 total_variation = DIVERGENCES["total_variation"]
 alpha_divergence = DIVERGENCES["alpha_divergence"]
 
-_divergence = divergence  # for functions that have an argument of that name
+# For functions that have an argument of that name.
+_divergence = divergence
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, *, num_tokens: int | None = None) -> jax.Array:
@@ -110,6 +112,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, num_tokens: int | Non
     """
     logits = logits[..., :num_tokens]
     log_q = log_softmax(logits)
+    # A label out of range would be clipped by the gather to another id's value; it must not look like a number.
     chosen = jnp.take_along_axis(log_q, jnp.clip(labels, 0, logits.shape[-1] - 1)[..., None], axis=-1)[..., 0]
     return jnp.where((labels >= 0) & (labels < logits.shape[-1]), -chosen, jnp.nan)
 
@@ -204,6 +207,7 @@ def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: s
     if tail == "renormalise":
         return log_probs
     if tail_log_prob is None:
+        # Rounding may bring the K to more than 1 in all.
         tail_log_prob = jnp.log1p(-jnp.minimum(jnp.exp(log_probs).sum(axis=-1), 1))
     return jnp.concatenate([log_probs, tail_log_prob[..., None].astype(log_probs.dtype)], axis=-1)
 
@@ -220,5 +224,6 @@ def top_k_student(logits: jax.Array, ids: jax.Array, tail: str) -> jax.Array:
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
     """Mean over all positions that the mask selects; over none it is 0, so that it neither moves a sum nor is NaN."""
+    # One mean over all positions, not a mean of rows' means, which would weigh short rows more.
     mean = Mean.of(values.reshape(-1), where=mask.reshape(-1))
     return mean._replace(mean=jnp.where(mean.count > 0, mean.mean, 0.0))

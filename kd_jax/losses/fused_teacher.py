@@ -137,7 +137,7 @@ class _Plan(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    """The numbers of a loss, traced; float32."""
+    """The numbers of a loss, traced, so that other values need no other program; float32."""
 
     temperature: jax.Array
     teacher_temperature: jax.Array
@@ -183,8 +183,9 @@ def _check_shapes(tokens: _Tokens, **teacher):
 def _labelled(plan, tokens: _Tokens, head, teacher_head, settings) -> tuple[Mean, Statistics]:
     mask = tokens.mask.astype(bool)
     labels = None if tokens.labels is None else jnp.where(mask, tokens.labels, 0)
-    rest = jax.lax.stop_gradient((teacher_head, tokens.teacher, settings))
-    loss, statistics = _distil(plan, tokens.hidden, head, rest[0], rest[1], labels, mask, rest[2])
+    # The derivative rule below has no tangents for these: a gradient that is asked for is 0, not an error.
+    teacher_head, teacher, settings = jax.lax.stop_gradient((teacher_head, tokens.teacher, settings))
+    loss, statistics = _distil(plan, tokens.hidden, head, teacher_head, teacher, labels, mask, settings)
     if labels is None:
         return loss, statistics
     wrong = ((labels < 0) | (labels >= plan.num_tokens)).any()
@@ -217,6 +218,8 @@ def _with_gradient(plan, hidden, head, teacher_head, teacher, labels, mask, sett
 
     def step(so_far, piece):
         values, gradient = _compare(plan, _Tokens(*piece), head, teacher_head, settings, scale)
+        # In the hidden states' dtype, as a backward pass would have it: the products are as fast as the forward ones.
+        # The head's gradient is still added up in float32 over the chunks.
         gradient, h = gradient.astype(hidden.dtype), _selected(piece[0], piece[-1])
         h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
         return so_far + head_lib.head_gradient(gradient, h, groups), (values, h_gradient)
@@ -227,6 +230,7 @@ def _with_gradient(plan, hidden, head, teacher_head, teacher, labels, mask, sett
 
 
 def _whole(plan, hidden, head, teacher, teacher_head):
+    """Both heads, gathered before the loop over chunks and not in each of its steps."""
     if teacher_head is not None:
         teacher_head = head_lib.whole(teacher_head, teacher, plan.mesh)
     return head_lib.whole(head, hidden, plan.mesh), teacher_head
@@ -235,6 +239,7 @@ def _whole(plan, hidden, head, teacher, teacher_head):
 def _means(values, size, mask):
     loss, statistics = jax.tree.map(lambda parts: masked_mean(join(parts, size, mask.ndim - 1), mask), values)
     if statistics.cross_entropy is None:
+        # A Mean of nothing, so that the statistics have one structure with labels and without.
         nothing = masked_mean(jnp.zeros(mask.shape, jnp.float32), jnp.zeros(mask.shape, bool))
         statistics = statistics._replace(cross_entropy=nothing)
     return loss, statistics
@@ -242,6 +247,7 @@ def _means(values, size, mask):
 
 def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, scale=None):
     """Loss and statistics of a chunk, [..., position], and with `scale` the gradient in its logits times `scale`."""
+    # Masked positions are 0 before anything is computed from them: 0 times the NaN of a gradient would still be NaN.
     capped = project(_selected(tokens.hidden, tokens.mask), head, plan.softcaps[0])
     logits = real_only(capped, plan.num_tokens)
     if plan.tail is None:
@@ -250,6 +256,7 @@ def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, sca
         soft, entropies, agreement, gradient = _soft(plan, settings, teacher, logits)
     else:
         ids, teacher = tokens.teacher[0], _selected(tokens.teacher[1], tokens.mask)
+        # The divergence is one of K or K + 1 outcomes; its gradient goes back to the logits of all tokens.
         outcomes, pull_back = jax.vjp(lambda logits: divergences.top_k_student(logits, ids, plan.tail), logits)
         soft, entropies, _, gradient = _soft(plan, settings, teacher, outcomes)
         (gradient,) = pull_back(gradient)
@@ -277,10 +284,9 @@ def _selected(array, mask):
 def _soft(plan, settings: _Settings, teacher, student):
     """The divergence, both entropies, the agreement, and the weighted gradient in the student's logits."""
     # Log-probabilities are recomputed in each reduction over the vocabulary; storing them is slower.
+    row = TABLE[plan.divergence]
     temperatures = settings.teacher_temperature, settings.temperature
     tops = reductions.largest(teacher), reductions.largest(student)
-
-    row = TABLE[plan.divergence]
 
     def below(*both):
         return [(logits - top) / t for logits, top, t in zip(both, tops, temperatures, strict=True)]
@@ -303,6 +309,7 @@ def _soft(plan, settings: _Settings, teacher, student):
     divergence = row.of_sum(divergence, settings.parameter)
     gradient = derivatives.gradient(plan.divergence, *log_softmaxes(teacher, student), settings.parameter)
     gradient = gradient * (settings.soft_weight / settings.temperature)
+    # Tokens that tie for the most probable in both models were counted once each.
     return divergence, entropies, jnp.minimum(agreement, 1), gradient
 
 
@@ -320,6 +327,8 @@ def _top_k_agreement(teacher, student, logits):
 
 def _hard(logits, labels):
     """Cross-entropy at temperature 1 and its gradient in the logits."""
+    # The label's logit is picked by a comparison with all ids, in the same pass as the sum: a gather would need the
+    # logits of a split vocabulary on one device.
     top, ids = reductions.largest(logits), jnp.arange(logits.shape[-1])
 
     def parts(logits, ids):

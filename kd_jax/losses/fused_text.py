@@ -106,8 +106,10 @@ def _with_gradient(num_tokens, softcap, chunk, mesh, hidden, head, labels, mask)
         weights = jnp.exp(logits - top)
         total = weights.sum(axis=-1, keepdims=True)
         value = (jnp.log(total) + top - jnp.take_along_axis(logits, label[..., None], axis=-1))[..., 0]
+        # Softmax less one-hot is the gradient of each token's value; `scale` makes it that of the mean.
         one_hot = jnp.arange(head.shape[0]) == label[..., None]
         gradient = (weights / total - one_hot) * jnp.where(keep, scale, 0)[..., None]
+        # In the hidden states' dtype, as a backward pass would have it; the head's is added up in float32.
         gradient = head_lib.through_softcap(gradient, capped, softcap).astype(hidden.dtype)
         h_gradient = dot(gradient, head.astype(hidden.dtype), (gradient.ndim - 1, 0)).astype(hidden.dtype)
         return so_far + head_lib.head_gradient(gradient, h, groups), (value, h_gradient)

@@ -47,6 +47,7 @@ def linear_map(
         mesh: what the rows and the head are split over.
     Returns: what the function returned, with all positions: [..., position, *any].
     """
+    # A loop, so that the logits of one chunk exist at a time.
     size, pieces = cut((hidden, *arrays), hidden.shape[:-1], chunk or chunk_tokens(mesh))
     head = whole(head, hidden, mesh)
     out = jax.lax.map(lambda piece: function(project(piece[0], head, softcap), *piece[1:]), pieces)
@@ -103,6 +104,7 @@ def no_gradient(head: jax.Array, groups: int, mesh: Mesh | None) -> jax.Array:
 
 def head_gradient(gradient: jax.Array, hidden: jax.Array, groups: int) -> jax.Array:
     """The head's gradient from a chunk's hidden states [..., width] and the gradient in its logits [..., vocab]."""
+    # A batched product over the groups keeps each group's sum on its own devices, without communication.
     leading = () if groups == 1 else (groups,)
     rows = (array.reshape(*leading, -1, array.shape[-1]) for array in (gradient, hidden))
     return dot(*rows, (len(leading), len(leading)), batch=len(leading))
@@ -145,9 +147,11 @@ def cut(arrays: tuple[jax.Array, ...], shape: tuple[int, ...], chunk: int | None
     axis = len(rows)
 
     def one(array):
+        # Zeros are harmless: `join` cuts their results off, and their mask is False.
         pad = [(0, 0)] * array.ndim
         pad[axis] = (0, -size % length)
         array = jnp.pad(array, pad)
+        # The chunks come first, for the loop. Rows stay whole, so nothing moves between devices that split them.
         return jnp.moveaxis(array.reshape(*rows, -1, length, *array.shape[axis + 1 :]), axis, 0)
 
     return size, jax.tree.map(one, tuple(arrays))

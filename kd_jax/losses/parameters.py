@@ -40,6 +40,7 @@ def in_range(name: str, value: Scalar, interval: Interval) -> Scalar:
 
     Raises: ValueError for a number outside.
     """
+    # A traced value has no number yet, so a wrong one can only show in the result.
     if isinstance(value, jax.core.Tracer):
         return jnp.where(interval.contains(value), value, jnp.nan)
     if not np.all(interval.contains(np.asarray(value))):

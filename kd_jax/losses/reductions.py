@@ -47,6 +47,7 @@ def sums(function: Callable[..., tuple[jax.Array, ...]], *arrays: jax.Array) -> 
         return jax.tree.map(jnp.add, blocks_so_far, block(i * SUM_BLOCK))
 
     count, rest = divmod(size, SUM_BLOCK)
+    # Blocks are added element by element, and the one block that results is summed up at the end.
     empty = jax.tree.map(lambda one: jnp.zeros(one.shape, one.dtype), jax.eval_shape(block, 0))
     whole_blocks = jax.tree.map(total, jax.lax.fori_loop(0, count, add, empty))
     if not rest:
@@ -93,6 +94,7 @@ def log_sum(logits: jax.Array) -> jax.Array:
     """log sum exp over the last axis; -inf, with gradient 0, where all are -inf."""
     top = jax.lax.stop_gradient(logits.max(axis=-1))
     some = top > -jnp.inf
+    # Both branches of a `where` are differentiated, so what is not chosen must be finite too.
     below = jnp.where(some[..., None], logits - jnp.where(some, top, 0)[..., None], 0)
     return jnp.where(some, jnp.log(total(jnp.exp(below))) + top, -jnp.inf)
 

@@ -31,6 +31,7 @@ def reverse_kl(log_p: jax.Array, log_q: jax.Array, _) -> jax.Array:
 def jensen_shannon(log_p: jax.Array, log_q: jax.Array, beta: Scalar) -> jax.Array:
     """(1 - beta) q log(q / m); at the ends the slopes of the KLs."""
     q, m, ratio = terms.mixture(log_q, log_p, 1 - beta, beta)
+    # At the ends the formula's factor is 0 and the KLs take its place.
     forward, reverse = beta == 0, beta == 1
     weight = jnp.where(reverse, 1, 1 - beta)
     near = jnp.where(forward, q - jnp.exp(log_p), weight * q * ratio)
@@ -55,6 +56,7 @@ def skew_reverse_kl(log_p: jax.Array, log_q: jax.Array, alpha: Scalar) -> jax.Ar
     p = jnp.exp(log_p)
     near = q * ratio + (1 - alpha) * (p - q) * alpha * _share(log_q, m)
     teacher_share, safe_alpha = (1 - alpha) * _share(log_p, m), jnp.where(alpha == 0, 1, alpha)
+    # log(alpha q / m), from whichever of the two shares is small.
     log_student_share = jnp.where(
         teacher_share < 0.5, jnp.log1p(-jnp.minimum(teacher_share, 0.5)), ratio + jnp.log(safe_alpha)
     )
@@ -71,6 +73,7 @@ def total_variation(log_p: jax.Array, log_q: jax.Array, _) -> jax.Array:
 
 def alpha_divergence(log_p: jax.Array, log_q: jax.Array, alpha: Scalar) -> jax.Array:
     """q (mass - e^(alpha r)) / alpha, where r = log(p / q) and mass is the mean of e^(alpha r) under q."""
+    # Where p or q is 0 the exponent of p^alpha q^(1 - alpha) could be inf - inf.
     both = (log_p > -jnp.inf) & (log_q > -jnp.inf)
     safe_log_p, safe_log_q = (jnp.where(both, log, 0) for log in (log_p, log_q))
     mixed = jnp.where(both, jnp.exp(alpha * safe_log_p + (1 - alpha) * safe_log_q), 0)
@@ -82,6 +85,7 @@ def alpha_divergence(log_p: jax.Array, log_q: jax.Array, alpha: Scalar) -> jax.A
     log_mass = jnp.where(mass < 0.5, jnp.log(mass), jnp.log1p(alpha * (alpha - 1) * value))
     above = jnp.where(limit, ratio + value, ratio - log_mass / alpha)
     close = jnp.where(limit, above, jnp.expm1(alpha * above) / alpha)
+    # expm1 keeps the digits where the two terms of the slope nearly cancel; far away it would overflow.
     near = both & (limit | (abs(alpha * above) < 1))
     return jnp.where(near, -q * mass * close, (q * mass - mixed) / alpha)
 

@@ -113,6 +113,7 @@ _ROWS = (
     ),
 )
 
+# In the order in which they are listed to users.
 TABLE: dict[str, Divergence] = {row.name: row for row in _ROWS}
 
 # Name, default and interval of the parameter, for the divergences that have one.

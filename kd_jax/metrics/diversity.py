@@ -20,6 +20,7 @@ def vendi_score(points: jax.Array) -> float:
     Args:
         points: [N, D]; at most one [min(N, D), min(N, D)] matrix is made of them.
     """
+    # The factor undoes the division by the small kernel's size; the eigenvalues are those of the kernel / N.
     return vendi_score_of_kernel(_cosine_kernel(jnp.asarray(points)) * (min(points.shape) / len(points)))
 
 
@@ -35,6 +36,7 @@ def vendi_score_of_kernel(kernel: np.ndarray) -> float:
 def _cosine_kernel(points):
     """u u^T of the directions u, or the smaller u^T u, which has the same eigenvalues but for zeros."""
     directions = _directions(points)
+    # With more points than dimensions the small product saves both memory and a cubic number of operations.
     if points.shape[0] > points.shape[1]:
         directions = directions.T
     return jnp.matmul(directions, directions.T, precision=jax.lax.Precision.HIGHEST)

@@ -98,6 +98,7 @@ def _lloyd(key, points, count, rounds):
         products = jnp.matmul(2 * points, centres.T, precision=_HIGHEST)
         return jnp.maximum(norms[:, None] - products + (centres**2).sum(axis=1), 0)
 
+    # k-means++: each next centre is a point drawn with a probability in proportion to its squared distance.
     def choose(nearest, key):
         # Where every point lies on a centre already, any will do.
         chosen = jax.random.categorical(key, jnp.log(jnp.where(nearest.max() > 0, nearest, 1)))
@@ -110,6 +111,7 @@ def _lloyd(key, points, count, rounds):
         member = jax.nn.one_hot(distances(centres).argmin(axis=1), count, dtype=points.dtype)
         sizes = member.sum(axis=0)[:, None]
         sums = jnp.matmul(member.T, points, precision=_HIGHEST)
+        # A cluster that has lost all its points keeps its centre.
         return jnp.where(sizes > 0, sums / jnp.maximum(sizes, 1), centres)
 
     squares = distances(jax.lax.fori_loop(0, rounds, improve, centres))

@@ -45,6 +45,7 @@ class Mean(NamedTuple):
         count, lost_count = _float(where.sum(axis), values.dtype)
         # 0 / 0 is NaN: a mean of nothing must not look like a number.
         mean = _sum(jnp.where(where, values, 0), axis) / count
+        # A second pass over the values, for squares of differences from a mean that is known.
         spread = jnp.where(where, values - jnp.expand_dims(mean, axis), 0)
         num_infinite, lost_infinite = _float((where & jnp.isinf(values)).sum(axis), values.dtype)
         nothing = jnp.zeros_like(mean)
@@ -59,6 +60,7 @@ class Mean(NamedTuple):
     def merge(self, other: Mean) -> Mean:
         """The mean of both sets of values together (Chan, Golub & LeVeque 1983), in compensated sums (Knuth 1969)."""
         count, lost_count = _add(self.count, other.count, self.lost[0] + other.lost[0])
+        # The mean is moved by its share of the difference: count * mean would need digits that float32 does not have.
         share = other.count / jnp.maximum(count, 1)
         # A side without values has NaN for a mean and must add nothing.
         mine, theirs = (jnp.where(one.count > 0, one.mean, 0) for one in (self, other))
@@ -82,6 +84,7 @@ def _sum(values: jax.Array, axis: int) -> jax.Array:
     size = values.shape[axis]
     if size <= BLOCK:
         return values.sum(axis)
+    # Neither the sum of a block nor that of all blocks is so large beside its terms that one of them is lost.
     values = jnp.moveaxis(values, axis, -1)
     values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -size % BLOCK)])
     return values.reshape(*values.shape[:-1], -1, BLOCK).sum(-1).sum(-1)
@@ -95,6 +98,7 @@ def _float(count: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
 
 def _add(a: jax.Array, b: jax.Array, lost: jax.Array) -> tuple[jax.Array, jax.Array]:
     """a + b + lost, and what the rounding of that sum lost."""
+    # XLA keeps the order of additions, so the rounding error can be computed (Knuth's two-sum).
     total = a + b
     of_b = total - a
     # An infinite sum lost nothing, but inf - inf is NaN.

@@ -56,6 +56,7 @@ def knn_precision_recall(real: jax.Array, fake: jax.Array, k: int, *, chunk: int
     Raises: ValueError for shapes that do not go together, or a set of k or fewer points.
     """
     real, fake = _checked(real, fake, k)
+    # Squared, to be compared with squared distances: the root of every distance would be one more rounding.
     real_radii, fake_radii = _radii(real, k, chunk), _radii(fake, k, chunk)
     zero = int((real_radii == 0).sum() + (fake_radii == 0).sum())
     if zero:
@@ -131,6 +132,7 @@ def _squares(point: jax.Array, points: jax.Array) -> jax.Array:
 def _squared_radii(points, k, chunk):
     def radius(row):
         point, index = row
+        # A point is not its own neighbour.
         squares = jnp.where(jnp.arange(len(points)) == index, jnp.inf, _squares(point, points))
         return -jax.lax.top_k(-squares, k)[0][-1]
 

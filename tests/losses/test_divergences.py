@@ -405,6 +405,8 @@ def test_cross_entropy():
     np.testing.assert_allclose(losses.cross_entropy(student, labels), wanted, rtol=2e-6)
     got = jax.grad(lambda student: losses.cross_entropy(student, labels).sum())(student)
     np.testing.assert_allclose(got, gradient, atol=1e-6)
+    got = losses.cross_entropy(student, labels % 4, num_tokens=4)
+    np.testing.assert_allclose(got, definition.cross_entropy(student[..., :4], labels % 4)[0], rtol=2e-6)
     bad = losses.cross_entropy(student, labels + np.array([[0, 0, 3], [-4, 0, 0]]))
     np.testing.assert_array_equal(np.isnan(bad), [[False, False, True], [True, False, False]])
 
@@ -477,6 +479,30 @@ def test_top_k_of_all_tokens_is_the_divergence_itself(tail):
             )  # fmt: skip
             wanted = definition.value(name, teacher, student, PARAMETERS[name][0], 2.0, 0.7)
             np.testing.assert_allclose(got, wanted, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_numbers_are_the_same_with_float64_enabled():
+    teacher, student = pairs((5, 12))
+    labels, mask = np.array([0, 3, 11, 2, 2]), np.array([True, True, False, True, True])
+    log_probs, ids, rest = top_k(teacher, 4)
+
+    def everything():
+        divergences = {
+            name: function(teacher, student, temperature=2.0) for name, function in losses.DIVERGENCES.items()
+        }
+        settings = {"temperature": 2.0, "hard_weight": 0.3, "divergence": "alpha_divergence"}
+        gradient = jax.grad(lambda z: losses.distillation_loss(teacher, z, labels, mask, **settings).mean)(student)
+        part = losses.top_k_divergence(log_probs, ids, student, teacher_tail_log_prob=rest, temperature=2.0)
+        return divergences, gradient, part, losses.distillation_loss(teacher, student, labels, mask, **settings)
+
+    wanted = jax.tree.leaves(everything())
+    with jax.enable_x64(True):
+        got = jax.tree.leaves(everything())
+        assert losses.forward_kl(np.float64([0.0, 1.0]), np.float64([1.0, 0.0])).dtype == jnp.float64
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

@@ -480,6 +480,35 @@ def test_members_in_one_program():
             assert_close(got[i], np.asarray(reference))
 
 
+@pytest.mark.slow
+def test_numbers_are_the_same_with_float64_enabled():
+    inputs, mask = Inputs(), Inputs().masks[1]
+    log_probs, ids, rest = top_k(inputs.logits[0], 5)
+    student = tuple(np.asarray(leaf) for leaf in inputs.student)
+
+    def everything():
+        whole = run(inputs, mask, "jensen_shannon", 0.5, 2.0, 0.7, 0.3)
+        part = run_top_k(student, ids, log_probs, rest, inputs.labels, mask, divergence="forward_kl", hard_weight=0.3)
+        return whole, part
+
+    wanted = jax.tree.leaves(everything())
+    with jax.enable_x64(True):
+        got = jax.tree.leaves(everything())
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_products_are_float32_on_every_device():
+    # a GPU or TPU would take fewer bits unless asked; a CPU shows no difference, so the program is read
+    inputs = Inputs()
+    program = _run.lower(
+        inputs.student, inputs.teacher, inputs.labels, inputs.masks[0], num_tokens=REAL, chunk=7
+    ).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert len(products) >= 4 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+
+
 def test_logits_of_all_tokens_never_exist():
     vocab, width, tokens = 8192, 16, 4096
     h, w = jax.ShapeDtypeStruct((tokens, width), jnp.float32), jax.ShapeDtypeStruct((vocab, width), jnp.float32)

@@ -13,7 +13,7 @@ VOCAB, WIDTH = 37, 9
 # shape of the positions, and tokens at a time: one, some that do not divide the positions, more than there are
 CASES = [((13,), 7), ((3, 11), 1), ((3, 11), 7), ((3, 11), 1000), ((2, 3, 5), 13), ((13,), None)]
 
-log_prob = jax.jit(fused.linear_log_prob, static_argnames=("entropy", "chunk"))
+log_prob = jax.jit(fused.linear_log_prob, static_argnames=("entropy", "chunk", "num_tokens"))
 cross_entropy = jax.jit(fused.linear_cross_entropy, static_argnames="chunk")
 
 
@@ -117,10 +117,10 @@ def dense(hidden, head, labels, mask):
     return values, by_logits @ wide(head), by_head
 
 
-@functools.partial(jax.jit, static_argnames=("chunk", "factor"))
-def value_and_gradients(hidden, head, labels, mask, chunk=None, factor=1):
+@functools.partial(jax.jit, static_argnames=("chunk", "factor", "num_tokens"))
+def value_and_gradients(hidden, head, labels, mask, chunk=None, factor=1, num_tokens=None):
     def loss(hidden, head):
-        return factor * fused.linear_cross_entropy(hidden, head, labels, mask, chunk=chunk).mean
+        return factor * fused.linear_cross_entropy(hidden, head, labels, mask, num_tokens=num_tokens, chunk=chunk).mean
 
     return jax.value_and_grad(loss, (0, 1))(hidden, head)
 
@@ -272,6 +272,43 @@ def test_a_label_that_is_no_id_makes_loss_and_gradient_nan(label):
     value, gradients = jax.value_and_grad(loss, (0, 1))(hidden, head, jnp.ones(4, bool))
     assert np.isnan(value) and all(np.isnan(g).all() for g in gradients)
     assert np.isfinite(loss(hidden, head, labels != label))
+
+
+def test_a_padded_vocabulary_has_probability_0():
+    hidden, head, labels = inputs((3, 11))
+    real, mask = 30, masks((3, 11))["some"]
+    labels = labels % real
+    got, entropy = log_prob(hidden, head, labels, entropy=True, chunk=7, num_tokens=real)
+    wanted = log_softmax(hidden, head[:real])
+    np.testing.assert_allclose(got, of_labels(wanted, labels), rtol=1e-6, atol=2e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(wanted) * wanted).sum(axis=-1), rtol=1e-6, atol=2e-5)
+    value, (by_hidden, by_head) = value_and_gradients(hidden, head, labels, mask, chunk=7, num_tokens=real)
+    cut_value, (cut_by_hidden, cut_by_head) = value_and_gradients(hidden, head[:real], labels, mask, chunk=7)
+    np.testing.assert_allclose(value, cut_value, rtol=1e-6)
+    np.testing.assert_allclose(value, -of_labels(wanted, labels)[mask].mean(), rtol=1e-5)
+    np.testing.assert_allclose(by_hidden, cut_by_hidden, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(by_head[:real], cut_by_head, rtol=1e-5, atol=1e-7)
+    assert not np.asarray(by_head)[real:].any()
+    # a label among the padding is no id
+    padding = np.full((3, 11), real)
+    assert np.isnan(value_and_gradients(hidden, head, padding, mask, chunk=7, num_tokens=real)[0])
+
+
+def test_numbers_are_the_same_with_float64_enabled():
+    hidden, head, labels = inputs((3, 11))
+    mask = masks((3, 11))["some"]
+
+    def everything():
+        mean = fused.linear_cross_entropy(hidden, head, labels, mask, chunk=7)
+        scores = fused.linear_log_prob(hidden, head, labels, entropy=True, chunk=7)
+        return mean, scores, value_and_gradients(hidden, head, labels, mask, chunk=7)
+
+    wanted = jax.tree.leaves(everything())
+    with jax.enable_x64(True):
+        got = jax.tree.leaves(everything())
+    for one, other in zip(got, wanted, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_shapes_that_do_not_go_together_are_named():

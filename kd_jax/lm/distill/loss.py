@@ -135,10 +135,9 @@ def cross_entropy(
 def _cross_entropy(architecture: Architecture, compute: Compute, num_tokens: int, packed: bool) -> Loss:
     def loss(params: Any, part: Batch, guide: None = None) -> tuple[Mean, dict[str, Mean]]:
         hidden = _hidden(params, architecture, part, compute, packed)
-        head = model_lib.head(params)
-        head = head if num_tokens == architecture.vocab_size else head[:num_tokens]
         mean = fused.linear_cross_entropy(
-            hidden, head, _next_tokens(part), part.mask, softcap=architecture.logit_softcap, chunk=compute.chunk,
+            hidden, model_lib.head(params), _next_tokens(part), part.mask, num_tokens=num_tokens,
+            softcap=architecture.logit_softcap, chunk=compute.chunk,
             mesh=compute.mesh,
         )  # fmt: skip
         return mean, {}
