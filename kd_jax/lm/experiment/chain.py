@@ -23,7 +23,15 @@ from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import checks, cost, planning, results, roles
 from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording
 from kd_jax.lm.experiment.results import Student
-from kd_jax.lm.experiment.specs import LmSpec, StudentSpec, TeacherSpec, architecture, make_mesh, planned_shape
+from kd_jax.lm.experiment.specs import (
+    LmSpec,
+    StudentSpec,
+    TeacherSpec,
+    architecture,
+    make_mesh,
+    planned_shape,
+    shallower,
+)
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.parallel import distributed
 from kd_jax.parallel.devices import Target
@@ -203,7 +211,9 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         p_star = weights.about(inputs[TRAIN])
         model = p_star._replace(architecture=architecture(shape, p_star.architecture, "config"))
-        start = weights.load(shape.start, mesh=make_mesh(spec.mesh)).params if shape.start else None
+        start = None
+        if shape.start:
+            start = shallower(shape, weights.load(shape.start, mesh=make_mesh(spec.mesh))).params
         corpora = [corpus_lib.open(inputs[corpus] / "corpus") for corpus in arm.corpora]
         members = [
             training.Member(

@@ -12,7 +12,7 @@ from kd_jax.lm import weights
 from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.evaluation import MeasureSpec
 from kd_jax.lm.experiment.knobs import FrontierSpec
-from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
+from kd_jax.lm.model import PRESETS, Architecture, Compute, Model, depth
 from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import changes, merge, setting, spec
@@ -70,6 +70,10 @@ class ModelSpec:
     heads: int = setting(4, "query heads", at_least=1)
     kv_heads: int = setting(2, "key-value heads", at_least=1)
     mlp: int = setting(384, "width of the MLP", at_least=1)
+    layers_kept: str = setting(
+        "",
+        "layers of the model that training starts from: numbers as 0,3,6, every_N or first_and_last_N; empty for all",
+    )
     train: TrainChanges = setting(TrainChanges(), "settings of config.train that are different for it")
 
 
@@ -173,10 +177,12 @@ class LmSpec:
 
 def _check_shape(shape: StudentSpec | TeacherSpec, role: str) -> None:
     if not shape.start:
+        if shape.layers_kept:
+            raise ValueError(f"{role}.layers_kept={shape.layers_kept!r} has no effect: training starts from no model")
         architecture(shape, PRESETS["tiny"], role)
         return
     for field in dataclasses.fields(ModelSpec):
-        if field.name != "train" and getattr(shape, field.name) != field.default:
+        if field.name not in ("train", "layers_kept") and getattr(shape, field.name) != field.default:
             raise ValueError(f"{role}.{field.name} has no effect: {shape.start!r} gives the shape")
 
 
@@ -191,7 +197,7 @@ def architecture(shape: StudentSpec | TeacherSpec, p_star: Architecture, role: s
     Unless it is a preset, the config's shape has the rotary embedding and the longest sequence of p*, too.
     """
     if shape.start:
-        return _describe(shape.start).architecture
+        return shallower(shape, _describe(shape.start)).architecture
     if shape.preset:
         return dataclasses.replace(PRESETS[shape.preset], vocab_size=p_star.vocab_size)
     if shape.width % shape.heads:
@@ -207,9 +213,19 @@ def architecture(shape: StudentSpec | TeacherSpec, p_star: Architecture, role: s
         raise ValueError(f"{role}: {error}") from error
 
 
+def shallower(shape: StudentSpec | TeacherSpec, start: Model) -> Model:
+    """The model that training starts from, with the layers that the config keeps of it."""
+    if not shape.layers_kept:
+        return start
+    rule: str | tuple[int, ...] = shape.layers_kept
+    if rule.replace(",", "").isdigit():
+        rule = tuple(int(number) for number in rule.split(","))
+    return depth.shallower(start, depth.layers_kept(rule, start.architecture.num_hidden_layers))
+
+
 @functools.lru_cache(maxsize=4)
 def _describe(source: str) -> Model:
-    return weights.describe(source)
+    return weights.describe(source)._replace(params={"layers": {}})
 
 
 def planned_shape(spec: LmSpec, role: str) -> Architecture | None:

@@ -1,12 +1,13 @@
 """Every check that a run makes of its models and data comes before its first stage, from file headers alone."""
 
+import dataclasses
 import json
 
 import pytest
 
 from configs import lm_laptop
 from kd_jax.lm.experiment import chain, checks
-from kd_jax.lm.experiment.specs import LmSpec
+from kd_jax.lm.experiment.specs import LmSpec, architecture
 from kd_jax.lm.weights import load_save
 from kd_jax.runs import stages
 from kd_jax.runs.settings import freeze
@@ -81,3 +82,13 @@ def test_a_start_has_to_go_with_p_star(folders, changes, message):
 def test_a_shape_beside_a_start_has_no_effect(folders):
     with pytest.raises(ValueError, match="config.student.layers has no effect: .* gives the shape"):
         spec_of(folders, **{"student.source": "p_star"})
+
+
+def test_a_shallower_start(folders):
+    default = {f"student.{k}": v for k, v in {"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}.items()}
+    spec = spec_of(folders, **default, **{"student.source": "p_star", "student.layers_kept": "1"})
+    assert architecture(spec.student, TINY, "student") == dataclasses.replace(TINY, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="layers_kept='sometimes' is neither numbers"):
+        architecture(dataclasses.replace(spec.student, layers_kept="sometimes"), TINY, "student")
+    with pytest.raises(ValueError, match="student.layers_kept='1' has no effect"):
+        spec_of(folders, **{"student.layers_kept": "1"})
