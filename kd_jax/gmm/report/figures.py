@@ -78,12 +78,12 @@ def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
         tidy(axes)
     whole.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats)")
     (x,), (y,) = (_points(students, cooled[:1], name)[0] for name in ("recall", "precision"))
-    left, bottom, width, height = x - ZOOM[0], y - 0.1 * ZOOM[1], 1.06 * ZOOM[0], 1.1 * ZOOM[1]
+    left, bottom, width, height = x - ZOOM[0], y - 0.1 * ZOOM[1], 1.12 * ZOOM[0], 1.1 * ZOOM[1]
     near.set(xlim=(left, left + width), ylim=(bottom, bottom + height))
     for who in cooled:
         (u,), (v,) = (_points(students, [who], name)[0] for name in ("recall", "precision"))
-        near.annotate(f"T={who.temperature:g}", (u, v), (5, 4), textcoords="offset points", fontsize=8, color=RED,
-                      clip_on=True, annotation_clip=True)  # fmt: skip
+        near.annotate(f"T={who.temperature:g}", (u, v), (-7, 4), textcoords="offset points", fontsize=8, color=RED,
+                      ha="right", annotation_clip=True)  # fmt: skip
     whole.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor="0.4", zorder=7))
     drawn.colorbar(ScalarMappable(norm, CMAP), ax=near, label=r"$\beta$", format=LogFormatterSciNotation())
     handles, labels = whole.get_legend_handles_labels()
