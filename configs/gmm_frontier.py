@@ -3,8 +3,9 @@
     python -m kd_jax.train --config configs/gmm_frontier.py --workdir runs/gmm_frontier
     python -m kd_jax.train --config configs/gmm_frontier.py:smoke --workdir runs/frontier_smoke    (seconds)
 
-Cost: 36 seconds on two cores. Result: sharpening the teacher costs the least recall up to 3 nats
-of precision; at 4 the divergences that lean to reverse KL cost as little.
+Cost: about 100 seconds of processor time, compiling included. Result, 64 seeds: every knob is dominated by sampling the
+direct student at a lower temperature, as far as that goes (1.3 nats of precision); a random choice between two students
+costs next to nothing up to 3 nats, where the cheapest knob, sharpening, costs 7 nats of recall per nat.
 """
 
 from ml_collections import ConfigDict
