@@ -203,7 +203,7 @@ def _distil(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
 
 @_distil.defjvp
 def _distil_jvp(plan, primals, tangents):
-    (loss, statistics), gradients = _with_gradient(plan, *primals)
+    (loss, statistics), gradients = head_lib.undivided(_with_gradient, 1)(plan, *primals)
     tangent, no_tangents = jax.tree.map(jnp.zeros_like, (loss, statistics))
     tangent = tangent._replace(mean=head_lib.inner_product(gradients, tangents[:2]))
     return (loss, statistics), (tangent, no_tangents)

@@ -86,7 +86,7 @@ def _cross_entropy(num_tokens, softcap, chunk, mesh, hidden, head, labels, mask)
 
 @_cross_entropy.defjvp
 def _cross_entropy_jvp(num_tokens, softcap, chunk, mesh, primals, tangents):
-    mean, gradients = _with_gradient(num_tokens, softcap, chunk, mesh, *primals)
+    mean, gradients = head_lib.undivided(_with_gradient, 4)(num_tokens, softcap, chunk, mesh, *primals)
     tangent = jax.tree.map(jnp.zeros_like, mean)
     return mean, tangent._replace(mean=head_lib.inner_product(gradients, tangents[:2]))
 

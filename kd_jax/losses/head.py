@@ -121,6 +121,27 @@ def share_of_one(mask: jax.Array) -> jax.Array:
     return jnp.where(count > 0, 1 / jnp.maximum(count, 1), 0).astype(jnp.float32)
 
 
+def undivided(function: Callable[..., Any], num_static: int) -> Callable[..., Any]:
+    """The function, whose loops a reverse-mode derivative leaves as they are.
+
+    In the rule of a `custom_jvp`, JAX moves out of every loop what does not depend on the data (indices of blocks, say)
+    and stores it for all steps. XLA then fuses less, and a fused loss took 1.3 times as long. A `custom_jvp` none of
+    whose inputs has a tangent is taken as one piece; its rule, for second derivatives, is the ordinary one.
+
+    Args:
+        function: its derivative is in hidden states and head, the first two arguments that are arrays.
+        num_static: how many leading arguments are not arrays.
+    """
+    whole = jax.custom_jvp(function, nondiff_argnums=tuple(range(num_static)))
+
+    @whole.defjvp
+    def jvp(*args):
+        *static, (hidden, head, *others), tangents = args
+        return jax.jvp(lambda *both: function(*static, *both, *others), (hidden, head), tangents[:2])
+
+    return whole
+
+
 def inner_product(gradients: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> jax.Array:
     """The tangent, float32, of a number that has these gradients.
 

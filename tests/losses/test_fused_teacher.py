@@ -480,6 +480,18 @@ def test_members_in_one_program():
             assert_close(got[i], np.asarray(reference))
 
 
+def test_derivatives_leave_the_loops_as_they_are():
+    # one over the chunks and three over blocks of the vocabulary; parts moved out of them would cost time
+    vocab, hidden = 2 * reductions.SUM_BLOCK, jnp.ones((8, 4))
+
+    def loss(hidden, head):
+        labels, mask = jnp.zeros(8, int), jnp.ones(8, bool)
+        return fused.linear_distillation(hidden, head, hidden, head, labels, mask, hard_weight=0.3, chunk=4)[0].mean
+
+    program = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(hidden, jnp.ones((vocab, 4))))
+    assert program.count("scan[") == 4
+
+
 @pytest.mark.slow
 def test_numbers_are_the_same_with_float64_enabled():
     inputs, mask = Inputs(), Inputs().masks[1]
