@@ -253,8 +253,9 @@ def _layer(w, x, phases, attend, architecture, compute):
         x: [row, position, hidden_size].
         attend: from queries, keys and values to ([row, position, head * head_dim], ...).
     """
-    q, k, v = _project(w, x, architecture, compute)
-    q, k = _position(w, q, k, phases, architecture, compute)
+    q, k, v = _project(w, x, phases, architecture, compute)
+    if architecture.query_key_norm != "none":
+        q, k = _norm_and_rotate(w, q, k, phases, architecture, compute)
     out, *more = attend(q, k, v)
     x = _add(w, x, _out(w, out, compute), "post_attention_norm", architecture, compute)
     gate, up = _gate_up(w, x, architecture, compute)
@@ -296,27 +297,30 @@ def _norm_if(w, x, name, architecture, compute):
 # recomputed, as nothing in these functions needs their results: a norm of a product's result is in another function.
 
 
-@functools.partial(jax.checkpoint, static_argnums=(2, 3))
-def _project(w, x, architecture, compute):
-    """Queries [row, position, head, head_dim], keys and values (with their fewer heads), before norms and rotation."""
+@functools.partial(jax.checkpoint, static_argnums=(3, 4))
+def _project(w, x, phases, architecture, compute):
+    """Queries [row, position, head, head_dim], keys, values (with fewer heads); rotated unless normed first."""
     a = architecture
     h = _norm_if(w, x, "attention_norm", a, compute)
     q = _linear(h, w, "q", compute).reshape(*x.shape[:2], a.num_attention_heads, a.head_dim)
     k = _linear(h, w, "k", compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
     v = _linear(h, w, "v", compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
-    return q, k, v
+    return (*(_rotate(q, k, phases) if a.query_key_norm == "none" else (q, k)), v)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(4, 5))
-def _position(w, q, k, phases, architecture, compute):
-    """Queries and keys, normed and rotated."""
+def _norm_and_rotate(w, q, k, phases, architecture, compute):
+    """Queries and keys with norms of their own: these need the products' results, which must not be recomputed."""
     whole = architecture.query_key_norm == "width"
 
     def norm(x, name):
         flat = x.reshape(*x.shape[:2], -1) if whole else x
-        return _norm_if(w, flat, name, architecture, compute).reshape(x.shape)
+        return _norm(flat, w[name], AXES[name], architecture, compute).reshape(x.shape)
 
-    q, k = norm(q, "q_norm"), norm(k, "k_norm")
+    return _rotate(norm(q, "q_norm"), norm(k, "k_norm"), phases)
+
+
+def _rotate(q, k, phases):
     return (q, k) if phases is None else (rotary.rotate(q, *phases), rotary.rotate(k, *phases))
 
 
@@ -336,8 +340,9 @@ def _down(w, gate, up, architecture, compute):
     return _linear(_ACTIVATIONS[architecture.activation](gate) * up, w, "down", compute)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(3, 4, 5))
 def _add(w, x, change, norm, architecture, compute):
     """x plus what attention or MLP changes, normed and scaled where the architecture says so."""
-    change = _norm_if(w, change, norm, architecture, compute)
+    # checkpointed by itself: the norm needs the product's result
+    norm_change = jax.checkpoint(_norm_if, static_argnums=(2, 3, 4))
+    change = norm_change(w, change, norm, architecture, compute) if norm in w else change
     return x + (change if architecture.residual_multiplier == 1 else change * architecture.residual_multiplier)
