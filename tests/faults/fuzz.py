@@ -85,6 +85,9 @@ def _inside(args) -> int:
     faulthandler.enable()
     warnings.simplefilter("ignore")
     logging.disable()  # libraries say at length what they could not read
+    report = sys.unraisablehook
+    # writes of tensorstore that end after a failed load has closed its event loop
+    sys.unraisablehook = lambda one: "Event loop is closed" in str(one.exc_value) or report(one)
     if args.undrawn:
         page.embed = pages.undrawn
     counts, faults = {}, {}
