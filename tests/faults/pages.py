@@ -68,7 +68,7 @@ def load(folder):
 def build_mixtures(folder):
     rows = gmm.make_rows(seeds=2, betas=(1.0, 10.0)) + gmm.make_rows(seeds=1, betas=(1.0, 10.0), num_data=400)
     gmm.make_run(folder, rows, with_panels=False)
-    gmm.make_panels(folder / "checkpoints" / "panels.npz", grid=8, count=20)
+    gmm.make_panels(folder / "checkpoints" / "panels.npz")
 
 
 def build_mixture_frontier(folder):

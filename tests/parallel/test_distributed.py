@@ -355,7 +355,9 @@ def test_mixtures_in_two_processes(tmp_path):
         }
         for key, value in one.items():
             if isinstance(value, float):
-                assert two[key] == pytest.approx(value, rel=1e-5, abs=1e-5), key
+                # the entropy is a mean over draws of a teacher whose EM may end an iteration's rounding apart
+                rel = 1e-4 if key == "teacher_entropy" else 1e-5
+                assert two[key] == pytest.approx(value, rel=rel, abs=1e-5), key
     device = json.loads((tmp_path / "two/manifest.json").read_text())["device"]
     assert (device["count"], device["processes"]) == (6, 2)
 

@@ -93,7 +93,10 @@ def write(folder: str | Path) -> Path:
     }
     arrays = folder / "checkpoints" / "panels.npz"
     if arrays.is_file():
-        drawn["panels"] = figures.panels(_panels(arrays))
+        try:
+            drawn["panels"] = figures.panels(_panels(arrays))
+        except ValueError as error:  # SciPy's, of shapes that are no mixture's
+            raise RunError(f"{arrays} is damaged: {error}") from error
     grid = capacity.grid(runs, spec, base_setting)
     if grid:
         drawn["capacity"] = capacity.figure(grid)

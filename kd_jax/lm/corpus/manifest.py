@@ -99,9 +99,10 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         check_settings(manifest["settings"], manifest["kind"])
         rows = sum(shard["rows"] for shard in manifest["shards"])
+        counted = manifest["counts"]["rows"]
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {type(error).__name__}: {error}{again(folder)}") from error
-    if manifest["counts"]["rows"] != rows:
+    if counted != rows:
         raise RunError(f"{path} is damaged: its counts are not those of its shards{again(folder)}")
     return manifest
 
