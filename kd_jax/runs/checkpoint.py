@@ -94,10 +94,9 @@ class Checkpoints:
 
     def __exit__(self, *_) -> None:
         try:
-            with _naming(self._folder):
+            with _naming(self._folder), contextlib.closing(self._manager):  # close raises a thread's error once more
                 self._manager.wait_until_finished()
         finally:
-            self._manager.close()
             for name in _LOGGERS:
                 logging.getLogger(name).removeFilter(_reported_elsewhere)
 
