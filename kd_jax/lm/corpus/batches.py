@@ -82,6 +82,7 @@ class Sequences:
 
     def __init__(self, table: datasets.Dataset):
         self._table = table
+        # Lengths of all rows are in memory, four bytes a row each; the ids stay on disk.
         numbers = table.select_columns(["length", "prompt_length"]).with_format("numpy")
         self.lengths = np.asarray(numbers["length"][:], np.int32)
         self.prompt_lengths = np.asarray(numbers["prompt_length"][:], np.int32)
@@ -100,6 +101,7 @@ class Sequences:
         """
         if targets and not corpus.manifest["settings"].get("teacher"):
             raise ValueError(f"{corpus.folder} has no top-k columns; record them with python -m kd_jax.teacher")
+        # Checked once, here: the Arrow files are copies, and nobody checks them later.
         corpus.verify()
         files = [str(corpus.folder / shard["file"]) for shard in corpus.manifest["shards"]]
         columns = ["tokens", "length", "prompt_length", *(shards.TOP_K if targets else ())]
@@ -173,6 +175,7 @@ class Updates:
         """
         epoch, batch = divmod(int(update), self.per_epoch)
         last_epoch, order = self._order
+        # A permutation of the whole corpus is made once an epoch, not for each batch.
         if last_epoch != epoch:
             # by (seed, epoch) alone: hosts agree on it without communicating, whatever their number
             order = np.random.default_rng((self.seed, epoch)).permutation(len(self.sequences))
@@ -215,6 +218,7 @@ def arrange(
     length = layout.row_length or layout.max_length
     bins = _first_fit([len(ids) for ids in tokens], length) if layout.row_length else [[i] for i in range(len(tokens))]
     rows = num_rows(len(bins), layout)
+    # Zeros are padding because `segments` is 0 there: 0 is an id like any other.
     batch = Batch(*(np.zeros((rows, length), dtype) for dtype in (np.int32, np.int32, np.int32, bool)))
     if targets is not None:
         like = targets[0]
@@ -255,14 +259,15 @@ def _first_fit(lengths: list[int], room: int) -> list[list[int]]:
 
 
 def most_rows(layout: Layout) -> int:
-    """Rows of an update, all parts together, whose sequences are as long as they can be."""
+    """The most rows that an update can need, all parts together: when each sequence has the longest length."""
     together = layout.row_length // layout.max_length if layout.row_length else 1
     return num_rows(-(-layout.sequences // together), layout)
 
 
 def num_rows(filled: int, layout: Layout) -> int:
-    """Rows of all parts together: at least `filled`, and one of a few numbers."""
+    """The number of rows of all parts together: at least `filled`, rounded up to one of a few sizes."""
     unit = layout.parts * layout.row_multiple
     most = -(-layout.sequences // unit) * unit
+    # Packed batches fill varying numbers of rows. A step is an eighth of the most rows, in whole rows of each device.
     step = max(unit, -(-most // _SHAPES // unit) * unit) if layout.row_length else most
     return -(-filled // step) * step

@@ -1,4 +1,4 @@
-"""Whether models and corpora speak of the same sequences: the same ids, that mean the same, with the same ends."""
+"""Checks that models and corpora speak of the same sequences: the same ids, of the same meaning, with the same ends."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ def check_model(name: str, model: Model, p_star: Model, max_length: int) -> None
 
 
 def check_teacher(teacher: Model, student: Model) -> None:
-    """Raises ValueError unless the ids of both mean the same, so that a distribution over them can be learnt."""
+    """Raises ValueError unless an id means the same to both, so that one can learn the other's distribution."""
     _check_ids("the teacher", teacher, "the student", student)
 
 
 def _check_ids(name: str, model: Model, other_name: str, other: Model) -> None:
     if model.num_tokens != other.num_tokens:
         raise ValueError(f"{name} has {model.num_tokens} ids and {other_name} {other.num_tokens}: another vocabulary")
+    # A model without a tokenizer is compared by its number of ids alone: there is nothing else to compare.
     if model.tokenizer is not None and other.tokenizer is not None:
         problem = difference(model.tokenizer, other.tokenizer, name, other_name)
         if problem is not None:
@@ -38,9 +39,13 @@ def _check_ids(name: str, model: Model, other_name: str, other: Model) -> None:
 
 
 def check_corpus(label: str, corpus: Corpus, p_star: Model, num_rows: int) -> None:
-    """Raises ValueError unless the corpus has so many rows, of the same tokens and ends as p*'s.
+    """Raises ValueError unless the corpus can serve as data of p*: enough rows, of its tokens, with its ends.
 
     Samples end with any of a model's EOS ids, data with the one that was named for them.
+
+    Args:
+        label: what the message calls the corpus.
+        num_rows: how many rows are needed.
     """
     settings = corpus.manifest["settings"]
     if not corpus.finished:
@@ -58,5 +63,5 @@ def check_corpus(label: str, corpus: Corpus, p_star: Model, num_rows: int) -> No
 
 
 def tokenizer_fingerprint(model: Model) -> str | None:
-    """The fingerprint of a model's tokenizer; None where it has none."""
+    """The fingerprint of a model's tokenizer; None for a model without one."""
     return None if model.tokenizer is None else model.tokenizer.fingerprint

@@ -1,8 +1,8 @@
 """Conversations as token ids, with a mask of the tokens that the assistant says.
 
-A conversation is rendered by the tokenizer's chat template, as transformers renders it, once with a mark in place of
-each turn of the assistant: that says where each turn is in the text, and nothing is searched for in the ids. Where a
-token would lie across the border of a prompt and a reply, they are encoded apart and their ids concatenated, so that
+The tokenizer's chat template renders a conversation twice, as transformers does: as it is, and with a mark in place of
+each turn of the assistant. The marks tell where the turns are in the text; nothing is searched for in the ids. Where a
+token would lie across the border of a prompt and a reply, the two are encoded apart and their ids concatenated, so that
 "Call foo(" and ")" stay four ids. What a template puts before a reply, such as <think></think>, is not learnt.
 """
 
@@ -54,10 +54,12 @@ def _encode(pieces: list[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[
     """Ids of the pieces' text, encoded as a whole as transformers does, unless a token would lie across a border."""
     ids, spans = tokenizer.encode_with_spans("".join(text for text, _ in pieces))
     borders = np.cumsum([len(text) for text, _ in pieces])
+    # A token belongs to the piece it starts in. If it ends in another one, it lies across a border.
     first = np.searchsorted(borders, [start for start, _ in spans], side="right")
     last = np.searchsorted(borders, [max(start, end - 1) for start, end in spans], side="right")
     if (first == last).all():
         return ids, [pieces[i][1] for i in first]
+    # Encoded apart, as a sampler sees it: the prompt's ids are fixed before the reply begins.
     parts = [(tokenizer.encode(text), of_assistant) for text, of_assistant in pieces]
     return sum((part for part, _ in parts), []), sum(([of] * len(part) for part, of in parts), [])
 
@@ -78,17 +80,18 @@ def _pieces(messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tok
         prompts.append(prompt)
     end = rest.rstrip() or rest  # what ends a turn; a line feed after it belongs to the next prompt
     rendered = tokenizer.render(messages[: turns[-1] + 1])
-    for clean in (str, str.strip):  # as the template has it
+    for clean in (str, str.strip):  # some templates strip the text
         said = [clean(messages[turn]["content"]) for turn in turns]
         if rendered == "".join(itertools.chain(*zip(prompts, said, strict=True), [rest])):
             break
     else:
-        raise ValueError("the chat template changes what the assistant says, or what is around it by what it is")
+        raise ValueError("the chat template changes the assistant's text, or puts something else around it")
+    # Each reply ends with what the template puts after it (such as EOS), if the next prompt begins with that.
     ends = [end if prompt.startswith(end) else "" for prompt in prompts[1:]] + [end]
     starts = ["", *ends[:-1]]
     pieces = []
     for prompt, start, text, finish in zip(prompts, starts, said, ends, strict=True):
-        # tokenizers join a space with the word after it: the one before a reply is part of it
+        # Tokenizers join a space with the word after it, so the space before a reply is part of the reply.
         words = prompt.removeprefix(start).rstrip(" ")
         pieces += [(words, False), (prompt.removeprefix(start)[len(words) :] + text + finish, True)]
     return pieces

@@ -34,6 +34,7 @@ _HUB_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 _BATCH = 1000
 # Files above this size are known by their size and this many blocks of a megabyte.
 _LARGE, _BLOCKS = 1 << 30, 64
+# Half of a pair of surrogates: no character, but JSON can spell it.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -41,7 +42,7 @@ class Columns(NamedTuple):
     """Which columns of the data a document is made of.
 
     Attributes:
-        kind: "text", "ids", or "messages" (conversations).
+        kind: "text", "ids" (lists of token ids), or "messages" (conversations).
         names: the column of texts, of lists of ids or of messages; or those of the prompt and the response.
         whole_files: a .txt file is one document.
         max_length: ids of a row; a conversation has to have some of the assistant's among its first ones.
@@ -182,12 +183,15 @@ def load(source: str, paths: list[str], columns: Columns, tokenizer: Tokenizer, 
     path = cache.folder("data", f"{key}.arrow")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        # 64-bit offsets: a thousand long documents can have more than 2 GiB of text.
         kind = pa.large_list(pa.int32()) if columns.kind == "ids" else pa.large_string()
         schema = pa.schema({"document": kind})
         rows = stream(source, paths, columns)
+        # The process is in the temporary name: two runs may make the same copy at once, and either is right.
         with replacing(path, path.with_suffix(f".{os.getpid()}.tmp")) as file, pa.ipc.new_file(file, schema) as arrow:
             while batch := list(itertools.islice(rows, _BATCH)):
                 arrow.write_batch(pa.record_batch([pa.array(batch, kind)], schema=schema))
+    # Mapped into memory: a document is read from disk when it is taken.
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     return Documents(source, columns, table["document"].chunks, tokenizer)
 
@@ -210,7 +214,7 @@ def stream(source: str, paths: list[str], columns: Columns) -> Iterator[str | np
 def _as_text(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{type(value).__name__} is not text; a column of lists of ids is named with ids_column")
-    # half of a pair of surrogates, as JSON can have it, is no character: no tokenizer takes it
+    # Half of a surrogate pair is no character: no tokenizer takes it.
     return None if value is not None and _SURROGATE.search(value) else value or ""
 
 
@@ -245,6 +249,7 @@ def survey(documents: Documents) -> tuple[np.ndarray, str, dict[str, int]]:
         for batch in documents.batches:
             for row in _members(batch):
                 # each document with its length, so that "ab", "c" and "a", "bc" differ
+                # The width and byte order of ids are fixed, so that all machines agree on the digest.
                 content = row.astype("<i8").tobytes() if isinstance(row, np.ndarray) else (row or "").encode()
                 digest.update(len(content).to_bytes(8, "little") + content)
                 reason = problem(documents.columns, documents.tokenizer, row, len(usable))
@@ -283,6 +288,7 @@ def problem(columns: Columns, tokenizer: Tokenizer, row: str | np.ndarray | None
         return "empty"
     if columns.kind == "text":
         return None
+    # the smallest and the largest id decide for all
     for i in (int(row.min()), int(row.max())):
         if not 0 <= i < tokenizer.vocab_size:
             raise ValueError(

@@ -89,15 +89,18 @@ def from_dataset(
     columns = _columns(settings)
     _check(settings, on_hub)
     command = shlex.join(sys.argv) if command is None else command
+    # Two processes in one folder would write the same shards.
     with lock.held(folder, command):
-        # what can be refused is refused before the tokenizer is loaded and the data are read
+        # Settings are compared first: an error should come before the tokenizer is loaded and the data are read.
         corpus.find(folder, settings, kind="data")
         tokenizer = weights.tokenizer(tokenizer_source)
         settings |= _tokenizer_settings(tokenizer, settings, eos)
         identity = documents.identity(source)
+        # The commit that was just looked up, so that a push meanwhile does not mix two versions.
         paths = documents.files(source, split=split, subset=subset, revision=identity if on_hub else None)
         documents.check_columns(source, paths, columns)
         if settings["streaming"]:
+            # A stream is never read as a whole: its fingerprint is the commit, and documents come in their own order.
             data, chosen = None, {"data_fingerprint": identity}
         else:
             data = documents.load(source, paths, columns, tokenizer, identity)
@@ -166,6 +169,7 @@ def _choose(data: Documents, settings: dict[str, Any]) -> tuple[np.ndarray, dict
     usable, fingerprint, skipped = documents.survey(data)
     # raw bits, since NumPy may change what it makes of them from one version to the next
     order = np.argsort(np.random.Philox(settings["seed"]).random_raw(len(data)), kind="stable")
+    # Places are ranks among the usable documents, so ranges that do not overlap share no document.
     ranked, first = order[usable[order]], settings["first"]
     num_samples = settings.get("num_samples", len(ranked) - first)
     if num_samples < 1 or first + num_samples > len(ranked):
@@ -190,7 +194,7 @@ def _taken(data: Documents, target: Corpus, places: np.ndarray, skipped: dict[st
 
 
 def _streamed(rows: Iterator[Any], columns: Columns, tokenizer: Tokenizer, target: Corpus) -> Iterator[tuple]:
-    """`_taken`, of a stream."""
+    """As `_taken`, for a stream."""
     settings, skipped = target.manifest["settings"], collections.Counter()
 
     def usable() -> Iterator[Any]:
@@ -260,6 +264,7 @@ def _conversation(index: int, messages: str, tokenizer: Tokenizer, settings: dic
     tokens, mask = ids[:max_length], learnt[:max_length]
     return {
         # up to the assistant's first id; the mask says what is learnt after it
+        # argmax of a mask is its first True.
         "index": index, "tokens": tokens, "length": len(tokens), "prompt_length": max(1, int(mask.argmax())),
         "finished": len(ids) <= max_length, "log_prob": None, "sample_log_prob": None, shards.LOSS_MASK: mask,
     }  # fmt: skip

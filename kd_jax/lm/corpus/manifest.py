@@ -98,6 +98,7 @@ def read(folder: Path) -> dict[str, Any] | None:
         raise RunError(f"{path} is not the manifest of a corpus of format {FORMAT}; choose another folder")
     try:
         check_settings(manifest["settings"], manifest["kind"])
+        # The counts are written beside the list of shards: a file that was edited or cut shows as a difference.
         rows = sum(shard["rows"] for shard in manifest["shards"])
         counted = manifest["counts"]["rows"]
     except (KeyError, TypeError, ValueError) as error:
@@ -149,6 +150,7 @@ def _origin(command: str) -> dict[str, Any]:
 def restart(manifest: dict[str, Any], settings: dict[str, Any], command: str) -> dict[str, Any]:
     """The manifest to go on from: of the shards, those that are whole for the number of samples wanted now."""
     size, total = settings["shard_size"], settings["num_samples"]
+    # A short last shard is written again: with more samples wanted, its file has more rows.
     shards = [shard for shard in manifest["shards"] if shard["rows"] == min(size, total - shard["first"])]
     resumed = [*manifest.get("resumed", []), {"when": _now(), **_origin(command)}]
     return with_shards(manifest | {"settings": settings, "resumed": resumed}, shards)
@@ -168,6 +170,7 @@ def _counts(shards: list[dict[str, Any]]) -> dict[str, int]:
 
 def speed(before: dict[str, Any], seconds: float, tokens: int, utilisation: float) -> dict[str, Any]:
     """Totals over all runs that went into a corpus; `tokens` are those generated, or taken from data, kept or not."""
+    # Slot steps are summed, not utilisations: the mean over several runs is weighted by their work.
     seconds, slot_steps = seconds + before.get("seconds", 0), tokens / utilisation + before.get("slot_steps", 0)
     tokens += before.get("generated_tokens", 0)
     return {
@@ -180,17 +183,17 @@ def speed(before: dict[str, Any], seconds: float, tokens: int, utilisation: floa
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as they come back from the manifest, so that the two compare equal; floats come back exactly."""
+    """The settings as the manifest gives them back (tuples as lists), so that the two compare equal."""
     return json.loads(json.dumps(settings, allow_nan=False))
 
 
 def without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those of LATER that are as they always were."""
+    """The settings without those of LATER that have the value of older corpora."""
     return {key: value for key, value in settings.items() if key not in LATER or value != LATER[key]}
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a corpus another one: without names, whose content other settings are fingerprints of."""
+    """The settings that decide the rows. Names are left out: fingerprints stand for their content."""
     content = {key: value for key, value in without_defaults(settings).items() if key not in _NAMES}
     return content | ({"teacher": identity(content["teacher"])} if content.get("teacher") else {})
 

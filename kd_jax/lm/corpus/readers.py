@@ -59,7 +59,7 @@ def rows(file: str, columns: Sequence[str], whole_files: bool = False) -> Iterat
 
 
 def _rows(file: str, columns: Sequence[str] | None, whole_files: bool) -> Iterator[dict[str, Any]]:
-    # the row is said in the error: of a file of millions, "invalid JSON" alone finds nothing
+    # The error names the row: in a file of millions of rows, "invalid JSON" alone would not help.
     number = 0
     try:
         with fsspec.open(file, "rb") as content:

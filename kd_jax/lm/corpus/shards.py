@@ -46,8 +46,9 @@ def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str
         encodings[".".join([name, *["list", "element"] * (rows[0][name].ndim)])] = "BYTE_STREAM_SPLIT"
     if LOSS_MASK in rows[0]:
         table = table.append_column(LOSS_MASK, _lists([row[LOSS_MASK] for row in rows]))
+    # A column has either a dictionary or an encoding of its own, so the columns with a dictionary are named.
     plain = [name for name in SCHEMA.names if name != "tokens"] + ["tokens.list.element"]
-    # into memory first: the checksum in the manifest is of these bytes, whatever the disk makes of them
+    # Written to memory first: the checksum is of the bytes that were meant, not of what the disk has made of them.
     buffer = io.BytesIO()
     more = {"use_dictionary": plain, "column_encoding": encodings} if encodings else {}
     pq.write_table(table, buffer, compression="zstd", **more)
@@ -67,7 +68,7 @@ def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str
 def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) -> pa.Table:
     """A shard, or some columns of it. RunError, naming the file, unless it is to the byte what was written."""
     path = locate(folder, shard)
-    # the whole shard is hashed, so it is read whole; its columns are decoded only where they are asked for
+    # The checksum needs the whole file, so it is read whole; only the columns asked for are decoded.
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard["sha256"]:
         raise RunError(f"{path} is damaged: its sha256 is not the one in the manifest{again(folder)}")
@@ -89,6 +90,7 @@ def locate(folder: Path, shard: dict[str, Any]) -> Path:
 
 def members(lists: pa.ListArray) -> list[np.ndarray]:
     """The members of a list array of numbers [n], or of lists of k numbers [n, k]; views of its values."""
+    # The offsets of a slice do not begin at 0, and `values` are those of the whole array: no copy is made.
     offsets, values = lists.offsets.to_numpy(), lists.values
     if pa.types.is_fixed_size_list(values.type):
         values = values.flatten().to_numpy().reshape(-1, values.type.list_size)

@@ -56,9 +56,9 @@ def _print(line: dict[str, Any]) -> None:
 
 
 def _tokenizer(folder: str, model: str | None, settings: dict[str, Any]) -> Tokenizer | None:
-    """The tokenizer of `model`, or of the source the corpus is from, which had one or else this is None.
+    """The tokenizer of `model`, or by default of the corpus's own source; None for a corpus made without a tokenizer.
 
-    Raises ValueError where it is not the one the corpus was made with.
+    Raises: ValueError where it is not the one that the corpus was made with.
     """
     if model is None and settings["tokenizer_fingerprint"] is None:
         return None

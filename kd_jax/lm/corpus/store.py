@@ -72,6 +72,7 @@ class Corpus(NamedTuple):
 
     @property
     def finished(self) -> bool:
+        """Whether all rows of the settings are on disk."""
         return self.manifest["status"] == "finished"
 
     def rows(self, start: int = 0, stop: int | None = None) -> Rows:
@@ -113,7 +114,6 @@ class Corpus(NamedTuple):
 
     def columns(self, *names: str) -> dict[str, np.ndarray]:
         """Columns of numbers (of SCHEMA, not `tokens`) of all rows, [num_rows] each; reads one shard at a time.
-
         Raises: RunError, naming the file, for a damaged shard.
         """
         parts = {name: [SCHEMA.empty_table()[name].to_numpy()] for name in names}
@@ -154,6 +154,7 @@ def open(folder: str | os.PathLike) -> Corpus:
     manifest = manifests.read(folder)
     if manifest is None:
         raise RunError(f"{folder} holds no corpus: there is no manifest.json in it")
+    # Sizes only, which is quick; the checksum of a shard is compared when it is read.
     for shard in manifest["shards"]:
         shards.locate(folder, shard)
     return Corpus(folder, manifest)
@@ -166,7 +167,6 @@ def find(folder: str | os.PathLike, settings: dict[str, Any], *, kind: str = "sa
         folder: of the corpus; nothing is written.
         settings: of the kind; they may be in part, as those that are known before the model is loaded.
         kind: "samples" or "data".
-
     Raises: RunError where the folder holds something else, or a corpus of other settings.
     """
     folder = Path(folder)
@@ -195,7 +195,6 @@ def create_or_resume(
         command: what was typed, for the manifest.
         verify: also read the existing shards.
         kind: "samples" or "data".
-
     Returns: the corpus.
     Raises: ValueError for a bad setting, RunError for a folder that cannot take these rows.
     """
@@ -249,10 +248,7 @@ def write_rows(
     corpus: Corpus, arrivals: Iterable[Arrival], progress: Callable[[int, int], None] | None = None,
     complete: Complete | None = None,
 ) -> Corpus:  # fmt: skip
-    """`write` for rows that are made already; the caller sees to it that they fit the settings.
-
-    Args, Returns and Raises are those of `write`.
-    """
+    """`write` for rows that are made already and fit the settings; Args, Returns and Raises are those of `write`."""
     folder, manifest = corpus
     settings, before = manifest["settings"], manifest["speed"]
     start, made = time.perf_counter(), 0
@@ -266,6 +262,7 @@ def write_rows(
         # shards are written in order of index, so that the corpus on disk is always a prefix of the finished one
         while ready := _whole_shard(rows, settings, manifest["counts"]["rows"]):
             ready = complete(ready) if complete is not None else ready
+            # The shard is on disk before the manifest names it: after a kill between the two, it is written again.
             listed = [*manifest["shards"], shards.write(folder, ready, settings["shard_size"])]
             speed = manifests.speed(before, time.perf_counter() - start, made, arrival.utilisation)
             manifest = manifests.with_shards(manifest | arrival.about | {"speed": speed}, listed)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import setting, spec
 
+# Ids of a block in `draw`: 49152 ids are 384 blocks of 128, so both cumulative sums of a draw are short.
 _BLOCK = 128
 # Truncation first looks at this many of the likeliest ids: they nearly always decide, and a full search is slow.
 _CANDIDATES = 256
@@ -96,12 +97,14 @@ def sample(
     logits = logits.astype(jnp.float32)
     temperature = jnp.broadcast_to(jnp.asarray(sample_temperature, jnp.float32), logits.shape[:-1])
     greedy = temperature == 0
+    # Shifted before exp: nothing overflows, and the likeliest id's term is 1, so the sum is never 0.
     below = logits - logits.max(axis=-1, keepdims=True)
     tempered = cut(temper(logits, temperature), **truncation, mesh=mesh)
     # among equals the greedy choice is the lowest id, which is what a uniform of 0 picks
     token, log_total = draw(jnp.where(greedy[..., None], 0, uniforms), tempered)
     drawn = jnp.take_along_axis(below, token[..., None], axis=-1)[..., 0]
     log_prob = drawn - jnp.log(jnp.exp(below).sum(axis=-1))
+    # `log_total` sums over the kept ids alone: this log-probability is normalised after the truncation.
     return Draw(token, log_prob, jnp.where(greedy, 0, drawn / _divisor(temperature) - log_total))
 
 
@@ -178,17 +181,22 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, mesh: Mesh |
     values, _ = mesh_lib.top_k(logits, min(_CANDIDATES, vocab), ("batch", "vocab"), mesh)
     ranks = jnp.arange(values.shape[-1])
     mass = jnp.cumsum(jnp.where(ranks < top_k, jnp.exp(values), 0), axis=-1)
+    # Top-p is a share of what top-k leaves. Beyond the candidates the sum is over all ids, which is right only where
+    # top-k keeps all of them; `decided` below sends the other cases to the search.
     total = jnp.where(top_k > values.shape[-1], jnp.exp(logits).sum(axis=-1), mass[..., -1])
     by_mass = jnp.where(top_p < 1, (mass < (top_p * total)[..., None]).sum(axis=-1) + 1, vocab)
+    # Ids whose logit is -inf (those beyond the tokenizer's vocabulary) are not kept, however large top_k is.
     possible = jnp.where(values[..., -1] > -jnp.inf, vocab, (values > -jnp.inf).sum(axis=-1))
     kept = jnp.minimum(jnp.minimum(by_mass, top_k), possible)
     last = jnp.minimum(kept - 1, values.shape[-1] - 1).astype(jnp.int32)[..., None]
+    # A threshold on the logits, since it needs no scatter of ids. Equal logits at the edge make it keep too many.
     leading = (logits >= jnp.take_along_axis(values, last, axis=-1)) & (logits > -jnp.inf)
     # Where the candidates do not decide, or equal logits lie on both sides of the edge, the vocabulary is searched.
     decided = ((leading.sum(axis=-1) == kept) & (kept <= values.shape[-1])).all()
     decided = decided & ((top_k <= values.shape[-1]) | (top_k >= vocab))
     everything = (top_k >= vocab) & (top_p >= 1)
     leading, decided = leading | everything, decided | everything
+    # One branch for the whole batch: a `cond` for each row would become a select, and the search would always run.
     mask = jax.lax.cond(decided, lambda: leading, lambda: _search(logits, top_k, top_p))
     return jnp.where(mask, logits, -jnp.inf)
 
@@ -210,6 +218,7 @@ def draw(uniforms: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     blocks = logits.reshape(*logits.shape[:-1], -1, _BLOCK)
     weights = jnp.exp(blocks).sum(axis=-1)
     block = _pick(uniforms[..., 0], weights)
+    # Only the chosen block is read again; a cumulative sum over all ids would write the whole vocabulary.
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
     token = block * _BLOCK + _pick(uniforms[..., 1], jnp.exp(inside))
     return token.astype(jnp.int32), jnp.log(weights.sum(axis=-1))
@@ -218,6 +227,7 @@ def draw(uniforms: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _pick(uniform: jax.Array, weights: jax.Array) -> jax.Array:
     """The first index at which the cumulative weight exceeds `uniform` times the total; never one of weight 0."""
     total = jnp.cumsum(weights, axis=-1)
+    # By rounding, the cumulative sum may step over the threshold at an id of weight 0; such an id is passed over.
     passed = (total > (uniform * total[..., -1])[..., None]) & (weights > 0)
     # rounding can leave none; then it is the last that has weight
     last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights > 0, axis=-1), axis=-1)
@@ -240,6 +250,7 @@ def _sortable(x: jax.Array) -> jax.Array:
     """uint32 in the order of the floats; 0.0 and -0.0 are equal."""
     x = jnp.where(x == 0, 0.0, x.astype(jnp.float32))
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # Bits of positive floats are in the floats' order, those of negative ones in reverse: they are inverted.
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

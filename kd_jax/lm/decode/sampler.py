@@ -117,11 +117,13 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
     compute = dataclasses.replace(compute, mesh=mesh)
     params = model_lib.unstack(model.params) if mesh is None else _laid_out(model.params, model.architecture, mesh)
     state = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
+    # The first call is short, as nobody knows yet how long a step takes.
     pages, num_steps = state.cache.num_pages // state.cache.num_slots, 8
     steps = slot_steps = active_steps = 0
     while left:
         began, slots = time.perf_counter(), state.active.shape[0]
         state = slots_lib.run(state, params, settings, model.architecture, compute, num_steps)
+        # int() waits for the device, so that `taken` below is the time of the steps and not of their launch.
         taken_steps, ran = int(state.steps), int(state.active_steps)
         steps, slot_steps, active_steps = steps + taken_steps, slot_steps + taken_steps * slots, active_steps + ran
         state, rows = _collect(state)
@@ -129,9 +131,11 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         if left:
             state = slots_lib.fit(state, settings, pages)
         taken = time.perf_counter() - began
+        # Yielded after the clock is read: the time that a caller spends on samples is not the device's.
         if len(rows.index):
             yield _samples(rows, prompts, max_length, active_steps / slot_steps, steps)
-        # clocks differ between processes, and all of them have to run the same number of steps
+        # At most doubled, since one quick call proves little (and the first one compiles). Clocks differ between
+        # processes, and all of them have to run the same number of steps.
         num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
 
 
@@ -166,7 +170,9 @@ def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
 
 def _settings(model, prompts, num_samples, max_length, sampler: SamplerSpec, seed) -> Settings:
     longest = max(map(len, prompts))
+    # A token costs about 2 FLOPs a parameter, so `worth` is in steps of a slot.
     worth = _PROGRAM / (2 * model.architecture.num_parameters) if jax.default_backend() == "cpu" else np.inf
+    # The number of EOS ids is a shape: padded, one compiled program serves models with one to four of them.
     eos = [*model.eos_ids, *[-1] * (-len(model.eos_ids) % 4)] or [-1] * 4
     return Settings(
         prompts=jnp.asarray([ids + [0] * (longest - len(ids)) for ids in prompts], jnp.int32),
@@ -182,9 +188,12 @@ def lower(
     model: Model, prompt_length: int, *, max_length: int, batch_size: int, sampler: SamplerSpec = WHOLE,
     compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
 ) -> jax.stages.Lowered:  # fmt: skip
-    """The device program of `stream` where every slot has all of its pages, for a plan; nothing is run.
+    """Lowers the device program of `stream` for a plan of its memory; nothing is run. Every slot has all of its pages.
 
-    `model.params` are shapes, with shardings over the mesh if there is one.
+    Args:
+        model: `model.params` are shapes, with shardings over the mesh if there is one.
+        prompt_length: ids of the one prompt that all samples share.
+        max_length, batch_size, sampler, mesh, knobs: as in `stream`.
     """
     prompts = [[0] * prompt_length]
     devices = mesh_lib.batch_devices(mesh)

@@ -1,4 +1,4 @@
-"""The device program of kd_jax.lm.decode, in which each slot runs a sample, and what happens between two calls of it.
+"""The sampling loop on the device, with one sample in each slot, and what the host does between two calls of it.
 
 A step computes a row for every slot. While samples are left to start, a slot takes the next one when its own ends.
 After that idle slots are removed, many at a time, and the pool of pages shrinks with them.
@@ -46,7 +46,7 @@ class State(NamedTuple):
     num_done: jax.Array  # [group]
     next_index: jax.Array  # the next sample to start
     steps: jax.Array  # since the host last fetched finished samples
-    active_steps: jax.Array  # of these, those of slots that ran a sample, over all slots
+    active_steps: jax.Array  # the same, counted once for each slot that ran a sample
 
 
 class Settings(NamedTuple):
@@ -65,7 +65,7 @@ class Settings(NamedTuple):
 
 
 def prompt_pages(start):
-    """Number of pages that hold the positions before `start`."""
+    """Number of pages that hold the positions before `start` (an int or a traced scalar)."""
     return -(-start // PAGE)
 
 
@@ -76,6 +76,7 @@ def shardings(state: State, mesh: Mesh) -> State:
         return mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), mesh)
 
     def heads(leaf):
+        # KV heads that the tensor axis does not divide are whole on each of its devices.
         axis = "heads" if leaf.shape[2] % mesh.shape["tensor"] == 0 else None
         return mesh_lib.sharding(("batch", None, axis, None, None), mesh)
 
@@ -117,6 +118,8 @@ def fit(state: State, settings: Settings, first_pages: int) -> State:
     pages, needed = state.cache, int(_pages_needed(state, settings))
     most = slots * pages.table.shape[2]
     step = -(-most // 8)
+    # While the slots stay the same, the pool shrinks only when more than two steps of it are idle: a pool that grew
+    # and shrank in turn would be copied each time.
     size = max(first_pages * slots, min(-(-needed // step) * step, most))
     if needed > pages.num_pages or size < pages.num_pages - spare * step:
         state = state._replace(cache=kv_cache.resize(pages, size))
@@ -146,6 +149,7 @@ def _shrink(state: State, slots: int) -> State:
     """The state in fewer slots of each group, at least as many as are active."""
     old = state.slots, state.active, state.done
     new, which = _gather(*old, state.cache.table.shape[0], slots)
+    # Back to the layout that `run` was compiled for: the outputs of `_gather` have the one that XLA chose.
     rows, active, done = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, old)
     return state._replace(cache=kv_cache.keep(state.cache, which), slots=rows, active=active, done=done)
 
@@ -158,6 +162,7 @@ def _gather(slots: Rows, active: jax.Array, done: Rows, groups: int, size: int):
 
     def take(array):
         rows = array.reshape(groups, old, *array.shape[1:])
+        # An idle slot takes some row: it is inactive, so nobody reads it.
         taken = jax.vmap(lambda rows, at: jnp.take(rows, at, axis=0, mode="clip"))(rows, which)
         return taken.reshape(groups * size, *array.shape[1:])
 
@@ -177,16 +182,26 @@ def _pages_needed(state: State, settings: Settings) -> jax.Array:
 # --- a call -----------------------------------------------------------------------------------------------------------
 
 
+# The state is donated: its cache is the largest array of sampling and is updated in place.
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def run(
     state: State, params, settings: Settings, architecture: Architecture, compute: Compute,
     num_steps: jax.Array,
 ) -> State:  # fmt: skip
-    """Runs up to num_steps steps; fewer where all samples are finished, or `fit` has to be called first."""
+    """Runs steps of sampling on the device; fewer than asked where no sample is left or the host has to act first.
+
+    Args:
+        state: donated; its arrays cannot be used again.
+        params: the weights, layer by layer (see kd_jax.lm.model.unstack).
+        num_steps: the most steps to run.
+    Returns: the state after them; `fit` and fetching the finished samples make room for more steps.
+    """
     slots, pool, mesh = state.cache.num_slots, state.done.index.shape[1], compute.mesh
     last = state.steps + num_steps
 
     def goes_on(state: State):
+        # The loop stops where only the host can go on: the finished samples might not fit (all slots can end in one
+        # step), pages might run out, or fewer slots would pay.
         left = state.active.any() | (state.next_index < settings.num_samples)
         fits = (state.num_done + slots <= pool).all() & (_pages_needed(state, settings) <= state.cache.num_pages)
         return left & (state.steps < last) & fits & (_slots_needed(state, settings) == state.cache.num_slots)
@@ -194,6 +209,7 @@ def run(
     def step(state: State) -> State:
         state = _refill(state, settings)
         state = _retire(_advance(state, params, settings, architecture, compute), settings)
+        # The carry's layout is stated, so that the partitioner cannot choose another one for the loop.
         return state if mesh is None else jax.lax.with_sharding_constraint(state, shardings(state, mesh))
 
     return jax.lax.while_loop(goes_on, step, state)
@@ -237,6 +253,7 @@ def _advance(state: State, params, settings: Settings, architecture: Architectur
     )  # fmt: skip
     logits = model_lib.logits(params, architecture, hidden[:, 0])
     logits = mesh_lib.constrain(logits, ("batch", "vocab"), compute.mesh)
+    # A padded vocabulary has logits that belong to no token: they are never drawn.
     logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)
     uniforms = _uniforms(settings.seed, slots.index, slots.length)
     drawn = next_token.sample(uniforms, logits, **settings.knobs, mesh=compute.mesh)
@@ -265,6 +282,7 @@ def _uniforms(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Arr
     """Two uniforms [slot, 2] for the token of sample `index` at `position`."""
 
     def one(index, position):
+        # A key for each sample and position, not for each step: neither batch size nor devices nor restarts change it.
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
         return jax.random.uniform(key, (2,), jnp.float32)
 

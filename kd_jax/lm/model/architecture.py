@@ -92,6 +92,7 @@ class Architecture:
     logit_softcap: float | None = None
 
     def __post_init__(self):
+        # JSON has lists; the architecture is static under jit and has to be hashable.
         object.__setattr__(self, "sliding_layers", tuple(self.sliding_layers))
         object.__setattr__(self, "unrotated_layers", tuple(self.unrotated_layers))
         if isinstance(self.rope_scaling, dict):
@@ -129,6 +130,7 @@ class Architecture:
 
     @property
     def num_parameters(self) -> int:
+        """Number of weights; tied embeddings count once."""
         return sum(leaf.size for leaf in jax.tree.leaves(abstract(self)))
 
 
@@ -190,8 +192,10 @@ class _Weights(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, Any]:
         a = self.architecture
-        # 0.041666 for a width of 576, as published for SmolLM2: 1 / sqrt(width)
+        # Drawn in float32 whatever the dtype of training, so that a seed means the same weights in each dtype.
+        # The published standard deviation of SmolLM2: 0.041666 for a width of 576, which is 1 / sqrt(width).
         normal = nn.initializers.normal(a.hidden_size**-0.5)
+        # Norms start as the identity: a gain of 1, which Gemma stores as 0.
         gain = nn.initializers.zeros if a.unit_offset_gain else nn.initializers.ones
         initialisers = {name: gain for name in AXES if name.endswith("norm")}
         initialisers |= {name: nn.initializers.zeros for name in AXES if name.endswith("bias")}
@@ -252,10 +256,11 @@ def init(key: jax.Array, architecture: Architecture, dtype=jnp.float32) -> dict[
 
 def abstract(architecture: Architecture, dtype=jnp.float32) -> dict[str, Any]:
     """Shapes and dtypes of the weights, as a tree of jax.ShapeDtypeStruct; nothing is allocated."""
+    # Traced, not run: the weights of a model that fits no device have shapes too.
     return jax.eval_shape(lambda: init(jax.random.key(0), architecture, dtype))
 
 
 def logical_axes(architecture: Architecture) -> dict[str, Any]:
-    """A tuple of logical axis names for each weight, in the tree of `abstract`."""
+    """A tuple of logical axis names for each weight, in the tree of `abstract`; kd_jax.parallel.mesh reads them."""
     boxed = jax.eval_shape(lambda: _boxed(architecture, jax.random.key(0)))
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))

@@ -35,6 +35,7 @@ class Rule(NamedTuple):
         return q * (q.shape[-1] ** -0.5 if self.scale is None else self.scale)
 
     def capped(self, scores: jax.Array) -> jax.Array:
+        """Scores of any shape under the soft cap, if there is one."""
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
@@ -77,6 +78,7 @@ def causal(
         out = _blocked(q, k, v, segments, block, rule)
     else:
         mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+        # The library's window does not count the position itself; none of the right, by the causal mask.
         window = None if rule.window is None else (rule.window - 1, 0)
         out = jax.nn.dot_product_attention(
             q, k, v, mask=mask, is_causal=True, scale=rule.scale, local_window_size=window, implementation=kind
@@ -106,6 +108,7 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, rule:
         out = ((weights / total)[..., None] * v[:, :, None]).sum(axis=3)
         return out.astype(q.dtype).reshape(rows, new, heads * width)
     weights, total, _ = _softmax(_hide(rule.capped(_einsum("rqghd,rgdk->rghqk", q, k)), mask))
+    # Divided after the product: there are fewer outputs than weights.
     out = _einsum("rghqk,rgkd->rghqd", weights.astype(v.dtype), v) / total
     return out.transpose(0, 3, 1, 2, 4).astype(q.dtype).reshape(rows, new, heads * width)
 
@@ -130,12 +133,15 @@ def paged(
     slots, heads, width = q.shape
     pages, groups = k.shape[:2]
     q = rule.scaled(q).reshape(slots, groups, heads // groups, width)
+    # Each page takes its owner's query. Stored first, since XLA would fuse the projection into the gather and compute
+    # a query again for each page.
     queries = _rows(apart(q), jnp.minimum(owner, slots - 1))
     scores = rule.capped(_einsum("pgqd,pgdk->pgqk", queries, k.astype(q.dtype)))
     weights, total, top = _softmax(_hide(scores, visible[:, None, None]))
     out = _einsum("pgqk,pgkd->pgqd", weights.astype(q.dtype), v.astype(q.dtype))
     exists = (table < pages)[:, :, None, None]
     total, top, out = (_rows(x, jnp.minimum(table, pages - 1)) for x in (total[..., 0], top[..., 0], out))
+    # Pages were shifted by their own largest scores; a common shift, the slot's largest, makes their sums comparable.
     share = jnp.where(exists, jnp.exp(top - jnp.where(exists, top, -jnp.inf).max(axis=1, keepdims=True)), 0)
     whole = (share * total).sum(axis=1, keepdims=True)
     share = share / jnp.where(whole > 0, whole, 1)  # a slot without pages gets zeros, not NaN
@@ -193,6 +199,7 @@ def _flash(q, k, v, segments, block, rule):
 
 def _flash_forward(q, k, v, segments, block, rule):
     outs, norms = [], []
+    # A Python loop, not a scan: each block has another number of keys, and none beyond its last query is multiplied.
     for b in _blocks(q, block, rule):
         weights, total, top = _softmax(_scores(q, k, segments, b, rule)[0])
         out = _einsum("rgqk,rgdk->rgqd", weights.astype(v.dtype), v[..., b.first : b.stop]) / total
@@ -204,11 +211,13 @@ def _flash_forward(q, k, v, segments, block, rule):
 
 def _flash_backward(block, rule, kept, out_gradient):
     q, k, v, segments, out, norm = kept
-    # what the softmax's gradient subtracts from each row
+    # The softmax's gradient is weights * (change - sum(weights * change)); this is that sum, from the outputs alone.
     inner = (out.astype(jnp.float32) * out_gradient).sum(axis=-1, keepdims=True)
+    # float32 sums: a key gathers gradients from every block of queries that sees it.
     q_gradients, k_gradient, v_gradient = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for b in _blocks(q, block, rule):
         scores, slope = _scores(q, k, segments, b, rule)
+        # The forward pass's log-sum-exp normalises the weights at once: neither maxima nor sums are taken again.
         weights = jnp.exp(scores - _merge(norm, b))
         queries, gradient = _merge(q, b), _merge(out_gradient, b)
         change = _einsum("rgqd,rgdk->rgqk", gradient, v[..., b.first : b.stop]) - _merge(inner, b)
@@ -245,6 +254,7 @@ def _unmerge(x, q):
 
 def _scores(q, k, segments, b, rule):
     """Scores [row, kv head, query heads and positions of the block, key of the block], and the soft cap's slope."""
+    # Positions in the row serve for the mask, also of packed rows: a segment's positions are neighbours.
     mask = rule.visible(jnp.arange(b.start, b.stop)[:, None], jnp.arange(b.first, b.stop))
     if segments is not None:
         same = segments[:, b.start : b.stop, None] == segments[:, None, b.first : b.stop]
@@ -268,4 +278,5 @@ def _softmax(scores):
 
 
 def _einsum(formula, a, b):
+    # Sums are float32 also where the factors are bfloat16: scores and softmax need the digits.
     return jnp.einsum(formula, a, b, precision=fused.precision(a.dtype), preferred_element_type=jnp.float32)

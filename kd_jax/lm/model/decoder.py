@@ -97,10 +97,7 @@ def empty_cache(architecture: Architecture, rows: int, length: int, dtype=jnp.fl
 
 
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
-    """The same weights with a tuple of layers in place of the stacked ones, for `extend`. It is a copy.
-
-    To take a layer out of the stack at each step of decoding would copy it each time.
-    """
+    """The same weights with a tuple of layers instead of a stack; a copy, so that no step of decoding copies any."""
     stacks = params["layers"]
     count = len(next(iter(stacks.values())))
     # by number: an array on the devices of several processes cannot be iterated over
@@ -152,6 +149,7 @@ def forward(
     stacks, whole = params["layers"], len(kinds) // period * period
     if period > 1:
         scanned = jax.tree.map(lambda s: s[:whole].reshape(-1, period, *s.shape[1:]), stacks)
+    # Scanned: XLA compiles one period of layers, however many layers there are.
     x, _ = jax.lax.scan(repeat, x, stacks if period == 1 else scanned)
     for i in range(whole, len(kinds)):
         x = layer(x, jax.tree.map(lambda stack, i=i: stack[i], stacks), kinds[i])
@@ -175,6 +173,7 @@ def extend(
     Returns: hidden states [row, new, hidden_size] and the cache, in place if it is donated.
     """
     layers = params["layers"] if isinstance(params["layers"], tuple) else unstack(params)["layers"]
+    # Stored once (see `apart`): XLA would fuse cos and sin into every layer and compute them again in each.
     phases = jax.tree.map(functools.partial(attention.apart, axis=-1), _phases(positions, architecture))
     x = _embed(params["embedding"], tokens, architecture, compute)
     keys, values = list(cache.keys), list(cache.values)

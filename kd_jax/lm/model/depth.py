@@ -38,7 +38,7 @@ def layers_kept(rule: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]
 
 
 def shallower(model: Model, kept: tuple[int, ...]) -> Model:
-    """The model with only these layers; all other weights are the same arrays.
+    """The model with only these layers; weights outside of the layers are the same arrays.
 
     Windows and layers without rotary phases stay with the layers that had them.
     """

@@ -49,6 +49,7 @@ def split(params: dict[str, Any], frozen: dict[str, frozenset[int]]) -> tuple[di
     trained, kept = {}, {}
     for name, leaf in _flat(params).items():
         layers = frozen.get(name, frozenset())
+        # A stack that is trained or frozen as a whole is not cut: no copy is made.
         if not name.startswith("layers.") or len(layers) in (0, len(leaf)):
             (kept if layers else trained)[name] = leaf
         else:
@@ -58,12 +59,19 @@ def split(params: dict[str, Any], frozen: dict[str, frozenset[int]]) -> tuple[di
 
 
 def join(trained: dict[str, Any], kept: dict[str, Any], frozen: dict[str, frozenset[int]]) -> dict[str, Any]:
-    """The whole weights again, from both parts of `split`; differentiable, for use under jit."""
+    """Puts the two parts of `split` together again; differentiable, for use under jit.
+
+    Args:
+        trained, kept: the parts.
+        frozen: as it was given to `split`.
+    Returns: the tree of weights, layers stacked.
+    """
     params: dict[str, Any] = {"layers": {}}
     for name in sorted({*trained, *kept}):
         if name in trained and name in kept:
             layers, count = frozen[name], len(trained[name]) + len(kept[name])
             order = [i for i in range(count) if i not in layers] + sorted(layers)
+            # argsort of a permutation is its inverse: layers return to their old places.
             leaf = jnp.concatenate([trained[name], kept[name]])[np.argsort(order)]
         else:
             leaf = trained[name] if name in trained else kept[name]

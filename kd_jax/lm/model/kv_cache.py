@@ -54,6 +54,7 @@ class Cache(NamedTuple):
         """
         keys, values = self.keys[layer], self.values[layer]
         rows = jnp.arange(q.shape[0])[:, None]
+        # Dropped where a position is outside the cache: padding and idle slots write nothing.
         keys = keys.at[rows, :, :, positions].set(k.astype(keys.dtype), mode="drop")
         values = values.at[rows, :, positions].set(v.astype(values.dtype), mode="drop")
         return keys, values, attention.cached(q, keys, values, positions, rule)
@@ -86,6 +87,7 @@ class Pages(NamedTuple):
 
     @property
     def num_pages(self) -> int:
+        """Pages of each group, free ones included."""
         return self.owner.shape[1]
 
     @property
@@ -171,6 +173,7 @@ def open_pages(pages: Pages, positions: jax.Array) -> Pages:
 
 def release(pages: Pages, done: jax.Array, keep: jax.Array) -> Pages:
     """Frees the pages of the slots that are done, bool [group * slot], except the first `keep` of each slot."""
+    # A freed page keeps its old keys. Its next owner writes each position before its mask lets that position through.
     done = done.reshape(pages.table.shape[:2])
     owner_done = jnp.take_along_axis(done, jnp.minimum(pages.owner, pages.num_slots - 1), axis=1)
     freed = owner_done & (pages.order >= keep)
@@ -228,6 +231,7 @@ def _attend(rule, keys, values, owner, order, table, q, k, v, position):
     page = jnp.where(nth < table.shape[1], page, len(owner))  # out of bounds: dropped by the writes below
     keys = keys.at[page, :, :, position % PAGE].set(k.astype(keys.dtype), mode="drop")
     values = values.at[page, :, position % PAGE].set(v.astype(values.dtype), mode="drop")
+    # No position of a free page is visible: its last one is -1.
     last = jnp.where(owner < len(table), position[jnp.minimum(owner, len(table) - 1)], -1)
     visible = rule.visible(last[:, None], order[:, None] * PAGE + jnp.arange(PAGE))
     return keys, values, attention.paged(q, keys, values, owner, visible, table, rule)
@@ -237,7 +241,8 @@ def _open(owner, order, table, nth, wanted):
     slots, most = table.shape
     # the lowest free pages, in order, for the slots that want one
     lowest = jnp.nonzero(owner == slots, size=slots, fill_value=len(owner))[0]
-    # int32 said, since indices are int64 under JAX_ENABLE_X64
+    # The k-th slot that wants a page gets the k-th free one: no two slots get the same.
+    # int32 stated, since indices are int64 under JAX_ENABLE_X64
     page = jnp.where(wanted, lowest[jnp.cumsum(wanted) - 1], len(owner)).astype(jnp.int32)
     owner = owner.at[page].set(jnp.arange(slots, dtype=jnp.int32), mode="drop")
     order = order.at[page].set(nth, mode="drop")
@@ -262,6 +267,7 @@ def _renumber(pages: Pages, num_pages: int):
     """The index (owner, order, table) of the resized pool, pages in use first; and each page's old number."""
     old = pages.num_pages
     used = pages.owner < pages.num_slots
+    # A stable sort of booleans moves the pages in use to the front and keeps their order.
     source = jnp.argsort(~used, axis=1, stable=True)
     place = jnp.argsort(source, axis=1).astype(jnp.int32)  # the new number of each old page
     source = jnp.pad(source, ((0, 0), (0, max(0, num_pages - old))), constant_values=old)[:, :num_pages]

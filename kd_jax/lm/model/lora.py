@@ -33,6 +33,7 @@ class Lora(NamedTuple):
 
     @property
     def scale(self) -> float:
+        """The factor of B A."""
         return self.alpha / self.rank
 
 
@@ -74,6 +75,7 @@ def merged(params: dict[str, Any], adapters: dict[str, Any], lora: Lora) -> dict
     """Weights of the base architecture that compute the same, up to rounding; in the base weights' dtype."""
     layers = dict(params["layers"])
     for name, adapter in adapters.items():
+        # In float32, the adapters' dtype, and rounded once: in bfloat16 most of a small update would be lost.
         update = lora.scale * jnp.einsum("lor,lri->loi", adapter["b"], adapter["a"], precision="highest")
         layers[name] = (layers[name] + update).astype(layers[name].dtype)
     return {**params, "layers": layers}

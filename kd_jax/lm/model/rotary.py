@@ -46,8 +46,10 @@ def frequencies(theta: float, dim: int, scaling: Scaling | None = None) -> np.nd
     Args:
         theta: base of the geometric progression of wavelengths.
         dim: how many dimensions of a head are rotated.
+        scaling: for a longer context; None leaves the frequencies as they are.
     """
     half = dim // 2
+    # float64 on the host, rounded to float32 only in the end: an error of a frequency grows with the position.
     plain = theta ** (-np.arange(half, dtype=np.float64) / half)
     if scaling is None:
         return plain
@@ -56,6 +58,8 @@ def frequencies(theta: float, dim: int, scaling: Scaling | None = None) -> np.nd
     if scaling.rope_type == "llama3":
         turns = scaling.original_max_position_embeddings * plain / (2 * math.pi)
         low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        # `keep` is 1 for pairs that turn often within the original context, which stay, and 0 for slow ones, which
+        # slow down.
         keep = np.clip((turns - low) / (high - low), 0, 1)
     else:
         # the (fractional) pair that makes so many turns within the original context
@@ -74,6 +78,7 @@ def frequencies(theta: float, dim: int, scaling: Scaling | None = None) -> np.nd
 
 def phases(positions: jax.Array, theta: float, dim: int, scaling: Scaling | None) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32 [row, position, 1, dim / 2], for positions [row, position]; see `frequencies`."""
+    # Positions are whole numbers, exact in float32 up to 2**24.
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies(theta, dim, scaling), jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if scaling is not None and scaling.attention_factor != 1:

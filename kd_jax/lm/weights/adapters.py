@@ -35,13 +35,16 @@ def export(
         raise ValueError(f"{architecture.family} fuses {', '.join(sorted(fused))}: export the merged model instead")
     arrays = {}
     for weight, adapter in adapters.items():
+        # PEFT has a pair of matrices for each layer; ours are stacked.
         for layer in range(architecture.num_hidden_layers):
             name = f"base_model.model.{names.prefix.format(layer=layer)}{names.layer[weight]}"
+            # safetensors writes the memory as it lies: a slice that is not contiguous would come out scrambled.
             arrays[f"{name}.lora_A.weight"] = np.ascontiguousarray(adapter["a"][layer])
             arrays[f"{name}.lora_B.weight"] = np.ascontiguousarray(adapter["b"][layer])
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
         "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        # PEFT finds a layer by the last part of its name.
         "target_modules": sorted(names.layer[weight].rpartition(".")[2] for weight in adapters),
     }  # fmt: skip
     with folders.replacing(folder, overwrite, _FILES) as partial:

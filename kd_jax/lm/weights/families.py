@@ -146,6 +146,7 @@ def read(config: dict[str, Any]) -> Architecture:
         value = None if config.get(key) is None else _typed(config, key, kind)
         settings |= {setting: value for setting in names if value is not None}
     settings |= family.always | _rope(config, settings["head_dim"]) | _layers(config, settings)
+    # Gemma's configs may have both keys; transformers computes with hidden_activation.
     activation = config.get("hidden_activation", config["hidden_act"])
     if activation not in _ACTIVATIONS:
         raise ValueError(f"hidden_act={activation!r} is not one of {', '.join(_ACTIVATIONS)}")
@@ -181,6 +182,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
     if a.family.startswith("gemma"):
         # the inverse square root of a whole number
         out["query_pre_attn_scalar"] = round((a.attention_scale or a.head_dim**-0.5) ** -2)
+    # Read back: a setting for which the family has no key would be lost without a word.
     again = read(out)
     if again != a:
         fields = (field.name for field in dataclasses.fields(a))
@@ -319,6 +321,7 @@ def _layers(config: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window is None:
         return {"unrotated_layers": unrotated}
+    # what transformers does where a config has no layer_types
     patterns: dict[str, Callable[[int], bool]] = {
         "gemma2": lambda i: i % 2 == 0,
         "gemma3_text": lambda i: (i + 1) % config["sliding_window_pattern"] != 0,

@@ -65,17 +65,19 @@ def open_file(path: Path) -> Stored:
             rows = stored_rows(rows, architecture.head_dim)
         try:
             if len(tensor.shape) > 1:
+                # A row is made of whole quantised blocks, so rows are dequantised alone; columns are cut afterwards.
                 return dequantize(tensor.data[rows], tensor.kind)[:, *index[1:]]
             values = dequantize(tensor.data, tensor.kind)[rows]
         except NotImplementedError as error:
             raise ValueError(f"{path}: {name} is stored as {tensor.kind.name}, which gguf cannot read") from error
-        # GGUF has the gain itself
+        # GGUF stores Gemma's gains with the 1 added, our weights (like Hugging Face's) without it.
         return values - 1 if architecture.unit_offset_gain and weight.endswith("norm") else values
 
     ids = _special_ids(file, architecture.vocab_size)
     try:
         tokens = _tokenizer(file)
     except ValueError as error:
+        # Weights without a tokenizer are of use: token ids are the data.
         warnings.warn(f"{path}: the weights are loaded without the tokenizer: {error}", stacklevel=2)
         tokens = None
     return Stored(Model(architecture, {}, *ids, tokens), shapes, wanted, read)
@@ -130,12 +132,14 @@ def _architecture(file: GGUF) -> Architecture:
         wide = (family, config["num_hidden_layers"]) in _WIDE
         heads = config["num_attention_heads"]
         config["query_pre_attn_scalar"] = config["hidden_size"] // heads if wide else head_dim
+    # A file without an output matrix uses the embedding for it.
     config["tie_word_embeddings"] = "output.weight" not in tensors
     # a family whose layers never have biases, or windows, has no key for them
     config |= {"attention_bias": "blk.0.attn_output.bias" in tensors, "mlp_bias": "blk.0.ffn_gate.bias" in tensors}
     known = families.FAMILIES[config["model_type"]]
     for key in {"attention_bias", "mlp_bias", "sliding_window"}.difference(known.keys, known.other_keys):
         config.pop(key, None)
+    # Llama 3's scaling is stored as a tensor that the frequencies are divided by; ones scale nothing.
     factors = tensors.get(ROPE_FACTORS)
     factors = None if factors is None else dequantize(factors.data, factors.kind)
     config["rope_scaling"] = _scaling(get, family, config, factors)
@@ -176,6 +180,7 @@ def _special_ids(file: GGUF, vocab_size: int) -> tuple[tuple[int, ...], int | No
     """(eos_ids, bos_id, pad_id); what ends a turn of a chat ends a sequence too."""
     ids = {name: file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "bos", "padding")}
     for name, i in ids.items():
+        # Checked here: an id beyond the vocabulary would never be drawn, and no sample would end.
         if i is not None and not 0 <= i < vocab_size:
             raise ValueError(f"{file.path}: {name}_token_id is {i}, not among the ids 0 to {vocab_size - 1}")
     eos = dict.fromkeys(ids[name] for name in ("eos", "eot") if ids[name] is not None)

@@ -57,6 +57,7 @@ def read(path: str | os.PathLike) -> GGUF:
     """
     path = Path(path)
     try:
+        # Mapped into memory: a tensor is read from disk when it is dequantised, and only its rows that are asked for.
         file = np.memmap(path, np.uint8, mode="r")
         return GGUF(path, *_parse(_Cursor(file), file))
     except (ValueError, KeyError, OverflowError, struct.error) as error:
@@ -100,6 +101,7 @@ class _Cursor:
 
 def _parse(cursor: _Cursor, file: np.ndarray) -> tuple[dict[str, Any], dict[str, Tensor]]:
     magic, version = cursor.number("4s"), cursor.number("I")
+    # A big-endian file shows here: the bytes of its version are in reverse.
     if magic != b"GGUF" or version not in (2, 3):
         raise ValueError(f"it begins with {magic} and version {version}; version 2 or 3, little-endian, is read")
     num_tensors, num_keys = cursor.number("Q"), cursor.number("Q")
@@ -119,6 +121,7 @@ def _parse(cursor: _Cursor, file: np.ndarray) -> tuple[dict[str, Any], dict[str,
 
 
 def _tensor(file: np.ndarray, shape: tuple[int, ...], kind: GGMLQuantizationType, start: int) -> Tensor:
+    # A quantised row is a number of blocks, each with its own scales.
     block, block_bytes = GGML_QUANT_SIZES[kind]
     dtype = np.dtype(_DTYPES.get(kind, "u1"))
     row_bytes = shape[-1] // block * block_bytes

@@ -148,6 +148,7 @@ def _unigram(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> t
     backend = tokenizers.Tokenizer(models.Unigram(scored, unk_id=unknown, byte_fallback=byte_fallback))
     charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap")
     if charsmap:
+        # The bytes may be stored as signed numbers.
         backend.normalizer = normalizers.Precompiled(bytes(value & 255 for value in charsmap))
     scheme = "always" if metadata.get("tokenizer.ggml.add_space_prefix", True) else "never"
     backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme)

@@ -55,6 +55,7 @@ def configs(model: Model, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises: ValueError where the model's family has no config.json for its settings.
     """
     ids = {"bos_token_id": model.bos_id, "eos_token_id": list(model.eos_ids) or None, "pad_token_id": model.pad_id}
+    # A single id is written as a number, as transformers writes it.
     if len(model.eos_ids) == 1:
         ids["eos_token_id"] = model.eos_ids[0]
     # null where there is none: an id that is left out would become transformers' default

@@ -69,6 +69,7 @@ def open_folder(folder: Path) -> Stored:
     def read(weight, layer, index):
         name, row = places[weight, layer]
         index = (slice(index[0].start + row, index[0].stop + row), *index[1:])
+        # Only this slice is read from disk: each device reads its own part of a weight.
         return open_files[name].get_slice(stored_names[name])[index]
 
     if HEAD not in shapes and not architecture.tie_word_embeddings:
@@ -76,6 +77,7 @@ def open_folder(folder: Path) -> Stored:
             f"{folder}: tie_word_embeddings is {config.get('tie_word_embeddings', 'absent, which means false')}, "
             f"but there is no {HEAD}"
         )
+    # Some exports store a tied head a second time. A head that differs was trained, and dropping it would be wrong.
     if {HEAD, EMBEDDING} <= set(shapes) and architecture.tie_word_embeddings:
         head, embedding = (open_files[name].get_slice(stored_names[name]) for name in (HEAD, EMBEDDING))
         if not _are_equal(head, embedding):
@@ -133,6 +135,7 @@ def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
     """(the shard of each tensor where there is an index, the shards, which are all there)."""
     where = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).exists() else {}
     shards = sorted(set(where.values())) or ["model.safetensors"]
+    # The index comes from outside: a name with a path in it could point to any file.
     if any(Path(shard).name != shard for shard in shards):
         raise ValueError(f"{folder / INDEX} names files that are not in its folder: {', '.join(shards)}")
     missing = [shard for shard in shards if not (folder / shard).is_file()]
@@ -190,6 +193,7 @@ def _shape(folder: Path, file: Any, name: str) -> tuple[int, ...]:
 
 def _are_equal(one: Any, other: Any) -> bool:
     """Whether two stored tensors are equal; 4096 rows at a time."""
+    # In blocks: two whole embeddings in memory would be the peak of loading a small model.
     count = one.get_shape()[0]
     blocks = (slice(first, min(first + 4096, count)) for first in range(0, count, 4096))
     return one.get_shape() == other.get_shape() and all(np.array_equal(one[block], other[block]) for block in blocks)

@@ -91,6 +91,7 @@ def save(model: Model, folder: str | os.PathLike, *, overwrite: bool = False) ->
     with folders.replacing(folder, overwrite, _SAVED) as partial:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(partial / "weights", model.params)
+            # Orbax writes in the background; the folder takes its place only when everything is on disk.
             checkpointer.wait_until_finished()
         dtype = str(model.params["embedding"].dtype)
         _write_about(model, partial, dtype=dtype, fingerprint=fingerprint(model.params))
@@ -125,6 +126,7 @@ def export(
     names = names if count > 1 else ["model.safetensors"]
     with folders.replacing(folder, overwrite, _EXPORTED) as partial:
         for name, pieces in zip(names, shards, strict=True):
+            # All processes take part: gathering a weight that is split over hosts is a collective.
             tensors = {tensor.name: _host(model.params, tensor) for tensor in pieces}
             if jax.process_index() == 0:
                 _save_tensors(tensors, partial / name)
@@ -175,6 +177,7 @@ def _write_about(model: Model, folder: Path, **more: Any) -> None:
             "pad_id": model.pad_id,
             **more,
         }
+        # Written last: a folder is a model once it has a model.json.
         files.write_json(folder / "model.json", about)
     multihost_utils.sync_global_devices(f"{folder / 'model.json'} is there")
 
@@ -184,7 +187,9 @@ def _layout(architecture: Architecture, dtype, mesh: jax.sharding.Mesh | None) -
     shapes = model_lib.abstract(architecture, dtype)
     if mesh is not None:
         return shapes, mesh_lib.shardings(model_lib.logical_axes(architecture), shapes, mesh)
+    # Asked for, not assumed: jax.default_device may have been set.
     default = jnp.zeros(()).sharding
+    # Abstract shapes first, so that no weight is ever allocated on a device that is to hold a part of it only.
     return shapes, jax.tree.map(lambda _: default, shapes)
 
 
@@ -230,6 +235,7 @@ def _place(stored: hf_files.Stored, shapes: Any, shardings: Any) -> Any:
 
 
 def _read(stored: hf_files.Stored, weight: str, dtype, bounds: tuple[slice, ...], stacked: bool) -> np.ndarray:
+    # Converted to the wanted dtype while it is read: the host never holds a weight in two dtypes.
     out = np.empty([bound.stop - bound.start for bound in bounds], dtype)
     layers, bounds = (range(bounds[0].start, bounds[0].stop), bounds[1:]) if stacked else ([None], bounds)
     rows, *columns = bounds
@@ -289,6 +295,7 @@ def _restore_params(path: Path, shapes: Any, shardings: Any) -> tuple[Any, str]:
         def restore(keys, shape, stored, sharding):
             if tuple(stored.shape) != tuple(shape.shape):
                 raise ValueError(f"{jax.tree_util.keystr(keys)} has shape {stored.shape}, not {shape.shape}")
+            # Restored in the dtype it was stored in, since the fingerprint is of those bytes; cast afterwards.
             one = {keys[-1].key: jax.ShapeDtypeStruct(shape.shape, stored.dtype, sharding=sharding)}
             for key in reversed(keys[:-1]):
                 one = {key.key: one}

@@ -88,6 +88,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, Path] | None:
     folder = folder.resolve()  # the parent of a step is looked at, also where the path is "." or a link
     if (folder / "model.json").exists():
         return folder, (folder if (folder / "weights").is_dir() else _newest_step(folder)) / "weights"
+    # A training's model/ holds its chosen weights and comes before its checkpoints.
     for inside in ("model", "checkpoints"):
         if (folder / inside / "model.json").exists():
             return find_checkpoint(folder / inside)
@@ -139,6 +140,7 @@ def _files(folder: Path) -> dict[str, Path]:
     """The files that loading a model reads, by their names in its folder."""
     ours = find_checkpoint(folder)
     about = folder if ours is None else ours[0]
+    # Where there is a tokenizer.json the older files are not read, and so do not count.
     older = () if (about / "tokenizer.json").exists() else OLDER_FILES
     files = {name: about / name for name in (*TOKENIZER_FILES, *older) if (about / name).exists()}
     if ours is None:
@@ -146,6 +148,7 @@ def _files(folder: Path) -> dict[str, Path]:
             raise no_model(folder)
         return files | {name: folder / name for name in hf_files.names(folder)}
     files["model.json"] = about / "model.json"
+    # Without a fingerprint (a step of a training) the bytes of the weights count.
     if fingerprint_of(about, ours[1]) is None:
         weights = (path for path in ours[1].rglob("*") if path.is_file())
         files |= {f"weights/{path.relative_to(ours[1]).as_posix()}": path for path in weights}

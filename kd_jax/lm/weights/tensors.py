@@ -55,6 +55,7 @@ _GGUF = {
     "mlp_norm": "ffn_norm", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "q_norm": "attn_q_norm",
     "k_norm": "attn_k_norm", "post_attention_norm": "post_attention_norm", "post_mlp_norm": "post_ffw_norm",
 }  # fmt: skip
+# Phi-3 stores these as one tensor, one below the other, in this order.
 _FUSED = ("q", "k", "v"), ("gate", "up")
 
 
@@ -78,6 +79,7 @@ def listed(architecture: Architecture, names: Names) -> list[Tensor]:
     tree = model_lib.abstract(architecture)
     layers = tree.pop("layers")
     tensors = [Tensor(names.outside[weight], leaf.shape, ((weight, None),)) for weight, leaf in tree.items()]
+    # A fused tensor is listed in the place of its first weight.
     fused = {weights[0]: (name, weights) for name, weights in names.fused.items()}
     later = {weight for weights in names.fused.values() for weight in weights[1:]}
     # layer by layer, so that the shards of an export hold whole layers

@@ -107,6 +107,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what makes two tokenizers the same: (token, id) table, merges, pre-tokenizer, normalizer."""
         description = json.loads(self.backend.to_str())
+        # What decides the ids of a text. Padding, truncation and post-processors are in the file too, but are never
+        # run.
         parts = {
             "tokens": sorted(self.backend.get_vocab(with_added_tokens=True).items()),
             "merges": description["model"].get("merges", []),
@@ -117,7 +119,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _lost_bytes(self) -> re.Pattern[bytes]:
-        """Finds bytes that a byte-level vocabulary has no token for; BPE leaves them out without a word."""
+        """Finds bytes that a byte-level vocabulary has no token for; BPE drops them without a warning."""
         model = self.backend.model
         byte_level = isinstance(self.backend.decoder, decoders.ByteLevel) and isinstance(model, models.BPE)
         if not byte_level or model.unk_token is not None:
@@ -150,6 +152,7 @@ class Tokenizer:
             ids = self.backend.encode(part, add_special_tokens=False).ids
             if border is None or len(ids) >= limit:
                 return self.with_bos(ids) if bos else ids
+            # The first guess was too short. Four times as much each time: the total stays within twice the last try.
             end *= 4
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -108,7 +108,7 @@ def test_row_without_an_answer_is_named(tmp_path, messages, message):
 
 def test_template_that_rewrites_earlier_turns_is_refused(smollm2):
     template = "{% for m in messages %}{{ m.content if loop.last else m.content | upper }}{% endfor %}"
-    with pytest.raises(ValueError, match="changes what the assistant says"):
+    with pytest.raises(ValueError, match="changes the assistant's text"):
         conversations.encode(TWO_TURNS, with_template(smollm2, template))
 
 
