@@ -60,7 +60,7 @@ def _log_prob(logits: jax.Array, ids: jax.Array, temperature: jax.Array | None) 
 def _log_prob_and_entropy(logits: jax.Array, ids: jax.Array, temperature: jax.Array | None) -> tuple[jax.Array, ...]:
     logits = logits if temperature is None else logits / temperature
     below = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    # a token of probability 0 adds nothing: 0 * -inf would be NaN
+    # p log p tends to 0 with p, but 0 * -inf is NaN: tokens of probability 0 are left out.
     entropy = -jnp.where(below > -jnp.inf, jnp.exp(below) * below, 0).sum(axis=-1)
     return *_log_prob(logits, ids, None), entropy
 
@@ -86,11 +86,13 @@ def per_token(
     rows, width = tokens.shape[0], tokens.shape[1] - 1
     scored_from = max(0, len(prefix) - 1)
     mask = np.arange(width) < lengths[:, None] - 1
+    # The ids of the prefix are given, so they are not scored; the first scored one is predicted by its last id.
     mask[:, :scored_from] = False
     whole = jax.tree.map(lambda leaf: np.zeros((rows, width), leaf.dtype), _shapes(model, function, arguments))
     for chosen, shape in batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
         batch = np.zeros(shape, np.int32)
         longest = min(shape[1], tokens.shape[1])
+        # Padding is to the right and attention causal, so what stands there changes no score.
         batch[: len(chosen), :longest] = tokens[chosen, :longest]
         if mesh is None:
             batch = jnp.asarray(batch)
@@ -122,10 +124,13 @@ def batches(
 
     There are few shapes (lengths are rounded up to 2**k or 1.5 * 2**k), since each is compiled for itself.
     """
+    # Longest first: the first batch takes the most memory, and a lack of it shows at once.
     order = np.argsort(-np.asarray(lengths), kind="stable")
     start = 0
     while start < len(order):
         length = _bucket(int(lengths[order[start]]))
+        # Rows times length is about the same for all batches, so the logits and activations of each take the same
+        # room.
         rows = max(1, batch_tokens // length // row_multiple) * row_multiple
         yield order[start : start + rows], (rows, length)
         start += rows
@@ -153,6 +158,7 @@ def _check(model, tokens, lengths, prefix):
         raise ValueError(
             f"row {row} has id {tokens[row, column]} at position {column}; the model's are 0 to {model.num_tokens - 1}"
         )
+    # Ids beyond a row's length may be anything, also out of the embedding's range: 0 is always an id.
     tokens = np.where(inside, tokens, 0)
     if prefix:
         if not all(0 <= i < model.num_tokens for i in prefix):

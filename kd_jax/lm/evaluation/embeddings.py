@@ -35,11 +35,12 @@ def mean_hidden_states(
 
     Args:
         path: the .npz it is kept in.
-        key: what says which model and which rows these are.
+        key: says which model and which rows these are; a file with another key is made again.
         load: the model that embeds; called only if the file does not have this key.
         tokenizer: of the rows; None where they are ids of the model that embeds.
         label: of the progress bar.
         batch_tokens: about how many tokens run at a time; by default score.tokens_at_once.
+    Raises: RunError where the file is damaged.
     """
     text = json.dumps(key, sort_keys=True)
     if path.exists():
@@ -53,6 +54,7 @@ def mean_hidden_states(
     out = np.zeros((len(ids), model.architecture.hidden_size), np.float32)
     with progress.bar(label, 0, int(lengths.sum()), "token") as bar:
         for chosen, shape in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
+            # Rows that only fill up the last batch have length 1: a mean over no position would be NaN.
             batch, sizes = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
             for i, row in enumerate(chosen):
                 batch[i, : lengths[row]], sizes[i] = ids[row], lengths[row]
@@ -62,6 +64,7 @@ def mean_hidden_states(
             means = distributed.fetch(_means(model.params, batch, sizes, model.architecture, compute))
             out[chosen] = means[: len(chosen)]
             bar.update(int(lengths[chosen].sum()))
+    # Every process has all of the means; one of them writes.
     if distributed.leads():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:

@@ -29,6 +29,7 @@ def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
     The standard error is the delta method's: that of the mean of values - ratio * tokens, over the mean of tokens. It
     is NaN for fewer than two sequences, or where a value is infinite, as is then the ratio.
     """
+    # float64: sums over a million tokens would lose digits in float32.
     values, tokens = np.asarray(values, np.float64), np.asarray(tokens, np.float64)
     total, count = tokens.sum(), len(values)
     if not total:
@@ -42,7 +43,7 @@ def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
 
 
 def per_sequence(values: np.ndarray) -> tuple[float, float]:
-    """The mean of values [N] and its standard error; NaN where there are too few, or infinite ones for the error."""
+    """The mean of values [N] and its standard error, which is NaN for fewer than two values or an infinite one."""
     # the arrays of kd_jax.metrics are float32 unless told otherwise
     with jax.enable_x64(True):
         mean = Mean.of(jnp.asarray(values, jnp.float64))
@@ -77,7 +78,7 @@ def lengths(tokens: np.ndarray) -> tuple[float, float, dict[str, float]]:
 
 
 def calibration_error(bins: np.ndarray) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599).
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): the bins' mean |hits - confidence|.
 
     Args:
         bins: [bin, 3]: tokens whose likeliest id has a probability in the bin, the sum of these probabilities
@@ -93,6 +94,7 @@ def corpus_entropy(corpus: Corpus) -> tuple[float, float]:
     Reads three narrow columns and no tokens.
     """
     columns = corpus.columns("length", "prompt_length", "sample_log_prob")
+    # Minus a log-probability is an unbiased estimate of the entropy, and the samples have it already.
     return per_token(-columns["sample_log_prob"], columns["length"] - columns["prompt_length"])
 
 
@@ -102,6 +104,7 @@ def distinct(rows: Sequence[np.ndarray], n: int = 4) -> list[float]:
     It falls with the number of rows: only sets of equal size can be compared (Li et al. 2016, arXiv 1510.03055). An
     n-gram lies within one row; NaN where no row has one.
     """
+    # Over all rows together: a mean over rows would not see that rows repeat each other.
     return [len(np.unique(codes)) / len(codes) if len(codes) else float("nan") for codes, _ in _ngrams(rows, n)]
 
 
@@ -113,6 +116,7 @@ def repetition(rows: Sequence[np.ndarray], n: int = 4) -> float:
     *_, (codes, row) = _ngrams(rows, n)
     if not len(codes):
         return float("nan")
+    # Row and n-gram in one number, so that one `unique` counts the different n-grams of all rows.
     different = np.unique(row * (codes.max() + 1) + codes) // (codes.max() + 1)
     counts, all_counts = (np.bincount(which, minlength=len(rows)) for which in (different, row))
     long_enough = all_counts > 0
@@ -123,6 +127,7 @@ def _ngrams(rows: Sequence[np.ndarray], most: int) -> Iterator[tuple[np.ndarray,
     """For n = 1 .. most: a number for each n-gram, equal where they are, and the row it is in; int64 [n-grams]."""
     ids = np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)
     row = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    # Ids become small numbers first: they and the codes below multiply without overflow.
     ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
     starts, codes, different = np.arange(len(ids)), ids, ids.max(initial=0) + 1
     for n in range(1, most + 1):

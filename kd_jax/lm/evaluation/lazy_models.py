@@ -33,12 +33,14 @@ class LazyModel:
         self.metadata = metadata(source)
         self._model = source if isinstance(source, Model) else None
         self._fingerprint = None if self._model is None else weights.fingerprint(self._model.params)
+        # The content of the files, without reading any weights: it is what the loaded fingerprint is kept by.
         self._identity = None if self._model is not None else weights.identity(source)
 
     @property
     def fingerprint(self) -> str:
         """Of the weights; they are loaded where they have not been seen before."""
         if self._fingerprint is None:
+            # One process reads, so that all of them decide alike whether to load.
             known = distributed.once(lambda: _read(self._known), f"reading {self._known}")
             self._fingerprint = known.get(self._key)
         if self._fingerprint is None:

@@ -162,7 +162,7 @@ METRICS = {metric.name: metric for metric in (*_ROWS, *_OF_POINTS)}
 
 
 def computable(measured: Iterable[str]) -> dict[str, int]:
-    """The versions of the metrics that can be computed of these names of MEASURED."""
+    """Name and version of each metric that can be computed of these names of MEASURED."""
     return {name: metric.version for name, metric in METRICS.items() if set(metric.needs) <= set(measured)}
 
 

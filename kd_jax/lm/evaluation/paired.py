@@ -1,7 +1,7 @@
-"""Differences between evaluated models, paired by seed and, where they score the same rows, by sequence.
+"""Differences between evaluated models, paired by seed and, where both score the same rows, by sequence.
 
-Results keep a value for each sequence, so that what two models share (hard rows, a teacher's corpus, the random
-numbers of samples) does not count as noise.
+Results keep a value for each sequence. In a paired difference, what two models share (hard rows, a teacher's corpus,
+the random numbers of samples) cancels and does not count as noise.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ def difference(
     ])  # fmt: skip
     if len(differences) == 1:
         return statistics.t_interval(differences[0], confidence)
+    # The same rows for all models: rows and seeds are both random, and neither may be taken for the other's
+    # repetition.
     if quantity == "recall":
         return statistics.two_way(differences, confidence)
+    # Samples differ between models, so there is one value a seed; t, because seeds are few.
     return statistics.t_interval(differences.mean(axis=1), confidence)

@@ -63,7 +63,11 @@ def plan(
     p_star: str | os.PathLike | Model | LazyModel, models: Mapping[str, Entry], validation: Corpus,
     spec: EvaluationSpec, folder: str | os.PathLike, mesh: Mesh | None = None,
 ) -> Plan:  # fmt: skip
-    """The checks of `evaluate`, which come before any work, for `carry_out`; no results are written."""
+    """The checks of `evaluate`, before any work; no results are written.
+
+    Args and Raises are those of `evaluate`.
+    Returns: what `carry_out` takes.
+    """
     folder, settings = Path(folder), validation.manifest["settings"]
     if not isinstance(p_star, LazyModel):
         p_star = LazyModel(p_star, spec.dtype, mesh, folder)
@@ -72,6 +76,7 @@ def plan(
         if entry.samples is not None:
             preconditions.check_samples(name, entry.samples, p_star.metadata, settings, spec.num_samples)
     data = read_data(p_star, validation, spec)
+    # Entries of one source share a model, which is loaded once.
     sources = {source_key(entry): entry.source for entry in models.values()}
     lazy = {key: LazyModel(source, spec.dtype, mesh, folder) for key, source in sources.items()}
     run = {"compute": Compute(dtype=spec.dtype), "mesh": mesh}
@@ -80,10 +85,17 @@ def plan(
 
 
 def carry_out(plan: Plan) -> list[dict[str, Any]]:
-    """The work of `evaluate`: what is not there yet."""
+    """The work of `evaluate` that is still to do.
+
+    Args:
+        plan: from `plan`.
+    Returns: the rows, as `evaluate` does.
+    """
     plan.p_star.remember()
+    # Cached: the bias depends on the validation rows alone, so it is the same for all models.
     rows, bias = {}, functools.cache(functools.partial(work.bias_of, plan))
     for key, model in plan.models.items():
+        # All that one model has to do comes together, and its weights go before the next one is loaded.
         entries = {name: entry for name, entry in plan.entries.items() if source_key(entry) == key}
         tasks = [
             find_task(plan, name, entry, model, sampler)

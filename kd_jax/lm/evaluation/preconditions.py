@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do, and whether it can: every check that needs no weights, for a dry run too."""
+"""What an evaluation is asked to do, and every check of it that needs no weights (so that a dry run makes it too)."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Entry(NamedTuple):
         source: what kd_jax.lm.weights.load takes, or the model itself.
         arm: "direct", "distilled", "teacher" or "model". Like `tau`, it only says in the row what this is.
         tau: the sample temperature of the teacher, in the samples the model learnt from or in its own here.
-        seed: of the model's training. Models of one seed are sampled with the same random numbers, which makes the
-            differences between them less noisy; those of other seeds with others.
+        seed: of the model's training. Models of one seed are sampled with the same random numbers, which makes
+            differences between them less noisy; models of another seed with others.
         samples: samples of the model to take, the first num_samples; it is then evaluated as they were drawn.
     """
 
@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 def check(
     p_star: str | os.PathLike | Model | LazyModel, models: Mapping[str, Entry], spec: EvaluationSpec, max_length: int
 ) -> None:
-    """The checks of models that need no weights: a Model here may have empty params, for one yet to be trained.
+    """Checks models before any weights are loaded. A Model may have empty params, such as one yet to be trained.
 
     Args:
         max_length: of the validation rows and of the samples, the prompt included.
@@ -97,9 +97,18 @@ def check(
 
 
 def check_samples(name: str, samples: Corpus, p_star: Model, validation: Mapping[str, Any], num_samples: int) -> None:
-    """Raises ValueError unless given samples are enough, and like the validation rows, of these settings."""
+    """Raises ValueError unless given samples are enough, and agree with the validation rows in prompt and length.
+
+    Args:
+        name: of the model, for the message.
+        samples: the model's samples.
+        p_star: without weights.
+        validation: settings of the validation corpus.
+        num_samples: how many are needed.
+    """
     label = f"{name}: the corpus {samples.folder}"
     compatibility.check_corpus(label, samples, p_star, num_samples)
+    # Other prompts or a shorter limit would make precision and recall averages over different sets of sequences.
     for key in ("prompt_ids", "max_length"):
         value = samples.manifest["settings"][key]
         if value != validation[key]:

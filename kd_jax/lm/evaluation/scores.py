@@ -1,4 +1,4 @@
-"""Log-probabilities of rows under a model at several ways of sampling it, kept in files and resumed from them.
+"""Log-probabilities of rows under a model, at several ways of sampling it: kept in files, and resumed from them.
 
 One pass over the rows serves all temperatures and truncations. Rows are scored in batches that depend on their lengths
 alone: what runs beside a row changes how its numbers are rounded, and the same batches give the same numbers after a
@@ -35,11 +35,11 @@ _SAVE_SECONDS = 10.0
 
 
 class Wanted(NamedTuple):
-    """Scores to have.
+    """A file of scores that is wanted.
 
     Attributes:
-        path: the .npz they are kept in.
-        key: what says which model and which rows they are of.
+        path: the .npz that keeps them.
+        key: says which model and which rows they are of.
         sampler: how the model is sampled.
     """
 
@@ -54,7 +54,7 @@ class Wanted(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """What a model says of n rows.
+    """What is known of n rows under a model.
 
     Attributes:
         log_prob: log model(row) in nats, summed over what was generated (the EOS included), float64 [n].
@@ -91,10 +91,11 @@ def score_rows(
     model = load()
     batch_tokens = score.tokens_at_once(mesh) if batch_tokens is None else batch_tokens
     knobs = tuple(wanted[i].sampler.arrays() for i in todo)
+    # A row counts as unscored if any of the samplers lacks it: one forward pass then serves them all.
     unscored = np.any([np.isnan(kept[i].log_prob) for i in todo], axis=0)
     tokens, lengths = corpus_lib.padded(rows)
     generated = lengths - rows.prompt_length
-    # row by row; a view per row
+    # a view for each row
     others = None if other is None else np.split(other, np.cumsum(generated)[:-1])
     saved = time.monotonic()
     with progress.bar(label, int(generated[~unscored].sum()), int(generated.sum()), "token") as bar:
@@ -149,12 +150,14 @@ def _add(scores: Scores, chosen, log_probs, top, agreement, prompt_lengths, leng
     if np.isnan(sums).any():
         bad = chosen[np.isnan(sums).argmax()]
         raise RunError(f"{label}: the model gives NaN for row {bad}; are all of its weights finite?")
+    # A batch is scored again as a whole after a restart; rows that were kept already are not added twice.
     new = np.isnan(scores.log_prob[chosen])
     scores.log_prob[chosen] = np.where(new, sums, scores.log_prob[chosen])
     scores.agreement[chosen] = np.where(new, agreement, scores.agreement[chosen])
     inside = inside & new[:, None]
     # Equal to the largest log-probability: the id is the likeliest (or one of several), without an argmax over the
     # vocabulary, which is slow on CPUs.
+    # float64 before exp and the sums: bins add up the probabilities of many tokens.
     confidence = np.exp(top[inside].astype(np.float64))
     right = log_probs[inside] == top[inside]
     # counts by bin rather than values by token: they add up over batches and restarts
@@ -164,7 +167,8 @@ def _add(scores: Scores, chosen, log_probs, top, agreement, prompt_lengths, leng
 
 
 def _read(wanted: Wanted, count: int) -> Scores:
-    """What is in the file: NaN for rows that are not scored yet, nothing where it has another key."""
+    """The scores in the file: NaN for rows that are not scored yet, and for all rows where it has another key."""
+    # NaN can mark them: a log-probability is finite or -inf.
     if wanted.path.exists():
         hint = "; remove it, and the same command makes it again"
         arrays = read_arrays(wanted.path, hint=hint)
@@ -198,12 +202,13 @@ def likeliest_ids(
 
     Args:
         path: the .npz it is kept in, and resumed from.
-        key: what says which model and which rows these are.
+        key: says which model and which rows these are.
         load: called only if something has to be scored.
     Raises: RunError where the file is damaged.
     """
     tokens, lengths = corpus_lib.padded(rows)
     ends = np.cumsum(lengths - rows.prompt_length)
+    # -1 is no id: it marks the tokens that are still to do.
     text, ids = json.dumps(key, sort_keys=True), np.full(ends[-1], -1, np.int32)
     if path.exists():
         arrays = read_arrays(path, hint="; remove it, and the same command makes it again")
@@ -221,6 +226,7 @@ def likeliest_ids(
 
     with progress.bar(label, int((ids >= 0).sum()), len(ids), "token") as bar:
         for chosen, _ in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
+            # Ids of a row are written together, so its last one says whether it is done.
             if (ids[ends[chosen] - 1] >= 0).all():
                 continue
             (_, top_ids), _ = score.per_token(

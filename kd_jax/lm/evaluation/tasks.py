@@ -90,17 +90,26 @@ def sampling_settings(
         "source": source, "model_fingerprint": model.fingerprint,
         "tokenizer_fingerprint": compatibility.tokenizer_fingerprint(model.metadata), "dtype": spec.dtype,
         "prompt": None, "prompt_ids": prompt_ids, "eos_ids": sorted(model.metadata.eos_ids), **sampler.knobs(),
+        # Seeds of samples are 32 bits wide.
         "seed": seed % 2**32, "max_length": max_length, "num_samples": num_samples,
         "shard_size": max(_SHARD_ROWS, _SHARD_BATCHES * spec.batch_size),
     }  # fmt: skip
 
 
 def read_data(p_star: LazyModel, validation: Corpus, spec: EvaluationSpec) -> Data:
+    """The validation rows, checked against p*.
+
+    Args:
+        validation: samples of p* itself, or data.
+    Raises: ValueError where they are samples of another model or at another temperature, or have no prompt; RunError
+        for a damaged corpus.
+    """
     settings, label = validation.manifest["settings"], f"the validation corpus {validation.folder}"
     count = validation.num_rows if spec.num_recall is None else spec.num_recall
     compatibility.check_corpus(label, validation, p_star.metadata, count)
-    # of data nobody knows a model
+    # rows made from data have no model
     from_p_star = settings.get("model_fingerprint") is not None
+    # Samples at another temperature are of another distribution: recall on them would be of something else.
     if from_p_star and SamplerSpec.of(settings) != WHOLE:
         raise ValueError(f"{label} was sampled at {SamplerSpec.of(settings).label}: those are not samples of p* itself")
     if from_p_star and settings["model_fingerprint"] != p_star.fingerprint:
@@ -112,13 +121,20 @@ def read_data(p_star: LazyModel, validation: Corpus, spec: EvaluationSpec) -> Da
 
 
 def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: SamplerSpec) -> Task:
+    """What is still to do for a model that is sampled in one way.
+
+    Args:
+        name: of the entry.
+        model: the entry's.
+    Raises: ValueError for given samples that are of another model.
+    """
     spec, data = plan.spec, plan.data
     if entry.samples is None:
         drawn = sampling_settings(
             model, _source(entry, name), data.settings["prompt_ids"], data.settings["max_length"], spec.num_samples,
             spec.seed + (entry.seed or 0), sampler, spec,
         )  # fmt: skip
-        # neither changes what is drawn, but for rounding
+        # where the model is from and how rows lie in files change what is drawn by rounding only
         samples = {key: value for key, value in drawn.items() if key not in ("source", "shard_size")}
     else:
         drawn, samples = entry.samples.manifest["settings"], fingerprint(entry.samples, spec.num_samples)
@@ -127,6 +143,7 @@ def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: Sa
                 f"{name}: the corpus {entry.samples.folder} has samples of another model (or the model was loaded as "
                 "another dtype here)"
             )
+    # All that the numbers depend on. Batch sizes and devices are left out, since they only round differently.
     key = {
         "model": model.fingerprint, "p_star": plan.p_star.fingerprint, "validation": data.fingerprint,
         "samples": samples, "num_samples": spec.num_samples, "dtype": spec.dtype,
@@ -159,6 +176,7 @@ def _kept_row(where: Path, key: dict[str, Any]) -> dict[str, Any]:
 
 
 def samplers(entry: Entry, spec: EvaluationSpec) -> list[SamplerSpec]:
+    """The ways of sampling an entry: each temperature of the spec, or how its given samples were drawn."""
     if entry.samples is not None:
         return [SamplerSpec.of(entry.samples.manifest["settings"])]
     return [SamplerSpec(sample_temperature=tau) for tau in spec.sample_temperatures]
@@ -177,13 +195,13 @@ def _source(entry: Entry, name: str) -> str:
 
 
 def fingerprint(corpus: Corpus, count: int) -> str:
-    """A hex digest of the first `count` rows and of how they are kept in files."""
+    """A hex digest of the first `count` rows; other shard sizes give another one."""
     shards = [shard["sha256"] for shard in corpus.manifest["shards"] if shard["first"] < count]
     return hashlib.sha256(json.dumps([count, *shards]).encode()).hexdigest()
 
 
 def row_of(task: Task) -> dict[str, Any]:
-    """The row of metrics.jsonl. What the model is called is no part of the key, so it is put in anew each time."""
+    """The row of metrics.jsonl. The model's name is no part of the key, so it is put in each time."""
     entry = task.entry
     return {
         "kind": "evaluation", "name": task.name, "arm": entry.arm, "tau": entry.tau, "seed": entry.seed,

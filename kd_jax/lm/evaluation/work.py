@@ -21,7 +21,12 @@ from kd_jax.storage.files import write_rows
 
 
 def work(plan: Plan, model: LazyModel, tasks: list[Task], bias: Callable[[], Any]) -> None:
-    """Evaluates a model in several ways: it is loaded at most once, and let go before p* scores its samples."""
+    """Carries out tasks of one model: it is loaded at most once, and released before p* scores its samples.
+
+    Args:
+        tasks: of this model; each gets its new columns, and a result file.
+        bias: gives the bias of the metrics of points, see `bias_of`; called only if one is needed.
+    """
     if not tasks:
         return
     start = time.perf_counter()
@@ -36,6 +41,7 @@ def work(plan: Plan, model: LazyModel, tasks: list[Task], bias: Callable[[], Any
     model.release()
     reference = _log_p_star_of_data(plan)
     for task, corpus, recall in zip(tasks, corpora, of_data, strict=True):
+        # Only the first samples count: a given corpus may have more.
         count = plan.spec.num_samples
         samples = plan.data._replace(rows=corpus.rows(0, count), fingerprint=fingerprint(corpus, count))
         path, label = task.home / "precision.npz", f"{task.name}: precision"
@@ -93,6 +99,7 @@ def _points(plan: Plan, task: Task, samples: Data) -> metrics.Samples:
     """Equally many points of samples and of validation rows."""
     size = _num_points(plan)
     fake = _embeddings(plan, task.home / "embeddings.npz", samples, size, f"{task.name}: embeddings")
+    # Metrics of groups (one a prompt) need the prompts as numbers; equal prompts get the same one.
     starts = [tuple(ids[:end]) for ids, end in zip(samples.rows.tokens, samples.rows.prompt_length, strict=True)]
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(starts))}
     prompts = np.array([number[prompt] for prompt in starts[:size]])
