@@ -23,7 +23,7 @@ _TAKEN = ("direct", "distilled", "teacher", "p_star", "samples", "evaluation", "
 _LOSS = ("divergence", "parameter", "loss_temperature", "teacher_temperature", "hard_weight")
 _OWN = ("on_policy_fraction", "prompt_length", "student_sample_temperature")
 _RECORDED = ("record_top_k", "log_prob_format", "teacher_dtype")
-# The settings that what a student learns depends on, by policy. The sampler counts where the teacher's text is learnt.
+# By policy, the settings that decide what a student learns; the sampler too where it learns the teacher's text.
 _KNOBS = {
     "sequence": (),
     "online": (*_LOSS, "data", "mix", "teacher_dtype"),
@@ -113,6 +113,7 @@ def arms(spec: LmSpec) -> list[Arm]:
     named += [Arm(f"tau-{tau:g}", "distilled", sampler=SamplerSpec(sample_temperature=tau)) for tau in spec.taus]
     if spec.arms:
         for name, changes in spec.arms.items():
+            # Names become folders, and must not be those of stages that config.taus makes.
             if name in _TAKEN or not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(("tau-", "top_k-")):
                 raise ValueError(f"config.arms: {name!r} cannot name an arm")
             named.append(_changed_arm(spec.distill, name, dict(changes)))
@@ -139,7 +140,7 @@ def _arm(name: str, distill: DistillSpec) -> Arm:
     policy = distill.policy
     data = "samples" if policy == "sequence" else distill.data
     knobs = {key: getattr(distill, key) for key in _KNOBS[policy] if key != "mix" or data == "mix"}
-    if distill.teacher_temperature is None:  # what is off is not said
+    if distill.teacher_temperature is None:  # where it is off, runs have no such setting
         knobs.pop("teacher_temperature", None)
     return Arm(
         name, name, policy, sampler=None if data == "p_star" else distill.sampler, p_star=data != "samples",
@@ -161,6 +162,7 @@ def _used(distill: DistillSpec) -> set[str]:
 
 def _check_effect(base: DistillSpec, named: list[Arm]) -> None:
     """Raises ValueError for a setting of config.distill that was changed and that no arm uses."""
+    # Used by any arm is enough: arms differ in policy, and each policy reads other settings.
     used = {"policy"} | {key for arm in named for key in _used(arm.distill or base)}
     default = DistillSpec()
     for field in dataclasses.fields(DistillSpec):

@@ -68,6 +68,7 @@ def run(
     if dry_run:
         _show(spec, folder, target)
         return None
+    # One process looks, so that all of them go on or stop together.
     distributed.once(lambda: checks.check_sources(spec), "checking models and data")
     chain = plan(spec, roles.p_star_identity(spec))
     cache.enable_compilation_cache()
@@ -104,7 +105,11 @@ def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
 
 
 def plan(spec: LmSpec, identity: str) -> list[Stage]:
-    """The stages before the evaluation, inputs first. `identity` is the fingerprint of p*'s weights."""
+    """The stages before the evaluation, each after its inputs.
+
+    Args:
+        identity: the fingerprint of p*'s weights.
+    """
     chain = [
         _p_star_corpus(spec, identity, TRAIN, spec.num_train + spec.num_validation, _TRAIN),
         _p_star_corpus(spec, identity, "p_star/validation", spec.num_recall, _VALIDATION),
@@ -113,6 +118,7 @@ def plan(spec: LmSpec, identity: str) -> list[Stage]:
         teacher = Student("teacher", Arm("teacher", "teacher", p_star=True), None, _TEACHER)
         chain.append(_training(spec, "teacher", spec.teacher, [teacher]))
     for arm in arms_lib.arms(spec):
+        # Arms that learn the same text, or the same recording, share its stage.
         names = {stage.name for stage in chain}
         if arm.sampler is not None and arms_lib.samples_stage(arm.sampler) not in names:
             chain.append(_teacher_corpus(spec, arm.sampler))
@@ -193,6 +199,7 @@ def _students(spec: LmSpec, arm: Arm) -> list[Stage]:
 
 def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, students: list[Student]) -> Stage:
     arm, role = students[0].arm, "teacher" if shape is spec.teacher else "student"
+    # These settings are the stage's key. Trackers change no result, so the key has none.
     train_spec = spec.train_of(role)
     train = {key: value for key, value in to_dict(train_spec).items() if key not in ("together", "trackers")}
     settings = {
@@ -201,6 +208,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
         "seed": spec.seed + students[0].purpose, "compute": to_dict(spec.compute),
     }  # fmt: skip
     if shape.start:
+        # The content counts, not the name: a folder that was moved is the same start.
         settings["start"] = weights.identity(shape.start)
     if len(students) > 1:
         settings["together"] = len(students)
@@ -209,6 +217,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
         settings |= roles.teacher_identity(spec) if arm.teacher_runs else {}
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        # From the description beside p*'s corpus: a training does not load p*'s weights.
         p_star = weights.about(inputs[TRAIN])
         model = p_star._replace(architecture=architecture(shape, p_star.architecture, "config"))
         start = None
@@ -230,6 +239,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
                 train_spec, model, members, compute=Compute(**vars(spec.compute)), mesh=make_mesh(spec.mesh),
                 stop=stop, distillation=_distillation(spec, arm, inputs),
             )  # fmt: skip
+        # The names of a group's students tell their results apart; a single one has no need of them.
         named = {student.name: result for student, result in zip(students, finished, strict=True)}
         return finished[0] if len(finished) == 1 else named
 
@@ -248,12 +258,13 @@ def _distillation(spec: LmSpec, arm: Arm, inputs: dict[str, Path]) -> distill.Di
         return distill.Distillation(arm.distill)
     dtype = arm.distill.teacher_dtype
     teacher = roles.teacher(spec, inputs, dtype, make_mesh(spec.teacher_mesh))
+    # A teacher has no backward pass, so there is nothing to recompute in it.
     compute = Compute(**{**vars(spec.compute), "dtype": dtype, "remat": False})
     return distill.Distillation(arm.distill, teacher, compute)
 
 
 def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int) -> dict[str, Any]:
-    """The settings of a corpus of samples; what is off in the sampler is not said."""
+    """The settings of a corpus of samples; settings of the sampler that are off are left out."""
     s = spec.sampling
     return {
         "prompt": s.prompt, "prompt_ids": list(s.prompt_ids), "max_length": s.max_length, "shard_size": s.shard_size,

@@ -53,6 +53,7 @@ def check_sources(spec: LmSpec) -> None:
         the data: a source that cannot be opened.
     """
     length = spec.sampling.max_length
+    # Without a source p* has random weights, and id 0 ends its sequences (see roles).
     p_star = Model(PRESETS[spec.p_star.architecture], {}, eos_ids=(0,)) if not spec.p_star.source else None
     p_star = p_star or weights.describe(spec.p_star.source)
     compatibility.check_model("config.p_star", p_star, p_star, length)

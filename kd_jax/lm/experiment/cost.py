@@ -1,4 +1,4 @@
-"""What the stages of a run cost in floating-point operations, time and disk space."""
+"""What the stages of a run cost in floating-point operations, time and disk space, as upper bounds."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Cost(NamedTuple):
 
 
 def sampling(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost:
-    """Of drawing samples."""
+    """The cost of drawing samples."""
     tokens = num_samples * spec.sampling.max_length
     # ids as int32 and a few numbers for each row; Parquet packs them somewhat
     return _cost("sampling", spec, shape, tokens, disk=4 * tokens + 40 * num_samples)
@@ -62,11 +62,18 @@ def training(
     spec: LmSpec, shape: Architecture | None, *, count: int = 1, arm: Arm | None = None,
     teacher: Architecture | None = None, train: TrainSpec | None = None,
 ) -> Cost:  # fmt: skip
-    """Of training `count` models together, by default as config.train says. Validation counts as operations alone."""
+    """The cost of training `count` models together.
+
+    Args:
+        shape: of one model.
+        arm: of students.
+        teacher: that runs inside the updates.
+        train: how they are trained; by default as config.train says.
+    """
     train, length = train or spec.train, spec.sampling.max_length
     tokens = count * spec.num_train * length * train.epochs
     validated = count * spec.num_validation * length * train.validations
-    # a rollout runs the student forward once more, at the rate of sampling
+    # An update is 3 forward passes' worth. A rollout is one more, at the slower rate of sampling.
     rollouts = 0.0 if arm is None else arm.rollouts
     passes = 3 + rollouts * SHARES["training"] / SHARES["sampling"]
     cost = _cost("training", spec, shape, tokens, passes=passes)._replace(
@@ -76,6 +83,7 @@ def training(
         return cost
     updates = spec.num_train * train.epochs // train.batch_size
     saves = train.validations + (updates // train.save_every if train.save_every else 0)
+    # Validation is a forward pass; its tokens are not among those learnt from.
     extra = flops.forward_flops(shape, length) * validated
     if teacher is not None:
         extra += flops.forward_flops(teacher, length) * (tokens + validated)
@@ -86,13 +94,13 @@ def training(
 
 
 def scoring(spec: LmSpec, shape: Architecture | None, top_k: int) -> Cost:
-    """Of recording the teacher's top_k tokens at each position of a corpus."""
+    """The cost of recording the teacher's top_k tokens at each position of a corpus."""
     tokens = (spec.num_train + spec.num_validation) * spec.sampling.max_length
     return _cost("scoring", spec, shape, tokens, disk=4 * tokens * (1 + top_k))._replace(top_k=top_k)
 
 
 def evaluation(spec: LmSpec, shape: Architecture | None) -> Cost:
-    """Of scoring the samples of every model under p*, which is by far the most of it; `shape` is that of p*."""
+    """The cost of scoring every model's samples under p*, by far the largest part; `shape` is p*'s."""
     groups = arms(spec)
     students = spec.seeds * len(groups) * len(spec.evaluation.sample_temperatures)
     models = students + len({arm.sampler for arm in groups if arm.sampler is not None})
@@ -123,7 +131,13 @@ def writing_rate() -> float:
 
 
 def show(dtype: str, costs: dict[str, Cost], finished: Callable[[str], bool]) -> None:
-    """Prints the costs of stages by name: which are finished, and how long the others take at most on this machine."""
+    """Prints the costs of stages on this machine, at most.
+
+    Args:
+        dtype: of matrix products, whose rate is measured.
+        costs: by name of the stage.
+        finished: whether the stage of a name is finished; finished ones take no more time.
+    """
     rate, total, unknown = flops.ceiling(dtype), 0.0, False
     print(f"{'stage':24} {'parameters':>13} {'tokens':>14} {'FLOPs':>9} {'disk MB':>9} {'minutes':>10}  state")
     for name, cost in costs.items():

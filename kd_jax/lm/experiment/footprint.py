@@ -52,6 +52,7 @@ class Memory(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Bytes while the program runs."""
         return self.resident + self.temporary
 
 
@@ -98,11 +99,12 @@ def _program(spec: LmSpec, cost: Cost, target: Target) -> Program:
 
 
 def update(spec: LmSpec, cost: Cost, target: Target) -> Program:
-    """An update of a training, and the student's own sampling before it where there is some."""
+    """The program of an update, or of the student's own sampling before it where that needs more memory."""
     program, arguments = _update(spec, cost, target)
     compiled = program.lower(*arguments).compile()
     need = memory(compiled)
     if cost.arm is not None and cost.arm.rollouts:
+        # Sampling and update take turns, so the larger of the two counts.
         slots = cost.arm.distill.rollout_batch_size or cost.train.batch_size
         rollout = sampling(spec, cost.shape, slots, spec.compute.dtype, target, jnp.float32)
         # its weights are those of the state
@@ -116,6 +118,7 @@ def update(spec: LmSpec, cost: Cost, target: Target) -> Program:
     flops *= cost.train.batch_size * length * cost.count
     expected = flops / (flops_lib.ceiling(spec.compute.dtype) * cost_lib.SHARES["training"])
     if expected > 2 * _PROBE_SECONDS:
+        # Operations grow with the rows, so an update with fewer of them gives the same rate.
         rows = arguments[1].tokens.shape[-2]
         fewer = max(1, int(rows * _PROBE_SECONDS / expected))
         program, arguments = _update(spec, cost, target, fewer)
@@ -127,6 +130,7 @@ def _update(spec: LmSpec, cost: Cost, target: Target, rows: int | None = None):
     """The jitted update and the shapes of its arguments; with `rows` in each part, by default the most there can be."""
     mesh = make_mesh(spec.mesh)
     compute = _compute(target, mesh, **vars(spec.compute))
+    # The number of updates is a number in the program and changes no shape: any will do.
     optimizer, schedule = cost.train.optimizer(100), cost.train.schedule(100)
     arguments = [state_lib.abstract(cost.shape, optimizer, mesh), _batch(spec, cost, mesh, rows)]
     if cost.count > 1:
@@ -143,7 +147,7 @@ def _update(spec: LmSpec, cost: Cost, target: Target, rows: int | None = None):
 def sampling(
     spec: LmSpec, shape: Architecture, slots: int, dtype: str, target: Target, weights_dtype: Any = None
 ) -> Memory:
-    """The loop that draws samples, every slot with all of its pages."""
+    """The memory of the loop that draws samples, every slot with all of its pages."""
     mesh = make_mesh(spec.mesh)
     compute = _compute(target, None, dtype=dtype)
     model = _model(shape, weights_dtype or compute.dtype, mesh)
@@ -184,11 +188,16 @@ def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target
 
 def _can_run(need: Memory, target: Target) -> bool:
     chip = target.devices.chip
+    # Not up to the last byte: the process itself, and the other programs of the machine, need some.
     return chip.cpu and need.total < 0.8 * chip.memory * GIB
 
 
 def _seconds(compiled, arguments: list[Any], keeps: bool = False) -> float:
-    """Of a run of a compiled program, median of three after a first; with `keeps`, its state goes from run to run."""
+    """Seconds of a compiled program: the median of three runs, after one to warm up.
+
+    Args:
+        keeps: the first result is the first argument of the next run, as a donated state is gone after one run.
+    """
     values = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arguments)
     took = []
     for _ in range(4):
@@ -202,7 +211,7 @@ def _seconds(compiled, arguments: list[Any], keeps: bool = False) -> float:
 def memory(compiled) -> Memory:
     """What one device needs for a compiled program, by XLA's analysis of its buffers."""
     analysis = compiled.memory_analysis()
-    # donated buffers count once
+    # A donated argument and the output in its place are the same bytes, so they count once.
     resident = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(resident, analysis.temp_size_in_bytes)
 
@@ -275,7 +284,7 @@ def _stacked(tree: Any, count: int) -> Any:
 
 
 def _bytes(tree: Any) -> int:
-    """Of a tree of shapes, on one device."""
+    """Bytes of a tree of shapes on one device."""
     sizes = ((leaf, leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
              for leaf in jax.tree.leaves(tree))  # fmt: skip
     return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in sizes)

@@ -55,7 +55,13 @@ def show(spec: LmSpec, costs: dict[str, Cost], finished: Callable[[str], bool], 
 
 
 def seconds(spec: LmSpec, cost: Cost, target: Target, program: Program | None = None) -> float:
-    """A stage's time; NaN where the config does not say the shape. A measured rate goes before a reckoned one."""
+    """A stage's time; NaN where the config does not say the shape. Where a rate was measured, it is taken.
+
+    Args:
+        cost: of the stage.
+        target: the devices to plan for.
+        program: the stage's, as `footprint.programs` gives it.
+    """
     if cost.shape is None:
         return math.nan
     if target.devices.chip.cpu:
@@ -70,6 +76,7 @@ def seconds(spec: LmSpec, cost: Cost, target: Target, program: Program | None = 
     dtype, filled = spec.sampling.dtype, 1.0
     if cost.kind == "training":
         dtype, filled = spec.compute.dtype, min(1.0, _filled(spec, cost.train))
+    # Padding is computed like tokens: a row that is half full takes as long as a full one.
     return cost.flops / (_peak(target, dtype) * target.mfu * filled)
 
 
@@ -83,10 +90,12 @@ def _sampling_seconds(spec: LmSpec, cost: Cost, target: Target) -> float:
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     parts = mesh_lib.batch_devices(mesh)
     slots = -(-spec.sampling.batch_size // parts)
+    # Keys and values, of half the maximal length: sequences grow from nothing to all of it.
     cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * spec.sampling.max_length / 2
     split = 1 if shape.num_key_value_heads % tensor else tensor
     read = shape.num_parameters / tensor + slots * cached / split
     step = read * jnp.dtype(dtype).itemsize / (target.devices.chip.bandwidth * BANDWIDTH_SHARE)
+    # The slower of arithmetic and memory decides; at small batches it is memory.
     return max(cost.flops / (_peak(target, dtype) * target.mfu), cost.tokens / (slots * parts) * step)
 
 

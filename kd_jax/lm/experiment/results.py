@@ -61,7 +61,13 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
-    """Scores every model and writes the rows of the whole run; returns what to add to the manifest."""
+    """Scores every model and writes the rows of the whole run.
+
+    Args:
+        chain: the stages, all of them finished.
+    Returns: what to add to the manifest.
+    Raises: RunError naming a stage that is not finished.
+    """
     folders = stages.folders(folder, chain)
     missing = [stage.name for stage in chain if not stages.finished(folders[stage.name])]
     if missing:
@@ -70,6 +76,7 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
     validation = corpus_lib.open(folders["p_star/validation"] / "corpus")
     models = _teachers(spec, folders, validation)
     for student, home in trained(chain, folders):
+        # The teacher is evaluated with each sampler that students learn from, not once: see `_teachers`.
         if student.seed is not None:
             entry = Entry(home, student.arm.kind, student.arm.tau, student.seed)
             models[student.name] = Evaluated(entry, arm=student.arm, home=home)
@@ -94,6 +101,7 @@ def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dic
         entry = Entry(source, name if truncated else "teacher", sampler.sample_temperature, None, samples)
         models[name] = Evaluated(entry, sampler=sampler)
     if not models:
+        # A teacher that is p* has samples already: those that recall is measured on.
         is_p_star = source == spec.p_star.source and spec.num_samples <= spec.num_recall
         samples = validation if is_p_star and not spec.data.source else None
         models["teacher/tau-1"] = Evaluated(Entry(source, "teacher", 1.0, None, samples))
@@ -106,6 +114,7 @@ def _gather(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes metrics.jsonl and samples.jsonl of the run; returns what the manifest says of its stages."""
     folders = stages.folders(folder, chain)
+    # What a model learnt from is joined here: the evaluation knows models by name only.
     rows = [row | learnt_from(models[row["name"]], folders) for row in rows]
     seconds = evaluation.seconds(folder / "evaluation", models)
     training_rows = [read_rows(home / "metrics.jsonl") for _, home in trained(chain, folders)]
@@ -150,7 +159,7 @@ def stage_rows(chain: Sequence[Stage], folders: dict[str, Path], evaluation_seco
 
 
 def overhead(chain: Sequence[Stage], folders: dict[str, Path]) -> dict[str, float]:
-    """Seconds of all trainings by what they were spent on, and the share of data, logging and checkpoints in them."""
+    """Seconds of all trainings, by what they went into, and the share of data, logging and checkpoints."""
     results = [_results(stage, stages.about(folders[stage.name])["result"]) for stage in chain if stage.about]
     seconds = _added_up([one["seconds"] for stage in results for one in stage])
     return {**seconds, "share": _overhead_share(seconds)}
@@ -214,7 +223,7 @@ def _chosen_row(path: Path) -> dict[str, Any]:
 
 
 def _results(stage: Stage, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The result of each model that a stage has trained."""
+    """The result of each model that a stage trained."""
     return [result] if len(stage.about) == 1 else [result[student.name] for student in stage.about]
 
 

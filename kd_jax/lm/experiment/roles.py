@@ -24,6 +24,7 @@ def p_star(spec: LmSpec) -> Model:
     )
 
 
+# Kept, so that p* is loaded once for all stages; only one, since its weights may be most of the memory.
 @functools.lru_cache(maxsize=1)
 def _load_p_star(source: str, preset: str, seed: int, dtype: str, mesh: Mesh | None) -> Model:
     if source:
@@ -31,12 +32,14 @@ def _load_p_star(source: str, preset: str, seed: int, dtype: str, mesh: Mesh | N
     shape, kind, shardings = PRESETS[preset], jnp.dtype(dtype), None
     if mesh is not None:
         shardings = mesh_lib.shardings(model_lib.logical_axes(shape), model_lib.abstract(shape, kind), mesh)
+    # Each device draws its own part: p* need not fit on one.
     init = jax.jit(model_lib.init, static_argnums=(1, 2), out_shardings=shardings)
     params = init(jax.random.key(seed), shape, kind)
     # random weights make all ids about equally probable; id 0 ends a sequence
     return Model(shape, params, eos_ids=(0,))
 
 
+# Kept: the bytes of all files are hashed for it.
 @functools.lru_cache(maxsize=2)
 def _source_identity(source: str) -> str:
     return weights.identity(source)

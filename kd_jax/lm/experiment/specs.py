@@ -214,7 +214,13 @@ def architecture(shape: StudentSpec | TeacherSpec, p_star: Architecture, role: s
 
 
 def shallower(shape: StudentSpec | TeacherSpec, start: Model) -> Model:
-    """The model that training starts from, with the layers that the config keeps of it."""
+    """The model that training starts from, with the layers that the config keeps.
+
+    Args:
+        shape: of the config.
+        start: the whole model.
+    Raises: ValueError for layers that it does not have.
+    """
     if not shape.layers_kept:
         return start
     rule: str | tuple[int, ...] = shape.layers_kept
@@ -225,6 +231,7 @@ def shallower(shape: StudentSpec | TeacherSpec, start: Model) -> Model:
 
 @functools.lru_cache(maxsize=4)
 def _describe(source: str) -> Model:
+    # Without weights, an empty stack stands for the layers, so that `depth.shallower` can choose among them.
     return weights.describe(source)._replace(params={"layers": {}})
 
 
