@@ -53,6 +53,7 @@ def _slope(row: Divergence, log_p, log_q, parameter):
     """The derivative in log q, less a multiple of q."""
     if row.slope is not None:
         return row.slope(log_p, log_q, parameter)
+    # A row without a hand-written slope: exact, but with fewer digits where p and q are close.
     value, pull_back = jax.vjp(lambda log_q: _formula(row, log_p, log_q, parameter), log_q)
     (slope,) = pull_back(jnp.ones_like(value))
     # A token that the student excludes has q = 0, so its logit moves nothing; the formula may have inf * 0 there.

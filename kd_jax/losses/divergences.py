@@ -8,7 +8,7 @@ logits, the temperatures and the parameter; only `distillation_loss` stops gradi
 A token whose logit is -inf has probability 0. Where a divergence is then infinite (in KL(p, q): p > 0 and q = 0), so is
 the value. Logits that are all -inf, or NaN, give NaN.
 
-Which divergences there are is said in `table.py`.
+The table of divergences is `table.py`.
 """
 
 from __future__ import annotations
@@ -152,6 +152,7 @@ def distillation_loss(
         divergence, teacher_logits, student_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, num_tokens=num_tokens, parameter=parameter,
     )  # fmt: skip
+    # `weighted`, not a product: with hard_weight = 1 the divergence may be infinite, and 0 * inf is NaN.
     values = reductions.weighted((1 - hard_weight) * temperature**2, soft)
     if labels is not None:
         hard = cross_entropy(student_logits, jnp.where(mask, labels, 0), num_tokens=num_tokens)
@@ -216,14 +217,16 @@ def top_k_student(logits: jax.Array, ids: jax.Array, tail: str) -> jax.Array:
     """The student's logits [..., K or K + 1] over the same outcomes."""
     logits = reductions.wide(logits)
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
+    # Logits will do without their log-sum-exp over the vocabulary: a softmax over the outcomes follows.
     if tail == "renormalise":
         return chosen
+    # The sum over all other ids, not 1 minus the K: that difference would lose its digits where it is small.
     rest = jnp.put_along_axis(logits, ids, -jnp.inf, axis=-1, inplace=False)
     return jnp.concatenate([chosen, reductions.log_sum(rest)[..., None]], axis=-1)
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
     """Mean over all positions that the mask selects; over none it is 0, so that it neither moves a sum nor is NaN."""
-    # One mean over all positions, not a mean of rows' means, which would weigh short rows more.
+    # One mean over all positions, not a mean of rows' means, which would give short rows more weight.
     mean = Mean.of(values.reshape(-1), where=mask.reshape(-1))
     return mean._replace(mean=jnp.where(mean.count > 0, mean.mean, 0.0))

@@ -301,6 +301,8 @@ def _soft(plan, settings: _Settings, teacher, student):
 
     def terms(*both):
         log_p, log_q = log_softmaxes(*both)
+        # Agreement by comparison with the largest logits: it adds up over blocks of the vocabulary, as an argmax would
+        # not.
         same = (both[0] == tops[0]) & (both[1] == tops[1])
         term = row.term(log_p, log_q, settings.parameter)
         return term, _entropy(log_q), _entropy(log_p), same.astype(jnp.float32)
@@ -308,6 +310,7 @@ def _soft(plan, settings: _Settings, teacher, student):
     divergence, *entropies, agreement = reductions.sums(terms, teacher, student)
     divergence = row.of_sum(divergence, settings.parameter)
     gradient = derivatives.gradient(plan.divergence, *log_softmaxes(teacher, student), settings.parameter)
+    # log q is the log-softmax of logits / T, which gives the gradient in the logits a factor of 1 / T.
     gradient = gradient * (settings.soft_weight / settings.temperature)
     # Tokens that tie for the most probable in both models were counted once each.
     return divergence, entropies, jnp.minimum(agreement, 1), gradient

@@ -59,6 +59,7 @@ def project(hidden: jax.Array, head: jax.Array, softcap: float | None = None) ->
 
     (Gemma 2, arXiv 2408.00118, section 2.)
     """
+    # Factors in the hidden states' dtype (bfloat16, perhaps), sums and logits in float32.
     logits = dot(hidden, head.astype(hidden.dtype), (hidden.ndim - 1, 1))
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
@@ -112,6 +113,7 @@ def head_gradient(gradient: jax.Array, hidden: jax.Array, groups: int) -> jax.Ar
 
 def summed(gradient: jax.Array, groups: int, mesh: Mesh | None) -> jax.Array:
     """The sum over the groups, split over the devices like the head."""
+    # The only place where the head's gradient is summed between devices: once a loss.
     return gradient if groups == 1 else mesh_lib.constrain(gradient.sum(axis=0), ("vocab", "embed"), mesh)
 
 

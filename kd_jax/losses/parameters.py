@@ -38,6 +38,8 @@ WEIGHT = Interval(0, 1)
 def in_range(name: str, value: Scalar, interval: Interval) -> Scalar:
     """The value if it lies in the interval; NaN for a traced one that does not.
 
+    Args:
+        name: of the value, for the message.
     Raises: ValueError for a number outside.
     """
     # A traced value has no number yet, so a wrong one can only show in the result.
@@ -49,7 +51,10 @@ def in_range(name: str, value: Scalar, interval: Interval) -> Scalar:
 
 
 def checked_temperatures(temperature: Scalar, teacher_temperature: Scalar | None) -> tuple[Scalar, Scalar]:
-    """The student's and the teacher's temperature; None for the teacher's means the student's."""
+    """The student's and the teacher's temperature; None for the teacher's means the student's.
+
+    Raises: ValueError for a temperature that is not above 0.
+    """
     temperature = in_range("temperature", temperature, TEMPERATURE)
     if teacher_temperature is None:
         return temperature, temperature
@@ -57,7 +62,10 @@ def checked_temperatures(temperature: Scalar, teacher_temperature: Scalar | None
 
 
 def checked_hard_weight(labels: jax.Array | None, hard_weight: Scalar) -> Scalar:
-    """The weight of the cross-entropy, which needs labels unless it is the number 0."""
+    """The weight of the cross-entropy, which needs labels unless it is the number 0.
+
+    Raises: ValueError for a weight outside [0, 1], or one that needs labels where there are none.
+    """
     hard_weight = in_range("hard_weight", hard_weight, WEIGHT)
     if labels is None and (isinstance(hard_weight, jax.Array) or hard_weight != 0):
         raise ValueError(f"hard_weight={hard_weight} needs labels")
@@ -65,7 +73,7 @@ def checked_hard_weight(labels: jax.Array | None, hard_weight: Scalar) -> Scalar
 
 
 def check_vocabulary(teacher_size: int, student_size: int, num_tokens: int | None) -> None:
-    """ValueError where it is not known which ids are real, or where there are fewer than `num_tokens`."""
+    """Raises ValueError where it is not known which ids are real, or where there are fewer than `num_tokens`."""
     if num_tokens is None and teacher_size != student_size:
         raise ValueError(f"vocabularies of {teacher_size} and {student_size}: num_tokens must say which ids are real")
     if num_tokens is not None and not 1 <= num_tokens <= min(teacher_size, student_size):

@@ -92,6 +92,7 @@ def _normalised_slope(primals, tangents):
 
 def log_sum(logits: jax.Array) -> jax.Array:
     """log sum exp over the last axis; -inf, with gradient 0, where all are -inf."""
+    # The shift cancels in the value, so it has no gradient of its own.
     top = jax.lax.stop_gradient(logits.max(axis=-1))
     some = top > -jnp.inf
     # Both branches of a `where` are differentiated, so what is not chosen must be finite too.

@@ -67,6 +67,7 @@ def skew_reverse_kl(log_p: jax.Array, log_q: jax.Array, alpha: Scalar) -> jax.Ar
 def total_variation(log_p: jax.Array, log_q: jax.Array, _) -> jax.Array:
     """q sign(q - p) / 2."""
     p, q = jnp.exp(log_p), jnp.exp(log_q)
+    # sign(0) = 0: where p = q the slope is taken to be 0, in the middle of its two one-sided values.
     sign = jnp.sign(q - p)
     return _smaller(q * sign / 2, q * (sign - 1) / 2, 0.5)
 
@@ -97,4 +98,5 @@ def _share(log_a, m):
 
 def _smaller(near, far, limit):
     """`near`, where s is 0 for p = q and `limit` for p = 0, or `far`, less `limit`: whose mean of s is closer to 0."""
+    # By the mean of s under q, which is what the softmax's gradient subtracts.
     return jnp.where((limit > 0) & (total(near)[..., None] > limit / 2), far, near)

@@ -1,4 +1,4 @@
-"""What the page says about a run itself: what its stages cost, its config, and what is missing."""
+"""What the page says of a run itself: what its stages cost, its config, and what is missing."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def cost(rows: list[dict], manifest: dict[str, Any]) -> Table:
     note = []
     timed = [s for s in stages if s.get("seconds") and s.get("share_of_data_logging_checkpoints") is not None]
     if timed:
+        # Weighted by time: the plain mean of shares would let a short stage count as much as a long one.
         extra = sum(stage["share_of_data_logging_checkpoints"] * stage["seconds"] for stage in timed)
         share = extra / sum(stage["seconds"] for stage in timed)
         note.append(f"Data loading, logging and checkpoints take {share:.1%} of the stages that measure it.")
@@ -86,5 +87,5 @@ def missing(rows: list[dict], groups: list[Group], samples: list[dict]) -> list[
 
 
 def _identity(row: dict) -> tuple:
-    """Which trained model a row is about; the teacher is evaluated at several values of tau."""
+    """Which trained model a row is of. The teacher is trained once, and evaluated at several values of tau."""
     return ("teacher",) if row["arm"] == "teacher" else (row["arm"], row.get("tau"), row.get("seed"))

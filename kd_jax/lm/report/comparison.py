@@ -39,6 +39,7 @@ def headline(groups: list[Group]) -> str:
     p_values = expectations.adjusted([interval.p_value for interval in intervals])
     counts = {(name, sign): 0 for name in ("precision", "recall") for sign in (1, -1)}
     for (_, name), interval, p_value in zip(places, intervals, p_values, strict=True):
+        # NaN is below nothing, so a difference that could not be tested counts as neither higher nor lower.
         counts[name, 1 if interval.mean > 0 else -1] += p_value < expectations.LEVEL
     return (
         f"Of {len(arms)} ways of distilling, beside the direct student: precision is clearly higher in "

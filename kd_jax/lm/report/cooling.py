@@ -116,6 +116,7 @@ def match(student: Curve, temperature: float, direct: Curve, metric: str) -> Mat
     for a in range(len(direct.temperatures) - 1):
         with np.errstate(invalid="ignore"):  # a recall of -inf has no difference
             (start, end), (first, last) = x[a : a + 2].mean(1), y[a : a + 2].mean(1)
+            # Where precision does not change along the segment, no temperature on it can be chosen by precision.
             if not min(start, end) <= target <= max(start, end) or start == end:
                 continue
             share, slope = (target - start) / (end - start), (last - first) / (end - start)
@@ -146,6 +147,7 @@ def standings(students: dict[str, Curve]) -> dict[str, Standing]:
     p_values = expectations.adjusted([interval.p_value for interval in intervals])
     sides: dict[str, dict[float, int]] = {arm: {} for arm in matches}
     for (arm, t), interval, p_value in zip(places, intervals, p_values, strict=True):
+        # `not <`, so that NaN (no test was possible) counts as alike.
         sides[arm][t] = ALIKE if not p_value < expectations.LEVEL else ABOVE if interval.mean > 0 else BELOW
     return {arm: Standing(matches[arm], sides[arm], _verdict(list(sides[arm].values()))) for arm in matches}
 

@@ -30,6 +30,7 @@ def table(students: dict[str, Curve]) -> Table:
             cells, beside = [_plain(curve, direct, name) for name in METRICS], "1, precision differs"
         else:
             cells = [Number(*one.interval[:2]) for one in matches.values()]
+            # Equal by construction: a standard error would only be rounding.
             cells[0] = Number(0.0, math.nan, " (matched)")
             beside = "{:g} to {:g}".format(*matches["recall"].between)
         rows.append([curve.label, beside, *cells])
@@ -65,6 +66,7 @@ def too_precise(rows: list[dict]) -> Table:
         excess = [number(row["precision"]) - number(row["data_log_prob"]) for row in members]
         cells = [_mean(members, name) for name in ("precision", "distinct_2", "entropy", "repetition_4")]
         line = [summary.label(*key[0]), f"{key[1]:g}", cells[0], Number(*statistics.t_interval(excess)[:2]), *cells[1:]]
+        # NaN is above nothing: without both numbers a model is not suspected.
         if np.mean(excess) > 0:
             flagged.append(line)
         elif key == (("direct", None, None), 1.0):

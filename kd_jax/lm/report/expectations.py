@@ -51,6 +51,7 @@ def findings(groups: list[Group]) -> list[Finding]:
 
 def adjusted(p_values: list[float]) -> list[float]:
     """Holm's adjusted p-values of those that are numbers; NaN stays NaN and is not counted as a comparison."""
+    # A comparison that could not be made must not make the others stricter.
     known = [p for p in p_values if not math.isnan(p)]
     corrected = iter(statistics.holm(known)) if known else iter(())
     return [math.nan if math.isnan(p) else float(next(corrected)) for p in p_values]
@@ -99,6 +100,7 @@ def _trend_comparisons(groups: list[Group], name: str, sign: int) -> list[_Compa
     if len(students) < 2:
         return []
     low, high = students[0], students[-1]
+    # One test, of the two ends: their difference is the largest, and no shape between them has to be assumed.
     return [_Comparison(difference(high, low, name), sign, f"from tau = {low.tau:g} to {high.tau:g}")]
 
 

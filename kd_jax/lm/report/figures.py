@@ -29,7 +29,7 @@ MARKS = "s^vP<X>p"
 
 
 def named(index: int) -> tuple[str, str]:
-    """Colour and marker of an arm by its place among those by name; the first 24 differ."""
+    """Colour and marker of an arm by its place among the arms by name; the first 24 pairs differ."""
     return NAMED[index % len(NAMED)], MARKS[index % len(MARKS)]
 
 

@@ -119,6 +119,7 @@ def _tokens(rows: list[dict]) -> tuple[dict[tuple, float], str]:
         if row.get("tokens") is not None:
             known.setdefault(row["name"], {0: 0.0})[row["step"]] = row["tokens"] / 1e6
     places = {(row["name"], row["step"]) for row in rows}
+    # One axis for all: a training without token counts puts all of them on steps.
     if any(len(known.get(name, {})) < 2 for name, _ in places):
         return {(name, step): step for name, step in places}, "steps"
     millions = {}
@@ -135,6 +136,7 @@ def _loss_limits(rows: list[dict]) -> tuple[float, float] | tuple[None, None]:
     """Limits without the first tenth of the steps, whose fall would hide the differences that matter."""
     by_name: dict[str, list[dict]] = {}
     for row in of_kind(rows, "validation") or rows:
+        # A loss that is not finite has no place in a figure, and would take the limits along.
         if math.isfinite(row["loss"]):
             by_name.setdefault(row["name"], []).append(row)
     later = []

@@ -136,7 +136,7 @@ def group_key(row: dict) -> tuple:
     """What makes rows one group: arm and tau. A model without a seed that is not the teacher stands alone."""
     arm, tau = row["arm"], row.get("tau")
     if arm == "teacher":
-        return arm, 1.0 if tau is None else float(tau), None  # the teacher as it was trained is its tau of 1
+        return arm, 1.0 if tau is None else float(tau), None  # as it was trained, the teacher has tau 1
     alone = arm not in ORDER and row.get("seed") is None
     return arm, None if tau is None else float(tau), row["name"] if alone else None
 
@@ -225,6 +225,7 @@ def _of_values(values: list[float]) -> Estimate:
 def _estimate(rows: list[dict], name: str) -> Estimate:
     having = [row for row in rows if row.get(name) is not None]
     estimate = _of_values([number(row[name]) for row in having])
+    # One seed says nothing about other seeds; the error over its sequences is all there is.
     if len(having) == 1 and not estimate.bad:
         return estimate._replace(error=_over_sequences(having[0], name))
     return estimate
@@ -252,6 +253,7 @@ def difference(first: Group, second: Group, name: str) -> Difference:
     by_seed = [{row.get("seed"): row for row in group.rows if row.get(name) is not None} for group in (first, second)]
     pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
     values = np.array([[number(row[name]) for row in pair] for pair in pairs]).reshape(-1, 2)
+    # With an infinite value (a recall of -inf) there is no difference: leaving that seed out would flatter the arm.
     if not np.isfinite(values).all():
         return Difference(Interval(*[math.nan] * 5), len(pairs))
     interval = statistics.t_interval(values[:, 0] - values[:, 1])
