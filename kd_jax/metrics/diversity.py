@@ -25,9 +25,10 @@ def vendi_score(points: jax.Array) -> float:
 
 
 def vendi_score_of_kernel(kernel: np.ndarray) -> float:
-    """The same of a kernel [N, N], symmetric and positive semidefinite, with ones on its diagonal."""
+    """Vendi score of a kernel [N, N], symmetric and positive semidefinite, with ones on its diagonal."""
     # float64: eigenvalues near 0 are differences of numbers near 1, and there are many of them.
     eigenvalues = np.linalg.eigvalsh(np.asarray(kernel, np.float64) / len(kernel))
+    # An eigenvalue of 0 has a term of 0; rounding may put it below.
     eigenvalues = eigenvalues[eigenvalues > 0]
     return float(np.exp(-(eigenvalues * np.log(eigenvalues)).sum()))
 

@@ -80,12 +80,14 @@ def area(p: np.ndarray, q: np.ndarray, scaling: float = 5.0) -> float:
         x, y = (np.exp(-scaling * np.where(h > 0, h * np.log(h / mixture), 0).sum(axis=1)) for h in (q, p))
     # The frontier is continued to both axes.
     x, y = (np.concatenate(ends) for ends in (([1.0], x, [0.0]), ([0.0], y, [1.0])))
+    # x falls along the frontier, hence the sign.
     return float(-np.trapezoid(y, x))
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _clusters(key: jax.Array, points: jax.Array, count: int, starts: int = 8, rounds: int = 50) -> jax.Array:
     """The cluster of each point: the best of Lloyd's algorithm from k-means++ starts (Arthur & Vassilvitskii 2007)."""
+    # One start after another, so that the distances of one exist at a time.
     clusters, spread = jax.lax.map(lambda key: _lloyd(key, points, count, rounds), jax.random.split(key, starts))
     return clusters[spread.argmin()]
 
@@ -95,6 +97,7 @@ def _lloyd(key, points, count, rounds):
     norms = (points**2).sum(axis=1)
 
     def distances(centres):
+        # As a matrix product, which is fast: clusters hardly depend on the last digits, and below 0 is cut off.
         products = jnp.matmul(2 * points, centres.T, precision=_HIGHEST)
         return jnp.maximum(norms[:, None] - products + (centres**2).sum(axis=1), 0)
 

@@ -56,7 +56,7 @@ def knn_precision_recall(real: jax.Array, fake: jax.Array, k: int, *, chunk: int
     Raises: ValueError for shapes that do not go together, or a set of k or fewer points.
     """
     real, fake = _checked(real, fake, k)
-    # Squared, to be compared with squared distances: the root of every distance would be one more rounding.
+    # Radii are squared, to be compared with squared distances: a root would be one more rounding.
     real_radii, fake_radii = _radii(real, k, chunk), _radii(fake, k, chunk)
     zero = int((real_radii == 0).sum() + (fake_radii == 0).sum())
     if zero:

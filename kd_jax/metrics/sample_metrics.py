@@ -148,6 +148,7 @@ def self_bias(samples: Samples, *, size: int | None = None, num_splits: int = 4)
     """
     points = np.asarray(samples.real)
     size = len(points) // 2 if size is None else size
+    # A permutation for each split, by (seed, split): more splits leave the first ones as they are.
     orders = (np.random.default_rng((samples.seed, split)).permutation(len(points)) for split in range(num_splits))
     parts = [
         dataclasses.replace(samples, real=points[order[:size]], fake=points[order[size : 2 * size]], prompts=None)

@@ -53,6 +53,8 @@ def t_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -
     if values.size < 2 or not np.isfinite(values).all():
         mean = float(values.mean()) if values.size else np.nan
         return Interval(mean, np.nan, np.nan, np.nan, max(values.size - 1, 0))
+    # ddof = 1, as the mean is estimated from the same values. t instead of the normal, as the error of a few values is
+    # itself uncertain.
     mean, error, dof = values.mean(), values.std(ddof=1) / np.sqrt(values.size), values.size - 1
     reach = stats.t.ppf((1 + confidence) / 2, dof) * error
     return Interval(float(mean), float(error), float(mean - reach), float(mean + reach), float(dof))
@@ -76,6 +78,7 @@ def two_way(values: np.ndarray, confidence: float = 0.95) -> Interval:
     values = np.asarray(values, np.float64)
     units, sequences = values.shape
     mean, by_unit, by_sequence = values.mean(), values.mean(1), values.mean(0)
+    # What neither the unit nor the sequence explains.
     residual = values - by_unit[:, None] - by_sequence + mean
     interaction = (residual**2).sum() / ((units - 1) * (sequences - 1)) / values.size
     unit_part = by_unit.var(ddof=1) / units
@@ -102,6 +105,8 @@ def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     """
     p_values = np.asarray(p_values, np.float64)
     order = np.argsort(p_values)
+    # The smallest is multiplied by the number of comparisons, the next by one less, and so on; a maximum so far keeps
+    # them in order.
     steps = p_values[order] * np.arange(len(p_values), 0, -1)
     adjusted = np.empty_like(p_values)
     adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)

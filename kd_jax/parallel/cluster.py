@@ -57,10 +57,12 @@ def find(given: Mapping[str, Any] | None = None, environ: Mapping[str, str] | No
         if f"JAX_{name.upper()}" in environ and f"--{name}" not in said:
             said[f"JAX_{name.upper()}"] = name, environ[f"JAX_{name.upper()}"]
     own = {name: (label, value if name == NAMES[0] else int(value)) for label, (name, value) in said.items()}
+    # One process by hand, whatever the launcher says: a test inside of a larger job.
     if "num_processes" in own and own["num_processes"][1] == 1 and own.get("process_id", ("", 0))[1] == 0:
         return None
     found = _slurm(environ) or _open_mpi(environ)
     if found is None and not own:
+        # Last, since it may ask a server over the network.
         found = _tpu(environ)
     if found is not None and found.num_processes == 1:
         found = None
@@ -90,6 +92,7 @@ def _together(own: dict[str, tuple[str, Any]], found: Cluster | None) -> Cluster
 
 def _port(job: str) -> int:
     """A port that all processes of a job agree on, and that most likely differs between jobs."""
+    # Not `hash`, which Python makes different in every process.
     return _FIRST_PORT + zlib.crc32(job.encode()) % _NUM_PORTS
 
 

@@ -54,6 +54,7 @@ def read(text: str, *, rounds: int | None = None) -> list[Collective]:
                 continue
             if times is None or operation != kind:
                 raise ValueError(f"{operation} in {name}: asynchronous, or in a loop of an unknown number of rounds")
+            # The result of a reduce-scatter is a part; what is communicated is its operand.
             found.append(Collective(kind, _shapes(rest.split(")")[0] if kind == "reduce-scatter" else shapes), times))
     return found
 
@@ -86,6 +87,7 @@ def _times(bodies: dict[str, list[tuple[str, str, str]]], entry: str, rounds: in
     found: dict[str, int | None] = {}
 
     def visit(name: str, times: int | None) -> None:
+        # A computation that is called from several places runs once for each.
         before = found.get(name, 0)
         found[name] = None if times is None or before is None else before + times
         for _, operation, rest in bodies[name]:

@@ -143,6 +143,7 @@ def once(work: Callable[[], T], what: str) -> T:
             said = {"value": work()}
         except (ValueError, OSError, RunError) as reason:
             error, said = reason, {"error": str(reason)}
+    # With a time-out, which the broadcast after it does not have.
     wait(what)
     said = json.loads(_broadcast(json.dumps(said).encode()))
     if error is not None:
@@ -153,6 +154,7 @@ def once(work: Callable[[], T], what: str) -> T:
 
 
 def _broadcast(text: bytes) -> bytes:
+    # The length goes first: what is broadcast has to have one shape in all processes.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.frombuffer(text.ljust(size, b" ")[:size], np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
@@ -182,6 +184,7 @@ def fetch(tree: Any) -> Any:
     def whole(leaf):
         if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated:
             return leaf
+        # A collective: a process that does not call it leaves the others waiting.
         return multihost_utils.process_allgather(leaf, tiled=True)
 
     return jax.device_get(jax.tree.map(whole, tree))
@@ -202,6 +205,7 @@ class Agreement:
     def __init__(self, behind: int):
         self._behind, self._votes = behind, collections.deque()
         if _started:
+            # One vote for each device, that of its process. `any` over all devices is an all-reduce.
             mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("device",))
             self._split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("device"))
             whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -211,6 +215,7 @@ class Agreement:
         if not _started:
             return vote
         votes = jax.make_array_from_callback((jax.device_count(),), self._split, lambda index: np.asarray([vote]))
+        # Queued behind the update; the answer is read `behind` calls later, when the device has it for long.
         self._votes.append(self._any(votes))
         return len(self._votes) > self._behind and bool(self._votes.popleft())
 
@@ -235,4 +240,5 @@ def leave(code: int) -> NoReturn:
     if _started:
         with contextlib.suppress(RunError):
             _barrier("kd_jax leaves", GRACE)
+    # not sys.exit: JAX's exit handlers would wait for processes that no longer answer
     os._exit(code)

@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 
 # Logical axis of an array -> mesh axes. Other axes are not split.
+# Devices along fsdp have rows of their own, as along data, and a part of each weight; devices along tensor share rows
+# and split each product.
 RULES = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -46,6 +48,7 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
         sizes[free[0]] = len(devices) // fixed
     if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != len(devices):
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices (at most one size may be -1, the rest)")
+    # Neighbours form a tensor group: it communicates in every layer, and neighbours have the fastest links.
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
 
 
@@ -68,6 +71,8 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> 
     return x if mesh is None or mesh.size == 1 else jax.lax.with_sharding_constraint(x, sharding(axes, mesh))
 
 
+# With a rule for its gradient, which would otherwise be laid out like the gathered weight: all-reduced, where a
+# reduce-scatter to the owners of the parts is enough.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(weight: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
     """Gathers a weight along "embed" for use in a product; its gradient is split again like the weight."""

@@ -109,6 +109,7 @@ def guide(distillation: Distillation) -> Guide:
     """The third argument of the loss: the teacher's weights and the numbers of the spec, float32 scalars."""
     spec, teacher, _ = distillation
     temperature = spec.loss_temperature if spec.teacher_temperature is None else spec.teacher_temperature
+    # Float32 arrays, not numbers: a sweep over them compiles nothing anew.
     return Guide(
         teacher=None if teacher is None else teacher.params,
         loss_temperature=jnp.float32(spec.loss_temperature),
@@ -130,7 +131,7 @@ def cross_entropy(
     return _cross_entropy(architecture, compute, num_tokens or architecture.vocab_size, packed)
 
 
-# The same arguments give the same function, so that what is compiled for it is found again.
+# Equal arguments give the same function object, by which jit finds what it has compiled.
 @functools.lru_cache(maxsize=16)
 def _cross_entropy(architecture: Architecture, compute: Compute, num_tokens: int, packed: bool) -> Loss:
     def loss(params: Any, part: Batch, guide: None = None) -> tuple[Mean, dict[str, Mean]]:
@@ -166,6 +167,7 @@ def loss(distillation: Distillation, student: Model, compute: Compute, *, packed
     return _loss(compare, spec.divergence, student.architecture, student.num_tokens, compute, packed)
 
 
+# All arguments are hashable and compared by value: equal settings give the same function, compiled once.
 @functools.lru_cache(maxsize=16)
 def _loss(
     compare: _Records | _Teacher, divergence: str, architecture: Architecture, num_tokens: int, compute: Compute,
@@ -193,8 +195,10 @@ class _Teacher(NamedTuple):
     packed: bool
 
     def __call__(self, guide: Guide, part: Batch, hidden: jax.Array, head: jax.Array, **loss_options):
+        # No gradient reaches the teacher, whatever the loss is differentiated in.
         teacher = jax.lax.stop_gradient(guide.teacher)
         teacher_hidden = _hidden(teacher, self.architecture, part, self.compute, self.packed)
+        # Hidden states are sent to the student's devices, not logits: a width instead of a vocabulary for each token.
         teacher_hidden = mesh_lib.constrain(teacher_hidden, ("batch", None, None), self.student_mesh)
         return fused.linear_distillation(
             hidden, head, teacher_hidden, model_lib.head(teacher), _next_tokens(part), part.mask,

@@ -31,13 +31,15 @@ from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs import progress
 
 FORMS = ("uint16", "float32")
+# Code 65534 stands for -64 nats, 65535 for -inf.
 _RANGE, _LAST, _NEVER = 64.0, 65534, 65535
 # Tokens that the teacher runs on at a time.
 _BATCH_TOKENS = 4096
 
 
 def encode(log_probs: np.ndarray) -> np.ndarray:
-    """uint16 codes of log-probabilities; values above 0 by rounding count as 0."""
+    """uint16 codes of log-probabilities; a value that rounding has put above 0 counts as 0."""
+    # float64: by a rounding error in float32, a value could get the neighbouring code.
     values = np.asarray(log_probs, np.float64)
     codes = np.rint(_LAST * np.sqrt(np.clip(-values / _RANGE, 0, 1)))
     return np.where(values == -np.inf, _NEVER, codes).astype(np.uint16)
@@ -100,6 +102,7 @@ def recorder(
     """
     make = teacher_lib.jitted if mesh is None else functools.partial(teacher_lib.over_mesh, mesh=mesh)
     run = make(model, want="top_k", k=about["top_k"], compute=compute)
+    # Half the bytes for every vocabulary up to 65536, SmolLM2's 49152 among them.
     id_type = np.uint16 if model.num_tokens <= 2**16 else np.uint32
     keep = encode if about["log_prob_format"] == "uint16" else functools.partial(np.asarray, dtype=np.float32)
 
@@ -114,6 +117,7 @@ def recorder(
     def record(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows, lengths = list(rows), np.array([row["length"] for row in rows])
         for chosen, (size, width) in score.batches(lengths, _BATCH_TOKENS, mesh_lib.batch_devices(mesh)):
+            # Rows that fill up the batch have length 0: all of their outputs are masked.
             tokens, counts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
             for place, i in enumerate(chosen):
                 tokens[place, : lengths[i]], counts[place] = rows[i]["tokens"], lengths[i]
@@ -129,6 +133,7 @@ def num_entries(corpus: Corpus) -> int:
     """How many tokens of the teacher a corpus has recorded: k for each position that is learnt."""
     positions = 0
     for shard in corpus.manifest["shards"]:
+        # The first token of a row is predicted by nothing, so a row without a prompt counts from its second.
         table = shards.read(corpus.folder, shard, ["length", "prompt_length"])
         positions += int((table["length"].to_numpy() - np.maximum(1, table["prompt_length"].to_numpy())).sum())
     return positions * corpus.manifest["settings"]["teacher"]["top_k"]
@@ -178,6 +183,7 @@ def score_corpus(
 
     def arrivals() -> Iterator[Arrival]:
         step = source.manifest["settings"]["shard_size"]
+        # One shard of the source at a time, which is one shard here: a resumed run scores the same batches.
         for first in range(corpus.num_rows, source.num_rows, step):
             rows = source.rows(first, min(first + step, source.num_rows))
             columns = rows._asdict()
@@ -191,6 +197,7 @@ def score_corpus(
         if distributed.leads():
             corpus_lib.write_rows(corpus, arrivals(), lambda rows, _: bar.update(rows), record)
         else:
+            # the other processes compute their own part of each batch; process 0 alone writes
             for arrival in arrivals():  # each is a shard
                 record(arrival.rows)
     distributed.wait(f"{folder} is written")

@@ -57,6 +57,7 @@ class Rollouts:
 
     def wanted(self, update: int) -> bool:
         """Whether an update (the first is 0) learns from the student's own samples: with probability lambda."""
+        # A generator for each update: the draw is the same whatever was drawn before, so a resumed run repeats it.
         return bool(np.random.default_rng((self.seed, _CHOICE, update)).random() < self.spec.on_policy_fraction)
 
     def prompts_of(self, update: int) -> list[list[int]]:
@@ -72,6 +73,7 @@ class Rollouts:
     def batch(self, params: Any, update: int) -> Batch:
         """The batch of an update, sampled with these parameters; what comes after an EOS is masked."""
         prompts, count = self.prompts_of(update), self.layout.sequences
+        # SeedSequence mixes the three numbers; sums of seed and update would coincide between seeds.
         seed = np.random.SeedSequence((self.seed, _SAMPLES, update)).generate_state(1)[0]
         tokens, lengths, _ = decode.generate(
             self.student._replace(params=params), prompts, count, max_length=self.max_length,

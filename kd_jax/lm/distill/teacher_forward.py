@@ -84,15 +84,18 @@ def forward(
 def _top_k(logits, k, mesh):
     """Log-probabilities of the k most probable tokens, their ids, and log of the probability of all others."""
     vocab = logits.shape[-1]
+    # One more than k: the likeliest of all other tokens, by which the sum of the tail is shifted.
     values, ids = mesh_lib.top_k(logits, min(k + 1, vocab), ("batch", None, "vocab"), mesh)
     # The tail is a sum of its own, relative to its largest term: 1 minus the sum of the top would lose a small tail to
     # rounding. Among equal logits the lowest ids belong to the top.
     least, last = values[..., k - 1 : k], ids[..., k - 1 : k]
     taken = (logits > least) | ((logits == least) & (jnp.arange(vocab) <= last))
     top = values[..., -1:]
+    # Where no other token is possible its logit is -inf, and -inf - -inf would be NaN.
     top = jnp.where(top > -jnp.inf, top, 0)
     rest = top[..., 0] + jnp.log(jnp.where(taken, 0, jnp.exp(logits - top)).sum(axis=-1))
     values, ids = values[..., :k], ids[..., :k]
+    # Top and tail are normalised by their own sum, so that they add up to 1.
     total = jnp.logaddexp(jax.nn.logsumexp(values, axis=-1), rest)
     return values - total[..., None], ids.astype(jnp.int32), rest - total
 
@@ -107,6 +110,7 @@ def jitted(model: Model, *, want: str = "hidden", k: int | None = None, compute:
     Raises: ValueError for a `want` or `k` that does not exist; the function raises it for ids, lengths or positions out
         of range.
     """
+    # The weights are an argument: closed over, they would be constants of the compiled program, and copied.
     run = jax.jit(_bound(model, want, k, compute))
     return _checked(model, want, lambda *arrays: run(model.params, *map(jnp.asarray, arrays)))
 
@@ -145,6 +149,7 @@ def pmapped(
     run = jax.pmap(
         _bound(model, want, k, compute), in_axes=(None, *[0] * (3 if want == "logits" else 2)), devices=devices
     )
+    # Copied to all devices once; otherwise each call would send them.
     params = jax.device_put(model.params, mesh_lib.sharding((), mesh_lib.one_axis("device", devices)))
 
     def call(*arrays):

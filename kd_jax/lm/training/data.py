@@ -30,8 +30,9 @@ class Data(NamedTuple):
 def prepare(
     spec: TrainSpec, model: Model, member: Member, compute: Compute, mesh: Mesh | None, distill: DistillSpec | None
 ) -> Data:
-    """The data of a member. Arguments as of kd_jax.lm.training.train; `distill` is None where text alone is learnt.
+    """The data of a member.
 
+    Args: as of kd_jax.lm.training.train; `distill` is None where text alone is learnt.
     Raises: ValueError for a corpus with too few rows.
     """
     if distributed.leads():
@@ -43,6 +44,7 @@ def prepare(
     longest = max(int(part.lengths.max()) for part in (train, held_out))
     if on_policy:  # one shape for corpus rows and samples
         longest = max(longest, corpus_settings["max_length"])
+    # A packed row has to hold the longest sequence.
     layout = Layout(
         spec.batch_size, longest, spec.row_length and max(spec.row_length, longest), spec.parts,
         mesh_lib.batch_devices(mesh),
@@ -58,6 +60,7 @@ def prepare(
         return Data(updates, validation, None)
     prompts = train
     if member.prompts is not None and distill.prompt_length:
+        # Their training rows: rows that are held out of training begin no sample either.
         prompts = _split(member.prompts, member)[0]
     rollouts = Rollouts(
         spec=distill, student=model, layout=layout, seed=member.seed, prompt_ids=corpus_settings["prompt_ids"],
@@ -73,6 +76,7 @@ def _sequences(member: Member, distill: DistillSpec | None) -> tuple[Sequences, 
     if distill is None or not distill.share_of_samples:
         return parts
     others = _split(member.mixed, member, recorded)
+    # Both parts are mixed alike: validation is of what is trained on.
     train, held_out = (ours.mixed(theirs, distill.mix) for ours, theirs in zip(parts, others, strict=True))
     return train, held_out
 

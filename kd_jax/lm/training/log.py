@@ -90,5 +90,6 @@ class Log:
         self._track(done, {f"{kind}/{name}": value for name, value in values.items() if value is not None})
 
     def close(self) -> None:
+        """Ends the progress bar and the trackers."""
         self._bar.close()
         self._track.finish()

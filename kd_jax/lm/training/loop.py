@@ -77,6 +77,7 @@ def train(
     Raises: ValueError or RunError for a corpus or a folder that cannot be used; FloatingPointError for a loss that is
         not finite, with its batch saved.
     """
+    # Process 0 reads, so that all processes agree on what is left to do.
     results = distributed.once(lambda: [_finished(member) for member in members], "what is trained")
     if None in results:
         _check(model, members, distillation)
@@ -126,16 +127,19 @@ def _train(spec, model, members, compute, mesh, stop, distillation) -> list[dict
             keep = spec.keep if len(members) == 1 else max(2, spec.keep)
             checkpoints = Checkpoints(member.folder / "checkpoints", keep=keep, best="loss", background=True)
             stack.enter_context(checkpoints)
+            # Before the first checkpoint: with it, a STEP is a model as soon as it is written.
             weights.save_about(model, member.folder / "checkpoints")
             sessions.append(Session(spec, model, data, member, checkpoints, compute, mesh, clock))
         states = _loop(sessions, stop, distillation)
         results = [session.choose(state) for session, state in zip(sessions, states, strict=True)]
+    # Members share the time of their one program.
     seconds = {key: round(value / len(members), 3) for key, value in clock.seconds.items()}
     seconds["total"] = round((time.perf_counter() - began) / len(members), 3)
     for member, result in zip(members, results, strict=True):
         result |= {"seconds": seconds, "seed": member.seed, "together": len(members)}
         if "rollouts" in seconds:
             result["share_of_rollouts"] = round(seconds["rollouts"] / seconds["total"], 4)
+        # Written last: this file says that the training is finished.
         if distributed.leads():
             write_json(member.folder / "training.json", result)
     return results
@@ -180,6 +184,7 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
     with one.clock("checkpoints"):
         first = max(set.intersection(*(set(session.checkpoints.steps()) for session in sessions)), default=0)
         state = _stack([session.restore(first, spec.optimizer(total)) for session in sessions])
+    # Evenly spread and rounded up, so that the last update is validated.
     validate_at = {-(-total * (i + 1) // spec.validations) for i in range(spec.validations)}
     with one.clock("logging"):
         logs = [session.log(first, distillation, quiet=session is not one) for session in sessions]
@@ -194,10 +199,12 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
             tokens = [session.count(batch) for session, batch in zip(sessions, each, strict=True)]
             batch = each[0] if count == 1 else state_lib.stack(each)
         with one.clock("updates"):
+            # jit returns before the device has finished: this queues the update, and the next batch is made meanwhile.
             state, metrics = update(state, state_lib.place(batch, one.mesh), guide)
         pending.append((done, tokens, each, metrics))
         validate, halt = done in validate_at, agreed(stop.asked) and done < total
         save = validate or halt or (spec.save_every and done % spec.save_every == 0)
+        # All metrics are fetched before a save: a state after a loss that is not finite must not become a checkpoint.
         while pending and (save or len(pending) > _BEHIND):
             _fetch(sessions, logs, *pending.popleft())
         if save:

@@ -36,14 +36,18 @@ def adamw(
     Moments are float32 whatever the parameters are: in bfloat16 the second moment would stop growing. `clip` 0 turns
     clipping off.
     """
+    # Clipped first, so that one huge gradient does not stay in the moments.
     parts = [optax.clip_by_global_norm(clip)] if clip else []
     return optax.chain(
         *parts,
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps, mu_dtype=jnp.float32),
+        # After Adam's scaling: weight decay is decoupled from the gradient (Loshchilov & Hutter 2019, arXiv
+        # 1711.05101).
         optax.add_decayed_weights(weight_decay, mask=_matrices),
         optax.scale_by_learning_rate(schedule),
     )
 
 
 def _matrices(params: Any) -> Any:
+    # By name: in a stack of layers, gains have two axes like a matrix.
     return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path[-1:]), params)

@@ -82,6 +82,7 @@ class Session:
 
     def restore(self, first: int, optimizer) -> State:
         """The state after `first` updates: the checkpoint's; for 0 a new one, from the member's start or random."""
+        # Later checkpoints are of updates that are about to be made again.
         self.checkpoints.drop_after(first)
         if not first:
             if self.member.start is not None:
@@ -91,6 +92,7 @@ class Session:
         about = self.checkpoints.values(first)
         if (about.get("seed"), about.get("updates")) != (self.member.seed, self.total) or "tokens" not in about:
             raise RunError(f"{self.checkpoints.folder(first)} is of another training: {about}; choose another folder")
+        # Restored into this run's layout, which may be over other devices than the one that saved it.
         like = state_lib.abstract(self.model.architecture, optimizer, self.mesh)
         trees = self.checkpoints.load(first, {"weights": like.params, "optimizer": like.optimizer})
         self.tokens = about["tokens"]
@@ -135,9 +137,11 @@ class Session:
         validations = {row["step"]: row for row in rows if row["kind"] == "validation"}
         with self.clock("checkpoints"):
             self.checkpoints.wait()
+            # The best checkpoint is kept beside the newest ones, so the least loss is among those on disk.
             saved = set(validations) & set(self.checkpoints.steps())
             chosen = min(saved, key=lambda step: (validations[step]["loss"], step))
             params = state.params
+            # The last state is in memory; any other is read from its checkpoint.
             if chosen != self.total:
                 like = state_lib.abstract(self.model.architecture, self.spec.optimizer(self.total), self.mesh)
                 params = self.checkpoints.load(chosen, {"weights": like.params})["weights"]

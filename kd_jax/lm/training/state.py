@@ -38,6 +38,7 @@ def init(
 ) -> State:
     """Random float32 weights and an empty optimiser state, allocated with their shardings."""
     make = functools.partial(_init, architecture=architecture, optimizer=optimizer)
+    # Each device draws its own part: no device ever holds all of a weight that is split.
     return jax.jit(make, out_shardings=shardings(architecture, optimizer, mesh))(key)
 
 
@@ -64,10 +65,13 @@ def shardings(architecture: Architecture, optimizer: optax.GradientTransformatio
     """The sharding of each leaf of a state: moments as the weights they belong to, all else replicated."""
     shapes = _shapes(architecture, optimizer)
     if mesh is None:
+        # Stated on one device too: new, restored and updated states are then laid out alike, and the update compiles
+        # once.
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: device, shapes)
     weights = mesh_lib.shardings(model_lib.logical_axes(architecture), shapes.params, mesh)
     replicated = mesh_lib.sharding((), mesh)
+    # optax tells which leaves of its state belong to weights; its counters are replicated.
     moments = optax.tree.map_params(
         optimizer, lambda _, sharding: sharding, shapes.optimizer, weights,
         transform_non_params=lambda _: replicated,
@@ -92,6 +96,7 @@ def place(batch: Batch, mesh: Mesh | None) -> Batch:
 
 def stack(batches: Sequence[Batch]) -> Batch:
     """A batch for each member -> one batch with a leading axis over members; all get the rows of the largest."""
+    # Packed batches differ in rows; the rows that are added have segment 0, which is padding.
     rows = max(batch.tokens.shape[1] for batch in batches)
 
     def one(*arrays):

@@ -44,6 +44,7 @@ def make(loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Sc
         (value, statistics), gradient, count = loss_and_gradient(loss, state.params, batch, guide)
         changes, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, changes)
+        # The schedule counts finished updates, as the optimiser's own counter does.
         learning_rate = jnp.float32(schedule(state.step))
         metrics = Metrics(value, count, optax.tree.norm(gradient), learning_rate, statistics)
         return State(params, moments, state.step + 1), metrics
@@ -62,8 +63,11 @@ def compiled(
     """
     to = shardings(architecture, optimizer, mesh)
     if members == 1:
+        # Without the state's shardings XLA could lay it out otherwise: its donated buffers would not fit, and the next
+        # update would compile again.
         return jax.jit(update, donate_argnums=0, out_shardings=(to, None))
     if mesh is not None:
+        # Members are not split over devices: each device has its part of every member.
         to = jax.tree.map(lambda one: NamedSharding(mesh, PartitionSpec(None, *one.spec)), to)
     many = jax.vmap(update, in_axes=(0, 0, None))
     return jax.jit(
@@ -73,6 +77,7 @@ def compiled(
 
 def loss_and_gradient(loss: Loss, params: Any, batch: Batch, guide: Any = None):
     """((mean loss, means of the statistics), float32 gradient, number of tokens) of a whole batch, part after part."""
+    # Counted over the whole batch first: the parts' shares of the mean, and so their gradients, simply add up.
     total = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
 
     def share(params, part: Batch):
@@ -81,6 +86,7 @@ def loss_and_gradient(loss: Loss, params: Any, batch: Batch, guide: Any = None):
 
     value_and_grad = jax.value_and_grad(share, has_aux=True)
     first = jax.tree.map(lambda leaf: leaf[0], batch)
+    # A single part needs no loop, and no second copy of the gradient to add to.
     if batch.tokens.shape[0] == 1:
         return *value_and_grad(params, first), batch.mask.sum()
 

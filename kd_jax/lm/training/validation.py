@@ -35,6 +35,7 @@ def make(loss: Loss) -> Callable[[Any, Iterable[Batch], Any], dict[str, float]]:
     def evaluate(params: Any, batches: Iterable[Batch], guide: Any = None) -> dict[str, float]:
         # fetched once at the end: fetching each batch would leave the device idle in between
         parts = distributed.fetch([sums_of(params, batch, guide) for batch in batches])
+        # Python floats are float64: sums over a large corpus keep their digits.
         count = sum(float(part[1]) for part in parts)
         return {name: sum(float(part[0][name]) for part in parts) / count for name in parts[0][0]}
 
