@@ -116,11 +116,13 @@ def fit(
         if num_starts == 1:
             result = run(begin(key))
         else:
+            # All starts in one program: one that has converged is frozen while the others go on.
             results = jax.vmap(lambda k: run(begin(k)))(jax.random.split(key, num_starts))
             # a start that failed is NaN, and argmax would choose it
             score = results.log_likelihood[:, -1]
             best = jnp.argmax(jnp.where(jnp.isnan(score), -jnp.inf, score))
             result = jax.tree.map(lambda leaf: leaf[best], results)
+    # Back from the centre to the data's own origin.
     return result._replace(mixture=result.mixture._replace(means=result.mixture.means + centre))
 
 
@@ -160,6 +162,7 @@ def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
 
     def update(state: _State):
         mixture, log_likelihood = _em_step(points, weights, state.mixture, floor)
+        # The first step has no change to look at.
         converged = (state.step > 0) & (jnp.abs(log_likelihood - state.last) < tol)
         trace = state.trace.at[state.step].set(log_likelihood)
         return _State(state.step + 1, mixture, trace, log_likelihood, converged)
@@ -169,6 +172,7 @@ def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
     nothing = jnp.zeros((), dtype)
     state = _State(jnp.int32(0), mixture, jnp.zeros(max_iter, dtype), nothing, jnp.bool_(False))
     state = jax.lax.while_loop(going, update, state)
+    # After the stop the trace repeats its last value, so that its last entry is the final likelihood of any fit.
     trace = jnp.where(jnp.arange(max_iter) < state.step, state.trace, state.last)
     failed = ~jnp.isfinite(state.last)
     mixture = jax.tree.map(lambda leaf: jnp.where(failed, jnp.nan, leaf), state.mixture)
@@ -177,6 +181,7 @@ def _iterate(points, weights, start: Mixture, *, max_iter, tol, floor) -> Fit:
 
 def _fit_one(points, weights, covariance_type, floor, max_iter) -> Fit:
     """One component: the moments of the data are the maximum, without iterations."""
+    # The points were centred, so the origin is near the mean.
     origin = jnp.zeros((1, points.shape[0]), points.dtype)
     _, means, scatter = _moments(points, weights[None], origin, covariance_type == "full")
     mixture = Mixture(jnp.zeros(1, points.dtype), means, _regularise(scatter, floor))
@@ -196,6 +201,7 @@ def _em_step(points, weights, mixture: Mixture, floor):
     scaled = jnp.exp(joint - largest)
     density = scaled.sum(0)
     log_likelihood = total(weights * (largest + jnp.log(density))) / total(weights)
+    # The points' weights enter here, once, and with them all sums below.
     responsibilities = scaled * (weights / density)
     mass, means, scatter = _moments(points, responsibilities, mixture.means, mixture.covariances.ndim == 3)
     covariances = _regularise(scatter, floor)
@@ -208,6 +214,7 @@ def _em_step(points, weights, mixture: Mixture, floor):
     alive = mass > 0
     shape = (-1,) + (1,) * (covariances.ndim - 1)
     covariances = jnp.where(alive.reshape(shape), covariances, mixture.covariances)
+    # A mass of 0 becomes a log weight of -inf, which is a weight of 0.
     return Mixture(jnp.log(mass / mass.sum()), means, covariances), log_likelihood
 
 
@@ -232,6 +239,7 @@ def _moments(points, responsibilities, shift, full: bool):
 def _moments_small(points, responsibilities, shift, full: bool):
     dim = points.shape[0]
     difference = [points[d] - shift[:, d, None] for d in range(dim)]
+    # Covariances are symmetric: one triangle is enough.
     pairs = [(i, j) for i in range(dim) for j in (range(i + 1) if full else (i,))]
     terms = [responsibilities]
     terms += [responsibilities * difference[d] for d in range(dim)]
@@ -258,12 +266,15 @@ def _misfit(factor, scatter):
     """ln|C| + tr(C^-1 S), per dimension [K, D] for diagonal C, [K] for full: what an M-step makes small."""
     if factor.ndim == 2:
         return factor**2 * scatter - 2 * jnp.log(factor)
+    # HIGHEST: the backend's default would round the factors to bfloat16 on a TPU and to TF32 on a GPU.
     return jnp.einsum("kij,kjl,kil->k", factor, scatter, factor, precision="highest") - 2 * half_log_det(factor)
 
 
 def _start(points, weights, num_components, covariance_type, init, floor, num_active, key) -> Mixture:
     """The first mixture: from the clusters of k-means, or from random points with the spread of all data."""
     if init == "random":
+        # The largest of log weight plus Gumbel noise are a weighted draw without replacement (Kool et al. 2019, arXiv
+        # 1903.06059).
         scores = jnp.log(weights) + jax.random.gumbel(key, weights.shape, points.dtype)
         means = points[:, jax.lax.top_k(scores, num_components)[1]].T
         everything = jnp.broadcast_to(weights, (num_components, weights.shape[0]))

@@ -169,7 +169,7 @@ def cell_sweep(setting: Setting, seeds, cells: tuple[Cell, ...], betas, tol) -> 
 
 
 def validate(spec: Spec) -> None:
-    """A spec that exists can run: its own checks are all there are."""
+    """Nothing: a spec that exists can run, since it was checked when it was made."""
 
 
 def base_of(spec: SweepSpec) -> Setting:
@@ -224,6 +224,7 @@ def plan_of(spec: Spec) -> list[Part]:
         groups.setdefault((c.dim, c.student_components == 1), []).append(c)
     for group in groups.values():
         largest = {name: max(getattr(c, name) for c in group) for name in ("dim", *Sizes._fields)}
+        # One program for the group: sizes within the largest are traced.
         setting = base._replace(**largest)
         size = chunk_size(setting, 1 + len(spec.vary.betas), spec.memory_gib)
         plan += seed_parts(spec, setting, size, min(spec.vary.seeds, spec.seeds), tuple(group))
@@ -250,6 +251,7 @@ def run(spec: Spec, folder: Path) -> dict:
         return jax.tree.map(lambda leaf: leaf[: plan[c].keep], arrays)
 
     def rows(c: int, arrays: dict) -> list[dict]:
+        # The first seed's arrays are kept for the contour panels.
         if c == 0:
             first.update(jax.tree.map(lambda leaf: np.asarray(leaf[0]), arrays))
         return list(_cell_rows(spec, plan[c], arrays["cells"]) if plan[c].cells else _rows(spec, plan[c], arrays))
@@ -263,7 +265,7 @@ def run(spec: Spec, folder: Path) -> dict:
 
 
 def result(folder: Path) -> list[str]:
-    """What a finished run has found, in lines."""
+    """What a finished run found, in lines."""
     return findings.summary(folder)
 
 

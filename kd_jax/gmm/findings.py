@@ -122,6 +122,7 @@ def compared(students: Students, spec: GmmSpec) -> list[Match]:
     if len(control) < 2:
         return []
     curves = {name: curve(students, whos) for name, whos in ways(students).items()}
+    # The preregistered gain is compared even where it is not among those of the table.
     gains = sorted({spec.contrast_gain, *spec.gains})
     listed = matches(
         curves, curve(students, control), direct(students), gains, preregistered=(SHARPENED, spec.contrast_gain)
@@ -155,7 +156,7 @@ def decades(students: Students) -> list[tuple[float, float]]:
 
 
 def summary(folder: Path) -> list[str]:
-    """What a finished run has listed, in lines for the end of its output."""
+    """What a finished run found, in lines for the end of its output."""
     spec, students = spec_of(folder), next(iter(load(folder).values()))
     last = Who(DISTILLED, betas(students)[-1])
     lines = []

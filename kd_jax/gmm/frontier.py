@@ -73,6 +73,7 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
     """
     setting = program.setting
     shared = lib.ground(setting, seed, numbers.separation, numbers.tol)
+    # All teachers in one batch, the unchanged one first: sampling and EM are compiled once.
     teachers = [jax.tree.map(lambda leaf: leaf[None], shared.teacher)]
     for knob, select in TEACHERS.items():
         if knob in numbers.teachers:
@@ -87,10 +88,12 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
         return {name: getattr(scores, name) for name in _SCORES}
 
     def by_gradient(target: Divergence):
+        # The same noise for all divergences: differences between them are less noisy.
         fit = gradient_fit.fit(
             key(NOISE), target, shared.teacher, corpus, starts, num_draws=program.num_draws,
             num_updates=program.num_updates, learning_rate=numbers.learning_rate,
         )  # fmt: skip
+        # On draws that the fit has not seen: its own objective is optimistic.
         fresh = gradient_fit.held_out(key(HELD_OUT), target, shared.teacher, fit.mixture, setting.num_precision)
         ending = {"divergence": fresh, "objective": fit.objective[-1], "gradient_norm": fit.gradient_norm}
         return score(fit.mixture, shared.teacher, corpus) | ending | {"start": fit.start.astype(jnp.float32)}
@@ -129,6 +132,7 @@ def sweep(program: Program, seeds, numbers: Numbers, devices=None) -> dict[str, 
 def program_of(spec: Spec) -> Program:
     """The program of a spec."""
     setting = Setting(**{name: getattr(spec, name) for name in Setting._fields})
+    # A start at EM's student, and one at each component of the teacher.
     return Program(setting, spec.num_draws, spec.num_updates, spec.teacher_components + 1)
 
 
@@ -164,7 +168,7 @@ def students(spec: Spec) -> list[Student]:
 
 
 def validate(spec: Spec) -> None:
-    """A spec that exists can run: its own checks are all there are."""
+    """Nothing: a spec that exists can run, since it was checked when it was made."""
 
 
 def chunk_plan(spec: Spec) -> list[experiment.Part]:
@@ -176,7 +180,7 @@ def chunk_plan(spec: Spec) -> list[experiment.Part]:
 
 
 def run(spec: Spec, folder: Path) -> dict:
-    """Run the sweep of `spec` into the run folder, carrying on after the chunks that were saved whole.
+    """Runs the sweep of `spec` into the run folder, resuming after the chunks that were saved whole.
 
     Returns where the time went, in seconds, for the manifest.
     """
@@ -184,6 +188,7 @@ def run(spec: Spec, folder: Path) -> dict:
     program, numbers, plan = program_of(spec), numbers_of(spec), chunk_plan(spec)
 
     def compute(c: int) -> dict:
+        # The last chunk is computed in full, so that there is one program, and cut afterwards.
         scores = sweep(program, plan[c].first + np.arange(plan[c].size), numbers)
         return jax.tree.map(lambda leaf: leaf[: plan[c].keep], scores)
 
@@ -196,7 +201,7 @@ def run(spec: Spec, folder: Path) -> dict:
 
 
 def result(folder: Path) -> list[str]:
-    """What a finished run has found, in lines: precision and recall of the first and the last setting of each knob."""
+    """What a finished run found, in lines: precision and recall of the first and the last setting of each knob."""
     values: dict[str, dict] = {}
     for row in page.read_rows(folder):
         values.setdefault(row["knob"], {}).setdefault(row["value"], []).append((row["precision"], row["recall"]))

@@ -149,7 +149,9 @@ def fit(
     def run(start: Mixture):
         # log variances: positive whatever the step, and steps are relative
         params = _Params(jax.nn.log_softmax(start.log_weights), start.means, jnp.log(start.covariances))
+        # A fixed number of updates, so that all fits of a sweep run in step.
         (params, _), trace = jax.lax.scan(update, (params, optimiser.init(params)), length=num_updates)
+        # At the final student, where the gradient shows whether there were enough updates.
         last, gradient = jax.value_and_grad(objective)(params)
         return last, Fit(_mixture(params), trace, optax.tree.norm(gradient), jnp.int32(0))
 
@@ -169,8 +171,9 @@ def estimate(divergence: Divergence, teacher: Mixture, student: Mixture, points,
     """
     components, dim, count = noise.shape
     forward = (log_p - _log_mix(log_density(student, points), log_p, divergence.forward_skew)).mean()
-
+    # Draws of q as functions of its parameters, so that gradients pass through them.
     draws = student.means[:, :, None] + jnp.sqrt(student.covariances)[:, :, None] * noise
+    # The draws of a component are neighbours, so that a reshape separates them again.
     draws = draws.transpose(1, 0, 2).reshape(dim, components * count)
     log_q = log_density(student, draws)
     ratio = log_q - _log_mix(log_density(teacher, draws), log_q, divergence.reverse_skew)

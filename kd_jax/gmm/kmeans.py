@@ -9,11 +9,13 @@ from kd_jax.gmm.sums import dot, total
 
 
 def distances(points, centres):
-    """Squared distances [K, N]."""
+    """Squared distances [K, N] of points [D, N] from centres [K, D]."""
+    # Of differences: |x|^2 - 2 x.m + |m|^2 would cancel far from the origin.
     return sum((points[d] - centres[:, d, None]) ** 2 for d in range(points.shape[0]))
 
 
 def nearest(points, centres):
+    """Index of the nearest centre, [N]; the first of several."""
     return jnp.argmin(distances(points, centres), 0)
 
 
@@ -30,8 +32,10 @@ def seed(key, points, weights, num_components):
         potential = weights * closest
         # Where every point coincides with a centre, any of them will do.
         potential = jnp.where(total(potential) > 0, potential, weights)
+        # A key for each k: the draws for a centre do not depend on how many centres follow.
         picks = draw(jax.random.fold_in(key, k), potential, candidates)
         after = jnp.minimum(closest, distances(points, points[:, picks].T))
+        # Greedy: of the candidates, the one that leaves the smallest sum of squared distances.
         best = jnp.argmin(total(weights * after))
         return centres.at[k].set(points[:, picks[best]]), after[best]
 

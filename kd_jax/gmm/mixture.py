@@ -99,6 +99,7 @@ def cool(mixture: Mixture, temperature: float | jax.Array) -> Mixture:
 def blend(share: float | jax.Array, one: Mixture, other: Mixture) -> Mixture:
     """The mixture that draws from `other` with probability `share` in [0, 1], else from `one`: K1 + K2 components."""
     share = jnp.asarray(share, one.means.dtype)
+    # log1p(-1) and log 0 are -inf: a side without a share has weight 0.
     sides = zip((jnp.log1p(-share), jnp.log(share)), (one, other), strict=True)
     log_weights = jnp.concatenate([log_side + jax.nn.log_softmax(m.log_weights) for log_side, m in sides])
     join = lambda name: jnp.concatenate([getattr(one, name), getattr(other, name)])  # noqa: E731
@@ -127,6 +128,7 @@ def top_p(mixture: Mixture, p: float | jax.Array) -> Mixture:
 
 def _rank(mixture: Mixture) -> jax.Array:
     """[K] rank of each component by weight, 0 for the heaviest."""
+    # The inverse of a permutation is its argsort: here, the place of each component in the order.
     return jnp.argsort(jnp.argsort(-mixture.log_weights, stable=True))
 
 
@@ -154,6 +156,7 @@ def precision_factor(covariances: jax.Array) -> jax.Array:
 
 def half_log_det(factor: jax.Array) -> jax.Array:
     """Half the log determinant of the inverse covariance, [K], from `precision_factor`."""
+    # Both forms are triangular or diagonal, so the determinant is the product of the diagonal.
     diagonal = factor if factor.ndim == 2 else jnp.diagonal(factor, axis1=-2, axis2=-1)
     return jnp.log(diagonal).sum(-1)
 
@@ -162,6 +165,7 @@ def log_joint(mixture: Mixture, factor: jax.Array, points: jax.Array) -> jax.Arr
     """log(w_k N(x_n | k)) as [K, N], for `points` [D, N] and `factor` from `precision_factor`."""
     dim = points.shape[0]
     distance = _squared_distance(mixture.means, factor, points)
+    # All that does not depend on the point, added once for each component.
     constant = jax.nn.log_softmax(mixture.log_weights) + half_log_det(factor) - 0.5 * dim * math.log(2 * math.pi)
     return constant[:, None] - 0.5 * distance
 

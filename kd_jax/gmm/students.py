@@ -100,6 +100,7 @@ def eight_modes(dim: int, separation: float | jax.Array = 1.0, variance: float =
 
 def keys(seed: jax.Array):
     """Purpose -> random key of one seed."""
+    # One key for each purpose: another number of draws for one of them leaves the others as they are.
     return partial(jax.random.fold_in, jax.random.key(seed))
 
 
@@ -173,6 +174,7 @@ def cooled(student: Mixture, temperature: jax.Array, by_weights: bool) -> Mixtur
 def score(setting: Setting, seed: jax.Array, shared: Ground, student: Mixture, teacher: Mixture, corpus) -> Scores:
     """Scores of one student; `corpus` are draws of its `teacher`, on which the teacher's entropy is estimated."""
     p_star, fresh = shared.p_star, shared.fresh
+    # The same random numbers for all students of a seed.
     draws = sample(keys(seed)(PRECISION), student, setting.num_precision)
     draws_star, draws_student = log_prob(p_star, draws), log_prob(student, draws)
     fresh_star, fresh_student = log_prob(p_star, fresh), log_prob(student, fresh)
@@ -219,5 +221,6 @@ def random_choice(
     weighted sum of their densities, far above the weighted mean of their recalls (Jensen's inequality).
     """
     recall = lambda share: log_prob(blend(share, one, other), shared.fresh).mean()  # noqa: E731
+    # Precision is linear in the density that is drawn from, so the mean is exact.
     precision = (1 - shares) * scores[0].precision + shares * scores[1].precision
     return Simple(precision, jax.vmap(recall)(shares))

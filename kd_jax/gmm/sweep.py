@@ -63,6 +63,7 @@ def over_seeds(program: Callable[..., Any], seeds, numbers: Any, devices=None) -
 
     Returns: the results [S, ...] as NumPy arrays.
     """
+    # uint32, as in a JAX key's seed: 2^32 seeds, and no float in between.
     seeds = np.asarray(seeds, np.uint32)
     seed_mesh = mesh.one_axis("seeds", devices)
     # The devices need equal shares: the last seed is repeated, and its copies dropped.

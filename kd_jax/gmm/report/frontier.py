@@ -183,6 +183,7 @@ def _check(students: dict[str, Knob]) -> str:
     if forward is None or "0" not in forward.values:
         return text
     index = forward.values.index("0")
+    # Over all seeds: one fit that is off would not show in a mean.
     gaps = [
         np.abs(forward.metrics[name][index] - students[PLAIN].metrics[name][0]).max()
         for name in ("precision", "recall")
@@ -216,6 +217,7 @@ def _read(folder: Path) -> dict[str, Knob]:
 
 
 def _knob(path: Path, name: str, settings: dict, seeds: list[int]) -> Knob:
+    # Prices are paired by seed.
     for value, rows in settings.items():
         if sorted(rows) != seeds:
             raise ValueError(f"{path}: {name} {value} does not have the seeds that {PLAIN} has")

@@ -92,6 +92,7 @@ def write(folder: str | Path) -> Path:
         "curves": figures.curves(students),
     }
     arrays = folder / "checkpoints" / "panels.npz"
+    # Contours are of two dimensions; runs in more have no panels.
     if arrays.is_file():
         try:
             drawn["panels"] = figures.panels(_panels(arrays))
@@ -197,6 +198,7 @@ def _cells(metrics: dict[str, np.ndarray]) -> list[str]:
     cells = []
     for name in COLUMNS:
         values = metrics.get(name, np.array([np.nan]))
+        # A single -inf makes the mean -inf: how many there are says more than the mean.
         bad = int((~np.isfinite(values)).sum())
         interval = t_interval(values)
         cells.append(f"{values.mean()} ({bad} of {values.size} seeds)" if bad else show(interval.mean, interval.error))
@@ -206,6 +208,7 @@ def _cells(metrics: dict[str, np.ndarray]) -> list[str]:
 def _spread(metrics: dict[str, np.ndarray]) -> list[str]:
     cells = []
     for name in _TWO:
+        # Quantiles: recall is skewed, and a mean of it hides what most seeds do.
         low, median, high = np.quantile(metrics[name], [0.05, 0.5, 0.95])
         cells += [f"{median:.2f}", f"{low:.2f} to {high:.2f}"]
     return cells
