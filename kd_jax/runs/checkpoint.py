@@ -67,6 +67,7 @@ class Checkpoints:
             if step.name.isdigit():  # other names are left by kills; orbax removes them
                 _remove_if_empty(step)
                 _check_metrics(step)
+        # Before orbax lists the steps: all processes have to see the same ones.
         distributed.wait("empty checkpoints are removed")
         with _naming(self._folder, reading=True):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -85,6 +86,7 @@ class Checkpoints:
                 self._manager.delete(step)
 
     def _goodness(self, metrics: dict[str, float]) -> float:
+        # orbax keeps the largest, and a loss is to be small. A step without the metric is the worst of all.
         return -metrics.get(self._best, math.inf)
 
     def __enter__(self) -> Checkpoints:
@@ -129,6 +131,7 @@ class Checkpoints:
         Raises: OSError where it cannot be written.
         """
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        # Of the arrays in memory, before they are written: damage on the way to the disk shows as well.
         sums = {name: fingerprint(tree) for name, tree in trees.items()}
         if values is not None:
             items["about"], sums["about"] = ocp.args.JsonSave(values), _digest(values)
@@ -137,6 +140,7 @@ class Checkpoints:
             sums["metrics"] = _digest(metrics)
         items[_SUMS] = ocp.args.JsonSave(sums)
         with _naming(self._folder):
+            # force: which steps are saved is the caller's decision, not that of an interval of orbax's.
             if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True):
                 raise OSError(f"checkpoint {step} was not written to {self._folder}")
 
@@ -150,6 +154,7 @@ class Checkpoints:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
         with _naming(self.folder(step), reading=True):
             found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        # After the values are restored onto their devices: the fingerprint does not depend on the layout.
         self._check(step, {name: fingerprint(tree) for name, tree in found.items()})
         return found
 
@@ -163,6 +168,7 @@ class Checkpoints:
     def _check(self, step: int, found: dict[str, str]) -> None:
         with _naming(self.folder(step), reading=True):
             saved = sums(self.folder(step))
+        # A step that was saved without fingerprints cannot be checked.
         for name, value in found.items() if saved is not None else ():
             if saved.get(name) != value:
                 raise _damaged(self.folder(step), f"{name} is not what was saved")

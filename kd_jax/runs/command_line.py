@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
+        # argparse would print the usage and exit; here all errors end in one place, `main`
         raise ValueError(message.removeprefix("argument "))
 
     def flag(self, name: str, help: str, *, group: Any = None, default: bool = False) -> None:
@@ -130,6 +131,7 @@ def mesh(sizes: dict[str, int] | None) -> Any:
 
     Raises: ValueError for axes that are not there, and sizes that do not make up the number of devices.
     """
+    # JAX is imported late: help and typing errors do not wait for it.
     from kd_jax.parallel import distributed
     from kd_jax.parallel import mesh as mesh_lib
 
@@ -183,6 +185,7 @@ def writing(folder: str | os.PathLike, argv: Sequence[str]) -> Iterator[None]:
     from kd_jax.parallel import distributed
 
     with contextlib.ExitStack() as stack:
+        # Process 0 alone holds the lock; where it cannot, all processes get its error.
         hold = functools.partial(stack.enter_context, lock.held(folder, command(argv)))
         distributed.once(hold, f"the lock of {folder}")
         yield
@@ -218,6 +221,7 @@ def main(parse: Callable[[Sequence[str]], argparse.Namespace], work: Callable[[a
 
     try:
         work(args)
+        # Before the output is flushed: a process that ends early would leave the others waiting.
         distributed.end()
         sys.stdout.flush()
         return 0

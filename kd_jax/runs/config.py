@@ -34,6 +34,7 @@ def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], 
     parser.add_argument(
         "--config", metavar="CONFIG", help="a file, or a name such as gmm:smoke; with --help its settings are listed"
     )
+    # The config is read first, since its settings are flags themselves.
     first = Parser(add_help=False)
     first.add_argument("--config")
     chosen = first.parse_known_args([word for word in words if word not in ("--help", "-h")])[0].config
@@ -77,6 +78,7 @@ def load(name: str) -> ConfigDict:
     # a config may begin with another one (`from configs import lm`), wherever it lies itself
     sys.path.append(str(shipped.parent))
     try:
+        # Not `import`: a config is any file, and need not be on the path or be named like a module.
         found = importlib.util.spec_from_file_location("kd_jax_config", path)
         module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
@@ -161,6 +163,7 @@ def _add_settings(parser: Parser, config: ConfigDict, types: dict[str, Any], spe
         text = f"{row.meaning if row else ''} ({limits}default {value!r})".strip()
         options = {"nargs": "?", "const": "true"} if hint is bool else {}
         groups[part].add_argument(
+            # SUPPRESS: only flags that were typed change the config.
             f"--{key}",
             default=argparse.SUPPRESS,
             metavar=settings.type_name(hint),

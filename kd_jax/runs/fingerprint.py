@@ -31,12 +31,15 @@ def digest(lines: Iterable[str]) -> str:
 @jax.jit
 def _sums(leaf: jax.Array) -> jax.Array:
     """Two sums, over all elements, of a hash of (position, bits). uint32 wraps, so any order gives the same sums."""
+    # Bits, not values: 0.0 and -0.0 are different weights, and a NaN is equal to itself.
     bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
     position, stride = jnp.zeros(leaf.shape, jnp.uint32), 1
+    # The position in the whole array, whatever part of it a device has.
     for axis in reversed(range(leaf.ndim)):
         step = jnp.uint32(stride % 2**32)
         position += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * step
         stride *= leaf.shape[axis]
+    # Digits of the golden ratio and of pi: two hashes with nothing in common, 64 bits together.
     seeds = (0x9E3779B9, 0x243F6A88)
     return jnp.stack([_mix(bits ^ _mix(position ^ jnp.uint32(seed))).sum(dtype=jnp.uint32) for seed in seeds])
 

@@ -23,6 +23,7 @@ def bar(label: str, first: int, total: int, unit: str, *, quiet: bool = False) -
     """
     # a log file gets a line every half minute
     often = 0.1 if sys.stderr.isatty() else 30
+    # Tokens are counted in millions, which a bar shows as M; samples and updates as they are.
     scale = unit == "token"
     return tqdm(
         desc=label, initial=first, total=total, unit=unit, unit_scale=scale, mininterval=often, dynamic_ncols=True,

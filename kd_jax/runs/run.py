@@ -79,6 +79,7 @@ def open_run(
             # config.json stays until it is replaced: a kill here must not leave a folder that looks foreign
             for name in NAMES[1:]:
                 files.remove(folder / name)
+        # config.json first: it is what says that a folder holds a run.
         files.write_json(folder / "config.json", wanted)
         files.write_json(folder / "manifest.json", _manifest(config, argv))
     return Run(folder, resumed=False, finished=False)
@@ -98,6 +99,7 @@ class Stop:
         return self
 
     def __exit__(self, *_) -> None:
+        # The handlers of before come back, whatever they were.
         for name, handler in self._before.items():
             signal.signal(name, handler)
 
@@ -128,6 +130,7 @@ class Clock:
     def _charge(self) -> None:
         now = time.perf_counter()
         if self._names:
+            # An inner block's time is taken off the outer one: activities add up to the total.
             self.seconds[self._names[-1]] += now - self._since
         self._since = now
 

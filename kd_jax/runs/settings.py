@@ -73,6 +73,7 @@ def setting(default: Any, meaning: str, *, one_of: Iterable[str] | None = None, 
         bounds: at_least, above, at_most, below. They hold for each member of a tuple, and not for None.
     """
     metadata = {"meaning": meaning, "one_of": None if one_of is None else tuple(one_of), "bounds": bounds}
+    # dataclasses take no mutable default. One object for all is right here: a spec is never changed.
     if isinstance(default, ConfigDict | dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -84,6 +85,7 @@ def spec(kind: type[T]) -> type[T]:
     more = kind.__dict__.get("__post_init__")
 
     def __post_init__(self):
+        # Ranges first, so that a spec's own checks can rely on them.
         for field in _fields(type(self)):
             for member in _out_of_range(field, getattr(self, field.name)):
                 raise ValueError(f"{field.name}={member!r} must be {_range(field)}")
@@ -148,6 +150,7 @@ def freeze(kind: type[T], config: Mapping[str, Any] | ConfigDict, at: str = "con
             values[name] = freeze(hint, value, f"{at}.{name}")
         else:
             values[name] = _typed(value, hint, f"{at}.{name}")
+    # A spec's own errors name the field; the place of the spec comes before it.
     try:
         return kind(**values)
     except ValueError as error:
@@ -284,6 +287,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return tuple(value) if isinstance(value, list) else value
     if hint is float and type(value) is int:
         return float(value)
+    # Not isinstance: a bool is an int to Python, and True would pass for 1.
     if type(value) is not hint:
         raise ValueError(f"{key}: {value!r} must be {type_name(hint)}")
     return value

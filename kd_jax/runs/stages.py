@@ -45,6 +45,7 @@ class Stage(NamedTuple):
 
     @property
     def group(self) -> str:
+        """The first part of the name, which --stages selects."""
         return self.name.split("/")[0]
 
 
@@ -52,8 +53,10 @@ def folders(workdir: Path, stages: Iterable[Stage]) -> dict[str, Path]:
     """The folder of each stage, by name. `stages` are in order: inputs before the stages that read them."""
     keys: dict[str, str] = {}
     for stage in stages:
+        # An input enters by its key: a change far up gives all stages below it other folders.
         about = {"name": stage.name, "settings": stage.settings, "inputs": {name: keys[name] for name in stage.inputs}}
         keys[stage.name] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    # Eight digits are enough to tell the versions of one stage apart, and the folder stays readable.
     return {name: Path(workdir) / "stages" / f"{name}-{key[:8]}" for name, key in keys.items()}
 
 
@@ -110,6 +113,7 @@ def _run(stage: Stage, where: dict[str, Path]) -> None:
         "status": "running", "seconds": 0.0, "starts": 0,
     }  # fmt: skip
     there["starts"] += 1
+    # Written before the work, so that a start that was killed is counted.
     _write(folder, there)
     began = time.perf_counter()
     try:

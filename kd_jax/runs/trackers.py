@@ -17,6 +17,7 @@ TRACKERS = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 def check(names: Sequence[str]) -> None:
     """Raises ValueError for a name that is not known, or whose package is not installed."""
     for name in names:
+        # find_spec imports nothing: a tracker's package may take seconds to import.
         if importlib.util.find_spec(TRACKERS.get(name, "none such")) is None:
             known = ", ".join(f"{name} (package {package})" for name, package in TRACKERS.items())
             raise ValueError(f"config.train.trackers: {name!r} is not one of {known} that is installed here")

@@ -44,8 +44,10 @@ def number(error: BaseException | None) -> int | None:
         found = _NUMBER.search(str(error))
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
+        # tensorstore's errors have the number in their text only.
         if found:
             return int(found[1])
+        # Behind a library's error stands the one that caused it.
         error = error.__cause__
     return None
 

@@ -39,6 +39,7 @@ def replacing(path: str | os.PathLike, partial: Path | None = None) -> Iterator[
             with open(partial, "wb") as file:
                 yield file
                 file.flush()
+                # On disk before the rename: after a power cut, the name must not belong to an empty file.
                 os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
@@ -141,6 +142,7 @@ def read_rows(path: Path, needs: dict[str, Any] | None = None, *, cut: bool = Fa
 def read_arrays(path: Path, *, hint: str = "") -> dict[str, np.ndarray]:
     """The arrays of an .npz. Raises RunError, which names the file and ends in `hint`, where it is damaged."""
     try:
+        # A pickle could run any code.
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except _DAMAGE as error:
@@ -153,6 +155,7 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 
 def dump(value: Any, indent: int | None = None) -> str:
     """JSON of plain values, arrays, paths and numbers that JSON does not have (as texts, see _NON_FINITE)."""
+    # allow_nan: a number that slipped through is an error here, not in another program that reads the file.
     return json.dumps(_encode(value), indent=indent, allow_nan=False)
 
 

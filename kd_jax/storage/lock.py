@@ -42,6 +42,7 @@ def held(folder: str | os.PathLike, command: str) -> Iterator[None]:
     Raises: RunError, saying who holds the folder and since when; OSError where the folder cannot be written.
     """
     folder = Path(folder)
+    # The innermost first, which is the order in which empty folders can be removed.
     made = [path for path in [folder, *folder.parents] if not path.exists()]
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; it must be a folder")
@@ -58,6 +59,7 @@ def held(folder: str | os.PathLike, command: str) -> Iterator[None]:
         finally:
             stop.set()
             heart.join()
+            # Only if it is still this process's: another one may have taken it over.
             if _read(folder / NAME)[0] == mine:
                 (folder / NAME).unlink(missing_ok=True)
     finally:
@@ -92,6 +94,7 @@ def _acquire(lock: Path, mine: dict[str, Any]) -> None:
 
 def _take_over(lock: Path, other: dict[str, Any] | None, partial: Path) -> bool:
     """Whether `partial` could take the place of a dead lock; False where somebody else was quicker."""
+    # Several processes may find a lock dead at once. The claim lets one of them through, which then looks again.
     claim = lock.with_name(f"{NAME}.claim")
     if not _create(claim, {}):
         with contextlib.suppress(FileNotFoundError):
@@ -181,6 +184,7 @@ def _is_here(other: dict[str, Any]) -> bool:
 def _is_alive(other: dict[str, Any]) -> bool:
     """Whether a process of this machine still runs; a later one with the same number does not count."""
     start = _start(other["process"])
+    # Numbers of processes are used again; the time of the start tells them apart.
     return start is not None and start == other["start"]
 
 
