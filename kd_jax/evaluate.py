@@ -103,6 +103,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
+    # Imported here: --help and typing errors do not wait for JAX.
     from kd_jax.lm import corpus, evaluation
     from kd_jax.parallel import distributed
     from kd_jax.runs import cache
@@ -127,6 +128,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
         _begin(out, manifest)
         validation = _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh)
     plan = evaluation.plan(p_star, entries, validation, spec, out / "models", mesh)
+    # After all checks, so that an evaluation that cannot begin leaves nothing.
     _begin(out, manifest)
     rows = evaluation.carry_out(plan)
     if not distributed.leads():
@@ -273,6 +275,7 @@ def _over_seeds(group: list[dict[str, Any]], key: str) -> str:
     mean = sum(values) / len(values)
     if not math.isfinite(mean):
         return _value(mean, math.nan)
+    # n - 1: the mean is of the same few seeds.
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return _value(mean, math.sqrt(variance / len(values)))
 

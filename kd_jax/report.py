@@ -34,6 +34,7 @@ def write_all(folders: Sequence[str | Path]) -> list[Path]:
 
     Raises FileNotFoundError, ValueError or RunError, naming the file; no page is written unless every folder is a run.
     """
+    # All folders are looked at first: no page is written unless all of them are runs.
     runs = [(Path(folder), experiment(Path(folder))) for folder in folders]
     names = {name for _, name in runs}
     modules = {name: importlib.import_module(PAGES[name]) for name in names}

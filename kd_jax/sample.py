@@ -118,12 +118,14 @@ def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
 
 
 def _sample(args: argparse.Namespace, argv: list[str]) -> None:
+    # Imported here: --help and typing errors do not wait for JAX.
     from kd_jax.lm import corpus, decode, weights
     from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute
     from kd_jax.parallel import distributed
     from kd_jax.runs import cache, progress
 
+    # A folder that cannot take these samples is an error before the weights are loaded.
     settings = _early_settings(args)
     corpus.find(args.out, settings)
     if args.record_top_k is not None and distributed.several():

@@ -55,6 +55,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> None:
 
 
 def _record(args: argparse.Namespace, argv: list[str]) -> None:
+    # Imported here: --help and typing errors do not wait for JAX.
     from kd_jax.lm import corpus, weights
     from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute
@@ -77,6 +78,7 @@ def _record(args: argparse.Namespace, argv: list[str]) -> None:
     if not distributed.leads():
         return
     size, entries = sum(shard["bytes"] for shard in held.manifest["shards"]), recorded_top_k.num_entries(held)
+    # What recording added: the corpus itself is in both.
     before = sum(shard["bytes"] for shard in source.manifest["shards"])
     print(f"{held.num_rows} rows, {entries} recorded tokens of {(size - before) / entries:.2f} bytes, tails included")
     print(f"corpus: {held.folder}")

@@ -104,12 +104,14 @@ def _freeze(config: ConfigDict) -> tuple[Any, dict[str, Any]]:
 def _dry_run(args: argparse.Namespace, experiment: Any, spec: Any) -> None:
     from kd_jax.parallel import cluster, devices
 
+    # Before JAX is asked for its devices: planned devices are made up first.
     processes = cluster.find({name: getattr(args, name) for name in cluster.NAMES})
     target = None
     if args.device:
         mfu = 0.4 if args.mfu is None else args.mfu
         target = devices.target(args.device, mfu, args.price_per_hour)
         devices.pretend(target.devices)
+    # The settings are checked with the planned devices in place, since the mesh has to fit them.
     experiment.validate(spec)
     if processes is None or not processes.process_id:
         experiment.run(spec, Path(args.workdir), dry_run=True, target=target)
@@ -121,6 +123,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.dry_run:
         return _dry_run(args, experiment, _freeze(args.config)[0])
     command_line.start_processes(args)
+    # Joined before the spec is frozen: a mesh is checked against the devices of all processes.
     spec, plain = _freeze(args.config)
     experiment.validate(spec)
     with command_line.writing(args.workdir, argv):
@@ -150,6 +153,7 @@ def _carry_out(
         _say(f"{run.folder}: stages {', '.join(args.stages)} are finished")
         return
     ran = time.perf_counter()
+    # Process 0 draws; the others wait, as the run is not finished without its page.
     distributed.once(lambda: str(report.write(run.folder)), "writing the report")
     done = time.perf_counter()
 

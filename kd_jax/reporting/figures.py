@@ -31,6 +31,7 @@ def plain(text: str) -> str:
     """A text for a figure: no formula, no control characters, and shortened."""
     text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
     text = text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    # A dollar sign would begin a formula.
     return text.replace("$", r"\$")
 
 
@@ -41,7 +42,7 @@ def tidy(axes) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Write `name`.png (150 dpi) and `name`.pdf into `folder` and return the PNG's path."""
+    """Writes `name`.png (150 dpi) and `name`.pdf into `folder`; returns the PNG's path."""
     folder.mkdir(parents=True, exist_ok=True)
     for kind, dpi in (("pdf", "figure"), ("png", 150)):
         path = folder / f"{name}.{kind}"

@@ -179,6 +179,7 @@ def contrast(listed: Sequence[Match], way: str, who: str, gain: float) -> str:
     if not wanted:
         return f"The preregistered contrast, at a gain of {gain:g} nats of precision, is not defined in this run."
     difference, more = wanted[0].difference, "more" if wanted[0].difference.mean > 0 else "less"
+    # The sentence says more or less, so an interval on one side of 0 is given by its sizes.
     low, high = (
         sorted((abs(difference.low), abs(difference.high)))
         if difference.low * difference.high > 0
@@ -220,6 +221,7 @@ def verdict(listed: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[floa
 
 def _close(here: Sequence[Price]) -> list[Price]:
     """Those that cannot be told from the first, the cheapest; all of them where there is one seed."""
+    # `not <`: a NaN (one seed) cannot be told apart.
     return [price for price in here[1:] if not price.p_value < LEVEL]
 
 

@@ -89,12 +89,14 @@ def render(template: str, *, folder: Path, style: str = "", **values: Any) -> st
     Returns: the page's HTML.
     """
     source = _HEAD + style + _BODY + template + _TAIL
+    # Escaped: names and samples come out of runs and may hold anything.
     html = Environment(autoescape=True).from_string(source).render(footer=_footer(folder), **values)
     # half of a pair of surrogates can be in a sample's row, and is no character
     return _with_contents(html).encode("utf-8", "replace").decode("utf-8")
 
 
 def _with_contents(html: str) -> str:
+    # By regular expression: the headings are those of our own templates, without nesting.
     """The page with an anchor at each heading, and links to them in its empty <nav>; as it is without one."""
     if "<nav></nav>" not in html:
         return html

@@ -81,6 +81,7 @@ def prices(curves: Mapping[str, Curve], reference: Curve, gains: Sequence[float]
     for gain in gains:
         reached = {knob: loss_from(curve, reference, gain) for knob, curve in curves.items()}
         losses[gain] = {knob: at for knob, at in reached.items() if at is not None}
+    # All pairs are adjusted before the cheapest is looked for.
     adjusted = _adjusted_pairs(losses)
     listed = []
     for gain, at in losses.items():
@@ -126,6 +127,7 @@ def matches(
         for gain in gains:
             own, other = loss_from(curve, reference, gain), loss_from(control, reference, gain)
             if own is not None:
+                # Losses: the control's minus the way's is the way's recall minus the control's.
                 difference = None if other is None else t_interval(other[0] - own[0])
                 listed.append(Match(way, float(gain), difference, np.nan if other is None else difference.p_value))
     # The preregistered comparison was not chosen from the data and pays for no other.

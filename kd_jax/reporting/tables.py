@@ -65,6 +65,7 @@ def to_csv(table: Table) -> str:
     for title, *cells in zip(table.head, *table.rows, strict=True):
         if any(isinstance(cell, Number) for cell in cells):
             pairs = [cell[:2] if isinstance(cell, Number) else (cell, "") for cell in cells]
+            # All digits, so that a figure can be drawn again from the file.
             columns += [[title, *(mean for mean, _ in pairs)], [f"{title} (error)", *(error for _, error in pairs)]]
         else:
             columns.append([title, *cells])
