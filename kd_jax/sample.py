@@ -118,7 +118,6 @@ def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
 
 
 def _sample(args: argparse.Namespace, argv: list[str]) -> None:
-    # Imported here: --help and typing errors do not wait for JAX.
     from kd_jax.lm import corpus, decode, weights
     from kd_jax.lm.distill import recorded_top_k
     from kd_jax.lm.model import Compute

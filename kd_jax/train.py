@@ -104,12 +104,12 @@ def _freeze(config: ConfigDict) -> tuple[Any, dict[str, Any]]:
 def _dry_run(args: argparse.Namespace, experiment: Any, spec: Any) -> None:
     from kd_jax.parallel import cluster, devices
 
-    # Before JAX is asked for its devices: planned devices are made up first.
     processes = cluster.find({name: getattr(args, name) for name in cluster.NAMES})
     target = None
     if args.device:
         mfu = 0.4 if args.mfu is None else args.mfu
         target = devices.target(args.device, mfu, args.price_per_hour)
+        # before anything asks JAX for its devices
         devices.pretend(target.devices)
     # The settings are checked with the planned devices in place, since the mesh has to fit them.
     experiment.validate(spec)
@@ -123,7 +123,7 @@ def _run(args: argparse.Namespace, argv: list[str]) -> None:
     if args.dry_run:
         return _dry_run(args, experiment, _freeze(args.config)[0])
     command_line.start_processes(args)
-    # Joined before the spec is frozen: a mesh is checked against the devices of all processes.
+    # Joined before anything asks JAX for its devices, as the checks of the settings do.
     spec, plain = _freeze(args.config)
     experiment.validate(spec)
     with command_line.writing(args.workdir, argv):

@@ -96,7 +96,6 @@ def render(template: str, *, folder: Path, style: str = "", **values: Any) -> st
 
 
 def _with_contents(html: str) -> str:
-    # By regular expression: the headings are those of our own templates, without nesting.
     """The page with an anchor at each heading, and links to them in its empty <nav>; as it is without one."""
     if "<nav></nav>" not in html:
         return html
@@ -107,6 +106,7 @@ def _with_contents(html: str) -> str:
         anchors[anchor] = match[1]
         return f'<h2 id="{anchor}">{match[1]}</h2>'
 
+    # A regular expression will do: headings are those of our own templates, without nesting.
     html = re.sub(r"<h2>(.*?)</h2>", anchored, html, flags=re.DOTALL)
     links = "".join(f'<li><a href="#{anchor}">{title}</a></li>\n' for anchor, title in anchors.items())
     return html.replace("<nav></nav>", f"<nav><ul>{links}</ul></nav>", 1)
