@@ -88,6 +88,7 @@ def per_token(
     mask = np.arange(width) < lengths[:, None] - 1
     # The ids of the prefix are given, so they are not scored; the first scored one is predicted by its last id.
     mask[:, :scored_from] = False
+    # On the host: [N, L] numbers, where the device holds a batch at a time.
     whole = jax.tree.map(lambda leaf: np.zeros((rows, width), leaf.dtype), _shapes(model, function, arguments))
     for chosen, shape in batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
         batch = np.zeros(shape, np.int32)
@@ -137,6 +138,7 @@ def batches(
 
 
 def _bucket(length: int) -> int:
+    # 16, 24, 32, 48, ...: beyond 16, less than a third of a padded row is padding.
     size = 16
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3

@@ -127,6 +127,7 @@ class Sequences:
         num_other = round(share * len(self))
         if num_other > len(other):
             raise ValueError(f"{num_other} rows of the second corpus are wanted; it has {len(other)}")
+        # The first rows of each are as good as any: samples are independent, and data are in random order.
         tables = self.part(0, len(self) - num_other)._table, other.part(0, num_other)._table
         return Sequences(datasets.concatenate_datasets(tables))
 
@@ -194,6 +195,7 @@ class Updates:
         """Batches from `update` on, made ahead of their use."""
         if update == len(self):
             return iter(())
+        # A slice of the source: batches before it are never made.
         source = grain.MapDataset.source(self)[int(update) :]
         return iter(
             source.to_iter_dataset(grain.ReadOptions(num_threads=min(2, prefetch), prefetch_buffer_size=prefetch))
@@ -225,6 +227,7 @@ def arrange(
         batch = batch._replace(targets=Targets(*(np.zeros((rows, length, *a.shape[1:]), a.dtype) for a in like)))
     for row, members in enumerate(bins):
         start = 0
+        # From 1, as 0 is padding.
         for segment, i in enumerate(members, start=1):
             stop = start + len(tokens[i])
             batch.tokens[row, start:stop] = tokens[i]

@@ -75,6 +75,7 @@ class Documents(NamedTuple):
 
 def is_hub_id(source: str) -> bool:
     """Whether a source is on the hub. Raises FileNotFoundError where it is neither there nor here."""
+    # What exists here is a path, even if it looks like an id of the hub.
     if Path(source).expanduser().exists() or _matches(source):
         return False
     if not _HUB_ID.fullmatch(source) or readers.is_known(source):
@@ -106,6 +107,7 @@ def identity(source: str) -> str:
         return commit(source)
     root, digest = Path(source).expanduser(), hashlib.sha256()
     for file in _matches(source) or sorted(str(path) for path in root.rglob("*") if path.is_file()):
+        # Relative names: the same files in another folder are the same data.
         name = os.path.relpath(file, root) if root.is_dir() else Path(file).name
         digest.update(f"{name} {_content(file)}\n".encode())
     return digest.hexdigest()

@@ -122,6 +122,7 @@ def from_dataset(
 def _absolute(source: str | os.PathLike) -> str:
     """A path, absolute, so that the corpus can be read from another folder; what is no path as it is."""
     path = Path(source).expanduser()
+    # The manifest keeps it, and the next start may come from another folder.
     return str(path.absolute()) if path.exists() else str(source)
 
 

@@ -132,6 +132,7 @@ def compare(folder: Path, manifest: dict[str, Any], new: dict[str, Any], kind: s
 
 def new(settings: dict[str, Any], command: str, kind: str) -> dict[str, Any]:
     """The manifest of a corpus with no row yet."""
+    # "running" until all rows are there: a killed corpus shows as unfinished.
     manifest = {"format": FORMAT, "kind": kind, "status": "running", "started": _now(), **_origin(command)}
     return with_shards(manifest | {"settings": settings, "speed": speed({}, 0.0, 0, 1.0)}, [])
 
@@ -152,6 +153,7 @@ def restart(manifest: dict[str, Any], settings: dict[str, Any], command: str) ->
     size, total = settings["shard_size"], settings["num_samples"]
     # A short last shard is written again: with more samples wanted, its file has more rows.
     shards = [shard for shard in manifest["shards"] if shard["rows"] == min(size, total - shard["first"])]
+    # Each start's machine stays on record: other devices round differently.
     resumed = [*manifest.get("resumed", []), {"when": _now(), **_origin(command)}]
     return with_shards(manifest | {"settings": settings, "resumed": resumed}, shards)
 

@@ -37,6 +37,7 @@ def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str
     """Writes one shard and returns its entry for the manifest."""
     first = rows[0]["index"]
     columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
+    # 32 bits: `manifest.check_settings` keeps the ids of a shard below 2^31.
     offsets = np.concatenate([[0], np.cumsum(columns["length"])]).astype(np.int32)
     columns["tokens"] = pa.ListArray.from_arrays(offsets, np.concatenate(columns["tokens"]))
     table, encodings = pa.table(columns, schema=SCHEMA), {}
@@ -81,6 +82,7 @@ def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) 
 def locate(folder: Path, shard: dict[str, Any]) -> Path:
     """The path of a shard; RunError where it is missing or of another size than it was written with."""
     path = folder / shard["file"]
+    # The size is a quick check, for when shards are only listed.
     size = path.stat().st_size if path.is_file() else None
     what = "missing" if size is None else f"damaged: it has {size} bytes"
     if size != shard["bytes"]:

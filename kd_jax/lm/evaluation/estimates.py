@@ -119,6 +119,7 @@ def repetition(rows: Sequence[np.ndarray], n: int = 4) -> float:
     # Row and n-gram in one number, so that one `unique` counts the different n-grams of all rows.
     different = np.unique(row * (codes.max() + 1) + codes) // (codes.max() + 1)
     counts, all_counts = (np.bincount(which, minlength=len(rows)) for which in (different, row))
+    # A row without n-grams has no share, and 0 / 0 would be NaN.
     long_enough = all_counts > 0
     return float(np.mean(1 - counts[long_enough] / all_counts[long_enough]))
 
@@ -129,6 +130,7 @@ def _ngrams(rows: Sequence[np.ndarray], most: int) -> Iterator[tuple[np.ndarray,
     row = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     # Ids become small numbers first: they and the codes below multiply without overflow.
     ids = np.unique(ids, return_inverse=True)[1].astype(np.int64)
+    # An n-gram's number comes from that of its first n - 1 tokens and its last token.
     starts, codes, different = np.arange(len(ids)), ids, ids.max(initial=0) + 1
     for n in range(1, most + 1):
         if n > 1:

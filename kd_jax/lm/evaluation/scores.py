@@ -90,6 +90,7 @@ def score_rows(
         return kept
     model = load()
     batch_tokens = score.tokens_at_once(mesh) if batch_tokens is None else batch_tokens
+    # One forward pass, then each sampler's distribution from the same logits.
     knobs = tuple(wanted[i].sampler.arrays() for i in todo)
     # A row counts as unscored if any of the samplers lacks it: one forward pass then serves them all.
     unscored = np.any([np.isnan(kept[i].log_prob) for i in todo], axis=0)
@@ -100,6 +101,7 @@ def score_rows(
     saved = time.monotonic()
     with progress.bar(label, int(generated[~unscored].sum()), int(generated.sum()), "token") as bar:
         for chosen, _ in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
+            # Batches are skipped as a whole, so that the others are the same in every start.
             if not unscored[chosen].any():
                 continue
             (values, top_ids), _ = score.per_token(

@@ -35,6 +35,7 @@ def work(plan: Plan, model: LazyModel, tasks: list[Task], bias: Callable[[], Any
     # All that needs the model comes first, and one pass over the validation rows serves all temperatures: it is loaded
     # once, and its memory is free again while p*, often far larger, scores the samples.
     corpora = [_samples(plan, model, task) for task in tasks]
+    # Of p* and the validation rows alone: computed for the first model, read from its file for the others.
     other = _p_star_ids(plan) if plan.spec.agreement else None
     wanted, label = [(task.home / "recall.npz", task.sampler) for task in tasks], f"{tasks[0].name}: recall"
     of_data = _scores(plan, model, wanted, plan.data, label, other)

@@ -109,6 +109,7 @@ def arms(spec: LmSpec) -> list[Arm]:
 
     Raises: ValueError, naming the key, for a name that is taken, a setting that is none, or one without effect.
     """
+    # The direct student comes first: all others are compared with it.
     named = [Arm("direct", "direct", p_star=True)]
     named += [Arm(f"tau-{tau:g}", "distilled", sampler=SamplerSpec(sample_temperature=tau)) for tau in spec.taus]
     if spec.arms:
@@ -127,6 +128,7 @@ def _changed_arm(base: DistillSpec, name: str, changes: dict[str, Any]) -> Arm:
     label = f"config.arms.{name}"
     values = to_dict(base)
     if isinstance(changes.get("sampler"), dict):
+        # Merged like all other settings: an arm names only what differs.
         changes["sampler"] = {**values["sampler"], **changes["sampler"]}
     distill = freeze(DistillSpec, {**values, **changes}, label)
     used = _used(distill)
@@ -138,6 +140,7 @@ def _changed_arm(base: DistillSpec, name: str, changes: dict[str, Any]) -> Arm:
 
 def _arm(name: str, distill: DistillSpec) -> Arm:
     policy = distill.policy
+    # Text alone of p* would be the direct arm.
     data = "samples" if policy == "sequence" else distill.data
     knobs = {key: getattr(distill, key) for key in _KNOBS[policy] if key != "mix" or data == "mix"}
     if distill.teacher_temperature is None:  # where it is off, runs have no such setting

@@ -89,6 +89,7 @@ def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
         identity = roles.p_star_identity(spec)
     except (RunError, OSError) as error:
         print(f"not here yet, so all stages are shown as to do: {error}")
+        # A name in place of the unknown content makes keys that no folder has.
         identity = spec.p_star.source
     chain = plan(spec, identity)
     folders = stages.folders(folder, chain)
@@ -138,6 +139,7 @@ def _p_star_corpus(spec: LmSpec, identity: str, name: str, num_samples: int, pur
 
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
         model = roles.p_star(spec)
+        # Later stages read p*'s ids, tokenizer and shape here, without loading its weights.
         weights.save_about(model, folder)
         if spec.data.source:
             # the two corpora of p* share no document: one begins where the other ends
@@ -188,6 +190,7 @@ def _students(spec: LmSpec, arm: Arm) -> list[Stage]:
     """The students of an arm, config.train.together in a stage."""
     # a seed has one start and one order of the data, whatever the arm: differences between arms are less noisy
     students = [Student(f"{arm.name}/seed-{seed}", arm, seed, _STUDENT + seed) for seed in range(spec.seeds)]
+    # Only students of one arm share a program: their loss has to be the same.
     size = spec.train_of("student").together
     groups = [students[i : i + size] for i in range(0, len(students), size)]
     stages_of_arm = []
@@ -229,6 +232,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
                 corpus=corpora[0], num_validation=spec.num_validation, seed=spec.seed + student.purpose,
                 folder=results.home(folder, students, student), name=student.name,
                 tags={"arm": arm.kind, "tau": arm.tau, "seed": student.seed},
+                # p*'s text comes first (Arm.texts), the teacher's second.
                 mixed=corpora[1] if len(corpora) > 1 else None,
                 prompts=corpus_lib.open(inputs[TRAIN] / "corpus"), start=start,
             )

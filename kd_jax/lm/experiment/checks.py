@@ -24,6 +24,7 @@ from kd_jax.runs import trackers
 def check(spec: LmSpec) -> None:
     """Raises ValueError, naming the key, for settings that cannot work together."""
     groups = arms(spec)
+    # The direct arm is always there; alone it has nothing to be compared with.
     if len(groups) == 1:
         raise ValueError(f"config.taus={spec.taus} is empty, and there is no other arm (config.arms)")
     for arm in groups:

@@ -104,6 +104,7 @@ def evaluation(spec: LmSpec, shape: Architecture | None) -> Cost:
     groups = arms(spec)
     students = spec.seeds * len(groups) * len(spec.evaluation.sample_temperatures)
     models = students + len({arm.sampler for arm in groups if arm.sampler is not None})
+    # Agreement scores p* on the validation rows, too.
     rows = models * spec.num_samples + (spec.num_recall if spec.evaluation.agreement else 0)
     tokens = rows * spec.sampling.max_length
     return _cost("scoring", spec, shape, tokens, disk=8 * tokens)

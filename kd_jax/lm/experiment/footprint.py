@@ -233,6 +233,7 @@ def layout(spec: LmSpec, train: TrainSpec, mesh: Mesh | None) -> Layout:
 
 def _batch(spec: LmSpec, cost: Cost, mesh: Mesh | None, rows: int | None = None) -> Batch:
     arrangement = layout(spec, cost.train, mesh)
+    # The largest batch that can come decides about memory.
     rows = rows or batches.most_rows(arrangement) // arrangement.parts
     sizes = arrangement.parts, rows, arrangement.row_length or arrangement.max_length
 
@@ -242,6 +243,7 @@ def _batch(spec: LmSpec, cost: Cost, mesh: Mesh | None, rows: int | None = None)
     targets, recording = None, None if cost.arm is None else cost.arm.recording
     if recording is not None:
         number = np.uint16 if recording.log_prob_format == "uint16" else np.float32
+        # As kd_jax.lm.distill.recorded_top_k stores them.
         ids = np.uint16 if cost.shape.vocab_size <= 2**16 else np.uint32
         targets = Targets(array(ids, recording.top_k), array(number, recording.top_k), array(number))
     return Batch(array(np.int32), array(np.int32), array(np.int32), array(bool), targets)

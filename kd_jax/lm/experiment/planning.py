@@ -165,6 +165,7 @@ def _verdicts(spec: LmSpec, costs: dict[str, Cost], programs: dict[str, Program]
         gib = need.total / GIB
         if need in seen or gib <= chip.usable * chip.memory:
             continue
+        # Stages share programs: each is named once.
         seen.add(need)
         if gib <= 0.95 * chip.memory:
             lines.append(
@@ -185,6 +186,7 @@ def _advice(spec: LmSpec, cost: Cost, need: Memory) -> str:
     if cost.kind == "scoring":
         return f" ({resident:.1f} weights): raise config.mesh.fsdp or tensor"
     ways = []
+    # What takes the most memory is what to act on; where both are large, both ways are named.
     if temporary > resident / 2:
         if not spec.compute.remat:
             ways.append("config.compute.remat=True")

@@ -98,6 +98,7 @@ def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dic
         name = f"teacher/{sampler.label}"
         truncated = any(value is not None for key, value in sampler.knobs().items() if key != "sample_temperature")
         samples = corpus_lib.open(folders[arms_lib.samples_stage(sampler)] / "corpus")
+        # tau alone would not tell a truncated teacher from the plain one.
         entry = Entry(source, name if truncated else "teacher", sampler.sample_temperature, None, samples)
         models[name] = Evaluated(entry, sampler=sampler)
     if not models:

@@ -207,6 +207,7 @@ def architecture(shape: StudentSpec | TeacherSpec, p_star: Architecture, role: s
             vocab_size=p_star.vocab_size, hidden_size=shape.width, intermediate_size=shape.mlp,
             num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
             num_key_value_heads=shape.kv_heads, head_dim=shape.width // shape.heads,
+            # As p*'s, so that both can be scored on the same sequences.
             rope_theta=p_star.rope_theta, max_position_embeddings=p_star.max_position_embeddings,
         )  # fmt: skip
     except ValueError as error:

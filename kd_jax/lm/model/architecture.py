@@ -122,6 +122,7 @@ class Architecture:
 
         def kind(layer):
             sliding = layer in self.sliding_layers
+            # Gemma 3: layers with a window have a rotary base of their own.
             local = sliding and self.local_rope_theta is not None
             rotary = "none" if layer in self.unrotated_layers else "local" if local else "global"
             return LayerKind(self.sliding_window if sliding else None, rotary)
@@ -154,7 +155,8 @@ PRESETS = {
 }  # fmt: skip
 
 
-# Logical axes of the weights of a layer. Those of linear layers are [out, in].
+# Logical axes of the weights of a layer; kd_jax.parallel.mesh.RULES says which are split, and over what. Linear layers
+# are [out, in].
 AXES = {
     "attention_norm": ("embed",),
     "q": ("heads", "embed"),
@@ -227,10 +229,12 @@ def _layer_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
         "gate": (mlp, width), "up": (mlp, width), "down": (width, mlp),
     }  # fmt: skip
     before, after = a.norm_order in ("before", "both"), a.norm_order in ("after", "both")
+    # In the order of the layer's computation, which is also the order of declaration (see _Weights).
     shapes = {"attention_norm": (width,)} if before else {}
     shapes |= {name: linear[name] for name in ("q", "k", "v", "o")}
     shapes |= {"mlp_norm": (width,)} if before else {}
     shapes |= {name: linear[name] for name in ("gate", "up", "down")}
+    # A tuple times False is empty.
     biased = ("q", "k", "v") * a.query_key_value_bias + ("o",) * a.output_bias + ("gate", "up", "down") * a.mlp_bias
     shapes |= {f"{name}_bias": linear[name][:1] for name in biased}
     if a.query_key_norm != "none":
@@ -251,6 +255,7 @@ def init(key: jax.Array, architecture: Architecture, dtype=jnp.float32) -> dict[
         dtype: of the weights; they are drawn in float32.
     Returns: linear weights and embeddings normal with standard deviation hidden_size**-0.5, biases 0, norms of gain 1.
     """
+    # unbox: the axis names have done their work in `logical_axes`; outside of this file weights are plain arrays.
     return jax.tree.map(lambda leaf: leaf.astype(dtype), nn.unbox(_boxed(architecture, key)))
 
 

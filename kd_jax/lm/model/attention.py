@@ -98,6 +98,7 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, rule:
     """
     rows, new, heads, width = q.shape
     groups, length = k.shape[1], k.shape[-1]
+    # Query heads by the KV head that they share: keys are not repeated for each of them.
     q = rule.scaled(q).reshape(rows, new, groups, heads // groups, width)
     k, v = k.astype(q.dtype), v.astype(q.dtype)
     mask = rule.visible(positions[..., None], jnp.arange(length))[:, None, None]  # [row, 1, 1, new, key]
@@ -107,6 +108,8 @@ def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, rule:
         weights, total, _ = _softmax(_hide(scores, mask[:, :, :, 0]))
         out = ((weights / total)[..., None] * v[:, :, None]).sum(axis=3)
         return out.astype(q.dtype).reshape(rows, new, heads * width)
+    # Scores and softmax in float32; the weights then take the values' dtype, so that the second product is as fast as
+    # the first.
     weights, total, _ = _softmax(_hide(rule.capped(_einsum("rqghd,rgdk->rghqk", q, k)), mask))
     # Divided after the product: there are fewer outputs than weights.
     out = _einsum("rghqk,rgkd->rghqd", weights.astype(v.dtype), v) / total
@@ -139,6 +142,7 @@ def paged(
     scores = rule.capped(_einsum("pgqd,pgdk->pgqk", queries, k.astype(q.dtype)))
     weights, total, top = _softmax(_hide(scores, visible[:, None, None]))
     out = _einsum("pgqk,pgkd->pgqd", weights.astype(q.dtype), v.astype(q.dtype))
+    # Where a slot has no page, some page is gathered below; its share of the answer is 0.
     exists = (table < pages)[:, :, None, None]
     total, top, out = (_rows(x, jnp.minimum(table, pages - 1)) for x in (total[..., 0], top[..., 0], out))
     # Pages were shifted by their own largest scores; a common shift, the slot's largest, makes their sums comparable.
@@ -206,6 +210,7 @@ def _flash_forward(q, k, v, segments, block, rule):
         outs.append(_unmerge(out.astype(q.dtype), q))
         norms.append(_unmerge(jnp.log(total) + top, q))
     out = jnp.concatenate(outs, axis=3)
+    # What the backward pass needs: inputs, outputs and one number a query, but no scores.
     return out, (q, k, v, segments, out, jnp.concatenate(norms, axis=3))
 
 
@@ -222,6 +227,7 @@ def _flash_backward(block, rule, kept, out_gradient):
         queries, gradient = _merge(q, b), _merge(out_gradient, b)
         change = _einsum("rgqd,rgdk->rgqk", gradient, v[..., b.first : b.stop]) - _merge(inner, b)
         change = weights * change
+        # Through the soft cap, and into the dtype of the products that follow.
         change = (change if slope is None else change * slope).astype(q.dtype)
         q_gradient = _einsum("rgqk,rgdk->rgqd", change, k[..., b.first : b.stop])
         q_gradients.append(_unmerge(q_gradient.astype(q.dtype), q))
@@ -244,6 +250,7 @@ def _blocks(q, block, rule):
 
 def _merge(x, b):
     """[row, kv head, query head, position, width] -> [row, kv head, query heads and positions of the block, width]"""
+    # The query heads of a KV head see the same keys: with them as rows, a block is one product for each KV head.
     x = x[:, :, :, b.start : b.stop]
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 

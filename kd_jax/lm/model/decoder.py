@@ -146,6 +146,7 @@ def forward(
             x = layer(x, weights if period == 1 else jax.tree.map(lambda stack, i=i: stack[i], weights), kinds[i])
         return x, None
 
+    # Layers beyond the last whole period follow the scan one by one.
     stacks, whole = params["layers"], len(kinds) // period * period
     if period > 1:
         scanned = jax.tree.map(lambda s: s[:whole].reshape(-1, period, *s.shape[1:]), stacks)

@@ -52,5 +52,6 @@ def shallower(model: Model, kept: tuple[int, ...]) -> Model:
         a, num_hidden_layers=len(kept), sliding_layers=sliding, unrotated_layers=renumbered(a.unrotated_layers),
         sliding_window=a.sliding_window if sliding else None,
     )  # fmt: skip
+    # A copy: the whole model's stacks can be freed.
     layers = jax.tree.map(lambda stack: stack[np.array(kept)], model.params["layers"])
     return model._replace(architecture=architecture, params={**model.params, "layers": layers})

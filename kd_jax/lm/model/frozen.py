@@ -53,6 +53,7 @@ def split(params: dict[str, Any], frozen: dict[str, frozenset[int]]) -> tuple[di
         if not name.startswith("layers.") or len(layers) in (0, len(leaf)):
             (kept if layers else trained)[name] = leaf
         else:
+            # The optimiser's state has the shapes of the trained part, so that part is an array of its own.
             free = [i for i in range(len(leaf)) if i not in layers]
             trained[name], kept[name] = leaf[np.array(free)], leaf[np.array(sorted(layers))]
     return trained, kept

@@ -126,6 +126,7 @@ def paged(cache: Cache, groups: int, slots: int, num_pages: int, length: int) ->
         length: the most positions that a slot will have.
     """
     first, most = cache.length // PAGE, -(-length // PAGE)
+    # The copies take the first pages of the pool, slot after slot.
     taken = np.arange(num_pages) < slots * first
 
     def spread(rows):  # [page, ...] -> [group, page of the pool, ...]
@@ -175,6 +176,7 @@ def release(pages: Pages, done: jax.Array, keep: jax.Array) -> Pages:
     """Frees the pages of the slots that are done, bool [group * slot], except the first `keep` of each slot."""
     # A freed page keeps its old keys. Its next owner writes each position before its mask lets that position through.
     done = done.reshape(pages.table.shape[:2])
+    # A free page looks at the last slot; to free it again changes nothing.
     owner_done = jnp.take_along_axis(done, jnp.minimum(pages.owner, pages.num_slots - 1), axis=1)
     freed = owner_done & (pages.order >= keep)
     later = jnp.arange(pages.table.shape[2]) >= keep
@@ -195,6 +197,7 @@ def resize(pages: Pages, num_pages: int) -> Pages:
         moved = []
         for array in arrays:
             moved.append(jax.device_put(_move(array, source), array.sharding))
+            # At once, not when Python finds the time: the pool may be most of the memory.
             array.delete()
         return tuple(moved)
 
@@ -256,6 +259,7 @@ def _keep(owner, table, slots):
 
     def one(owner, table, slots):
         # the new number of each old slot; free pages stay free
+        # One entry more than old slots, for free pages and new slots without an old one.
         place = jnp.full(old + 1, new).at[slots].set(jnp.where(slots < old, jnp.arange(new), new))
         return place[owner], jnp.take(table, slots, axis=0, mode="fill", fill_value=pages)
 
@@ -270,6 +274,7 @@ def _renumber(pages: Pages, num_pages: int):
     # A stable sort of booleans moves the pages in use to the front and keeps their order.
     source = jnp.argsort(~used, axis=1, stable=True)
     place = jnp.argsort(source, axis=1).astype(jnp.int32)  # the new number of each old page
+    # New pages come from `old`, which is out of bounds and so is filled.
     source = jnp.pad(source, ((0, 0), (0, max(0, num_pages - old))), constant_values=old)[:, :num_pages]
 
     def take(index, fill):

@@ -82,6 +82,7 @@ def phases(positions: jax.Array, theta: float, dim: int, scaling: Scaling | None
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies(theta, dim, scaling), jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if scaling is not None and scaling.attention_factor != 1:
+        # Queries and keys are both rotated, so the scores are multiplied by its square (YaRN, equation 21).
         cos, sin = cos * scaling.attention_factor, sin * scaling.attention_factor
     return cos, sin
 
@@ -89,6 +90,7 @@ def phases(positions: jax.Array, theta: float, dim: int, scaling: Scaling | None
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Queries or keys [row, position, head, head_dim], rotated in their first 2 * cos.shape[-1] dimensions."""
     rotated, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
+    # In float32, rounded once to the dtype of the activations.
     a, b = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     return rotated if not rest.shape[-1] else jnp.concatenate([rotated, rest], axis=-1)

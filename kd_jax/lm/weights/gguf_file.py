@@ -148,6 +148,7 @@ def _architecture(file: GGUF) -> Architecture:
 
 def _scaling(get, family, config, factors) -> dict[str, Any] | None:
     """The object rope_scaling of a config.json."""
+    # Older files give a linear factor without a type.
     kind = get(f"{family}.rope.scaling.type", "none")
     factor = _decimal(get(f"{family}.rope.scaling.factor", get(f"{family}.rope.scale_linear", 1.0)))
     if kind == "none" and factor != 1:
@@ -167,6 +168,7 @@ def _scaling(get, family, config, factors) -> dict[str, Any] | None:
 
 def _llama3(config, factors) -> dict[str, Any]:
     """Llama 3's scaling from its factors alone: only their largest differs between the published models."""
+    # The slowest pair is divided by the whole factor, so the largest divisor is the factor.
     scaling = Scaling("llama3", round(float(factors.max()), 3), 8192)
     plain = frequencies(config["rope_theta"], 2 * len(factors))
     scaled = frequencies(config["rope_theta"], 2 * len(factors), scaling)
@@ -183,6 +185,7 @@ def _special_ids(file: GGUF, vocab_size: int) -> tuple[tuple[int, ...], int | No
         # Checked here: an id beyond the vocabulary would never be drawn, and no sample would end.
         if i is not None and not 0 <= i < vocab_size:
             raise ValueError(f"{file.path}: {name}_token_id is {i}, not among the ids 0 to {vocab_size - 1}")
+    # In order and each once: eos and eot may be one id.
     eos = dict.fromkeys(ids[name] for name in ("eos", "eot") if ids[name] is not None)
     return tuple(eos), ids["bos"], ids["padding"]
 

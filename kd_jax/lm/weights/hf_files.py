@@ -62,6 +62,7 @@ def open_folder(folder: Path) -> Stored:
     config = read_json(folder / "config.json")
     stored_names, open_files = _tensor_files(folder)
     shapes = {name: _shape(folder, open_files[name], stored) for name, stored in stored_names.items()}
+    # Everything is checked from headers, before a weight is read.
     architecture = hf_config.architecture(config, folder / "config.json")
     tensors = tensors_lib.listed(architecture, tensors_lib.hugging_face(architecture))
     places = tensors_lib.places(tensors, architecture)
@@ -163,6 +164,7 @@ def _tensor_files(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
         if absent:
             raise ValueError(f"{folder / shard} lacks {some(absent)}; {INDEX} says it is there")
         tensors |= {name: file for name in names if not where or where.get(name) == shard}
+    # Names of a multimodal checkpoint become those of its text model.
     stored = {
         re.sub(_TEXT_MODEL, lambda match: "" if match[2] is None else "model.", name): name
         for name in tensors

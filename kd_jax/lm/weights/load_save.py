@@ -315,6 +315,7 @@ def _plan(model: Model, max_shard_bytes: int) -> tuple[list[list[Tensor]], int]:
     item = model.params["embedding"].dtype.itemsize
     for tensor in tensors_lib.listed(model.architecture, tensors_lib.hugging_face(model.architecture)):
         size = item * math.prod(tensor.shape)
+        # A tensor that is larger than a shard gets one of its own: tensors are never cut.
         if not shards or size > room:
             shards.append([])
             room = max_shard_bytes
