@@ -206,6 +206,7 @@ def _em_step(points, weights, mixture: Mixture, floor):
     mass, means, scatter = _moments(points, responsibilities, mixture.means, mixture.covariances.ndim == 3)
     covariances = _regularise(scatter, floor)
     # Keep the old covariance where the new one, with its floor, explains the points worse.
+    # Without this the floor could lower the likelihood, and EM's guarantee would be lost.
     keep = _misfit(precision_factor(covariances), scatter) > _misfit(factor, scatter)
     if keep.ndim < covariances.ndim:
         keep = keep[:, None, None]
@@ -287,6 +288,7 @@ def _start(points, weights, num_components, covariance_type, init, floor, num_ac
         centres = jnp.where(jnp.arange(num_components)[:, None] < num_active, centres, jnp.inf)
     if init == "kmeans":
         centres = kmeans.lloyd(points, weights, centres)
+    # Hard assignments: there is no mixture yet to compute responsibilities with.
     owner = kmeans.nearest(points, centres)
     hard = jnp.where(owner == jnp.arange(num_components)[:, None], weights, 0.0)
     centres = jnp.where(jnp.isfinite(centres), centres, 0.0)

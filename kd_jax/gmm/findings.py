@@ -141,6 +141,7 @@ def contrast(listed: list[Match], spec: GmmSpec) -> str:
 
 def slope(students: Students, metric: str, low: float, high: float) -> Interval:
     """Change of a metric from one beta to another per decade of beta, paired by seed, nats."""
+    # Differences within a seed: what seeds share is no noise.
     change = students[Who(DISTILLED, high)][metric] - students[Who(DISTILLED, low)][metric]
     return t_interval(change / np.log10(high / low))
 

@@ -140,6 +140,7 @@ def numbers_of(spec: Spec) -> Numbers:
     """The traced numbers of a spec."""
     values = {knob: getattr(spec.knobs, knob) for knob in TEACHERS}
     teachers = {knob: np.asarray(numbers, np.float32) for knob, numbers in values.items() if numbers}
+    # One array for each of the four numbers of a divergence, over which the program maps.
     fields = [np.asarray(column, np.float32) for column in zip(*spec.divergences, strict=True)]
     temperatures, shares = (np.asarray(numbers, np.float32) for numbers in (spec.temperatures, spec.shares))
     return Numbers(teachers, Divergence(*fields), temperatures, shares, spec.separation, spec.tol, spec.learning_rate)

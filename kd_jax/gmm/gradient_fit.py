@@ -170,6 +170,7 @@ def estimate(divergence: Divergence, teacher: Mixture, student: Mixture, points,
         noise: [K, D, M] standard normal noise of the student's draws, M from each component.
     """
     components, dim, count = noise.shape
+    # Under p: the teacher's draws stay where they are while the student moves.
     forward = (log_p - _log_mix(log_density(student, points), log_p, divergence.forward_skew)).mean()
     # Draws of q as functions of its parameters, so that gradients pass through them.
     draws = student.means[:, :, None] + jnp.sqrt(student.covariances)[:, :, None] * noise

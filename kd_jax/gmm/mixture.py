@@ -184,6 +184,7 @@ def _log_sum(joint: jax.Array) -> jax.Array:
         total = jnp.where(top_a >= top_b, sum_a + ratio * sum_b, ratio * sum_a + sum_b)
         return jnp.maximum(top_a, top_b), total
 
+    # (largest, sum of exponentials relative to it): the state of a log-sum-exp that is taken in one pass.
     start = (jnp.array(-jnp.inf, joint.dtype), jnp.array(0.0, joint.dtype))
     top, total = jax.lax.reduce((joint, jnp.ones_like(joint)), start, combine, (0,))
     return top + jnp.log(total)
@@ -235,6 +236,7 @@ def _colour(mixture: Mixture, component: jax.Array, noise: jax.Array) -> jax.Arr
     """Standard normal `noise` [D, N] given the covariance of each point's component."""
     if mixture.covariances.ndim == 2:
         return _take(jnp.sqrt(mixture.covariances), component) * noise
+    # Noise of covariance L L^T is L times standard normal noise.
     factors = jnp.linalg.cholesky(mixture.covariances)
     # elementwise and not a matrix product: each draw has the factor of its own component
     return jnp.stack([(_take(factors[:, i], component) * noise).sum(0) for i in range(noise.shape[0])])

@@ -131,6 +131,7 @@ def distil(
 ) -> tuple[jax.Array, Mixture]:
     """Draws [T, num_distill, D] of each of the `teachers` (leading axis T), and the students fitted to them by EM."""
     key, fit = keys(seed), _fit(setting, tol)
+    # One key for all teachers: their draws differ as little as the teachers do.
     corpora = jax.vmap(sample, (None, 0, None))(key(DISTILL), teachers, setting.num_distill)
     more = {}
     if sizes is not None:

@@ -14,6 +14,7 @@ from kd_jax.losses.reductions import total
 from kd_jax.losses.table import TABLE, Divergence
 
 
+# With a rule for its derivatives: those of the formula lose digits, and are NaN where two infinities meet.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def divergence(name: str, log_p: jax.Array, log_q: jax.Array, parameter: Scalar | None) -> jax.Array:
     """The divergence [...] of log-softmaxes [..., vocab].

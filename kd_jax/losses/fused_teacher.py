@@ -197,6 +197,7 @@ def _labelled(plan, tokens: _Tokens, head, teacher_head, settings) -> tuple[Mean
 def _distil(plan, hidden, head, teacher_head, teacher, labels, mask, settings):
     size, pieces = cut(_Tokens(hidden, teacher, labels, mask), mask.shape, plan.chunk)
     head, teacher_head = _whole(plan, hidden, head, teacher, teacher_head)
+    # Without a derivative (in validation) no gradient is computed.
     values = jax.lax.map(lambda piece: _compare(plan, _Tokens(*piece), head, teacher_head, settings)[0], pieces)
     return _means(values, size, mask)
 
@@ -262,6 +263,7 @@ def _compare(plan, tokens: _Tokens, head, teacher_head, settings: _Settings, sca
         (gradient,) = pull_back(gradient)
         agreement = _top_k_agreement(teacher[..., : ids.shape[-1]], outcomes[..., : ids.shape[-1]], logits)
     statistics = Statistics(soft, None, *entropies, agreement)
+    # `weighted`: where the weight is 0 the divergence may be infinite.
     value = reductions.weighted(settings.soft_weight, soft)
     if tokens.labels is not None:
         hard, hard_gradient = _hard(logits, tokens.labels)

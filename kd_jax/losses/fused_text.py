@@ -102,6 +102,7 @@ def _with_gradient(num_tokens, softcap, chunk, mesh, hidden, head, labels, mask)
         h, label, keep = piece
         capped = project(h, head, softcap)
         logits = real_only(capped, num_tokens)
+        # One exponential gives the value and, divided by its sum, the softmax of the gradient.
         top = logits.max(axis=-1, keepdims=True)
         weights = jnp.exp(logits - top)
         total = weights.sum(axis=-1, keepdims=True)

@@ -78,6 +78,7 @@ def figure(
     axes.margins(0.04)
     tidy(axes)
     if zoom is not None:
+        # The inset is drawn again, not cropped: points and bars keep their size.
         inset = axes.inset_axes((0.09, 0.07, 0.44, 0.38))
         _draw(inset, knobs, marked, norm)
         x, y = (_means(reference, name)[0][0] for name in ("recall", "precision"))

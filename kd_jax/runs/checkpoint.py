@@ -50,6 +50,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path | str, *, keep: int | None = None, best: str | None = None, background=False):
+        # A step stays where any of the policies wants it.
         policies = [checkpoint_managers.LatestN(keep)]
         self._best = best
         if best is not None:
@@ -151,6 +152,7 @@ class Checkpoints:
             like: for each item a tree of arrays, or abstract arrays, with the wanted structure and shardings.
         Raises: RunError where an item is damaged: it differs from its fingerprint, or cannot be read.
         """
+        # `like` has the shardings: each device reads its own part.
         items = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
         with _naming(self.folder(step), reading=True):
             found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())

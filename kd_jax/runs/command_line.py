@@ -46,6 +46,7 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(f"--no{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
 
     def parse_known_args(self, words: Sequence[str], namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        # A flag and a negative number after it are joined to one word.
         joined: list[str] = []
         for word in words:
             # argparse takes -1e-4 for a flag: it knows negative numbers without an exponent only

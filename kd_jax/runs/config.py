@@ -58,6 +58,7 @@ def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], 
         given[key] = text
     for key, text in given.items():
         _set(config, key.removeprefix("config."), settings.from_text(text, types.get(key, Any), f"--{key}"))
+    # From here on a name that the config does not have is an error, not a new setting.
     config.lock()
     args.config = config
     return args

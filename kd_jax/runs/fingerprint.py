@@ -25,6 +25,7 @@ def line(path: tuple, leaf: jax.Array) -> str:
 
 def digest(lines: Iterable[str]) -> str:
     """The fingerprint from the lines of all weights, in any order."""
+    # Sorted: a tree's order of leaves is JAX's business.
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -72,6 +72,7 @@ def open_run(
             if changes:
                 print(f"{folder}: the config has changed; stages that depend on it run again\n" + "\n".join(changes))
                 files.write_json(folder / "config.json", wanted)
+                # With other settings the run is not finished any more.
                 (folder / "manifest.json").unlink(missing_ok=True)
             return _reopen(folder, config, argv)
         folder.mkdir(parents=True, exist_ok=True)

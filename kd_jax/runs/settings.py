@@ -100,6 +100,7 @@ def changes(kind: type[T]) -> type:
     """A spec with the settings of another, each of them none by default: what a part of a run does differently."""
     hints = typing.get_type_hints(kind)
     fields = [
+        # The same ranges and meanings: they come with the metadata.
         (field.name, hints[field.name] | None, dataclasses.field(default=None, metadata=field.metadata))
         for field in dataclasses.fields(kind)
     ]
@@ -126,6 +127,7 @@ def defaults(kind: type) -> ConfigDict:
             config[field.name] = defaults(hint)
             config[field.name].update(to_dict(value))
         elif value is None:
+            # A placeholder: None, which knows the type that a value has to have.
             member = _optional(hint)[0]
             config[field.name] = config_dict.placeholder(typing.get_origin(member) or member)
         else:

@@ -112,6 +112,7 @@ def _run(stage: Stage, where: dict[str, Path]) -> None:
         "name": stage.name, "settings": stage.settings, "inputs": {name: where[name].name for name in stage.inputs},
         "status": "running", "seconds": 0.0, "starts": 0,
     }  # fmt: skip
+    # Kept from start to start, so that the time of a stage is that of all its starts.
     there["starts"] += 1
     # Written before the work, so that a start that was killed is counted.
     _write(folder, there)

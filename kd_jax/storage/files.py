@@ -168,6 +168,7 @@ def _encode(value: Any) -> Any:
         return str(value)
     if hasattr(value, "tolist"):  # NumPy and JAX arrays and scalars
         return _encode(value.tolist())
+    # A text in place of the number: every JSON reader takes it.
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

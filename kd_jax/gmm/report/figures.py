@@ -133,6 +133,7 @@ def _picture(arrays: dict[str, np.ndarray], name: str, x: np.ndarray) -> _Pictur
     grid = np.stack(np.meshgrid(x, x), -1)
     joint = [w + multivariate_normal(m, c).logpdf(grid) for w, m, c in zip(log_weights, means, matrices, strict=True)]
     rng = np.random.default_rng(0)
+    # Weights need not be normalised (gmm.mixture.Mixture).
     weights = np.exp(log_weights - log_weights.max())
     component = rng.choice(len(weights), 500, p=weights / weights.sum())
     noise = np.einsum("nij,nj->ni", np.linalg.cholesky(matrices)[component], rng.normal(size=(500, 2)))

@@ -108,6 +108,7 @@ class Guide(NamedTuple):
 def guide(distillation: Distillation) -> Guide:
     """The third argument of the loss: the teacher's weights and the numbers of the spec, float32 scalars."""
     spec, teacher, _ = distillation
+    # Without a temperature of its own, the teacher has the student's.
     temperature = spec.loss_temperature if spec.teacher_temperature is None else spec.teacher_temperature
     # Float32 arrays, not numbers: a sweep over them compiles nothing anew.
     return Guide(
@@ -159,6 +160,7 @@ def loss(distillation: Distillation, student: Model, compute: Compute, *, packed
     """
     spec, teacher, teacher_compute = distillation
     if spec.policy == "offline":
+        # What was recorded came with the batch: no teacher runs.
         compare = _Records(spec.tail)
     else:
         # the teacher may lie on the devices in another way than the student
@@ -224,6 +226,7 @@ def _next_tokens(part: Batch) -> jax.Array:
 
 
 def _hidden(params: Any, architecture: Architecture, part: Batch, compute: Compute, packed: bool) -> jax.Array:
+    # One sequence a row is padded on the right, where nothing attends to it: no segments are needed.
     segments = part.segments if packed else None
     return model_lib.forward(
         params, architecture, part.tokens, positions=part.positions, segments=segments, compute=compute

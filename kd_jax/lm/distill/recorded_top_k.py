@@ -58,6 +58,7 @@ def read(targets: Targets) -> tuple[jax.Array, jax.Array, jax.Array]:
     """
     ids, log_probs, tail = targets
     if jnp.issubdtype(log_probs.dtype, jnp.integer):
+        # Decoded on the device: the codes are half the bytes to send.
         log_probs, tail = decode(log_probs), decode(tail)
         total = jnp.logaddexp(jax.nn.logsumexp(log_probs, axis=-1), tail)
         log_probs, tail = log_probs - total[..., None], tail - total
@@ -100,6 +101,7 @@ def recorder(
         compute, mesh: how it is run, and where it lies.
     Raises: the function raises ValueError where the teacher gives NaN.
     """
+    # The same program wherever the teacher lies; only the layout differs.
     make = teacher_lib.jitted if mesh is None else functools.partial(teacher_lib.over_mesh, mesh=mesh)
     run = make(model, want="top_k", k=about["top_k"], compute=compute)
     # Half the bytes for every vocabulary up to 65536, SmolLM2's 49152 among them.

@@ -63,6 +63,7 @@ class Rollouts:
     def prompts_of(self, update: int) -> list[list[int]]:
         """The prompts of an update: one for all of its samples, or one for each."""
         length, count = self.spec.prompt_length, self.layout.sequences
+        # One prompt for all samples, whose cache is then computed once.
         if not length:
             return [list(self.prompt_ids)]
         random = np.random.default_rng((self.seed, _PROMPTS, update))

@@ -62,8 +62,10 @@ def forward(
     inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
     head, softcap = model_lib.head(params), architecture.logit_softcap
     if want == "hidden":
+        # What the model computes beyond a row's length means nothing.
         out = jnp.where(inside[..., None], hidden, 0)
     elif want == "logits":
+        # Positions are chosen before the projection: full rows of logits are never made.
         chosen = jnp.take_along_axis(hidden, positions[..., None], axis=1)
         out = jnp.where((positions < lengths[:, None])[..., None], fused.project(chosen, head[:num_tokens], softcap), 0)
     else:
@@ -184,6 +186,7 @@ def _checked(model: Model, want: str, call: Callable) -> Callable:
             raise ValueError("want='logits' needs positions, and only that takes them")
         tokens, lengths = np.asarray(tokens), np.asarray(lengths)
         width = tokens.shape[1]
+        # Beyond a row's length there may be anything; 0 is an id of every model.
         tokens = np.where(np.arange(width) < lengths[:, None], tokens, 0)
         arrays, ranges = [tokens, lengths], [("ids", tokens, model.num_tokens), ("lengths", lengths, width + 1)]
         if positions is not None:

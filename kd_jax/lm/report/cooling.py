@@ -106,6 +106,7 @@ def match(student: Curve, temperature: float, direct: Curve, metric: str) -> Mat
         metric: a field of evaluation rows.
     Returns: the difference with its interval, or None.
     """
+    # Only seeds that both have can be paired.
     seeds = sorted(set(student.seeds) & set(direct.seeds))
     if not seeds:
         return None

@@ -25,6 +25,7 @@ def table(students: dict[str, Curve]) -> Table:
     for arm, curve in students.items() if direct is not None else ():
         if arm == "direct" or not {1.0} <= set(curve.rows) & set(direct.rows):
             continue
+        # All metrics at the temperature at which precision is equal.
         matches = {name: cooling.match(curve, 1.0, direct, name) for name in METRICS}
         if matches["recall"] is None:
             cells, beside = [_plain(curve, direct, name) for name in METRICS], "1, precision differs"

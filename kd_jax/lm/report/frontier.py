@@ -146,6 +146,7 @@ def _more_of_both(frontier: Frontier, students: KnobStudents) -> list[str]:
 
 def _from_own(frontier: Frontier, students: KnobStudents) -> Table:
     """The same with each knob counted from its own unchanged setting."""
+    # The neutral setting has been subtracted already, so gains are counted from 0.
     nothing = {name: np.zeros(len(students.seeds)) for name in ("precision", "recall")}
     verdict, head, rows = _priced(students.own, nothing, frontier.gains)
     neutral = {knob.name: frontier.neutral(knob.name) for knob in frontier.knobs}

@@ -33,6 +33,7 @@ def training(rows: list[dict]) -> Figure | None:
     columns = min(3, len(panels))
     lines = math.ceil(len(panels) / columns)
     figure = canvas(max(6.4, 4.6 * columns), 3.6 * lines + 0.8 + 0.2 * (len(keys) // 4))
+    # Axes are not shared: losses of different panels are of different kinds.
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, ((who, loss), members) in zip(grid, panels.items(), strict=False):
         _panel(axes, members, counted, styles)

@@ -183,6 +183,7 @@ def result(folder: str | Path) -> list[str]:
     The table has the direct student, and the distilled students of lowest and highest precision.
     """
     run = _read(Path(folder))
+    # A mean that is not finite cannot be ranked.
     students = [g for g in summary.students(run.groups) if math.isfinite(g.estimates["precision"].mean)]
     ranked = sorted((g for g in students if g.arm != "direct"), key=lambda g: g.estimates["precision"].mean)
     direct = [g for g in students if g.arm == "direct"]
@@ -274,6 +275,7 @@ def _definitions(groups: list[Group]) -> list[str]:
 
     counts = [(sizes("num_samples"), "samples of each student"), (sizes("num_recall"), "validation samples of p*")]
     counted = " and ".join(f"{size} {what}" for size, what in counts if size)
+    # Where p* drew these samples, no model's recall can be expected above this.
     bound = next((row["data_log_prob"] for row in rows if row.get("data_log_prob") is not None), None)
     texts = [
         "p* is the distribution that is learnt, the teacher p′ and the students p″ learn from it. The direct student "

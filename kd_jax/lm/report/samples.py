@@ -40,6 +40,7 @@ def side_by_side(rows: list[dict]) -> dict[str, Any]:
     for row in rows:
         if summary.is_main(row):
             seeds = by_group.setdefault(summary.group_key(row), {})
+            # The name, too: models without a seed must not share a column.
             seeds.setdefault((row.get("seed") or 0, row["name"]), {})[row["index"]] = row
     head, columns = ["index"], []
     for key in sorted(by_group, key=summary.position):

@@ -40,6 +40,7 @@ class Log:
         self._path, self._tags, self._total, self._every = folder / "metrics.jsonl", tags, total, log_every
         self._leads = distributed.leads()
         if self._leads:
+            # A kill may have cut the last row short, and rows beyond the checkpoint come again.
             write_rows(self._path, [row for row in read_rows(self._path, ROW, cut=True) if row["step"] <= first])
         self._track = trackers.Tracker(names if self._leads else (), folder)
         self._ceiling, self._clock = tokens_at_ceiling, clock
@@ -67,6 +68,7 @@ class Log:
             speed, share = (tokens - self._previous[0]) / seconds, (rollouts - self._previous[2]) / seconds
         self._previous = tokens, now, rollouts
         values = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "learning_rate": metrics.learning_rate}
+        # The share is of the FLOPs that the device can do: the model FLOPs utilisation (MFU).
         values |= {"tokens_per_second": speed, "share_of_ceiling": speed and speed / self._ceiling}
         if on_policy is not None:
             values |= {"on_policy": on_policy, "share_of_rollouts": share}

@@ -171,6 +171,7 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
     """All updates after the newest checkpoint that every session has; returns the last state of each."""
     one, count = sessions[0], len(sessions)
     spec, total, architecture = one.spec, one.total, one.model.architecture
+    # One loop goes through the updates of all, with one schedule.
     if any(session.total != total for session in sessions):
         totals = [session.total for session in sessions]
         raise ValueError(f"models trained together need the same number of updates, not {totals}")
@@ -202,6 +203,7 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
             # jit returns before the device has finished: this queues the update, and the next batch is made meanwhile.
             state, metrics = update(state, state_lib.place(batch, one.mesh), guide)
         pending.append((done, tokens, each, metrics))
+        # All processes vote in every update: the vote is a collective, and a signal may reach one of them only.
         validate, halt = done in validate_at, agreed(stop.asked) and done < total
         save = validate or halt or (spec.save_every and done % spec.save_every == 0)
         # All metrics are fetched before a save: a state after a loss that is not finite must not become a checkpoint.

@@ -24,6 +24,7 @@ def wsd(peak: float, steps: int, warmup: float, decay: float) -> optax.Schedule:
         optax.constant_schedule(peak),
         optax.linear_schedule(peak, 0.0, decay_steps) if decay_steps else optax.constant_schedule(peak),
     ]
+    # Each part counts from its own beginning.
     return optax.join_schedules(parts, [warmup_steps, steps - decay_steps])
 
 

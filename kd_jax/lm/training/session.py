@@ -125,6 +125,7 @@ class Session:
 
     def save(self, done: int, state: State, loss: float | None) -> None:
         """Saves a checkpoint, in the background; `loss` is the validation's, if there was one."""
+        # What a later start compares with its own settings, and counts on from.
         about = {"updates": self.total, "seed": self.member.seed, "tokens": self.tokens}
         with self.clock("checkpoints"):
             trees = {"weights": state.params, "optimizer": state.optimizer}

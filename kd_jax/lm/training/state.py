@@ -112,4 +112,5 @@ def _init(key, architecture, optimizer):
 
 
 def _shapes(architecture, optimizer) -> State:
+    # Traced only: layouts are known before anything is allocated.
     return jax.eval_shape(lambda: _init(jax.random.key(0), architecture, optimizer))

@@ -69,6 +69,7 @@ def compiled(
     if mesh is not None:
         # Members are not split over devices: each device has its part of every member.
         to = jax.tree.map(lambda one: NamedSharding(mesh, PartitionSpec(None, *one.spec)), to)
+    # The guide is not mapped: one teacher serves all members.
     many = jax.vmap(update, in_axes=(0, 0, None))
     return jax.jit(
         lambda state, batch, guide=None: many(state, batch, guide), donate_argnums=0, out_shardings=(to, None)
@@ -95,6 +96,7 @@ def loss_and_gradient(loss: Loss, params: Any, batch: Batch, guide: Any = None):
 
     shapes = jax.eval_shape(value_and_grad, params, first)
     zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    # A loop, so that the activations of one part are in memory at a time.
     (values, gradient), _ = jax.lax.scan(add, zero, batch)
     return values, gradient, batch.mask.sum()
 

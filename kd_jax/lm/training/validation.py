@@ -29,6 +29,7 @@ def make(loss: Loss) -> Callable[[Any, Iterable[Batch], Any], dict[str, float]]:
             mean, statistics = loss(params, part, guide)
             return {"loss": weighted_sum(mean)} | {k: weighted_sum(v) for k, v in statistics.items()}, mean.count
 
+        # Part by part, as in training, and with as little memory.
         sums, counts = jax.lax.map(one, batch)
         return jax.tree.map(jnp.sum, sums), counts.sum()
 
