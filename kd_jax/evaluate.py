@@ -179,6 +179,7 @@ def _check_folder(out: Path) -> None:
 
 def _prompt(args: argparse.Namespace, p_star: Any) -> tuple[list[int], int]:
     """Prompt and longest length of p*'s own samples. Raises ValueError for a prompt or a length it cannot have."""
+    # Ids are taken as they are: only a text needs a tokenizer.
     ids = args.prompt_ids
     if ids is None and p_star.tokenizer is None:
         raise ValueError(f"{args.p_star} has no tokenizer for --prompt; give the prompt as --prompt_ids")
@@ -204,6 +205,7 @@ def _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh) -> Any:
     from kd_jax.lm.model import Compute
 
     path = Path(args.p_star).expanduser()
+    # The corpus keeps the name, and may be read from another folder.
     source = str(path.absolute()) if path.exists() else args.p_star
     count = args.num_samples if args.num_recall is None else args.num_recall
     drawn = evaluation.sampling_settings(
@@ -221,6 +223,7 @@ def _manifest(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
 
     import kd_jax
 
+    # Everything that can change a number's last digits.
     device = jax.devices()[0]
     versions = {module.__name__: module.__version__ for module in (jax, numpy, kd_jax)}
     return {
@@ -246,6 +249,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             print(f"{_label(row)}: {row['precision_num_infinite']} of its samples have probability 0 under p*")
         if row["recall_num_infinite"]:
             print(f"{_label(row)}: {row['recall_num_infinite']} validation rows have probability 0 under it")
+        # Two standard errors: a warning, not a test.
         if row["precision_excess"] is not None and row["precision_excess"] > 2 * row["precision_excess_se"]:
             print(
                 f"{_label(row)}: its samples are likelier under p* than p*'s own, which bad text can be too: entropy "
@@ -255,6 +259,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row["seed"] is not None:
             seeds.setdefault(_label({**row, "name": row["name"].rpartition("/seed-")[0]}), []).append(row)
+    # The error over seeds says more than that over sequences, but needs two seeds.
     groups = {arm: group for arm, group in seeds.items() if len(group) > 1}
     if groups:
         print("\nmean over seeds, with its standard error")

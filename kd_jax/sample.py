@@ -98,12 +98,14 @@ def _check_sampling(args: argparse.Namespace) -> None:
         _sampler(args)
     except ValueError as error:
         raise ValueError(f"--{error}") from error
+    # The paper's prompt.
     if args.prompt is None and args.prompt_ids is None:
         args.prompt = "The"
     if not args.prompt and not args.prompt_ids and not args.bos:
         raise ValueError("the prompt is empty, and a model needs an id to start from: give --bos or another prompt")
     if args.max_length is None and args.max_new_tokens is None:
         args.max_length = 512
+    # A text's length is known only with the tokenizer.
     if args.prompt_ids is not None and not args.bos:
         _check_length(args, args.prompt_ids)
 
@@ -181,6 +183,7 @@ def _model_settings(args: argparse.Namespace, model: Any, weights: Any) -> dict[
     prompt_ids = _prompt_ids(args, model)
     _check_length(args, prompt_ids)
     max_length = args.max_length or len(prompt_ids) + args.max_new_tokens
+    # Rotary phases beyond the positions of training are nothing that the model has learnt.
     limit = model.architecture.max_position_embeddings
     if max_length > limit:
         flag = "--max_length" if args.max_length else "--max_new_tokens"
@@ -202,6 +205,7 @@ def _prompt_ids(args: argparse.Namespace, model: Any) -> list[int]:
         ids = model.tokenizer.encode(args.prompt) if args.prompt else []
     if args.bos and model.bos_id is None:
         raise ValueError(f"--bos: {args.model} has no BOS id")
+    # Not twice: a tokenizer or the user may have put it there.
     if args.bos and ids[:1] != [model.bos_id]:
         ids = [model.bos_id, *ids]
     if not ids:

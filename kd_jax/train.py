@@ -173,6 +173,7 @@ def _open(args: argparse.Namespace, open_run: Callable[[], Any]) -> Any:
         run = open_run()
         return str(run.folder), run.resumed, run.finished
 
+    # One process makes the folder: two at once would each find the other's files in it.
     folder, *state = distributed.once(values, "opening the run folder")
     run = run_lib.Run(Path(folder), *state)
     if not (run.folder / "config.json").exists():

@@ -53,6 +53,7 @@ def load(folder: Path) -> dict[tuple, Students]:
         if missing:
             raise ValueError(f"{where}: no {missing[0]}; not a mixture run's row")
         row_kinds.check(row, where, KINDS)
+        # A row without a temperature is of a student sampled at 1.
         temperature = row.get("sample_temperature")
         who = Who(
             row["arm"], row.get("beta"), 1.0 if temperature is None else temperature, row.get("cooling"),

@@ -51,12 +51,14 @@ def compare(
                 f"{name} has shape {np.shape(fake)} and the real points {real.shape}: only sets of the same number of "
                 "points [N, D] have scores that can be compared"
             )
+    # N / 10, as in the paper's own program.
     buckets = max(2, len(real) // 10) if num_buckets is None else num_buckets
     if not 2 <= buckets <= len(real):
         raise ValueError(f"num_buckets={buckets} must be from 2 to the number of points, {len(real)}")
     scores = {}
     for name, fake in fakes.items():
         points = jnp.concatenate([real, jnp.asarray(fake, jnp.float32)])
+        # Real and fake points are clustered together, and the same start is used for every set.
         cluster = np.asarray(_clusters(jax.random.key(seed), points, buckets))
         p, q = (np.bincount(part, minlength=buckets) / len(real) for part in np.split(cluster, 2))
         scores[name] = Mauve(area(p, q, scaling), len(real), buckets, seed, scaling)

@@ -75,6 +75,7 @@ def _together(own: dict[str, tuple[str, Any]], found: Cluster | None) -> Cluster
     values = {name: value for name, (_, value) in own.items()}
     for name, (label, value) in own.items():
         theirs = None if found is None else getattr(found, name)
+        # Another address may be right (another network); another number or count cannot be.
         if name != "coordinator_address" and theirs not in (None, value):
             raise ValueError(f"{label}={value}, but {found.launcher} says {theirs}")
     for name in NAMES:
@@ -138,6 +139,7 @@ def _tpu(environ: Mapping[str, str]) -> Cluster | None:
 
 def _tpu_hosts(environ: Mapping[str, str]) -> str | None:
     """The hosts of a TPU VM's slice, from its metadata server; None on other machines."""
+    # The server is asked on TPU machines only: elsewhere the name does not resolve, or takes long not to.
     there = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
     if not there or importlib.util.find_spec("libtpu") is None:
         return None

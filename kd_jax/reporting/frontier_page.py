@@ -98,6 +98,7 @@ def _draw(axes, knobs, marked: Sequence[tuple], norm: Normalize) -> list[Line2D]
     """
     handles = []
     for index, knob in enumerate(knobs):
+        # Colour is the entropy, so knobs differ by marker and line.
         marker, line = MARKERS[index % len(MARKERS)], LINES[index % len(LINES)]
         (x, xerr), (y, yerr) = _means(knob, "recall"), _means(knob, "precision")
         colours = _ENTROPY_MAP(norm(_means(knob, "teacher_entropy")[0]))
@@ -210,6 +211,7 @@ def verdict(listed: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[floa
     winners: dict[str, list[str]] = {}
     for gain, here in at.items():
         if here:
+            # The cheapest is named only where it can be told from all others.
             winner = "no single knob" if _close(here) else here[0].knob
             winners.setdefault(winner, []).append(f"{gain:g}")
     if len(winners) == 1 and "no single knob" not in winners:

@@ -137,6 +137,7 @@ def _type(value: Any, config: ConfigDict, key: str) -> Any:
     if isinstance(value, dict):
         return dict[str, Any]
     if isinstance(value, tuple | list):
+        # A mixed tuple of int and float is one of floats.
         members = {type(member) for member in value}
         kind = members.pop() if len(members) == 1 else float if members == {int, float} else Any
         return tuple[kind, ...] if kind in (bool, int, float, str) else tuple[Any, ...]

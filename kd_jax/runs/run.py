@@ -167,6 +167,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _manifest(config: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    # What the numbers depend on beside the config.
     devices = jax.devices()
     return {
         "status": "running",

@@ -212,6 +212,7 @@ def from_text(text: str, hint: Any, key: str) -> Any:
         with contextlib.suppress(ValueError):
             value = kind(text)
     elif kind is not str:
+        # a,b needs no quotes; Python's own form works as well.
         value = tuple(text.split(",")) if kind == tuple[str, ...] else text
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)

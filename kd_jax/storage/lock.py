@@ -82,6 +82,7 @@ def _acquire(lock: Path, mine: dict[str, Any]) -> None:
             other, beat = _read(lock)
             if other is None and not lock.exists():
                 continue  # it has just been given back
+            # A process of this machine can be looked up; of another one only the heartbeat is known.
             here = other is not None and _is_here(other)
             if _is_alive(other) if here else _beats(lock, other, beat, partial):
                 raise RunError(_refusal(lock.parent, other))

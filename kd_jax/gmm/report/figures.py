@@ -103,6 +103,7 @@ def curves(students: Students) -> Figure:
         style = {"fmt": "o-", "color": BLUE, "markersize": 4.5, "linewidth": 1.3, "capsize": 2}
         axes[i, 0].errorbar([who.beta for who in distilled], y, yerr=yerr, label="distilled", **style)
         axes[i, 1].errorbar(entropy, y, xerr=entropy_error, yerr=yerr, label="distilled", **style)
+        # These have no beta: they are drawn against entropy alone.
         for who in others:
             (x, xerr), (v, verr) = (_points(students, [who], metric) for metric in ("teacher_entropy", name))
             label = "unsharpened" if who.arm == PLAIN else f"{who.arm} component"
@@ -157,6 +158,7 @@ def panels(arrays: dict[str, np.ndarray]) -> Figure:
     """Six panels on the same limits: target, data, teacher, sharpened teacher's samples, and both students."""
     drawn = canvas(10.0, 7.0)
     grid = drawn.subplots(2, 3, sharex=True, sharey=True).ravel()
+    # The same limits for all panels, with room for a wide student.
     reach = 2.0 * max(float(abs(arrays["p_star_means"]).max()), 0.75)
     x = np.linspace(-reach, reach, 160)
     p_star, teacher, sharpened, direct, distilled = (_picture(arrays, name, x) for name in MIXTURES)

@@ -90,6 +90,7 @@ def write(folder: str | Path) -> Path:
     spec = freeze(GmmFrontierSpec, page.read_json(config), str(config))
     gains = spec.gains
     reference = {name: plain.metrics[name][0] for name in ("precision", "recall")}
+    # Ways that need no knob of the teacher or the loss: what the knobs have to beat.
     free = [students[name] for name in (COOLED[PLAIN], CHOICE) if name in students]
     prices = frontier_page.prices_of([*knobs, *free], reference, gains)
     against = [] if spec.smoke else _against(students, [*knobs, *free], spec)
@@ -160,6 +161,7 @@ def _against(students: dict[str, Knob], knobs: list[Knob], spec: GmmFrontierSpec
     for name in (COOLED[PLAIN], CHOICE):  # both begin at the plain student
         if name in students:
             curves[NAMES[name]] = stacked(students[PLAIN], students[name])
+    # The direct student itself is the beginning of its cooled curve.
     control = stacked(students[DIRECT], students[COOLED[DIRECT]])
     gains = sorted({spec.contrast_gain, *spec.gains})
     preregistered = (NAMES["beta"], spec.contrast_gain)
@@ -207,6 +209,7 @@ def _read(folder: Path) -> dict[str, Knob]:
     for name in (PLAIN, DIRECT):
         if name in cells and [*cells[name]] != [None]:
             raise ValueError(f"{path}: {name} has a value, and is no knob")
+    # All gains are counted from this student.
     if PLAIN not in cells:
         raise ValueError(f"{path}: no student of the unchanged teacher ({PLAIN})")
     seeds = sorted(cells[PLAIN][None])

@@ -158,6 +158,7 @@ def _finding(compared: list[Match], students: Students) -> str:
         "the precision",
         "not told apart": "and cannot be told from the direct student that is merely sampled at a lower temperature",
     }
+    # Sharpening alone: the run has other ways, which do not belong in its one sentence.
     own = [match for match in compared if match.way == SHARPENED]
     return f"{trade}, {verdict[standing(own)]}." if standing(own) in verdict else f"{trade}."
 

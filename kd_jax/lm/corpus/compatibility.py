@@ -52,12 +52,14 @@ def check_corpus(label: str, corpus: Corpus, p_star: Model, num_rows: int) -> No
         raise ValueError(f"{label} is not finished: it has {corpus.num_rows} of {settings['num_samples']} rows")
     if not 1 <= num_rows <= corpus.num_rows:
         raise ValueError(f"{label} has {corpus.num_rows} rows, and {num_rows} of them were asked for")
+    # A row's first token is predicted by nothing: without a prompt or a mask, it would be left out unnoticed.
     if not settings["prompt_ids"] and not corpus.has_loss_mask:
         raise ValueError(f"{label} has no prompt, and a model needs an id to start from")
     tokenizers = settings["tokenizer_fingerprint"], tokenizer_fingerprint(p_star)
     if None not in tokenizers and len(set(tokenizers)) > 1:
         raise ValueError(f"{label} was made with another tokenizer than p*'s")
     ends, model_ends = set(settings["eos_ids"]), set(p_star.eos_ids)
+    # Rows that never end, or end otherwise, would count as evidence that a model stops too early or too late.
     if not (ends == model_ends or (corpus.kind == "data" and ends and ends <= model_ends)):
         raise ValueError(f"{label} has rows that end with ids {sorted(ends)}; p*'s are {sorted(model_ends)}")
 

@@ -133,6 +133,7 @@ def _columns(settings: dict[str, Any]) -> Columns:
         "text": [settings["text_column"]], "ids": [settings["ids_column"]], "messages": [settings["messages_column"]],
         "pair": pair,
     }  # fmt: skip
+    # None of them given means the column "text".
     given = [kind for kind, names in ways.items() if any(name is not None for name in names)] or ["text"]
     if len(given) > 1 or (given == ["pair"] and None in pair):
         raise ValueError(

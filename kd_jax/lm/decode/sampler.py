@@ -146,6 +146,7 @@ def _sampler(sampler: SamplerSpec, knobs: dict[str, float | None]) -> SamplerSpe
 
 def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
     """The prompts as a list of lists of ids. Raises ValueError for arguments that cannot work."""
+    # One prompt may be given as it is, without a list around it.
     prompts = [list(map(int, p)) for p in ([prompt] if not len(prompt) or np.ndim(prompt[0]) == 0 else prompt)]
     for number, ids in enumerate(prompts):
         if not ids:
@@ -161,6 +162,7 @@ def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
         )
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
+    # Indices of samples are int32 on the device.
     if not 0 <= first <= num_samples or num_samples >= 2**31:
         raise ValueError(f"need 0 <= first={first} <= num_samples={num_samples} < 2**31")
     if not 0 <= seed < 2**32:
@@ -197,6 +199,7 @@ def lower(
     """
     prompts = [[0] * prompt_length]
     devices = mesh_lib.batch_devices(mesh)
+    # As `_start` would: every device has the same number of slots.
     slots = -(-batch_size // devices) * devices
     width = -(-max_length // PAGE) * PAGE
     compute = dataclasses.replace(compute, mesh=mesh)

@@ -47,9 +47,11 @@ def sample(
     if corpus.finished:
         return corpus
     wanted = corpus.manifest["settings"]
+    # Only now, when samples are missing, is a model loaded.
     model = model if isinstance(model, Model) else model()
 
     def stream() -> Iterator[decode.Samples]:
+        # A stream for each shard, begun anew: a resumed run then rounds like one that was never stopped.
         for first in range(corpus.num_rows, wanted["num_samples"], wanted["shard_size"]):
             yield from decode.stream(
                 model, wanted["prompt_ids"], min(first + wanted["shard_size"], wanted["num_samples"]),
@@ -61,6 +63,7 @@ def sample(
         if distributed.leads():
             corpus_lib.write(corpus, stream(), report)
         else:
+            # The other processes run the same steps, whose collectives need all of them.
             collections.deque(stream(), maxlen=0)
     distributed.wait(f"{folder} is written")
     return corpus_lib.open(folder)
@@ -72,6 +75,7 @@ def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any
     remove(old)  # from a run that was killed
     if (folder / "manifest.json").exists():
         before = corpus_lib.open(folder).manifest["settings"]
+        # num_samples may grow, and the source is a name: the fingerprint is compared.
         same = all(before.get(name) == settings[name] for name in set(settings) - {"source", "num_samples"})
         if same and before["num_samples"] <= settings["num_samples"]:
             settings = {**settings, "source": before["source"]}

@@ -177,6 +177,7 @@ def _loss(
 ) -> Loss:  # fmt: skip
     def loss(params: Any, part: Batch, guide: Guide) -> tuple[Mean, dict[str, Mean]]:
         hidden = _hidden(params, architecture, part, compute, packed)
+        # The numbers come in the guide and are traced; what is given here besides fixes the program.
         mean, statistics = compare(
             guide, part, hidden, model_lib.head(params), divergence=divergence, parameter=guide.parameter,
             temperature=guide.loss_temperature, teacher_temperature=guide.teacher_temperature,

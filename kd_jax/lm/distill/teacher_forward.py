@@ -129,6 +129,7 @@ def over_mesh(
     params = jax.device_put(
         model.params, mesh_lib.shardings(model_lib.logical_axes(architecture), model_lib.abstract(architecture), mesh)
     )
+    # Each process sends the rows of its own devices.
     rows = mesh_lib.sharding(("batch", None), mesh)
 
     def call(*arrays):

@@ -84,11 +84,13 @@ def check(
                 "'samples' or 'at'"
             )
     reference = p_star.metadata if isinstance(p_star, LazyModel) else metadata(p_star)
+    # p* against itself: the length of the sequences.
     compatibility.check_model("p*", reference, reference, max_length)
     for name, entry in models.items():
         compatibility.check_model(name, metadata(entry.source), reference, max_length)
     if spec.embedding_model:
         embedder = metadata(spec.embedding_model)
+        # Without text in between, p*'s ids go to the embedding model as they are.
         if reference.tokenizer is None and embedder.num_tokens < reference.num_tokens:
             raise ValueError(
                 f"embedding_model {spec.embedding_model} has {embedder.num_tokens} ids, p* has {reference.num_tokens} "

@@ -170,6 +170,7 @@ def _recorded(spec: LmSpec, recording: Recording, text: str) -> Stage:
     name, dtype = recording.name(text), recording.teacher_dtype
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        # The mesh that the teacher would have in online distillation, too.
         mesh = make_mesh(spec.teacher_mesh)
         model, source = roles.teacher(spec, inputs, dtype, mesh), corpus_lib.open(inputs[text] / "corpus")
         teacher_settings = recorded_top_k.settings(
@@ -301,6 +302,7 @@ def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[st
     data = spec.data
 
     def read() -> dict[str, Any]:
+        # One process reads and tokenises for all.
         corpus = ingest.from_dataset(
             data.source, folder / "corpus", spec.p_star.source, split=data.split, first=first,
             num_samples=num_samples, text_column=data.text_column or None, ids_column=data.ids_column or None,

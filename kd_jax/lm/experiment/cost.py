@@ -144,6 +144,7 @@ def show(dtype: str, costs: dict[str, Cost], finished: Callable[[str], bool]) ->
     for name, cost in costs.items():
         seconds = cost.flops / (rate * SHARES[cost.kind])
         unknown |= math.isnan(seconds)
+        # An unknown time is left out of the total, and the last line says so.
         total += 0 if finished(name) or math.isnan(seconds) else seconds
         numbers = ["?" if cost.shape is None else f"{cost.shape.num_parameters:,}", f"{cost.tokens:,}"]
         numbers += ["?" if cost.shape is None else text for text in (

@@ -80,6 +80,7 @@ def read(config: Mapping[str, Any] | FrontierSpec) -> Frontier | None:
     if not spec.gains:
         raise ValueError("config.frontier.gains is empty; knobs are compared at one gain at least")
     for knob in knobs:
+        # Without a neutral setting a knob's own effect could not be told from what its students have anyway.
         if not set(spec.references) & {arm for _, arm in knob.settings}:
             raise ValueError(f"config.frontier.references={spec.references}: none is a setting of {knob.name}")
     return Frontier(spec.references, spec.gains, knobs)

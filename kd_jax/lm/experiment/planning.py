@@ -42,6 +42,7 @@ def show(spec: LmSpec, costs: dict[str, Cost], finished: Callable[[str], bool], 
     hours = disk = 0.0
     for name, cost in costs.items():
         stage_hours, done = seconds(spec, cost, target, programs.get(name)) / 3600, finished(name)
+        # Only what is left counts.
         hours, disk = hours + (0 if done else stage_hours), disk + (0 if done else cost.disk)
         gib = programs[name].memory.total / GIB if name in programs else math.nan
         print(

@@ -149,6 +149,7 @@ def stage_rows(chain: Sequence[Stage], folders: dict[str, Path], evaluation_seco
         row = {"kind": "stage", "name": stage.name, "seconds": record["seconds"], "starts": record["starts"]}
         result = record["result"]
         if stage.about:
+            # Students that were trained together share the stage's time; their tokens add up.
             homes = [home(folders[stage.name], stage.about, student) for student in stage.about]
             row["tokens"] = sum(_last_row(one)["tokens"] for one in homes)
             seconds = [one["seconds"] for one in _results(stage, result)]
@@ -192,6 +193,7 @@ def sample_rows(
         corpora.append((name, model.entry, samples))
     rows = []
     for name, entry, corpus in corpora:
+        # As many of each, so that the columns of the page are equally long.
         samples = corpus.rows(0, min(count, spec.num_samples, spec.num_recall))
         for i, ids in enumerate(samples.tokens):
             text = " ".join(map(str, ids)) if p_star.tokenizer is None else p_star.tokenizer.decode(ids)

@@ -158,6 +158,7 @@ class LmSpec:
             raise ValueError(f"taus={self.taus} must have none twice")
         if not self.p_star.source and not self.p_star.architecture:
             raise ValueError("p_star needs a source, or an architecture to draw random weights for")
+        # Random weights score nothing, and data bring no prompt.
         if self.data.source and not (self.p_star.source and self.sampling.prompt_ids):
             raise ValueError(
                 "data.source needs p_star.source (the model that scores samples and has the tokenizer) and "
@@ -168,6 +169,7 @@ class LmSpec:
             batch_size = self.train_of(role).batch_size
             if batch_size > self.num_train:
                 raise ValueError(f"train.batch_size={batch_size} of the {role} is above num_train={self.num_train}")
+        # Its own checks, before the run begins.
         Compute(**vars(self.compute))
 
     def train_of(self, role: str) -> TrainSpec:

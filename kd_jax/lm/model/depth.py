@@ -29,6 +29,7 @@ def layers_kept(rule: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]
         kept = tuple(range(0, num_layers, int(match[2])))
     else:
         count = int(match[2])
+        # Where the two overlap, the check below refuses them.
         kept = (*range(count), *range(num_layers - count, num_layers))
     if not kept or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < num_layers:
         raise ValueError(

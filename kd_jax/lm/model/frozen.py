@@ -38,6 +38,7 @@ def frozen_layers(patterns: tuple[str, ...], architecture: Architecture) -> dict
             last = count - 1 if match[1] is None else int(match[2] or match[1])
             if not 0 <= first <= last < count:
                 raise ValueError(f"frozen pattern {pattern!r} names layers that are not among 0 to {count - 1}")
+            # All names: those that an architecture lacks are in no tree, and so freeze nothing.
             names, layers = [match[3]] if match[3] else list(AXES), frozenset(range(first, last + 1))
             names = [f"layers.{name}" for name in names]
         frozen |= {name: frozen.get(name, frozenset()) | layers for name in names}

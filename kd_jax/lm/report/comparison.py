@@ -68,6 +68,7 @@ def learns(row: dict[str, Any]) -> str:
         return "the teacher's text" + _sampled(settings or {"sample_temperature": row.get("tau")})
     parts = [loss_name(settings)]
     for key, words in (("loss_temperature", "loss temperature"), ("teacher_temperature", "teacher temperature")):
+        # 1 is the model's own distribution, and needs no words.
         if settings.get(key) not in (None, 1.0):
             parts.append(f"{words} {settings[key]:g}")
     data = settings.get("data") or "p_star"

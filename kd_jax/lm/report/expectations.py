@@ -116,6 +116,7 @@ def _trend(name: str, sign: int, comparisons: list[_Comparison], verdicts: dict[
     expected = f"{name} {'rises' if sign > 0 else 'falls'} with tau"
     if not comparisons:
         return Finding("untested", f"Whether {expected}: fewer than two values of tau have a value.")
+    # A trend is one comparison, of its two ends.
     (comparison,) = comparisons
     verdict, change, span = verdicts[id(comparison)], comparison.difference, comparison.other
     if verdict == "untested":

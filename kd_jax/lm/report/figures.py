@@ -124,6 +124,7 @@ def frontier(groups: list[Group], curves: dict[str, Curve]) -> Figure:
     if np.isfinite(x + y).any():
         axes.scatter(x, y, marker="D", s=60, facecolors="none", edgecolors=INK, linewidths=1.5, zorder=4)
         handles.append(marker("teacher", "D", INK, 7, markerfacecolor="none", markeredgecolor=INK))
+    # Models that the run did not train, such as published ones.
     others = [g for g in groups if not g.is_student and g.arm not in ORDER]
     (x, _), (y, _) = _column(others, "recall"), _column(others, "precision")
     if np.isfinite(x + y).any():
@@ -181,6 +182,7 @@ def draw_curves(axes, curves: dict[str, Curve], colours: dict[str, tuple]) -> li
     drawn = {arm: curve for arm, curve in curves.items() if len(curve.temperatures) > 1 and curve.seeds}
     for arm, curve in drawn.items():
         x, y = (_finite(curve.values(name, curve.seeds).mean(1)) for name in ("recall", "precision"))
+        # The line that distillation has to beat is drawn strongest, with its temperatures.
         control = arm == "direct"
         style = {"linewidth": 1.6, "alpha": 1.0} if control else {"linewidth": 1.0, "alpha": 0.7}
         axes.plot(x, y, "--.", color=colours.get(arm, "0.5"), markersize=5, zorder=2, **style)
@@ -253,6 +255,7 @@ def curves(groups: list[Group]) -> Figure:
     for row, name in zip(grid, ("precision", "recall"), strict=True):
         for axes, x_name in zip(row, columns, strict=True):
             _against(axes, groups, x_name, name)
+            # The teacher's own entropy stands where a student has that of what it learns.
             x = _column(teacher, "entropy")[0] if x_name else [g.tau for g in teacher]
             axes.plot(x, _column(teacher, name)[0], markerfacecolor="none", **style)
         row[0].set_ylabel(f"{name} (nats per token)")

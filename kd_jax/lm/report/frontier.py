@@ -120,6 +120,7 @@ def _at_equal_precision(frontier: Frontier, students: KnobStudents) -> Table:
     """Prices of all knobs counted from the reference, with the verdict."""
     reference = {name: students.reference.metrics[name][0] for name in ("precision", "recall")}
     verdict, head, rows = _priced(students.knobs, reference, frontier.gains)
+    # A price is not defined where nothing is paid.
     both = _more_of_both(frontier, students)
     if both:
         verdict.append(f"Clearly more precision and more recall than {frontier.reference}: {', '.join(both)}.")
@@ -198,6 +199,7 @@ def _all_settings(frontier: Frontier, students: KnobStudents, curves: dict[str, 
     lines = []
     for arm, metrics in students.arms.items():
         cells = [Number(*statistics.t_interval(metrics[name])[:2]) for name in COLUMNS]
+        # The settings are the same for all seeds of an arm.
         row = curves[arm].rows[1.0][students.seeds[0]]
         label = "no teacher" if arm == "direct" else frontier.label(arm)
         lines.append([label, arm, *cells, measured_on(row)])

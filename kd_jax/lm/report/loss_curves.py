@@ -102,6 +102,7 @@ def _losses(axes, rows: list[dict], counted: dict[tuple, float], colour, line) -
         for row in of_kind(rows, kind):
             x, loss = counted[row["name"], row["step"]], number(row["loss"])
             by_step.setdefault(row["step"], {})[row["name"]] = (x, loss if math.isfinite(loss) else math.nan)
+        # Means over the seeds that have the step: one that was stopped does not end the curve of the others.
         steps = [np.array(list(by_step[step].values())) for step in sorted(by_step)]
         x = np.array([values[:, 0].mean() for values in steps])
         mean, error = np.array([mean_se(values[:, 1]) for values in steps]).reshape(-1, 2).T

@@ -149,6 +149,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     samples = samples_lib.read(folder / "samples.jsonl")
     frontier_config = _frontier_config(run.config, folder / "config.json")
     section = frontier.section(frontier_config, run.curves, run.smoke is not None)
+    # What a run has no values for is left out, so that a page can be made at any time.
     drawn, captions = _figures(run), _captions(run.groups)
     if section is not None:
         drawn["frontier"], captions["frontier"] = section.figure, section.caption
@@ -298,6 +299,7 @@ def _definitions(groups: list[Group]) -> list[str]:
 
 def _captions(groups: list[Group]) -> dict[str, str]:
     over = "seeds" if any(len(g.rows) > 1 for g in groups) else "sequences (one seed)"
+    # A mean that is not finite has no place on an axis, but must not vanish without a word.
     gone = [
         f"{g.label} ({name})"
         for g in groups

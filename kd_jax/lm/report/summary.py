@@ -190,6 +190,7 @@ def summarise(rows: list[dict]) -> list[Group]:
         if row.get("chosen"):
             perplexities.setdefault(group_key(row), []).append(number(row.get("perplexity")))
     groups = []
+    # Trained models are listed before they are evaluated.
     for key in sorted(evaluations.keys() | perplexities.keys(), key=position):
         members = evaluations.get(key, [])
         estimates = {name: _estimate(members, name) for name in METRICS}

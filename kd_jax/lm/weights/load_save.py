@@ -274,6 +274,7 @@ def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) ->
     except Exception as error:  # orbax raises no narrower class
         reason = f"{path} is damaged, or not the weights of {folder / 'model.json'}: {str(error)[:200]}"
         raise ValueError(reason + again(path.parent)) from error
+    # The bytes may have changed on disk without orbax noticing.
     expected, source = sources.fingerprint_of(folder, path), folder / "model.json"
     if expected is None:  # a training's
         expected, source = (checkpoint.sums(path.parent) or {}).get("weights"), path.parent
