@@ -151,6 +151,7 @@ def _begin(out: Path, manifest: dict[str, Any]) -> None:
 
 def _arm(name: str) -> tuple[str, float | None, int | None]:
     """Arm, tau and training seed as the name has them: direct/seed-0, tau-0.8/seed-3, teacher."""
+    # A command line has only names to say this with; from here on they are fields.
     arm, _, seed = name.partition("/seed-")
     seed = int(seed) if re.fullmatch("[0-9]+", seed) else None
     tau = re.fullmatch(r"tau-([0-9]+(?:\.[0-9]+)?)", arm)

@@ -280,6 +280,7 @@ def _like(spec: Spec, part: Part) -> dict:
     if part.cells:
         shape = (part.keep, len(part.cells), 1 + len(spec.vary.betas))
         return {"cells": {name: np.zeros(shape, np.float32) for name in (*Simple._fields, "teacher_entropy")}}
+    # Traced only: nothing is computed to learn the shapes.
     shapes = jax.eval_shape(partial(_chains, part.setting), seeds, numbers)
     shapes = {name: _plain(value) for name, value in shapes._asdict().items()}
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)

@@ -51,6 +51,7 @@ class Divergence(NamedTuple):
     slope_sums_to_zero: bool = False
 
 
+# Not 1: there the mixture is the first distribution itself, and the divergence 0 whatever the student does.
 _SKEW = Parameter("alpha", 0.1, Interval(0, 1, "[)"))
 
 _ROWS = (

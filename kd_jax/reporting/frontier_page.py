@@ -134,6 +134,7 @@ def _write_values(axes, knobs: Sequence[Knob]) -> None:
     for knob in knobs:
         x, y = (_means(knob, name)[0] for name in ("recall", "precision"))
         for *point, value in zip(x, y, knob.values, strict=True):
+            # Knobs meet where they change nothing: such a point has no one value.
             texts.setdefault(tuple(point), []).append(value)
     for point, labels in texts.items():
         if len(labels) == 1 and _is_short(labels[0]) and np.isfinite(point).all():

@@ -105,6 +105,7 @@ class Stop:
             signal.signal(name, handler)
 
     def _ask(self, *_) -> None:
+        # Whoever sends a second signal does not want to wait for a checkpoint.
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True

@@ -224,6 +224,7 @@ def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
 
     The name's meaning in other projects (SYNONYMS) counts before its spelling; the group may be missing or wrong.
     """
+    # A setting of the run comes before one of the same name deep inside.
     known = sorted(known, key=lambda key: (key.count("."), key))
     full = {key.removeprefix("config."): key for key in known}  # a common prefix would make all names similar
     last = {}

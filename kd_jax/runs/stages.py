@@ -102,6 +102,7 @@ def run(workdir: Path, stages: Sequence[Stage], only: Sequence[str] = ()) -> Non
         if distributed.leads():
             print(f"stage {number} of {len(chosen)}: {stage.name}", flush=True)
         _run(stage, where)
+        # No process begins a stage while another still writes its inputs.
         distributed.wait(f"the end of {stage.name}")
 
 

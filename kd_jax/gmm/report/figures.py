@@ -133,6 +133,7 @@ def _picture(arrays: dict[str, np.ndarray], name: str, x: np.ndarray) -> _Pictur
     matrices = covariances if covariances.ndim == 3 else covariances[:, :, None] * np.eye(2)
     grid = np.stack(np.meshgrid(x, x), -1)
     joint = [w + multivariate_normal(m, c).logpdf(grid) for w, m, c in zip(log_weights, means, matrices, strict=True)]
+    # A seed of its own: these draws are for the eye and enter no number.
     rng = np.random.default_rng(0)
     # Weights need not be normalised (gmm.mixture.Mixture).
     weights = np.exp(log_weights - log_weights.max())

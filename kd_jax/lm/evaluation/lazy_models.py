@@ -61,6 +61,7 @@ class LazyModel:
 
     def remember(self) -> None:
         """Keeps the fingerprint, so that the next start finds it without loading the model."""
+        # A model that was given as it is has no files by which it could be found again.
         if self._identity is not None and self._fingerprint is not None and distributed.leads():
             self._known.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._known, {**_read(self._known), self._key: self._fingerprint})

@@ -55,6 +55,7 @@ class Points:
 
     def value_and_bias(self, name: str) -> tuple[float, float | None]:
         """A metric, and how far it is off for equal distributions at this size; None for one without an ideal."""
+        # Asked for late: without a metric of points, no bias is computed.
         bias = self._bias().get(name)
         return float(metrics.SAMPLE_METRICS[name].function(self.samples)), None if bias is None else bias.bias
 

@@ -73,6 +73,7 @@ def plan(
         p_star = LazyModel(p_star, spec.dtype, mesh, folder)
     preconditions.check(p_star, models, spec, settings["max_length"])
     for name, entry in models.items():
+        # Given samples are checked before anything is loaded or drawn.
         if entry.samples is not None:
             preconditions.check_samples(name, entry.samples, p_star.metadata, settings, spec.num_samples)
     data = read_data(p_star, validation, spec)

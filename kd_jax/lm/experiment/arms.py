@@ -41,6 +41,7 @@ class Recording(NamedTuple):
 
     def name(self, corpus: str) -> str:
         """The stage that records it for a corpus."""
+        # The default needs no ending.
         exact = "" if self.log_prob_format == "uint16" else f"-{self.log_prob_format}"
         return f"top_k-{self.top_k}{exact}/{corpus}"
 
@@ -118,6 +119,7 @@ def arms(spec: LmSpec) -> list[Arm]:
             if name in _TAKEN or not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(("tau-", "top_k-")):
                 raise ValueError(f"config.arms: {name!r} cannot name an arm")
             named.append(_changed_arm(spec.distill, name, dict(changes)))
+    # Without named arms, config.distill itself is one.
     elif spec.distill.policy != "sequence":
         named.append(_arm(spec.distill.policy, spec.distill))
     _check_effect(spec.distill, [arm for arm in named if arm.kind not in ("direct", "distilled")])
@@ -159,6 +161,7 @@ def _used(distill: DistillSpec) -> set[str]:
     if distill.data != "mix":
         used.discard("mix")
     if distill.policy == "on_policy":
+        # It has an effect, on rounding and memory, but makes no other arm.
         used.add("rollout_batch_size")
     return used
 

@@ -123,6 +123,7 @@ def plan(spec: LmSpec, identity: str) -> list[Stage]:
         names = {stage.name for stage in chain}
         if arm.sampler is not None and arms_lib.samples_stage(arm.sampler) not in names:
             chain.append(_teacher_corpus(spec, arm.sampler))
+        # A text with a recorded teacher is a stage of its own, made from that of the text.
         for text, corpus in zip(arm.texts, arm.corpora, strict=True):
             if corpus not in (text, *names):
                 chain.append(_recorded(spec, arm.recording, text))
@@ -218,6 +219,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
         settings["together"] = len(students)
     if arm.distill is not None:
         settings["distill"] = arm.knobs
+        # A teacher that is a stage enters as an input, by its key.
         settings |= roles.teacher_identity(spec) if arm.teacher_runs else {}
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
@@ -252,6 +254,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
         spec, planned_shape(spec, role), count=len(students), arm=arm, train=train_spec,
         teacher=planned_shape(spec, "teacher") if arm.teacher_runs else None,
     )  # fmt: skip
+    # TRAIN always: a training reads p*'s ids and shape there.
     inputs = dict.fromkeys([TRAIN, *arm.corpora, *(roles.teacher_inputs(spec) if arm.teacher_runs else ())])
     return Stage(name, settings, tuple(inputs), work, price, tuple(students))
 
@@ -293,6 +296,7 @@ def _sample(spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], 
         model, folder / "corpus", corpus_settings, command=f"stage {label}", label=label,
         batch_size=spec.sampling.batch_size, compute=Compute(dtype=settings["dtype"]), mesh=make_mesh(spec.mesh),
     )  # fmt: skip
+    # From the log-probabilities that sampling has kept: nothing is scored again.
     entropy, entropy_se = estimates.corpus_entropy(corpus)
     return {**corpus.manifest["counts"], "entropy": entropy, "entropy_se": entropy_se}
 

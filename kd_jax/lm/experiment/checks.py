@@ -61,6 +61,7 @@ def check_sources(spec: LmSpec) -> None:
     if not p_star.eos_ids:
         raise ValueError("config.p_star has no EOS id: every sample would have the maximal length")
     _check_prompt(spec, p_star)
+    # A teacher that is p* has been checked as p*.
     if spec.teacher.source and spec.teacher.source != spec.p_star.source:
         teacher = weights.describe(spec.teacher.source)
         compatibility.check_model("config.teacher.source", teacher, p_star, length)
@@ -69,6 +70,7 @@ def check_sources(spec: LmSpec) -> None:
         if shape.start:
             key = "config.teacher.init" if role == "teacher" else "config.student.source"
             compatibility.check_model(key, weights.describe(shape.start), p_star, length)
+    # Without models: the temperatures, and the model that embeds.
     evaluation.check(p_star, {}, evaluation.EvaluationSpec(**vars(spec.evaluation)), length)
     if spec.data.source:
         documents.identity(spec.data.source)

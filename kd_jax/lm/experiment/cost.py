@@ -53,6 +53,7 @@ class Cost(NamedTuple):
 
 def sampling(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost:
     """The cost of drawing samples."""
+    # At most: samples that end early have fewer.
     tokens = num_samples * spec.sampling.max_length
     # ids as int32 and a few numbers for each row; Parquet packs them somewhat
     return _cost("sampling", spec, shape, tokens, disk=4 * tokens + 40 * num_samples)

@@ -86,6 +86,7 @@ def programs(spec: LmSpec, costs: dict[str, Cost], target: Target) -> dict[str, 
 
 def _key(cost: Cost) -> Any:
     """What tells a stage's program from others."""
+    # All that changes the program; names, seeds and corpora do not.
     arm = None if cost.arm is None else (cost.arm.distill, cost.arm.recording)
     return cost.kind, cost.shape, cost.count, cost.teacher, cost.top_k, arm, cost.train
 
@@ -116,6 +117,7 @@ def update(spec: LmSpec, cost: Cost, target: Target) -> Program:
     flops = flops_lib.training_flops(cost.shape, length)
     flops += 0 if cost.teacher is None else flops_lib.forward_flops(cost.teacher, length)
     flops *= cost.train.batch_size * length * cost.count
+    # Estimated first: a large model's update could take hours here.
     expected = flops / (flops_lib.ceiling(spec.compute.dtype) * cost_lib.SHARES["training"])
     if expected > 2 * _PROBE_SECONDS:
         # Operations grow with the rows, so an update with fewer of them gives the same rate.
@@ -165,6 +167,7 @@ def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target
     dtype = spec.sampling.dtype if top_k is None else spec.distill.teacher_dtype
     compute = _compute(target, mesh, dtype=dtype)
     model = _model(shape, compute.dtype, mesh)
+    # A batch of the longest rows, which needs the most memory.
     lengths = np.full(1, spec.sampling.max_length)
     _, (rows, length) = next(score.batches(lengths, score.tokens_at_once(mesh), mesh_lib.batch_devices(mesh)))
     tokens = _shape((rows, length), np.int32, ("batch", None), mesh)
@@ -198,6 +201,7 @@ def _seconds(compiled, arguments: list[Any], keeps: bool = False) -> float:
     Args:
         keeps: the first result is the first argument of the next run, as a donated state is gone after one run.
     """
+    # Zeros will do: dense products take as long for any values.
     values = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), arguments)
     took = []
     for _ in range(4):

@@ -66,6 +66,7 @@ def seconds(spec: LmSpec, cost: Cost, target: Target, program: Program | None = 
     if cost.shape is None:
         return math.nan
     if target.devices.chip.cpu:
+        # On this machine a measurement says more than a peak.
         rate = None if program is None else program.rate
         if rate is None:
             dtype = spec.compute.dtype if cost.kind == "training" else spec.sampling.dtype
@@ -93,6 +94,7 @@ def _sampling_seconds(spec: LmSpec, cost: Cost, target: Target) -> float:
     slots = -(-spec.sampling.batch_size // parts)
     # Keys and values, of half the maximal length: sequences grow from nothing to all of it.
     cached = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim * spec.sampling.max_length / 2
+    # KV heads that tensor does not divide are whole on each device (kd_jax.lm.decode.slots).
     split = 1 if shape.num_key_value_heads % tensor else tensor
     read = shape.num_parameters / tensor + slots * cached / split
     step = read * jnp.dtype(dtype).itemsize / (target.devices.chip.bandwidth * BANDWIDTH_SHARE)
@@ -168,6 +170,7 @@ def _verdicts(spec: LmSpec, costs: dict[str, Cost], programs: dict[str, Program]
             continue
         # Stages share programs: each is named once.
         seen.add(need)
+        # By default JAX leaves a part of a GPU's memory alone, and can be told to take it.
         if gib <= 0.95 * chip.memory:
             lines.append(
                 f"{name} fits, but needs {gib:.1f} GiB of {chip.memory:.0f}, of which JAX takes {chip.usable:.0%} by "

@@ -86,6 +86,7 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         batch_size=spec.sampling.batch_size,
     )  # fmt: skip
     rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation", make_mesh(spec.mesh))
+    # Process 0 alone writes the rows; the manifest's entries go to all.
     gather = functools.partial(_gather, spec, folder, chain, rows, models, p_star, validation)
     return distributed.once(gather, "gathering the rows")
 
@@ -178,6 +179,7 @@ def learnt_from(model: Evaluated, folders: dict[str, Path]) -> dict[str, Any]:
         return {} if sampler is None else _text_entropy(folders[samples_stage(sampler)])
     settings = {**arm.knobs, **({} if arm.sampler is None else arm.sampler.knobs())}
     if arm.distill is not None:
+        # Logged by the validation that chose the checkpoint.
         entropy = None if arm.policy == "offline" else _chosen_row(model.home / "metrics.jsonl")["teacher_entropy"]
         return {"teacher_entropy": entropy, "distill": settings}
     return _text_entropy(folders[arm.texts[-1]]) | ({"distill": settings} if arm.knobs else {})

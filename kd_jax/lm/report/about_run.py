@@ -76,6 +76,7 @@ def missing(rows: list[dict], groups: list[Group], samples: list[dict]) -> list[
     texts = [text for kind, text in KINDS.items() if not summary.of_kind(rows, kind)]
     if not samples:
         texts.append("samples.jsonl (no samples side by side)")
+    # What has been trained but not evaluated is what the run still has to do.
     trained = {_identity(row): row["name"] for row in rows if row["kind"] in ("training", "validation")}
     evaluated = {_identity(row) for row in summary.of_kind(rows, "evaluation")}
     waiting = sorted(name for identity, name in trained.items() if identity not in evaluated)

@@ -159,6 +159,7 @@ def _verdict(sides: list[int]) -> str:
         return "no equal precision measured"
     if above and below:
         return "crosses"
+    # A verdict needs all points: one that is not told apart is enough against it.
     if count in (above, below):
         return "dominates" if above else "is dominated"
     if above or below:

@@ -66,6 +66,7 @@ def _seeds(group: Group, *names: str) -> list[np.ndarray]:
 
 def norm(taus: list[float]) -> Normalize:
     """The colour scale over tau, widened where there is only one."""
+    # A scale of no width has no colours.
     low, high = min(taus), max(taus)
     return Normalize(low, high) if high > low else Normalize(low - 0.5, low + 0.5)
 

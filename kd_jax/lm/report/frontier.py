@@ -63,6 +63,7 @@ def section(frontier: Frontier | None, curves: dict[str, Curve], smoke: bool) ->
     if students is None:
         return None
     tables = [_at_equal_precision(frontier, students), _from_own(frontier, students)]
+    # A smoke run keeps its numbers and loses its sentences.
     headlines = [] if smoke else [table.texts[0] for table in tables[:1]]
     if smoke:
         tables = [table._replace(texts=()) for table in tables]

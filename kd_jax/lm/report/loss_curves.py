@@ -147,5 +147,6 @@ def _loss_limits(rows: list[dict]) -> tuple[float, float] | tuple[None, None]:
         later += [row["loss"] for row in members if row["step"] >= 0.1 * last]
     if not later:
         return None, None
+    # One value alone still needs an axis.
     room = 0.15 * (max(later) - min(later)) or 0.1
     return min(later) - room, max(later) + room

@@ -44,6 +44,7 @@ def side_by_side(rows: list[dict]) -> dict[str, Any]:
             seeds.setdefault((row.get("seed") or 0, row["name"]), {})[row["index"]] = row
     head, columns = ["index"], []
     for key in sorted(by_group, key=summary.position):
+        # The lowest seed, so that the page shows the same model however many have finished.
         samples = by_group[key][min(by_group[key])]
         seed = next(iter(samples.values())).get("seed")
         head.append(summary.label(*key) + ("" if seed is None else f" (seed {seed})"))

@@ -137,6 +137,7 @@ def group_key(row: dict) -> tuple:
     arm, tau = row["arm"], row.get("tau")
     if arm == "teacher":
         return arm, 1.0 if tau is None else float(tau), None  # as it was trained, the teacher has tau 1
+    # Models that were only evaluated have no seed: each is a group of its own.
     alone = arm not in ORDER and row.get("seed") is None
     return arm, None if tau is None else float(tau), row["name"] if alone else None
 

@@ -36,6 +36,7 @@ def special_ids(
     generation = files.read_json(path, ValueError) if path.exists() else {}
 
     def ids(key):
+        # The generation config first: it may end chat turns with ids that config.json does not have.
         value = config.get(key) if generation.get(key) is None else generation[key]
         value = [] if value is None else value if isinstance(value, list) else [value]
         for one in value:

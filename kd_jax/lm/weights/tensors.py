@@ -85,6 +85,7 @@ def listed(architecture: Architecture, names: Names) -> list[Tensor]:
     # layer by layer, so that the shards of an export hold whole layers
     for layer in range(architecture.num_hidden_layers):
         prefix = names.prefix.format(layer=layer)
+        # By name, so that exports of equal models are equal files.
         for weight in sorted(layers.keys() - later):
             base = weight.removesuffix("_bias")
             name, parts = fused.get(weight, (names.layer[base], (weight,)))
@@ -107,5 +108,6 @@ def places(tensors: list[Tensor], architecture: Architecture) -> dict[tuple[str,
         row = 0
         for part in tensor.parts:
             found[part] = tensor.name, row
+            # Outside of the layers, a tensor is one weight.
             row += 0 if part[1] is None else layers[part[0]].shape[1]
     return found

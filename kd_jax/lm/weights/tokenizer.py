@@ -101,6 +101,7 @@ class Tokenizer:
     @functools.cached_property
     def vocab_size(self) -> int:
         """How many ids there are: the highest plus 1, added tokens included."""
+        # Not the number of tokens: ids may have gaps, and a model has a logit for each.
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
