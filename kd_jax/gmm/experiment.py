@@ -199,6 +199,10 @@ def chunk_size(setting: Setting, num_students: int, memory_gib: float) -> int:
     """Seeds that fit the memory at once, by the live float32 arrays of a seed (measured: benchmarks/gmm_sweep.py).
 
     It does not depend on the number of devices: a run can be resumed on another.
+
+    Args:
+        num_students: students of a seed.
+        memory_gib: memory for the arrays, GiB.
     """
     points = max(setting.num_distill, setting.num_precision, setting.num_recall)
     components = setting.student_components

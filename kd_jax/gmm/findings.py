@@ -82,7 +82,13 @@ def betas(students: Students) -> list[float]:
 
 
 def temperatures(students: Students, who: Who, cooling: str = COOLINGS[0]) -> list[Who]:
-    """The student at each of its sampling temperatures, from the highest down, cooled by covariances or weights."""
+    """The student at each of its sampling temperatures, from the highest down, cooled by covariances or weights.
+
+    Args:
+        students: of one setting.
+        who: the student at temperature 1.
+        cooling: one of COOLINGS.
+    """
     own = [w for w in students if w[:2] == who[:2] and w.cooling in (None, cooling) and w.share is None]
     return sorted(own, key=lambda w: -w.temperature)
 
@@ -118,7 +124,12 @@ def ways(students: Students) -> dict[str, list[Who]]:
 
 
 def compared(students: Students, spec: GmmSpec) -> list[Match]:
-    """Every way against the cooled direct student, the preregistered contrast (of sharpening) first."""
+    """Every way against the cooled direct student, the preregistered contrast (of sharpening) first.
+
+    Args:
+        students: of the run's own setting.
+        spec: has the gains.
+    """
     control = temperatures(students, Who(DIRECT))
     if len(control) < 2:
         return []
@@ -132,7 +143,12 @@ def compared(students: Students, spec: GmmSpec) -> list[Match]:
 
 
 def contrast(listed: list[Match], spec: GmmSpec) -> str:
-    """The preregistered contrast as a sentence; "" where there are no temperatures to compare with."""
+    """The preregistered contrast as a sentence; "" where there are no temperatures to compare with.
+
+    Args:
+        listed: as `compared` returns them.
+        spec: has the preregistered gain.
+    """
     return (
         frontier_page.contrast(listed, SHARPENED, "students of a sharpened teacher", spec.contrast_gain)
         if listed
@@ -141,7 +157,12 @@ def contrast(listed: list[Match], spec: GmmSpec) -> str:
 
 
 def slope(students: Students, metric: str, low: float, high: float) -> Interval:
-    """Change of a metric from one beta to another per decade of beta, paired by seed, nats."""
+    """Change of a metric from one beta to another per decade of beta, paired by seed, nats.
+
+    Args:
+        metric: a field of Scores.
+        low, high: betas.
+    """
     # Differences within a seed: what seeds share is no noise.
     change = students[Who(DISTILLED, high)][metric] - students[Who(DISTILLED, low)][metric]
     return t_interval(change / np.log10(high / low))

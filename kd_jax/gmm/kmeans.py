@@ -15,12 +15,25 @@ def distances(points, centres):
 
 
 def nearest(points, centres):
-    """Index of the nearest centre, [N]; the first of several."""
+    """Index of the nearest centre, [N]; the first of several.
+
+    Args:
+        points: [D, N].
+        centres: [K, D].
+    """
     return jnp.argmin(distances(points, centres), 0)
 
 
 def seed(key, points, weights, num_components):
-    """Greedy k-means++ (Arthur & Vassilvitskii 2007), with 2 + ln K candidates a round as scikit-learn has."""
+    """Greedy k-means++ (Arthur & Vassilvitskii 2007), with 2 + ln K candidates a round as scikit-learn has.
+
+    Args:
+        key: a key of jax.random.
+        points: [D, N].
+        weights: [N], from 0.
+        num_components: how many centres.
+    Returns: centres [K, D].
+    """
     candidates = 2 + int(math.log(num_components))
     first_key, key = jax.random.split(key)
     first = draw(first_key, weights, 1)[0]
@@ -51,7 +64,15 @@ def draw(key, mass, count):
 
 
 def lloyd(points, weights, centres, max_iter: int = 300):
-    """Lloyd's iterations until no point changes its cluster; an empty cluster stays where it is."""
+    """Lloyd's iterations until no point changes its cluster; an empty cluster stays where it is.
+
+    Args:
+        points: [D, N].
+        weights: [N], from 0.
+        centres: [K, D] to start from.
+        max_iter: largest number of iterations.
+    Returns: centres [K, D].
+    """
 
     def going(carry):
         step, _, moved = carry

@@ -58,6 +58,11 @@ def sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
 
     Under `vmap` over mixtures with one key, all mixtures use the same random numbers, so that differences between them
     are less noisy. Map over keys as well for independent draws.
+
+    Args:
+        key: a key of jax.random.
+        mixture: with diagonal or full covariances.
+        n: number of draws.
     """
     dim = _dim(mixture)
     key_component, key_noise = jax.random.split(key)
@@ -162,7 +167,11 @@ def half_log_det(factor: jax.Array) -> jax.Array:
 
 
 def log_joint(mixture: Mixture, factor: jax.Array, points: jax.Array) -> jax.Array:
-    """log(w_k N(x_n | k)) as [K, N], for `points` [D, N] and `factor` from `precision_factor`."""
+    """log(w_k N(x_n | k)) as [K, N], for `points` [D, N] and `factor` from `precision_factor`.
+
+    Args:
+        mixture: with diagonal or full covariances.
+    """
     dim = points.shape[0]
     distance = _squared_distance(mixture.means, factor, points)
     # All that does not depend on the point, added once for each component.

@@ -63,7 +63,13 @@ class SweepSpec:
         return tuple(t for t in self.sample_temperatures if t != 1)
 
     def check_sizes(self, num_data: int, num_distill: int, components: int) -> None:
-        """ValueError for what several settings rule out together."""
+        """ValueError for what several settings rule out together.
+
+        Args:
+            num_data: fewest draws of p* that a model is fitted to.
+            num_distill: fewest draws of a teacher.
+            components: most components of a model.
+        """
         if 1.0 not in self.sample_temperatures:
             raise ValueError(f"sample_temperatures={self.sample_temperatures} must contain 1.0, the student itself")
         if self.seed + self.seeds > 2**32:

@@ -111,6 +111,13 @@ def ground(
 
     With `sizes`, the teacher and the student have that many components and are fitted to the first sizes.num_data
     draws of `data`.
+
+    Args:
+        setting: sizes of the program.
+        seed: traced.
+        separation: distance between neighbouring modes of p*.
+        tol: of EM, nats.
+        sizes: traced sizes within those of the setting, or None.
     """
     key, fit = keys(seed), _fit(setting, tol)
     p_star = eight_modes(setting.dim, separation)
@@ -129,7 +136,12 @@ def ground(
 def distil(
     setting: Setting, seed: jax.Array, teachers: Mixture, tol: jax.Array, sizes: Sizes | None = None
 ) -> tuple[jax.Array, Mixture]:
-    """Draws [T, num_distill, D] of each of the `teachers` (leading axis T), and the students fitted to them by EM."""
+    """Draws [T, num_distill, D] of each of the `teachers` (leading axis T), and the students fitted to them by EM.
+
+    Args:
+        setting, seed, tol, sizes: as of `ground`.
+        teachers: stacked, T of them.
+    """
     key, fit = keys(seed), _fit(setting, tol)
     # One key for all teachers: their draws differ as little as the teachers do.
     corpora = jax.vmap(sample, (None, 0, None))(key(DISTILL), teachers, setting.num_distill)
@@ -160,6 +172,11 @@ def controls(teacher: Mixture, seed: jax.Array) -> Mixture:
     """Teachers of one component, stacked: the heaviest, one at random with equal chances, and the lightest.
 
     Their component weights have the same entropy, zero; only the first is selective for what is likely.
+
+    Args:
+        teacher: of the seed.
+        seed: traced.
+    Returns: a Mixture with a leading axis of three.
     """
     any_one = jax.random.randint(keys(seed)(COMPONENT), (), 0, teacher.log_weights.shape[0])
     # Drawn for each seed anew, so that "random" is no component in particular.
@@ -173,7 +190,15 @@ def cooled(student: Mixture, temperature: jax.Array, by_weights: bool) -> Mixtur
 
 
 def score(setting: Setting, seed: jax.Array, shared: Ground, student: Mixture, teacher: Mixture, corpus) -> Scores:
-    """Scores of one student; `corpus` are draws of its `teacher`, on which the teacher's entropy is estimated."""
+    """Scores of one student.
+
+    Args:
+        setting, seed: as of `ground`.
+        shared: the seed's p*, data and fresh draws.
+        student: to be scored.
+        teacher: that the student was fitted to.
+        corpus: [N, D] draws of the teacher, on which its entropy is estimated.
+    """
     p_star, fresh = shared.p_star, shared.fresh
     # The same random numbers for all students of a seed.
     draws = sample(keys(seed)(PRECISION), student, setting.num_precision)
@@ -208,7 +233,11 @@ class Simple(NamedTuple):
 
 
 def simple_score(setting: Setting, seed: jax.Array, shared: Ground, student: Mixture) -> Simple:
-    """Precision and recall alone, on the draws that `score` uses."""
+    """Precision and recall alone, on the draws that `score` uses.
+
+    Args:
+        setting, seed, shared, student: as of `score`.
+    """
     draws = sample(keys(seed)(PRECISION), student, setting.num_precision)
     return Simple(log_prob(shared.p_star, draws).mean(), log_prob(student, shared.fresh).mean())
 
@@ -220,6 +249,12 @@ def random_choice(
 
     It is a mixture of the two. Its precision is the weighted mean of their precisions. Its recall is E log of the
     weighted sum of their densities, far above the weighted mean of their recalls (Jensen's inequality).
+
+    Args:
+        shared: the seed's fresh draws of p*.
+        shares: [M], from 0 to 1.
+        one, other: the two students.
+        scores: of the two students.
     """
     recall = lambda share: log_prob(blend(share, one, other), shared.fresh).mean()  # noqa: E731
     # Precision is linear in the density that is drawn from, so the mean is exact.

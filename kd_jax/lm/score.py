@@ -124,6 +124,11 @@ def batches(
     """Rows in batches of similar length, longest first: their indices, and the shape to pad the batch to.
 
     There are few shapes (lengths are rounded up to 2**k or 1.5 * 2**k), since each is compiled for itself.
+
+    Args:
+        lengths: int [N].
+        batch_tokens: about how many tokens a batch has.
+        row_multiple: rows of a batch are a multiple of this.
     """
     # Longest first: the first batch takes the most memory, and a lack of it shows at once.
     order = np.argsort(-np.asarray(lengths), kind="stable")
@@ -176,7 +181,12 @@ def _check(model, tokens, lengths, prefix):
 
 
 def lower(model: Model, tokens: jax.ShapeDtypeStruct, compute: Compute) -> jax.stages.Lowered:
-    """The program of `log_prob` for a batch of these tokens [row, position], for a plan; `model.params` are shapes."""
+    """The program of `log_prob` for a batch of these tokens [row, position], for a plan; `model.params` are shapes.
+
+    Args:
+        model: with shapes in place of weights.
+        compute: how it is run.
+    """
     return _score.lower(model.params, model.architecture, tokens, (None,), model.num_tokens, _log_prob, compute)
 
 

@@ -22,6 +22,12 @@ def divergence(name: str, log_p: jax.Array, log_q: jax.Array, parameter: Scalar 
     Its derivatives hold behind a softmax (see `slopes.py`). In log q they are the row's own; in log p and in the
     parameter, which no training needs, those of automatic differentiation. Where a limit stands in for the formula
     (at the ends of the Jensen-Shannon and alpha divergences), the derivative in the parameter means nothing.
+
+    Args:
+        name: a key of the table.
+        log_p, log_q: log-softmaxes [..., vocab] of teacher and student, float32 or wider.
+        parameter: of the divergence; None for one without.
+    Returns: [...], nats.
     """
     return _formula(TABLE[name], log_p, log_q, parameter)
 
@@ -62,7 +68,13 @@ def _slope(row: Divergence, log_p, log_q, parameter):
 
 
 def gradient(name: str, log_p: jax.Array, log_q: jax.Array, parameter: Scalar | None) -> jax.Array:
-    """The gradient [..., vocab] of the divergence in the logits that log q is the log-softmax of."""
+    """The gradient [..., vocab] of the divergence in the logits that log q is the log-softmax of.
+
+    Args:
+        name: a key of the table.
+        log_p, log_q: log-softmaxes [..., vocab] of teacher and student.
+        parameter: of the divergence; None for one without.
+    """
     row = TABLE[name]
     slope = _slope(row, log_p, log_q, parameter)
     if row.slope_sums_to_zero:

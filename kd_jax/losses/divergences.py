@@ -194,7 +194,14 @@ def top_k_divergence(
 
 
 def checked_tail(tail: str, k: int, num_tokens: int) -> str:
-    """The kind of tail; where the K are all ids there is none, and "bucket" means the same as "renormalise"."""
+    """The kind of tail; where the K are all ids there is none, and "bucket" means the same as "renormalise".
+
+    Args:
+        tail: "bucket" or "renormalise".
+        k: how many tokens are known of the teacher.
+        num_tokens: number of real ids.
+    Raises: ValueError for another tail, or a k that is not from 1 to num_tokens.
+    """
     if tail not in ("bucket", "renormalise"):
         raise ValueError(f"tail={tail!r} is neither 'bucket' nor 'renormalise'")
     if not 1 <= k <= num_tokens:
@@ -203,7 +210,13 @@ def checked_tail(tail: str, k: int, num_tokens: int) -> str:
 
 
 def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: str) -> jax.Array:
-    """The teacher's logits [..., K or K + 1] over the outcomes of `top_k_divergence`."""
+    """The teacher's logits [..., K or K + 1] over the outcomes of `top_k_divergence`.
+
+    Args:
+        log_probs: [..., K], under the whole vocabulary.
+        tail_log_prob: [...], of all other tokens together; None to compute it from the K.
+        tail: "bucket" or "renormalise".
+    """
     log_probs = reductions.wide(log_probs)
     if tail == "renormalise":
         return log_probs
@@ -214,7 +227,13 @@ def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: s
 
 
 def top_k_student(logits: jax.Array, ids: jax.Array, tail: str) -> jax.Array:
-    """The student's logits [..., K or K + 1] over the same outcomes."""
+    """The student's logits [..., K or K + 1] over the same outcomes.
+
+    Args:
+        logits: [..., vocab].
+        ids: int [..., K], the teacher's tokens.
+        tail: as of `top_k_teacher`.
+    """
     logits = reductions.wide(logits)
     chosen = jnp.take_along_axis(logits, ids, axis=-1)
     # Logits will do without their log-sum-exp over the vocabulary: a softmax over the outcomes follows.
@@ -226,7 +245,12 @@ def top_k_student(logits: jax.Array, ids: jax.Array, tail: str) -> jax.Array:
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
-    """Mean over all positions that the mask selects; over none it is 0, so that it neither moves a sum nor is NaN."""
+    """Mean over all positions that the mask selects; over none it is 0, so that it neither moves a sum nor is NaN.
+
+    Args:
+        values: [...], nats.
+        mask: bool [...].
+    """
     # One mean over all positions, not a mean of rows' means, which would give short rows more weight.
     mean = Mean.of(values.reshape(-1), where=mask.reshape(-1))
     return mean._replace(mean=jnp.where(mean.count > 0, mean.mean, 0.0))

@@ -65,7 +65,12 @@ def project(hidden: jax.Array, head: jax.Array, softcap: float | None = None) ->
 
 
 def through_softcap(gradient: jax.Array, logits: jax.Array, softcap: float | None) -> jax.Array:
-    """The gradient in the logits before the soft cap, from that in the capped logits."""
+    """The gradient in the logits before the soft cap, from that in the capped logits.
+
+    Args:
+        gradient, logits: [..., vocab]; the logits are capped.
+        softcap: of the logits; None for none.
+    """
     return gradient if softcap is None else gradient * (1 - (logits / softcap) ** 2)
 
 
@@ -78,7 +83,13 @@ def real_only(logits: jax.Array, num_tokens: int) -> jax.Array:
 
 
 def whole(head: jax.Array, hidden: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """The head in the hidden states' dtype; where fsdp splits its width, gathered once for all chunks."""
+    """The head in the hidden states' dtype; where fsdp splits its width, gathered once for all chunks.
+
+    Args:
+        head: [vocab, width].
+        hidden: the hidden states that it is multiplied with.
+        mesh: what both are split over, or None.
+    """
     if mesh is None:
         return head
     return mesh_lib.constrain(head.astype(hidden.dtype), ("vocab", None), mesh)
@@ -97,14 +108,25 @@ def groups(hidden: jax.Array, mesh: Mesh | None) -> int:
 
 
 def no_gradient(head: jax.Array, groups: int, mesh: Mesh | None) -> jax.Array:
-    """Zeros, float32, to which the `head_gradient` of each chunk is added: [vocab, width], or [group, vocab, width]."""
+    """Zeros, float32, to which the `head_gradient` of each chunk is added: [vocab, width], or [group, vocab, width].
+
+    Args:
+        head: [vocab, width].
+        groups: as `groups` gives it.
+        mesh: what the head is split over, or None.
+    """
     if groups == 1:
         return jnp.zeros(head.shape, jnp.float32)
     return mesh_lib.constrain(jnp.zeros((groups, *head.shape), jnp.float32), ("batch", "vocab", None), mesh)
 
 
 def head_gradient(gradient: jax.Array, hidden: jax.Array, groups: int) -> jax.Array:
-    """The head's gradient from a chunk's hidden states [..., width] and the gradient in its logits [..., vocab]."""
+    """The head's gradient from a chunk's hidden states [..., width] and the gradient in its logits [..., vocab].
+
+    Args:
+        groups: as `groups` gives it.
+    Returns: [vocab, width], or [group, vocab, width], float32.
+    """
     # A batched product over the groups keeps each group's sum on its own devices, without communication.
     leading = () if groups == 1 else (groups,)
     rows = (array.reshape(*leading, -1, array.shape[-1]) for array in (gradient, hidden))
@@ -149,6 +171,9 @@ def inner_product(gradients: tuple[jax.Array, ...], tangents: tuple[jax.Array, .
 
     A derivative rule that is this product serves both directions. Its transpose only scales the gradients: backwards,
     nothing is computed a second time.
+
+    Args:
+        gradients, tangents: arrays of the same shapes, pair by pair.
     """
     pairs = zip(gradients, tangents, strict=True)
     return sum((gradient.astype(jnp.float32) * tangent.astype(jnp.float32)).sum() for gradient, tangent in pairs)
@@ -181,7 +206,11 @@ def cut(arrays: tuple[jax.Array, ...], shape: tuple[int, ...], chunk: int | None
 
 
 def join(parts: jax.Array, size: int, axis: int) -> jax.Array:
-    """The reverse of `cut` for one array [chunk, *rows, position of it, ...]; `axis` is that of the positions."""
+    """The reverse of `cut` for one array [chunk, *rows, position of it, ...]; `axis` is that of the positions.
+
+    Args:
+        size: number of positions, as `cut` gives it.
+    """
     parts = jnp.moveaxis(parts, 0, axis)
     parts = parts.reshape(*parts.shape[:axis], -1, *parts.shape[axis + 2 :])
     return jax.lax.slice_in_dim(parts, 0, size, axis=axis)

@@ -73,7 +73,12 @@ def checked_hard_weight(labels: jax.Array | None, hard_weight: Scalar) -> Scalar
 
 
 def check_vocabulary(teacher_size: int, student_size: int, num_tokens: int | None) -> None:
-    """Raises ValueError where it is not known which ids are real, or where there are fewer than `num_tokens`."""
+    """Raises ValueError where it is not known which ids are real, or where there are fewer than `num_tokens`.
+
+    Args:
+        teacher_size, student_size: ids of each vocabulary, padding included.
+        num_tokens: number of real ids; None where both vocabularies are real and equal.
+    """
     if num_tokens is None and teacher_size != student_size:
         raise ValueError(f"vocabularies of {teacher_size} and {student_size}: num_tokens must say which ids are real")
     if num_tokens is not None and not 1 <= num_tokens <= min(teacher_size, student_size):

@@ -68,7 +68,12 @@ def largest(values: jax.Array) -> jax.Array:
 
 
 def log_softmax(logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
-    """log softmax(logits / temperature) over the last axis, in float32 or wider."""
+    """log softmax(logits / temperature) over the last axis, in float32 or wider.
+
+    Args:
+        logits: [..., vocab].
+        temperature: a scalar above 0.
+    """
     logits = wide(logits)
     # The largest logit goes off first: the logarithm of the sum is then small, and so is its rounding error.
     below = (logits - jax.lax.stop_gradient(largest(logits))) / temperature

@@ -124,6 +124,9 @@ PARAMETER: dict[str, Parameter] = {row.name: row.parameter for row in _ROWS if r
 def checked_parameter(name: str, parameter: Scalar | None) -> Scalar | None:
     """The parameter that a divergence is computed with: the given one or its default; None for one without.
 
+    Args:
+        name: a key of the table.
+        parameter: a number, a traced scalar, or None for the default.
     Raises: ValueError for an unknown divergence, a parameter that it does not have, or a number out of its interval.
     """
     if name not in TABLE:

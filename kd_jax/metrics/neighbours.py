@@ -107,6 +107,10 @@ def expected_coverage(num_real: int, num_fake: int, k: int) -> np.ndarray:
     Such a draw falls into a ball that reaches to the k-th of num_real - 1 others with a probability that is itself
     Beta(k, num_real - k) distributed, whatever the density. So the number J of draws in it is beta-binomial, and this
     is E[min(J, k)] / k.
+
+    Args:
+        num_real, num_fake: points of each set.
+        k: which neighbour a ball reaches to.
     """
     draws, inside = np.arange(num_fake + 1)[:, None], np.arange(k)
     probability = stats.betabinom.pmf(inside, draws, k, num_real - k)

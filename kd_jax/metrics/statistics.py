@@ -48,6 +48,10 @@ def t_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -
     """Student's t interval of the mean of independent values [n], with n - 1 degrees of freedom.
 
     A value that is not finite leaves the mean as NumPy has it, and no error.
+
+    Args:
+        values: [n], one for each independent unit.
+        confidence: of the interval.
     """
     values = np.asarray(values, np.float64)
     if values.size < 2 or not np.isfinite(values).all():

@@ -85,7 +85,13 @@ class Target(NamedTuple):
 
 
 def target(text: str, mfu: float, price_per_hour: float | None) -> Target:
-    """The target of --device, --mfu and --price_per_hour. Raises ValueError out of range, and as `parse`."""
+    """The target of --device, --mfu and --price_per_hour. Raises ValueError out of range, and as `parse`.
+
+    Args:
+        text: of --device, as of `parse`.
+        mfu: share of the peak that is reached, above 0 and at most 1.
+        price_per_hour: of one device; None where it is unknown.
+    """
     if not (0 < mfu <= 1 and 0 <= (price_per_hour or 0) < float("inf")):
         raise ValueError(f"--mfu={mfu} must be above 0 and at most 1, and --price_per_hour={price_per_hour} at least 0")
     return Target(parse(text), mfu, price_per_hour)

@@ -191,7 +191,12 @@ def fetch(tree: Any) -> Any:
 
 
 def spread(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Puts an array that every process has onto the devices of all; each sends the shards of its own devices."""
+    """Puts an array that every process has onto the devices of all; each sends the shards of its own devices.
+
+    Args:
+        array: the whole array, equal in all processes.
+        sharding: over the devices of all processes.
+    """
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

@@ -53,7 +53,12 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
 
 
 def spec(axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
-    """The partition of an array with these logical axes. Mesh axes of size 1 are left out."""
+    """The partition of an array with these logical axes. Mesh axes of size 1 are left out.
+
+    Args:
+        axes: logical axis of each axis of the array; None for one that is not split.
+        mesh: of data x fsdp x tensor.
+    """
     parts = []
     for axis in axes:
         names = tuple(name for name in RULES.get(axis, ()) if mesh.shape.get(name, 1) > 1)
@@ -67,7 +72,12 @@ def sharding(axes: tuple[str | None, ...], mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
-    """Lays out an array inside a jitted function by its logical axes; does nothing on one device."""
+    """Lays out an array inside a jitted function by its logical axes; does nothing on one device.
+
+    Args:
+        axes: logical axes, as of `spec`.
+        mesh: None for no mesh.
+    """
     return x if mesh is None or mesh.size == 1 else jax.lax.with_sharding_constraint(x, sharding(axes, mesh))
 
 
@@ -75,7 +85,13 @@ def constrain(x: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> 
 # reduce-scatter to the owners of the parts is enough.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gather(weight: jax.Array, axes: tuple[str | None, ...], mesh: Mesh | None) -> jax.Array:
-    """Gathers a weight along "embed" for use in a product; its gradient is split again like the weight."""
+    """Gathers a weight along "embed" for use in a product; its gradient is split again like the weight.
+
+    Args:
+        weight: any array.
+        axes: logical axes, as of `spec`.
+        mesh: None for no mesh.
+    """
     return constrain(weight, tuple(None if axis == "embed" else axis for axis in axes), mesh)
 
 
@@ -96,6 +112,11 @@ def top_k(x: jax.Array, k: int, axes: tuple[str | None, ...], mesh: Mesh | None)
     The compiler would gather the whole array. Here each device searches its own part, and where the last axis is split,
     only k values of each part are gathered.
 
+    Args:
+        x: [..., size].
+        k: how many of the last axis.
+        axes: logical axes, as of `spec`.
+        mesh: None for no mesh.
     Returns: values and indices [..., k], not split along the last axis.
     """
     if mesh is None or mesh.size == 1:

@@ -40,7 +40,13 @@ class Knob(NamedTuple):
 
 
 def prices_of(knobs: Sequence[Knob], reference: dict[str, np.ndarray], gains: Sequence[float]) -> list[Price]:
-    """`kd_jax.reporting.prices.prices` of knobs; `reference` has precision and recall [seed]."""
+    """`kd_jax.reporting.prices.prices` of knobs; `reference` has precision and recall [seed].
+
+    Args:
+        knobs: to be compared.
+        reference: "precision" and "recall" -> [seed].
+        gains: nats of precision.
+    """
     curves = {knob.name: Curve(knob.metrics["precision"], knob.metrics["recall"]) for knob in knobs}
     return prices(curves, Curve(reference["precision"], reference["recall"]), gains)
 
@@ -205,6 +211,11 @@ def verdict(listed: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[floa
     """Sentences: which knob buys precision most cheaply, over all gains and at each, and which cannot be told from it.
 
     A difference, paired by seed, counts where its p-value is below 5 %, adjusted for all pairs of knobs at all gains.
+
+    Args:
+        listed: as `prices_of` returns them.
+        knobs: all that were compared.
+        gains: nats of precision.
     """
     at = {gain: [price for price in listed if price.gain == gain] for gain in gains}
     if not listed:

@@ -113,7 +113,12 @@ def _with_contents(html: str) -> str:
 
 
 def embed(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:
-    """Saves each figure (PNG and PDF) into the run's figures/, and returns the PNGs in base64 by name."""
+    """Saves each figure (PNG and PDF) into the run's figures/, and returns the PNGs in base64 by name.
+
+    Args:
+        drawn: figures by name.
+        folder: of the run.
+    """
     images = {}
     for name, figure in drawn.items():
         images[name] = base64.b64encode(figures.save(figure, folder / "figures", name).read_bytes()).decode("ascii")

@@ -152,7 +152,14 @@ def standing(way: Sequence[Match]) -> str:
 
 
 def loss_from(curve: Curve, reference: Curve, gain: float) -> tuple[np.ndarray, tuple[int, int]] | None:
-    """`loss_at` with gains and losses counted from the reference."""
+    """`loss_at` with gains and losses counted from the reference.
+
+    Args:
+        curve: [setting, seed].
+        reference: [seed].
+        gain: nats of precision.
+    Returns: as `loss_at`.
+    """
     gains = np.asarray(curve.precision, np.float64) - reference.precision
     return loss_at(gains, reference.recall - np.asarray(curve.recall, np.float64), gain)
 

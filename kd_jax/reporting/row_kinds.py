@@ -14,7 +14,13 @@ FINITE, FROM_ZERO, SIZE = "a finite number", "a number from 0", "a finite number
 
 
 def check(row: Mapping[str, Any], where: str, kinds: Mapping[str, str]) -> None:
-    """Raises ValueError, naming `where` and the field, for a value that is neither of its field's kind nor null."""
+    """Raises ValueError, naming `where` and the field, for a value that is neither of its field's kind nor null.
+
+    Args:
+        row: to be checked.
+        where: file and row, for the message.
+        kinds: kind of each field.
+    """
     for name, kind in kinds.items():
         if row.get(name) is not None and not is_kind(row[name], kind):
             raise ValueError(f"{where}: {name} is {row[name]!r:.40}, not {kind}{_range(row[name], kind)}")

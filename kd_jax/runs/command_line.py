@@ -38,7 +38,14 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
     def flag(self, name: str, help: str, *, group: Any = None, default: bool = False) -> None:
-        """Adds a boolean flag: --NAME, --NAME=true, --NAME=false and --noNAME."""
+        """Adds a boolean flag: --NAME, --NAME=true, --NAME=false and --noNAME.
+
+        Args:
+            name: of the flag.
+            help: one line.
+            group: of arguments; by default the parser itself.
+            default: where the flag is not given.
+        """
         group = group or self
         group.add_argument(
             f"--{name}", dest=name, nargs="?", const=True, metavar="bool", default=default, type=boolean, help=help
@@ -114,7 +121,13 @@ def mesh_sizes(text: str) -> dict[str, int]:
 
 
 def number(kind: type, *, at_least: float, below: float = float("inf")) -> Callable[[str], Any]:
-    """An argument's type: a number from `at_least` (inclusive) to `below` (exclusive)."""
+    """An argument's type: a number from `at_least` (inclusive) to `below` (exclusive).
+
+    Args:
+        kind: int or float.
+        at_least: the smallest value.
+        below: all values are smaller.
+    """
 
     def read(text: str) -> Any:
         value = kind(text)

@@ -114,7 +114,12 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one level of dotted keys."""
+    """A nested dict as one level of dotted keys.
+
+    Args:
+        tree: nested dicts.
+        prefix: of all keys.
+    """
     flat = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:

@@ -33,7 +33,12 @@ def bar(label: str, first: int, total: int, unit: str, *, quiet: bool = False) -
 
 @contextlib.contextmanager
 def sampling_bar(label: str, first: int, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar of samples that also shows tokens a second; yields a function (new samples, new tokens)."""
+    """A bar of samples that also shows tokens a second; yields a function (new samples, new tokens).
+
+    Args:
+        label: text before the bar.
+        first, total: samples done already, and in all.
+    """
     start, made = time.perf_counter(), 0
     with bar(label, first, total, "sample") as shown:
 

@@ -110,7 +110,13 @@ def changes(kind: type[T]) -> type:
 
 
 def merge(base: T, changed: Any, at: str) -> T:
-    """A spec with the settings of `changes(...)` that are not none in place of its own; ValueError names AT.NAME."""
+    """A spec with the settings of `changes(...)` that are not none in place of its own; ValueError names AT.NAME.
+
+    Args:
+        base: a spec.
+        changed: of `changes(type(base))`.
+        at: the place of the changes, for messages.
+    """
     values = {name: value for name, value in to_dict(changed).items() if value is not None}
     try:
         return dataclasses.replace(base, **values)
@@ -169,7 +175,12 @@ def to_dict(value: Any) -> dict[str, Any]:
 
 
 def describe(kind: type, at: str = "config") -> Iterator[Setting]:
-    """A row for each setting of a spec, those of specs inside it included."""
+    """A row for each setting of a spec, those of specs inside it included.
+
+    Args:
+        kind: a spec's class.
+        at: what its keys begin with.
+    """
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         hint = hints[field.name]
@@ -183,7 +194,12 @@ def describe(kind: type, at: str = "config") -> Iterator[Setting]:
 
 
 def declared(kind: type, at: str = "config") -> Iterator[tuple[str, Any]]:
-    """(key, type) of each setting of a spec, those of specs inside it included."""
+    """(key, type) of each setting of a spec, those of specs inside it included.
+
+    Args:
+        kind: a spec's class.
+        at: what its keys begin with.
+    """
     for name, hint in typing.get_type_hints(kind).items():
         if dataclasses.is_dataclass(hint):
             yield from declared(hint, f"{at}.{name}")

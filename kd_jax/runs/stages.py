@@ -50,7 +50,11 @@ class Stage(NamedTuple):
 
 
 def folders(workdir: Path, stages: Iterable[Stage]) -> dict[str, Path]:
-    """The folder of each stage, by name. `stages` are in order: inputs before the stages that read them."""
+    """The folder of each stage, by name. `stages` are in order: inputs before the stages that read them.
+
+    Args:
+        workdir: the run folder.
+    """
     keys: dict[str, str] = {}
     for stage in stages:
         # An input enters by its key: a change far up gives all stages below it other folders.

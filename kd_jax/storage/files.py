@@ -110,7 +110,12 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds rows at the end of a JSON lines file."""
+    """Adds rows at the end of a JSON lines file.
+
+    Args:
+        path: of the file, which is made if necessary.
+        rows: plain values by name.
+    """
     text = _lines(rows)  # all of it first: a row that cannot be written adds nothing
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
@@ -154,7 +159,12 @@ def _lines(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def dump(value: Any, indent: int | None = None) -> str:
-    """JSON of plain values, arrays, paths and numbers that JSON does not have (as texts, see _NON_FINITE)."""
+    """JSON of plain values, arrays, paths and numbers that JSON does not have (as texts, see _NON_FINITE).
+
+    Args:
+        value: nested dicts and lists of these.
+        indent: spaces for each level; None for one line.
+    """
     # allow_nan: a number that slipped through is an error here, not in another program that reads the file.
     return json.dumps(_encode(value), indent=indent, allow_nan=False)
 

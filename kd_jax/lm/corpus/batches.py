@@ -123,7 +123,13 @@ class Sequences:
         return Sequences(self._table.select(range(start, stop)))
 
     def mixed(self, other: Sequences, share: float) -> Sequences:
-        """As many rows, the first ones of both: `share` of them from `other`, the rest from this."""
+        """As many rows, the first ones of both: `share` of them from `other`, the rest from this.
+
+        Args:
+            other: another corpus.
+            share: of its rows, from 0 to 1.
+        Raises: ValueError where it has too few rows.
+        """
         num_other = round(share * len(self))
         if num_other > len(other):
             raise ValueError(f"{num_other} rows of the second corpus are wanted; it has {len(other)}")
@@ -192,7 +198,12 @@ class Updates:
         )  # fmt: skip
 
     def start(self, update: int, prefetch: int = 4) -> Iterator[Batch]:
-        """Batches from `update` on, made ahead of their use."""
+        """Batches from `update` on, made ahead of their use.
+
+        Args:
+            update: the first, from 0.
+            prefetch: batches made ahead.
+        """
         if update == len(self):
             return iter(())
         # A slice of the source: batches before it are never made.
@@ -268,7 +279,12 @@ def most_rows(layout: Layout) -> int:
 
 
 def num_rows(filled: int, layout: Layout) -> int:
-    """The number of rows of all parts together: at least `filled`, rounded up to one of a few sizes."""
+    """The number of rows of all parts together: at least `filled`, rounded up to one of a few sizes.
+
+    Args:
+        filled: rows with sequences in them.
+        layout: of the batch.
+    """
     unit = layout.parts * layout.row_multiple
     most = -(-layout.sequences // unit) * unit
     # Packed batches fill varying numbers of rows. A step is an eighth of the most rows, in whole rows of each device.

@@ -24,7 +24,11 @@ def check_model(name: str, model: Model, p_star: Model, max_length: int) -> None
 
 
 def check_teacher(teacher: Model, student: Model) -> None:
-    """Raises ValueError unless an id means the same to both, so that one can learn the other's distribution."""
+    """Raises ValueError unless an id means the same to both, so that one can learn the other's distribution.
+
+    Args:
+        teacher, student: without weights, or with them.
+    """
     _check_ids("the teacher", teacher, "the student", student)
 
 

@@ -158,7 +158,13 @@ def files(source: str, *, split: str, subset: str | None, revision: str | None =
 
 
 def check_columns(source: str, paths: list[str], columns: Columns) -> None:
-    """Raises ValueError, naming the columns there are, where the first file lacks one."""
+    """Raises ValueError, naming the columns there are, where the first file lacks one.
+
+    Args:
+        source: what messages call the data.
+        paths: its files.
+        columns: that are wanted.
+    """
     present = readers.names(paths[0]) if paths else []
     for name in columns.names:
         if name not in present:
@@ -201,6 +207,10 @@ def load(source: str, paths: list[str], columns: Columns, tokenizer: Tokenizer, 
 def stream(source: str, paths: list[str], columns: Columns) -> Iterator[str | np.ndarray | None]:
     """The documents of some files, as they come: a text, int32 ids, or messages as JSON; None for none.
 
+    Args:
+        source: what messages call the data.
+        paths: its files, in order.
+        columns: what documents are made of.
     Raises: ValueError, naming the column, where it holds something else.
     """
     # types are checked by value, not by a schema over all files: a column may be null for long, or in one file only
@@ -275,6 +285,11 @@ def _members(batch: pa.Array) -> list[str | None] | list[np.ndarray]:
 def problem(columns: Columns, tokenizer: Tokenizer, row: str | np.ndarray | None, index: int) -> str | None:
     """Why a document is left out, None where it is not.
 
+    Args:
+        columns: what documents are made of.
+        tokenizer: for the documents.
+        row: the document.
+        index: its number, for messages.
     Raises: ValueError for an id that is not the tokenizer's (then the data are of another one), and for a conversation
         without a turn of the assistant.
     """

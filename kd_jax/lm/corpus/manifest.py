@@ -109,7 +109,12 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 
 def check_settings(settings: dict[str, Any], kind: str) -> None:
-    """Raises ValueError, naming the setting, for one that is unknown, of another type or out of its range."""
+    """Raises ValueError, naming the setting, for one that is unknown, of another type or out of its range.
+
+    Args:
+        settings: of the corpus.
+        kind: "samples" or "data".
+    """
     corpus = freeze(KINDS[kind], settings, at=f"settings of {kind}")
     # the lists in a shard have 32-bit offsets
     if corpus.shard_size * corpus.max_length >= 2**31:
@@ -117,7 +122,14 @@ def check_settings(settings: dict[str, Any], kind: str) -> None:
 
 
 def compare(folder: Path, manifest: dict[str, Any], new: dict[str, Any], kind: str) -> None:
-    """RunError names the settings that are not those of the corpus in the folder; only num_samples may grow."""
+    """RunError names the settings that are not those of the corpus in the folder; only num_samples may grow.
+
+    Args:
+        folder: for the message.
+        manifest: of the corpus there.
+        new: settings that are asked for, perhaps in part.
+        kind: "samples" or "data".
+    """
     if manifest["kind"] != kind:
         raise RunError(f"{folder} holds a corpus of {manifest['kind']}, not of {kind}; choose another folder")
     old = LATER | manifest["settings"]
@@ -131,7 +143,13 @@ def compare(folder: Path, manifest: dict[str, Any], new: dict[str, Any], kind: s
 
 
 def new(settings: dict[str, Any], command: str, kind: str) -> dict[str, Any]:
-    """The manifest of a corpus with no row yet."""
+    """The manifest of a corpus with no row yet.
+
+    Args:
+        settings: of the corpus.
+        command: what was typed.
+        kind: "samples" or "data".
+    """
     # "running" until all rows are there: a killed corpus shows as unfinished.
     manifest = {"format": FORMAT, "kind": kind, "status": "running", "started": _now(), **_origin(command)}
     return with_shards(manifest | {"settings": settings, "speed": speed({}, 0.0, 0, 1.0)}, [])
@@ -149,7 +167,13 @@ def _origin(command: str) -> dict[str, Any]:
 
 
 def restart(manifest: dict[str, Any], settings: dict[str, Any], command: str) -> dict[str, Any]:
-    """The manifest to go on from: of the shards, those that are whole for the number of samples wanted now."""
+    """The manifest to go on from: of the shards, those that are whole for the number of samples wanted now.
+
+    Args:
+        manifest: of the corpus so far.
+        settings: that are wanted now; only num_samples may differ.
+        command: what was typed.
+    """
     size, total = settings["shard_size"], settings["num_samples"]
     # A short last shard is written again: with more samples wanted, its file has more rows.
     shards = [shard for shard in manifest["shards"] if shard["rows"] == min(size, total - shard["first"])]
@@ -171,7 +195,13 @@ def _counts(shards: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def speed(before: dict[str, Any], seconds: float, tokens: int, utilisation: float) -> dict[str, Any]:
-    """Totals over all runs that went into a corpus; `tokens` are those generated, or taken from data, kept or not."""
+    """Totals over all runs that went into a corpus; `tokens` are those generated, or taken from data, kept or not.
+
+    Args:
+        before: totals of earlier runs.
+        seconds, tokens: of this run.
+        utilisation: share of the sampler's slot steps that ran a sample.
+    """
     # Slot steps are summed, not utilisations: the mean over several runs is weighted by their work.
     seconds, slot_steps = seconds + before.get("seconds", 0), tokens / utilisation + before.get("slot_steps", 0)
     tokens += before.get("generated_tokens", 0)

@@ -34,7 +34,13 @@ LOSS_MASK = "loss_mask"
 
 
 def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str, Any]:
-    """Writes one shard and returns its entry for the manifest."""
+    """Writes one shard and returns its entry for the manifest.
+
+    Args:
+        folder: of the corpus.
+        rows: all of the shard, in order of index.
+        shard_size: rows of a whole shard, which gives the file its number.
+    """
     first = rows[0]["index"]
     columns = {name: [row[name] for row in rows] for name in SCHEMA.names}
     # 32 bits: `manifest.check_settings` keeps the ids of a shard below 2^31.
@@ -67,7 +73,13 @@ def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str
 
 
 def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) -> pa.Table:
-    """A shard, or some columns of it. RunError, naming the file, unless it is to the byte what was written."""
+    """A shard, or some columns of it. RunError, naming the file, unless it is to the byte what was written.
+
+    Args:
+        folder: of the corpus.
+        shard: its entry in the manifest.
+        columns: names; None for all.
+    """
     path = locate(folder, shard)
     # The checksum needs the whole file, so it is read whole; only the columns asked for are decoded.
     data = path.read_bytes()
@@ -80,7 +92,12 @@ def read(folder: Path, shard: dict[str, Any], columns: list[str] | None = None) 
 
 
 def locate(folder: Path, shard: dict[str, Any]) -> Path:
-    """The path of a shard; RunError where it is missing or of another size than it was written with."""
+    """The path of a shard; RunError where it is missing or of another size than it was written with.
+
+    Args:
+        folder: of the corpus.
+        shard: its entry in the manifest.
+    """
     path = folder / shard["file"]
     # The size is a quick check, for when shards are only listed.
     size = path.stat().st_size if path.is_file() else None

@@ -70,7 +70,12 @@ def prompt_pages(start):
 
 
 def shardings(state: State, mesh: Mesh) -> State:
-    """The state's layout: each group on the devices of its rows, its keys and values split by heads there."""
+    """The state's layout: each group on the devices of its rows, its keys and values split by heads there.
+
+    Args:
+        state: arrays or shapes.
+        mesh: of data x fsdp x tensor.
+    """
 
     def rows(leaf):
         return mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), mesh)
@@ -127,7 +132,14 @@ def fit(state: State, settings: Settings, first_pages: int) -> State:
 
 
 def enough(slots: int, wanted: jax.Array, longest: jax.Array, worth: jax.Array) -> jax.Array:
-    """The fewest slots of a group for `wanted` samples of at most `longest` steps, if changing to it pays."""
+    """The fewest slots of a group for `wanted` samples of at most `longest` steps, if changing to it pays.
+
+    Args:
+        slots: of the group now.
+        wanted: samples that still have to run.
+        longest: most steps that any of them may take.
+        worth: slot steps to save, at least.
+    """
     fewer = jnp.asarray(sizes(slots))
     fewer = jnp.where(fewer >= wanted, fewer, slots).min()
     saved = slots - fewer

@@ -38,7 +38,11 @@ _BATCH_TOKENS = 4096
 
 
 def encode(log_probs: np.ndarray) -> np.ndarray:
-    """uint16 codes of log-probabilities; a value that rounding has put above 0 counts as 0."""
+    """uint16 codes of log-probabilities; a value that rounding has put above 0 counts as 0.
+
+    Args:
+        log_probs: natural logarithms, any shape; -inf has a code of its own.
+    """
     # float64: by a rounding error in float32, a value could get the neighbouring code.
     values = np.asarray(log_probs, np.float64)
     codes = np.rint(_LAST * np.sqrt(np.clip(-values / _RANGE, 0, 1)))
@@ -142,7 +146,13 @@ def num_entries(corpus: Corpus) -> int:
 
 
 def check(source: Corpus, model: Model, label: str) -> None:
-    """Raises ValueError for an unfinished corpus, another tokenizer, or rows longer than the model's positions."""
+    """Raises ValueError for an unfinished corpus, another tokenizer, or rows longer than the model's positions.
+
+    Args:
+        source: the corpus that is to be scored.
+        model: the teacher.
+        label: what messages call the teacher.
+    """
     about = source.manifest["settings"]
     if not source.finished:
         raise ValueError(f"{source.folder} is not finished: it has {source.num_rows} of {about['num_samples']} rows")

@@ -72,7 +72,12 @@ class Rollouts:
         return [ids[: max(1, min(length, len(ids) - 1))].tolist() for ids in self.prompts.tokens(rows)]
 
     def batch(self, params: Any, update: int) -> Batch:
-        """The batch of an update, sampled with these parameters; what comes after an EOS is masked."""
+        """The batch of an update, sampled with these parameters; what comes after an EOS is masked.
+
+        Args:
+            params: the student's weights, as they are before the update.
+            update: its number, from 0.
+        """
         prompts, count = self.prompts_of(update), self.layout.sequences
         # SeedSequence mixes the three numbers; sums of seed and update would coincide between seeds.
         seed = np.random.SeedSequence((self.seed, _SAMPLES, update)).generate_state(1)[0]

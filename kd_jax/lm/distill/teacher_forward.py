@@ -123,6 +123,12 @@ def over_mesh(
     """As `jitted`, over a mesh of data x fsdp x tensor; parameters are moved onto it if they are not there yet.
 
     Rows are padded to a multiple of the devices they are split over, and cut again.
+
+    Args:
+        model: the teacher.
+        mesh: of data x fsdp x tensor.
+        want, k, compute: see `forward`.
+    Returns: as `jitted`.
     """
     run = jax.jit(_bound(model, want, k, dataclasses.replace(compute, mesh=mesh)))
     architecture = model.architecture
@@ -147,7 +153,14 @@ def pmapped(
     model: Model, devices: Sequence[jax.Device] | None = None, *, want: str = "hidden", k: int | None = None,
     compute: Compute = DEFAULT,
 ) -> Callable:  # fmt: skip
-    """As `jitted`, by jax.pmap: rows are split over the devices of this host, parameters are copied to each."""
+    """As `jitted`, by jax.pmap: rows are split over the devices of this host, parameters are copied to each.
+
+    Args:
+        model: the teacher.
+        devices: of this host; by default all of its devices.
+        want, k, compute: see `forward`.
+    Returns: as `jitted`.
+    """
     devices = list(devices or jax.local_devices())
     run = jax.pmap(
         _bound(model, want, k, compute), in_axes=(None, *[0] * (3 if want == "logits" else 2)), devices=devices

@@ -28,6 +28,10 @@ def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
 
     The standard error is the delta method's: that of the mean of values - ratio * tokens, over the mean of tokens. It
     is NaN for fewer than two sequences, or where a value is infinite, as is then the ratio.
+
+    Args:
+        values: [N], sums over each sequence's tokens.
+        tokens: [N], how many those are.
     """
     # float64: sums over a million tokens would lose digits in float32.
     values, tokens = np.asarray(values, np.float64), np.asarray(tokens, np.float64)
@@ -51,14 +55,23 @@ def per_sequence(values: np.ndarray) -> tuple[float, float]:
 
 
 def both_averages(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float, float]:
-    """Per token and its standard error, per sequence and its standard error."""
+    """Per token and its standard error, per sequence and its standard error.
+
+    Args:
+        values, tokens: as of `per_token`.
+    """
     return *per_token(values, tokens), *per_sequence(values)
 
 
 def difference(
     values: np.ndarray, tokens: np.ndarray, other_values: np.ndarray, other_tokens: np.ndarray
 ) -> tuple[float, float]:
-    """The difference of two averages per token over independent sequences, and its standard error."""
+    """The difference of two averages per token over independent sequences, and its standard error.
+
+    Args:
+        values, tokens: of one set of sequences, as of `per_token`.
+        other_values, other_tokens: of the other.
+    """
     (a, a_se), (b, b_se) = per_token(values, tokens), per_token(other_values, other_tokens)
     # independent draws: the variances add
     return a - b, float(np.hypot(a_se, b_se))
@@ -103,6 +116,10 @@ def distinct(rows: Sequence[np.ndarray], n: int = 4) -> list[float]:
 
     It falls with the number of rows: only sets of equal size can be compared (Li et al. 2016, arXiv 1510.03055). An
     n-gram lies within one row; NaN where no row has one.
+
+    Args:
+        rows: ids of each sequence, prompts left out.
+        n: largest n-grams.
     """
     # Over all rows together: a mean over rows would not see that rows repeat each other.
     return [len(np.unique(codes)) / len(codes) if len(codes) else float("nan") for codes, _ in _ngrams(rows, n)]
@@ -112,6 +129,10 @@ def repetition(rows: Sequence[np.ndarray], n: int = 4) -> float:
     """Mean over rows of 1 - different n-grams / n-grams of the row (Welleck et al. 2020, arXiv 1908.04319, seq-rep-n).
 
     Rows shorter than n have none and are left out; NaN where all of them are.
+
+    Args:
+        rows: ids of each sequence, prompts left out.
+        n: size of the n-grams.
     """
     *_, (codes, row) = _ngrams(rows, n)
     if not len(codes):

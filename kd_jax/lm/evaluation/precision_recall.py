@@ -112,6 +112,11 @@ def carry_out(plan: Plan) -> list[dict[str, Any]]:
 
 
 def seconds(folder: str | os.PathLike, names: Iterable[str]) -> float:
-    """How long the finished evaluations of these models took, each in the start that ended it."""
+    """How long the finished evaluations of these models took, each in the start that ended it.
+
+    Args:
+        folder: of the evaluation.
+        names: of models.
+    """
     paths = [path for name in names for path in (Path(folder) / name).rglob("result.json")]
     return round(sum(result["seconds"] for path in paths for result in read_rows(path, {"seconds": int | float})), 3)

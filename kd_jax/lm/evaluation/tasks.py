@@ -85,7 +85,18 @@ def sampling_settings(
     model: LazyModel, source: str, prompt_ids: list[int], max_length: int, num_samples: int, seed: int,
     sampler: SamplerSpec, spec: EvaluationSpec,
 ) -> dict[str, Any]:  # fmt: skip
-    """The settings of a corpus of samples of the model (see kd_jax.lm.corpus)."""
+    """The settings of a corpus of samples of the model (see kd_jax.lm.corpus).
+
+    Args:
+        model: that is sampled.
+        source: its name, for the manifest.
+        prompt_ids: what each sample begins with.
+        max_length: ids of the longest sample.
+        num_samples: rows of the corpus.
+        seed: of the samples, any integer.
+        sampler: how tokens are drawn.
+        spec: has the dtype and the batch size.
+    """
     return {
         "source": source, "model_fingerprint": model.fingerprint,
         "tokenizer_fingerprint": compatibility.tokenizer_fingerprint(model.metadata), "dtype": spec.dtype,
@@ -195,7 +206,12 @@ def _source(entry: Entry, name: str) -> str:
 
 
 def fingerprint(corpus: Corpus, count: int) -> str:
-    """A hex digest of the first `count` rows; other shard sizes give another one."""
+    """A hex digest of the first `count` rows; other shard sizes give another one.
+
+    Args:
+        corpus: given, or sampled for the evaluation.
+        count: rows that are used.
+    """
     shards = [shard["sha256"] for shard in corpus.manifest["shards"] if shard["first"] < count]
     return hashlib.sha256(json.dumps([count, *shards]).encode()).hexdigest()
 

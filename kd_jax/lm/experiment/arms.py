@@ -119,8 +119,8 @@ def arms(spec: LmSpec) -> list[Arm]:
             if name in _TAKEN or not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(("tau-", "top_k-")):
                 raise ValueError(f"config.arms: {name!r} cannot name an arm")
             named.append(_changed_arm(spec.distill, name, dict(changes)))
-    # Without named arms, config.distill itself is one.
     elif spec.distill.policy != "sequence":
+        # without named arms, config.distill itself is one
         named.append(_arm(spec.distill.policy, spec.distill))
     _check_effect(spec.distill, [arm for arm in named if arm.kind not in ("direct", "distilled")])
     return named

@@ -52,7 +52,12 @@ class Cost(NamedTuple):
 
 
 def sampling(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost:
-    """The cost of drawing samples."""
+    """The cost of drawing samples.
+
+    Args:
+        shape: of the model; None where the config does not say it.
+        num_samples: rows of the corpus.
+    """
     # At most: samples that end early have fewer.
     tokens = num_samples * spec.sampling.max_length
     # ids as int32 and a few numbers for each row; Parquet packs them somewhat
@@ -95,7 +100,12 @@ def training(
 
 
 def scoring(spec: LmSpec, shape: Architecture | None, top_k: int) -> Cost:
-    """The cost of recording the teacher's top_k tokens at each position of a corpus."""
+    """The cost of recording the teacher's top_k tokens at each position of a corpus.
+
+    Args:
+        shape: of the teacher; None where the config does not say it.
+        top_k: tokens at a position.
+    """
     tokens = (spec.num_train + spec.num_validation) * spec.sampling.max_length
     return _cost("scoring", spec, shape, tokens, disk=4 * tokens * (1 + top_k))._replace(top_k=top_k)
 

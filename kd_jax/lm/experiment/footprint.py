@@ -70,7 +70,12 @@ class Program(NamedTuple):
 
 
 def programs(spec: LmSpec, costs: dict[str, Cost], target: Target) -> dict[str, Program]:
-    """The program of each stage whose shape the config says; stages with the same program share one compilation."""
+    """The program of each stage whose shape the config says; stages with the same program share one compilation.
+
+    Args:
+        costs: of the stages, by name.
+        target: the devices to plan for.
+    """
     compiled: dict[Any, Program] = {}
     by_stage = {}
     for name, cost in costs.items():
@@ -100,7 +105,12 @@ def _program(spec: LmSpec, cost: Cost, target: Target) -> Program:
 
 
 def update(spec: LmSpec, cost: Cost, target: Target) -> Program:
-    """The program of an update, or of the student's own sampling before it where that needs more memory."""
+    """The program of an update, or of the student's own sampling before it where that needs more memory.
+
+    Args:
+        cost: of the training.
+        target: the devices to plan for.
+    """
     program, arguments = _update(spec, cost, target)
     compiled = program.lower(*arguments).compile()
     need = memory(compiled)
@@ -149,7 +159,15 @@ def _update(spec: LmSpec, cost: Cost, target: Target, rows: int | None = None):
 def sampling(
     spec: LmSpec, shape: Architecture, slots: int, dtype: str, target: Target, weights_dtype: Any = None
 ) -> Memory:
-    """The memory of the loop that draws samples, every slot with all of its pages."""
+    """The memory of the loop that draws samples, every slot with all of its pages.
+
+    Args:
+        shape: of the model.
+        slots: samples at a time.
+        dtype: of activations and products.
+        target: the devices to plan for.
+        weights_dtype: of the weights; by default the same.
+    """
     mesh = make_mesh(spec.mesh)
     compute = _compute(target, None, dtype=dtype)
     model = _model(shape, weights_dtype or compute.dtype, mesh)
@@ -162,7 +180,13 @@ def sampling(
 
 
 def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target) -> Program:
-    """Scoring a batch of sequences, or recording a teacher's likeliest tokens of it."""
+    """Scoring a batch of sequences, or recording a teacher's likeliest tokens of it.
+
+    Args:
+        shape: of the model.
+        top_k: tokens to record; None for scoring.
+        target: the devices to plan for.
+    """
     mesh = make_mesh(spec.mesh) if top_k is None else make_mesh(spec.teacher_mesh)
     dtype = spec.sampling.dtype if top_k is None else spec.distill.teacher_dtype
     compute = _compute(target, mesh, dtype=dtype)
@@ -229,7 +253,12 @@ def _compute(target: Target, mesh, *, dtype: str, **more) -> Compute:
 
 
 def layout(spec: LmSpec, train: TrainSpec, mesh: Mesh | None) -> Layout:
-    """How the sequences of an update lie in rows."""
+    """How the sequences of an update lie in rows.
+
+    Args:
+        train: settings of the training.
+        mesh: what rows are split over.
+    """
     longest = spec.sampling.max_length
     row = train.row_length and max(train.row_length, longest)
     return Layout(train.batch_size, longest, row, train.parts, mesh_lib.batch_devices(mesh))

@@ -102,7 +102,12 @@ def _knob(entry: Any) -> Knob:
 
 
 def check(spec: FrontierSpec, arms: Collection[str]) -> None:
-    """Raises ValueError, naming the key, for an arm that the run does not have."""
+    """Raises ValueError, naming the key, for an arm that the run does not have.
+
+    Args:
+        spec: of the config.
+        arms: names of the run's arms.
+    """
     frontier = read(spec)
     if frontier is None:
         return

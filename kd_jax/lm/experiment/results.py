@@ -143,7 +143,13 @@ def trained(chain: Sequence[Stage], folders: dict[str, Path]) -> list[tuple[Stud
 
 
 def stage_rows(chain: Sequence[Stage], folders: dict[str, Path], evaluation_seconds: float) -> list[dict[str, Any]]:
-    """A row for each stage: its time, and for a training the share of it that data, logging and checkpoints took."""
+    """A row for each stage: its time, and for a training the share of it that data, logging and checkpoints took.
+
+    Args:
+        chain: the stages, all of them finished.
+        folders: of the stages, by name.
+        evaluation_seconds: the evaluation's time.
+    """
     rows = []
     for stage in chain:
         record = stages.about(folders[stage.name])
@@ -173,6 +179,10 @@ def learnt_from(model: Evaluated, folders: dict[str, Path]) -> dict[str, Any]:
 
     The entropy is that of the text, or, where a distribution is learnt, of that distribution on the validation rows:
     the teacher's at the loss temperature. It is unknown for a recorded top-k teacher.
+
+    Args:
+        model: a student or the teacher.
+        folders: of the stages, by name.
     """
     arm, sampler = model.arm, model.sampler
     if arm is None:  # the teacher
@@ -188,7 +198,14 @@ def learnt_from(model: Evaluated, folders: dict[str, Path]) -> dict[str, Any]:
 def sample_rows(
     spec: LmSpec, p_star: Model, models: dict[str, Evaluated], validation: Corpus, folder: Path, count: int = 8
 ) -> list[dict[str, Any]]:
-    """The first samples of p* and of each model, as text (or ids, where there is no tokenizer)."""
+    """The first samples of p* and of each model, as text (or ids, where there is no tokenizer).
+
+    Args:
+        models: of the evaluation, by name.
+        validation: the corpus of p*.
+        folder: of the run.
+        count: samples of each.
+    """
     corpora = [("p*", Entry(p_star, arm="p_star"), validation)]
     for name, model in models.items():
         samples = model.entry.samples or corpus_lib.open(folder / "evaluation" / name / "samples")

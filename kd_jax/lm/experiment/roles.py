@@ -51,7 +51,13 @@ def p_star_identity(spec: LmSpec) -> str:
 
 
 def teacher(spec: LmSpec, inputs: dict[str, Path], dtype: str, mesh: Mesh | None) -> Model:
-    """The teacher with its weights on a mesh; p* itself, loaded once, where both have the same source."""
+    """The teacher with its weights on a mesh; p* itself, loaded once, where both have the same source.
+
+    Args:
+        inputs: folders of the stages that are inputs, by name.
+        dtype: of the weights.
+        mesh: where they lie; None for one device.
+    """
     source = spec.teacher.source
     if source and source == spec.p_star.source:
         return _load_p_star(source, spec.p_star.architecture, spec.seed, dtype, mesh)

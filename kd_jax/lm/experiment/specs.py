@@ -197,6 +197,12 @@ def architecture(shape: StudentSpec | TeacherSpec, p_star: Architecture, role: s
     """The architecture of a model to be trained: that of its start, or the config's with p*'s vocabulary.
 
     Unless it is a preset, the config's shape has the rotary embedding and the longest sequence of p*, too.
+
+    Args:
+        shape: of the config.
+        p_star: its vocabulary, rotary base and positions are taken.
+        role: "teacher" or "student", for messages.
+    Raises: ValueError for a shape that cannot be.
     """
     if shape.start:
         return shallower(shape, _describe(shape.start)).architecture
@@ -239,6 +245,11 @@ def _describe(source: str) -> Model:
 
 
 def planned_shape(spec: LmSpec, role: str) -> Architecture | None:
-    """The architecture of teacher or student as far as the config alone says it."""
+    """The architecture of teacher or student as far as the config alone says it.
+
+    Args:
+        role: "teacher" or "student".
+    Returns: None where p*'s vocabulary is not known without its source.
+    """
     p_star = PRESETS.get(spec.p_star.architecture)
     return None if p_star is None else architecture(getattr(spec, role), p_star, role)

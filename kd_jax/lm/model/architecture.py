@@ -260,7 +260,12 @@ def init(key: jax.Array, architecture: Architecture, dtype=jnp.float32) -> dict[
 
 
 def abstract(architecture: Architecture, dtype=jnp.float32) -> dict[str, Any]:
-    """Shapes and dtypes of the weights, as a tree of jax.ShapeDtypeStruct; nothing is allocated."""
+    """Shapes and dtypes of the weights, as a tree of jax.ShapeDtypeStruct; nothing is allocated.
+
+    Args:
+        architecture: of the model.
+        dtype: of the weights.
+    """
     # Traced, not run: the weights of a model that fits no device have shapes too.
     return jax.eval_shape(lambda: init(jax.random.key(0), architecture, dtype))
 

@@ -39,7 +39,11 @@ class Rule(NamedTuple):
         return scores if self.softcap is None else self.softcap * jnp.tanh(scores / self.softcap)
 
     def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """Whether a query's position attends to a key's position, by the causal mask and the window."""
+        """Whether a query's position attends to a key's position, by the causal mask and the window.
+
+        Args:
+            queries, keys: positions, of shapes that broadcast.
+        """
         mask = keys <= queries
         return mask if self.window is None else mask & (keys > queries - self.window)
 
@@ -48,7 +52,12 @@ LLAMA = Rule()
 
 
 def check(kind: str, dtype: str) -> None:
-    """Raises ValueError where this kind of attention is unknown or cannot run here."""
+    """Raises ValueError where this kind of attention is unknown or cannot run here.
+
+    Args:
+        kind: one of KINDS.
+        dtype: of the activations.
+    """
     if kind not in KINDS:
         raise ValueError(f"attention {kind!r} is not one of {', '.join(KINDS)}")
     if kind == "cudnn" and (jax.default_backend() != "gpu" or dtype == "float32"):

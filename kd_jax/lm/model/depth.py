@@ -42,6 +42,10 @@ def shallower(model: Model, kept: tuple[int, ...]) -> Model:
     """The model with only these layers; weights outside of the layers are the same arrays.
 
     Windows and layers without rotary phases stay with the layers that had them.
+
+    Args:
+        model: with weights, layers stacked.
+        kept: numbers of its layers, ascending, as `layers_kept` gives them.
     """
     a = model.architecture
 

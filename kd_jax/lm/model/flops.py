@@ -31,7 +31,11 @@ def forward_flops(architecture: Architecture, length: int) -> float:
 
 
 def training_flops(architecture: Architecture, length: int) -> float:
-    """Floating-point operations per token of an update: the forward pass, and twice that for the backward pass."""
+    """Floating-point operations per token of an update: the forward pass, and twice that for the backward pass.
+
+    Args:
+        architecture, length: as of `forward_flops`.
+    """
     return 3.0 * forward_flops(architecture, length)
 
 

@@ -46,7 +46,12 @@ def frozen_layers(patterns: tuple[str, ...], architecture: Architecture) -> dict
 
 
 def split(params: dict[str, Any], frozen: dict[str, frozenset[int]]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the weights that are trained, those that are frozen), both flat: {"embedding": ..., "layers.q": ...}."""
+    """(the weights that are trained, those that are frozen), both flat: {"embedding": ..., "layers.q": ...}.
+
+    Args:
+        params: the tree of weights, layers stacked.
+        frozen: as `frozen_layers` gives it.
+    """
     trained, kept = {}, {}
     for name, leaf in _flat(params).items():
         layers = frozen.get(name, frozenset())

@@ -61,7 +61,12 @@ class Cache(NamedTuple):
 
 
 def empty(layers: int, rows: int, heads: int, width: int, length: int, dtype=jnp.float32) -> Cache:
-    """A cache of zeros for `rows` rows of `length` positions, with `heads` kv heads of `width` dimensions."""
+    """A cache of zeros for `rows` rows of `length` positions, with `heads` kv heads of `width` dimensions.
+
+    Args:
+        layers: number of layers.
+        dtype: of keys and values.
+    """
     return Cache(
         tuple(jnp.zeros((rows, heads, width, length), dtype) for _ in range(layers)),
         tuple(jnp.zeros((rows, heads, length, width), dtype) for _ in range(layers)),
@@ -156,7 +161,12 @@ def free(pages: Pages) -> jax.Array:
 
 
 def missing(pages: Pages, positions: jax.Array) -> jax.Array:
-    """bool [group, slot]: whether the slot has no page yet for its position, of `positions` [group * slot]."""
+    """bool [group, slot]: whether the slot has no page yet for its position, of `positions` [group * slot].
+
+    Args:
+        pages: the pool.
+        positions: int [group * slot].
+    """
     nth = positions.reshape(pages.table.shape[:2]) // PAGE
     page = jnp.take_along_axis(pages.table, jnp.minimum(nth, pages.table.shape[2] - 1)[..., None], axis=2)[..., 0]
     return (page == pages.num_pages) & (nth < pages.table.shape[2])
@@ -166,6 +176,10 @@ def open_pages(pages: Pages, positions: jax.Array) -> Pages:
     """Gives a free page to each slot that is `missing` one for its position [group * slot].
 
     The caller makes sure that there are enough (`free`): a slot that gets none would write nothing.
+
+    Args:
+        pages: the pool.
+        positions: int [group * slot]; the pool's length for a slot that needs none.
     """
     nth = positions.reshape(pages.table.shape[:2]) // PAGE
     owner, order, table = jax.vmap(_open)(pages.owner, pages.order, pages.table, nth, missing(pages, positions))
@@ -173,7 +187,13 @@ def open_pages(pages: Pages, positions: jax.Array) -> Pages:
 
 
 def release(pages: Pages, done: jax.Array, keep: jax.Array) -> Pages:
-    """Frees the pages of the slots that are done, bool [group * slot], except the first `keep` of each slot."""
+    """Frees the pages of the slots that are done, bool [group * slot], except the first `keep` of each slot.
+
+    Args:
+        pages: the pool.
+        done: bool [group * slot].
+        keep: pages of a shared prompt.
+    """
     # A freed page keeps its old keys. Its next owner writes each position before its mask lets that position through.
     done = done.reshape(pages.table.shape[:2])
     # A free page looks at the last slot; to free it again changes nothing.
@@ -190,6 +210,10 @@ def resize(pages: Pages, num_pages: int) -> Pages:
     """The same pages in a pool of another size, which must hold all pages in use. It deletes the arrays it is given.
 
     Not for use under jit: it moves one layer at a time, so that at most one layer is in memory twice.
+
+    Args:
+        pages: the pool; its arrays cannot be used afterwards.
+        num_pages: of each group, at least as many as are in use.
     """
     *index, source = _renumber(pages, num_pages)
 

@@ -40,6 +40,10 @@ class Lora(NamedTuple):
 def init(key: jax.Array, architecture: Architecture, lora: Lora) -> dict[str, Any]:
     """New adapters, float32: A uniform within 1 / sqrt(in), as PEFT draws it, and B zero, so that nothing changes yet.
 
+    Args:
+        key: a key of jax.random.
+        architecture: of the base model.
+        lora: rank, scale and targets.
     Raises: ValueError for a target that is no linear layer, or a rank below 1.
     """
     unknown = [name for name in lora.targets if name not in TARGETS]
@@ -63,7 +67,13 @@ def logical_axes(lora: Lora) -> dict[str, Any]:
 
 
 def attached(params: dict[str, Any], adapters: dict[str, Any], lora: Lora) -> dict[str, Any]:
-    """The weights of the base model with the adapters among them, for `forward`, `extend` and `unstack`."""
+    """The weights of the base model with the adapters among them, for `forward`, `extend` and `unstack`.
+
+    Args:
+        params: of the base model.
+        adapters: as of `init`.
+        lora: their settings.
+    """
     more = {}
     for name, adapter in adapters.items():
         # the scale goes into the smaller of the two products
@@ -72,7 +82,13 @@ def attached(params: dict[str, Any], adapters: dict[str, Any], lora: Lora) -> di
 
 
 def merged(params: dict[str, Any], adapters: dict[str, Any], lora: Lora) -> dict[str, Any]:
-    """Weights of the base architecture that compute the same, up to rounding; in the base weights' dtype."""
+    """Weights of the base architecture that compute the same, up to rounding; in the base weights' dtype.
+
+    Args:
+        params: of the base model.
+        adapters: as of `init`.
+        lora: their settings.
+    """
     layers = dict(params["layers"])
     for name, adapter in adapters.items():
         # In float32, the adapters' dtype, and rounded once: in bfloat16 most of a small update would be lost.

@@ -77,7 +77,12 @@ def frequencies(theta: float, dim: int, scaling: Scaling | None = None) -> np.nd
 
 
 def phases(positions: jax.Array, theta: float, dim: int, scaling: Scaling | None) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [row, position, 1, dim / 2], for positions [row, position]; see `frequencies`."""
+    """cos and sin, float32 [row, position, 1, dim / 2], for positions [row, position]; see `frequencies`.
+
+    Args:
+        positions: int [row, position].
+        theta, dim, scaling: as of `frequencies`.
+    """
     # Positions are whole numbers, exact in float32 up to 2**24.
     angles = positions[..., None, None].astype(jnp.float32) * jnp.asarray(frequencies(theta, dim, scaling), jnp.float32)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
@@ -88,7 +93,12 @@ def phases(positions: jax.Array, theta: float, dim: int, scaling: Scaling | None
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Queries or keys [row, position, head, head_dim], rotated in their first 2 * cos.shape[-1] dimensions."""
+    """Queries or keys [row, position, head, head_dim], rotated in their first 2 * cos.shape[-1] dimensions.
+
+    Args:
+        x: of any float dtype; the result has the same.
+        cos, sin: float32, as `phases` gives them.
+    """
     rotated, rest = x[..., : 2 * cos.shape[-1]], x[..., 2 * cos.shape[-1] :]
     # In float32, rounded once to the dtype of the activations.
     a, b = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)

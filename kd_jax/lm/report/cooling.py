@@ -42,7 +42,12 @@ class Curve(NamedTuple):
         return sorted(set.intersection(*(set(self.rows[t]) for t in self.temperatures)))
 
     def values(self, metric: str, seeds: list[int]) -> np.ndarray:
-        """A metric [temperature, seed]; NaN where it is not known."""
+        """A metric [temperature, seed]; NaN where it is not known.
+
+        Args:
+            metric: a field of evaluation rows.
+            seeds: which, in order.
+        """
         return np.array([[number(self.rows[t][s].get(metric)) for s in seeds] for t in self.temperatures])
 
 
@@ -227,7 +232,12 @@ def table(students: dict[str, Curve], by_arm: dict[str, Standing], smoke: bool) 
 
 
 def temperature_table(students: dict[str, Curve], by_arm: dict[str, Standing]) -> Table:
-    """Every student at every sample temperature; no rows where all were sampled at one alone."""
+    """Every student at every sample temperature; no rows where all were sampled at one alone.
+
+    Args:
+        students: by arm, as `curves` returns them.
+        by_arm: as `standings` returns them.
+    """
     rows = []
     for arm, curve in students.items() if any(len(c.temperatures) > 1 for c in students.values()) else ():
         for t in curve.temperatures:

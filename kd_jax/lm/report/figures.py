@@ -100,7 +100,14 @@ def legend(figure: Figure, handles: list[Line2D]) -> None:
 
 
 def marker(label: str, marker: str, colour, size: float = 8, **style) -> Line2D:
-    """A legend's entry."""
+    """A legend's entry.
+
+    Args:
+        label: the text.
+        marker: of matplotlib.
+        colour: of the face.
+        size: in points.
+    """
     style = {"linestyle": "", "markeredgecolor": "white", **style}
     return Line2D([], [], color=colour, marker=marker, markersize=size, label=plain(label), **style)
 
@@ -178,6 +185,10 @@ def colours_of(groups: list[Group]) -> dict[str, tuple]:
 def draw_curves(axes, curves: dict[str, Curve], colours: dict[str, tuple]) -> list[Line2D]:
     """Each student's mean curve over its own sample temperatures; the direct student's, the control, is labelled.
 
+    Args:
+        axes: to draw on.
+        curves: students by arm.
+        colours: by arm; grey for those without.
     Returns: the legend's entries.
     """
     drawn = {arm: curve for arm, curve in curves.items() if len(curve.temperatures) > 1 and curve.seeds}

@@ -72,7 +72,12 @@ def section(frontier: Frontier | None, curves: dict[str, Curve], smoke: bool) ->
 
 
 def missing(frontier: Frontier | None, curves: dict[str, Curve]) -> list[str]:
-    """What the comparison of knobs lacks, in words."""
+    """What the comparison of knobs lacks, in words.
+
+    Args:
+        frontier: of the run's config.
+        curves: students by arm.
+    """
     gone = [] if frontier is None else [arm for arm in frontier.arms if arm not in curves]
     return [f"students of the arms: {', '.join(gone)} (settings of knobs on the frontier)"] if gone else []
 
@@ -176,7 +181,12 @@ def _priced(knobs, reference: dict[str, np.ndarray], gains) -> tuple[list[str], 
 
 
 def figure(students: KnobStudents, curves: dict[str, Curve]) -> Figure:
-    """All knobs on one recall-precision figure, with the direct student's curve over its sample temperatures."""
+    """All knobs on one recall-precision figure, with the direct student's curve over its sample temperatures.
+
+    Args:
+        students: of the run's knobs.
+        curves: students by arm, over their sample temperatures.
+    """
     drawn = frontier_page.figure(
         students.knobs, students.reference, students.direct, also=students.also, unit=UNIT,
         entropy_label=f"teacher's entropy  ({UNIT})", values=True,

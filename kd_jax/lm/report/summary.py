@@ -148,7 +148,11 @@ def arm_name(row: dict) -> str:
 
 
 def label(arm: str, tau: float | None, name: str | None = None) -> str:
-    """How the page names a group."""
+    """How the page names a group.
+
+    Args:
+        arm, tau, name: a group's key.
+    """
     if arm == "p_star":
         return "p*"
     if arm == "distilled" and tau is not None:
@@ -166,6 +170,9 @@ def position(key: tuple) -> tuple:
 def check(rows: list[dict], path: Any) -> None:
     """Checks the rows of a metrics.jsonl, once, where they are read.
 
+    Args:
+        rows: of the file.
+        path: of the file, for messages.
     Raises: ValueError, naming file and row, for a field of another type, or a row that is not a language-model run's.
     """
     for index, row in enumerate(rows, start=1):

@@ -80,6 +80,10 @@ class Log:
         """Logs the validation loss, as "loss", and its statistics.
 
         The perplexity is of the cross-entropy: the loss itself unless the statistics have one.
+
+        Args:
+            done: updates so far.
+            values: the loss and its statistics by name, nats per token.
         """
         nats = values.get("cross_entropy", values["loss"])
         perplexity = math.exp(nats) if nats < 709 else math.inf  # e^710 is beyond float64

@@ -36,6 +36,13 @@ def adamw(
 
     Moments are float32 whatever the parameters are: in bfloat16 the second moment would stop growing. `clip` 0 turns
     clipping off.
+
+    Args:
+        schedule: the learning rate by the number of finished updates.
+        b1, b2: decay of the first and of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: times the learning rate, of all weights but norm gains.
+        clip: the global norm that gradients are clipped to.
     """
     # Clipped first, so that one huge gradient does not stay in the moments.
     parts = [optax.clip_by_global_norm(clip)] if clip else []

@@ -57,7 +57,13 @@ class Session:
         return self.tokens
 
     def log(self, first: int, distillation: Distillation | None, quiet: bool) -> Log:
-        """The log of the updates after `first`."""
+        """The log of the updates after `first`.
+
+        Args:
+            first: updates that are finished.
+            distillation: the teacher, whose forward pass counts as work; None for text alone.
+            quiet: no progress bar.
+        """
         layout = self.data.updates.layout
         length = layout.row_length or layout.max_length
         per_token = flops.training_flops(self.model.architecture, length)
@@ -74,14 +80,25 @@ class Session:
         return None if self.data.rollouts is None else self.data.rollouts.wanted(done - 1)
 
     def rollout(self, state: State, done: int) -> batches.Batch:
-        """The student's own samples as the batch of update `done`."""
+        """The student's own samples as the batch of update `done`.
+
+        Args:
+            state: as it is before the update.
+            done: number of the update, from 1.
+        """
         with self.clock("updates"):
             jax.block_until_ready(state.params)  # so that the previous update's time is not counted as the rollout's
         with self.clock("rollouts"):
             return self.data.rollouts.batch(state.params, done - 1)
 
     def restore(self, first: int, optimizer) -> State:
-        """The state after `first` updates: the checkpoint's; for 0 a new one, from the member's start or random."""
+        """The state after `first` updates: the checkpoint's; for 0 a new one, from the member's start or random.
+
+        Args:
+            first: finished updates; 0 for none.
+            optimizer: optax's, for the shape of its state.
+        Raises: RunError for a checkpoint of another training.
+        """
         # Later checkpoints are of updates that are about to be made again.
         self.checkpoints.drop_after(first)
         if not first:
@@ -99,7 +116,13 @@ class Session:
         return State(trees["weights"], trees["optimizer"], jax.device_put(np.int32(first), like.step.sharding))
 
     def check(self, done: int, metrics: Metrics, batch: batches.Batch) -> None:
-        """Raises FloatingPointError, with the batch saved, where an update's loss or gradient is not finite."""
+        """Raises FloatingPointError, with the batch saved, where an update's loss or gradient is not finite.
+
+        Args:
+            done: number of the update, from 1.
+            metrics: of the update, as floats.
+            batch: that it learnt from.
+        """
         if math.isfinite(metrics.loss) and math.isfinite(metrics.gradient_norm):
             return
         path = self.member.folder / f"batch-{done}.npz"
@@ -113,7 +136,15 @@ class Session:
         )
 
     def validate(self, state: State, done: int, log: Log, evaluate: Evaluate) -> float:
-        """The validation loss after update `done`, logged."""
+        """The validation loss after update `done`, logged.
+
+        Args:
+            state: after the update.
+            done: number of the update.
+            log: where the loss is logged.
+            evaluate: from weights and batches to the loss and its statistics.
+        Raises: FloatingPointError for a loss that is not finite.
+        """
         with self.clock("validation"):
             placed = (state_lib.place(batch, self.mesh) for batch in self.data.validation)
             values = evaluate(state.params, placed)
@@ -124,7 +155,12 @@ class Session:
         return values["loss"]
 
     def save(self, done: int, state: State, loss: float | None) -> None:
-        """Saves a checkpoint, in the background; `loss` is the validation's, if there was one."""
+        """Saves a checkpoint, in the background; `loss` is the validation's, if there was one.
+
+        Args:
+            done: updates so far.
+            state: after them.
+        """
         # What a later start compares with its own settings, and counts on from.
         about = {"updates": self.total, "seed": self.member.seed, "tokens": self.tokens}
         with self.clock("checkpoints"):

@@ -36,14 +36,25 @@ class State(NamedTuple):
 def init(
     key: jax.Array, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> State:
-    """Random float32 weights and an empty optimiser state, allocated with their shardings."""
+    """Random float32 weights and an empty optimiser state, allocated with their shardings.
+
+    Args:
+        key: a key of jax.random.
+        architecture: of the model.
+        optimizer: optax's.
+        mesh: what the state is split over; None for one device.
+    """
     make = functools.partial(_init, architecture=architecture, optimizer=optimizer)
     # Each device draws its own part: no device ever holds all of a weight that is split.
     return jax.jit(make, out_shardings=shardings(architecture, optimizer, mesh))(key)
 
 
 def abstract(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> State:
-    """Shapes, dtypes and shardings of a state; nothing is allocated."""
+    """Shapes, dtypes and shardings of a state; nothing is allocated.
+
+    Args:
+        architecture, optimizer, mesh: as of `init`.
+    """
     shapes = _shapes(architecture, optimizer)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -54,7 +65,12 @@ def abstract(architecture: Architecture, optimizer: optax.GradientTransformation
 def from_params(
     params: Any, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> State:
-    """A state that starts from given weights. They are copied, since an update donates the buffers of its state."""
+    """A state that starts from given weights. They are copied, since an update donates the buffers of its state.
+
+    Args:
+        params: the weights, of any dtype; they become float32.
+        architecture, optimizer, mesh: as of `init`.
+    """
     to = shardings(architecture, optimizer, mesh)
     copied = jax.tree.map(lambda leaf, to: jax.device_put(jnp.copy(leaf).astype(jnp.float32), to), params, to.params)
     empty = jax.jit(lambda params: (optimizer.init(params), jnp.int32(0)), out_shardings=(to.optimizer, to.step))
@@ -62,7 +78,12 @@ def from_params(
 
 
 def shardings(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> State:
-    """The sharding of each leaf of a state: moments as the weights they belong to, all else replicated."""
+    """The sharding of each leaf of a state: moments as the weights they belong to, all else replicated.
+
+    Args:
+        architecture, optimizer, mesh: as of `init`.
+    Raises: ValueError for a weight that cannot be split over the mesh.
+    """
     shapes = _shapes(architecture, optimizer)
     if mesh is None:
         # Stated on one device too: new, restored and updated states are then laid out alike, and the update compiles
@@ -80,7 +101,12 @@ def shardings(architecture: Architecture, optimizer: optax.GradientTransformatio
 
 
 def place(batch: Batch, mesh: Mesh | None) -> Batch:
-    """The batch on the devices, its rows split over them; each process sends only its own part."""
+    """The batch on the devices, its rows split over them; each process sends only its own part.
+
+    Args:
+        batch: NumPy arrays [part, row, position, ...], equal in all processes.
+        mesh: None for one device.
+    """
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
 

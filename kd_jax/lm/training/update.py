@@ -60,6 +60,11 @@ def compiled(
 
     With several `members`, so many models of one shape are updated by one program (vmap): state, batch and metrics have
     a leading axis over them, and all share the guide.
+
+    Args:
+        update: as `make` returns it.
+        architecture, optimizer, mesh: of the state.
+        members: models that are trained together.
     """
     to = shardings(architecture, optimizer, mesh)
     if members == 1:
@@ -77,7 +82,14 @@ def compiled(
 
 
 def loss_and_gradient(loss: Loss, params: Any, batch: Batch, guide: Any = None):
-    """((mean loss, means of the statistics), float32 gradient, number of tokens) of a whole batch, part after part."""
+    """((mean loss, means of the statistics), float32 gradient, number of tokens) of a whole batch, part after part.
+
+    Args:
+        loss: see kd_jax.lm.distill.loss.
+        params: the weights that it is differentiated in.
+        batch: [part, row, position].
+        guide: the third argument of the loss.
+    """
     # Counted over the whole batch first: the parts' shares of the mean, and so their gradients, simply add up.
     total = jnp.maximum(batch.mask.sum(), 1).astype(jnp.float32)
 

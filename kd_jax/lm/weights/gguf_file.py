@@ -100,6 +100,10 @@ def stored_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
 
     It pairs neighbours in the rotary embedding, and Hugging Face's layout, which is ours, the two halves of a head:
     writers turn each head's rows from [2, head_dim / 2] into [head_dim / 2, 2].
+
+    Args:
+        rows: numbers of rows, in our order.
+        head_dim: dimensions of a head.
     """
     within = np.arange(head_dim).reshape(head_dim // 2, 2).T.reshape(-1)
     return rows // head_dim * head_dim + within[rows % head_dim]

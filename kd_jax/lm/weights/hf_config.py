@@ -14,6 +14,9 @@ from kd_jax.storage import files
 def architecture(config: dict[str, Any], path: Path) -> Architecture:
     """The architecture in a config.json; a key that is absent has transformers' default for its family.
 
+    Args:
+        config: the file's content.
+        path: of the file, for messages.
     Raises: ValueError naming the file, and the key that is missing, wrong or not understood.
     """
     # Phi 3's published configs name code that transformers has had for long; it is known here
@@ -31,7 +34,14 @@ def architecture(config: dict[str, Any], path: Path) -> Architecture:
 def special_ids(
     folder: Path, config: dict[str, Any], vocab_size: int
 ) -> tuple[tuple[int, ...], int | None, int | None]:
-    """(eos_ids, bos_id, pad_id), from generation_config.json where it has them, else from config.json."""
+    """(eos_ids, bos_id, pad_id), from generation_config.json where it has them, else from config.json.
+
+    Args:
+        folder: of the model.
+        config: the content of config.json.
+        vocab_size: ids of the model.
+    Raises: ValueError for an id beyond the vocabulary.
+    """
     path = folder / "generation_config.json"
     generation = files.read_json(path, ValueError) if path.exists() else {}
 
@@ -53,6 +63,9 @@ def special_ids(
 def configs(model: Model, dtype: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of config.json and generation_config.json for a model whose weights have this dtype.
 
+    Args:
+        model: its weights are not used.
+        dtype: of the exported weights.
     Raises: ValueError where the model's family has no config.json for its settings.
     """
     ids = {"bos_token_id": model.bos_id, "eos_token_id": list(model.eos_ids) or None, "pad_token_id": model.pad_id}

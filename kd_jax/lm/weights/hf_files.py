@@ -102,6 +102,9 @@ def names(folder: Path) -> list[str]:
 def commit(repository: str, revision: str | None) -> str:
     """The commit on the Hugging Face hub that a revision stands for; offline, the one its cache has.
 
+    Args:
+        repository: "org/name".
+        revision: a branch, tag or commit; None for the default.
     Raises: RunError where it cannot be known.
     """
     # the hub's cache names the folder of a snapshot by its commit
@@ -111,6 +114,9 @@ def commit(repository: str, revision: str | None) -> str:
 def snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] = PATTERNS) -> Path:
     """The local copy of a model on the Hugging Face hub (its files of these patterns), fetched unless its cache has it.
 
+    Args:
+        repository, revision: as of `commit`.
+        patterns: of file names.
     Raises: RunError, with the hub's reason, where there is none.
     """
     what = repository + (f"@{revision}" if revision else "")
@@ -126,7 +132,10 @@ def snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] = 
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds one JSON object."""
+    """A file that holds one JSON object.
+
+    Raises: FileNotFoundError where it is missing, ValueError where it holds something else; both name it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
     return files.read_json(path, ValueError)

@@ -75,7 +75,12 @@ def gguf(architecture: Architecture) -> Names:
 
 
 def listed(architecture: Architecture, names: Names) -> list[Tensor]:
-    """All tensors of a checkpoint of this architecture, in order."""
+    """All tensors of a checkpoint of this architecture, in order.
+
+    Args:
+        architecture: of the model.
+        names: of the format.
+    """
     tree = model_lib.abstract(architecture)
     layers = tree.pop("layers")
     tensors = [Tensor(names.outside[weight], leaf.shape, ((weight, None),)) for weight, leaf in tree.items()]
@@ -101,7 +106,12 @@ def listed(architecture: Architecture, names: Names) -> list[Tensor]:
 
 
 def places(tensors: list[Tensor], architecture: Architecture) -> dict[tuple[str, int | None], tuple[str, int]]:
-    """(weight, layer) -> the tensor it lies in, and its first row there."""
+    """(weight, layer) -> the tensor it lies in, and its first row there.
+
+    Args:
+        tensors: as `listed` gives them.
+        architecture: of the model.
+    """
     layers = model_lib.abstract(architecture)["layers"]
     found = {}
     for tensor in tensors:

@@ -164,7 +164,12 @@ class Tokenizer:
         return encoded.ids, encoded.offsets
 
     def encode_batch(self, texts: Sequence[str], *, bos: bool = False, special: bool = True) -> list[list[int]]:
-        """`encode` of each text."""
+        """`encode` of each text.
+
+        Args:
+            texts: any number.
+            bos, special: as of `encode`.
+        """
         for text in texts:
             self._check_bytes(text)
         self.backend.encode_special_tokens = not special
@@ -267,6 +272,10 @@ def difference(a: Tokenizer, b: Tokenizer, a_name: str, b_name: str) -> str | No
     """How the ids of two tokenizers differ: how many, and the first few with their tokens; None where they do not.
 
     Only what an id stands for counts. How text is cut into tokens may differ: token ids are the data.
+
+    Args:
+        a, b: the two.
+        a_name, b_name: what the text calls them.
     """
     if a.vocab_size != b.vocab_size:
         return f"{a_name} has {a.vocab_size} ids and {b_name} {b.vocab_size}"
