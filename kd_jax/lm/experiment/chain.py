@@ -30,7 +30,6 @@ from kd_jax.lm.experiment.specs import (
     architecture,
     make_mesh,
     planned_shape,
-    shallower,
 )
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.parallel import distributed
@@ -207,8 +206,12 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
     # These settings are the stage's key. Trackers change no result, so the key has none.
     train_spec = spec.train_of(role)
     train = {key: value for key, value in to_dict(train_spec).items() if key not in ("together", "trackers")}
+    part = spec.part_of(role)
+    if not part.frozen:  # what is off is not said
+        del train["frozen"]
+    unsaid = ("source", "init", "train") if part.lora else ("source", "init", "train", "lora")
     settings = {
-        "model": {key: value for key, value in to_dict(shape).items() if key not in ("source", "init", "train")},
+        "model": {key: value for key, value in to_dict(shape).items() if key not in unsaid},
         "train": {**train, "trackers": []}, "num_validation": spec.num_validation,
         "seed": spec.seed + students[0].purpose, "compute": to_dict(spec.compute),
     }  # fmt: skip
@@ -226,9 +229,10 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
         # From the description beside p*'s corpus: a training does not load p*'s weights.
         p_star = weights.about(inputs[TRAIN])
         model = p_star._replace(architecture=architecture(shape, p_star.architecture, "config"))
-        start = None
-        if shape.start:
-            start = shallower(shape, weights.load(shape.start, mesh=make_mesh(spec.mesh))).params
+        distillation = _distillation(spec, arm, inputs)
+        start = roles.start(spec, role, distillation and distillation.teacher)
+        # of a shallower copy, adapters would be of a model that is nowhere
+        base = "" if shape.layers_kept else shape.start
         corpora = [corpus_lib.open(inputs[corpus] / "corpus") for corpus in arm.corpora]
         members = [
             training.Member(
@@ -238,13 +242,14 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
                 # p*'s text comes first (Arm.texts), the teacher's second.
                 mixed=corpora[1] if len(corpora) > 1 else None,
                 prompts=corpus_lib.open(inputs[TRAIN] / "corpus"), start=start,
+                base=base,
             )
             for student in students
         ]  # fmt: skip
         with Stop() as stop:
             finished = training.train(
                 train_spec, model, members, compute=Compute(**vars(spec.compute)), mesh=make_mesh(spec.mesh),
-                stop=stop, distillation=_distillation(spec, arm, inputs),
+                stop=stop, distillation=distillation, lora=part.lora,
             )  # fmt: skip
         # The names of a group's students tell their results apart; a single one has no need of them.
         named = {student.name: result for student, result in zip(students, finished, strict=True)}
@@ -252,7 +257,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
 
     price = cost.training(
         spec, planned_shape(spec, role), count=len(students), arm=arm, train=train_spec,
-        teacher=planned_shape(spec, "teacher") if arm.teacher_runs else None,
+        teacher=planned_shape(spec, "teacher") if arm.teacher_runs else None, part=part,
     )  # fmt: skip
     # TRAIN always: a training reads p*'s ids and shape there.
     inputs = dict.fromkeys([TRAIN, *arm.corpora, *(roles.teacher_inputs(spec) if arm.teacher_runs else ())])

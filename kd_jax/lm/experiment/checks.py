@@ -16,7 +16,7 @@ from kd_jax.lm.corpus import compatibility, documents
 from kd_jax.lm.experiment import knobs
 from kd_jax.lm.experiment.arms import arms
 from kd_jax.lm.experiment.specs import LmSpec, architecture, make_mesh, planned_shape
-from kd_jax.lm.model import PRESETS, Architecture, Model
+from kd_jax.lm.model import PRESETS, Architecture, Model, frozen
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs import trackers
 
@@ -49,7 +49,7 @@ def check_sources(spec: LmSpec) -> None:
             the maximal length), a prompt without ids, with ids beyond the vocabulary, or without room after it;
         the teacher: a source that cannot be opened, or that cannot be compared with p* (another vocabulary, tokenizer
             or EOS, too few positions);
-        a model that training starts from: the same;
+        a model that training starts from: the same, or a frozen pattern that matches none of its weights;
         the model that embeds samples: a source that cannot be opened, or that cannot read p*'s ids;
         the data: a source that cannot be opened.
     """
@@ -70,6 +70,7 @@ def check_sources(spec: LmSpec) -> None:
         if shape.start:
             key = "config.teacher.init" if role == "teacher" else "config.student.source"
             compatibility.check_model(key, weights.describe(shape.start), p_star, length)
+            frozen.frozen_layers(spec.train_of(role).frozen, architecture(shape, p_star.architecture, role))
     # Without models: the temperatures, and the model that embeds.
     evaluation.check(p_star, {}, evaluation.EvaluationSpec(**vars(spec.evaluation)), length)
     if spec.data.source:

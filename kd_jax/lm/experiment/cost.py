@@ -13,7 +13,8 @@ import jax
 
 from kd_jax.lm.experiment.arms import Arm, arms
 from kd_jax.lm.experiment.specs import LmSpec
-from kd_jax.lm.model import Architecture, flops
+from kd_jax.lm.model import Architecture, flops, frozen
+from kd_jax.lm.model.frozen import ALL, Part
 from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.runs.checkpoint import Checkpoints
 
@@ -36,6 +37,7 @@ class Cost(NamedTuple):
         arm: of the students, if it is a training of students.
         top_k: tokens that are recorded at each position, if they are.
         train: of a training, its settings.
+        part: of a training, what of the model is trained.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Cost(NamedTuple):
     arm: Arm | None = None
     top_k: int | None = None
     train: TrainSpec | None = None
+    part: Part = ALL
 
 
 def sampling(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost:
@@ -66,7 +69,7 @@ def sampling(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost
 
 def training(
     spec: LmSpec, shape: Architecture | None, *, count: int = 1, arm: Arm | None = None,
-    teacher: Architecture | None = None, train: TrainSpec | None = None,
+    teacher: Architecture | None = None, train: TrainSpec | None = None, part: Part = ALL,
 ) -> Cost:  # fmt: skip
     """The cost of training `count` models together.
 
@@ -75,6 +78,7 @@ def training(
         arm: of students.
         teacher: that runs inside the updates.
         train: how they are trained; by default as config.train says.
+        part: what of a model is trained. Operations are counted as if it were all: an upper bound.
     """
     train, length = train or spec.train, spec.sampling.max_length
     tokens = count * spec.num_train * length * train.epochs
@@ -83,7 +87,7 @@ def training(
     rollouts = 0.0 if arm is None else arm.rollouts
     passes = 3 + rollouts * SHARES["training"] / SHARES["sampling"]
     cost = _cost("training", spec, shape, tokens, passes=passes)._replace(
-        count=count, arm=arm, teacher=teacher, train=train
+        count=count, arm=arm, teacher=teacher, train=train, part=part
     )
     if shape is None:
         return cost
@@ -93,10 +97,12 @@ def training(
     extra = flops.forward_flops(shape, length) * validated
     if teacher is not None:
         extra += flops.forward_flops(teacher, length) * (tokens + validated)
-    # a checkpoint has float32 weights and two moments; at the end the weights are written once more
-    kept = 4 + 12 * (train.keep + 1) * train.keep_checkpoints
-    parameters = count * shape.num_parameters
-    return cost._replace(flops=cost.flops + extra, disk=kept * parameters, written=(12 * saves + 4) * parameters)
+    # a checkpoint has what is trained, in float32, and two moments; at the end all weights are written once more
+    trained = jax.eval_shape(lambda: frozen.init(jax.random.key(0), shape, part))
+    checkpoint = 12 * sum(leaf.size for leaf in jax.tree.leaves(trained))
+    model = 4 * shape.num_parameters
+    disk = count * (model + checkpoint * (train.keep + 1) * train.keep_checkpoints)
+    return cost._replace(flops=cost.flops + extra, disk=disk, written=count * (saves * checkpoint + model))
 
 
 def scoring(spec: LmSpec, shape: Architecture | None, top_k: int) -> Cost:

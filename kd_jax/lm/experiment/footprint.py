@@ -93,7 +93,7 @@ def _key(cost: Cost) -> Any:
     """What tells a stage's program from others."""
     # All that changes the program; names, seeds and corpora do not.
     arm = None if cost.arm is None else (cost.arm.distill, cost.arm.recording)
-    return cost.kind, cost.shape, cost.count, cost.teacher, cost.top_k, arm, cost.train
+    return cost.kind, cost.shape, cost.count, cost.teacher, cost.top_k, arm, cost.train, cost.part
 
 
 def _program(spec: LmSpec, cost: Cost, target: Target) -> Program:
@@ -144,16 +144,19 @@ def _update(spec: LmSpec, cost: Cost, target: Target, rows: int | None = None):
     compute = _compute(target, mesh, **vars(spec.compute))
     # The number of updates is a number in the program and changes no shape: any will do.
     optimizer, schedule = cost.train.optimizer(100), cost.train.schedule(100)
-    arguments = [state_lib.abstract(cost.shape, optimizer, mesh), _batch(spec, cost, mesh, rows)]
+    arguments = [state_lib.abstract(cost.shape, optimizer, mesh, cost.part), _batch(spec, cost, mesh, rows)]
     if cost.count > 1:
         arguments = [_stacked(tree, cost.count) for tree in arguments]
-    loss = distill.cross_entropy(cost.shape, compute)
+    loss, guide = distill.cross_entropy(cost.shape, compute), None
     if cost.arm is not None and cost.arm.distill is not None:
         distillation = _distillation(spec, cost, target)
         loss = distill.loss(distillation, Model(cost.shape, {}), compute, packed=cost.train.row_length > 0)
-        arguments.append(distill.guide(distillation))
+        guide = distill.guide(distillation)
+    if not cost.part.is_all:
+        loss = update_lib.of_part(loss, cost.shape, cost.part)
+        guide = state_lib.abstract_frozen(cost.shape, mesh, cost.part), guide
     program = update_lib.make(loss, optimizer, schedule)
-    return update_lib.compiled(program, cost.shape, optimizer, mesh, cost.count), arguments
+    return update_lib.compiled(program, cost.shape, optimizer, mesh, cost.count, cost.part), [*arguments, guide]
 
 
 def sampling(

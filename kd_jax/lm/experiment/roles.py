@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import weights
-from kd_jax.lm.experiment.specs import LmSpec, make_mesh
+from kd_jax.lm.experiment.specs import LmSpec, make_mesh, shallower
 from kd_jax.lm.model import PRESETS, Model
 from kd_jax.parallel import mesh as mesh_lib
 
@@ -62,6 +62,21 @@ def teacher(spec: LmSpec, inputs: dict[str, Path], dtype: str, mesh: Mesh | None
     if source and source == spec.p_star.source:
         return _load_p_star(source, spec.p_star.architecture, spec.seed, dtype, mesh)
     return weights.load(source or inputs["teacher"], dtype=dtype, mesh=mesh)
+
+
+def start(spec: LmSpec, role: str, running_teacher: Model | None) -> Any:
+    """The weights that the training of a role starts from; None for random ones.
+
+    Args:
+        running_teacher: the teacher inside the updates. Where students start from the same weights, these are shared.
+    """
+    shape, mesh = getattr(spec, role), make_mesh(spec.mesh)
+    if not shape.start:
+        return None
+    same = shape.start == spec.teacher.source and mesh == make_mesh(spec.teacher_mesh)
+    if same and running_teacher is not None and running_teacher.params["embedding"].dtype == jnp.float32:
+        return shallower(shape, running_teacher).params
+    return shallower(shape, weights.load(shape.start, mesh=mesh)).params
 
 
 def teacher_inputs(spec: LmSpec) -> tuple[str, ...]:

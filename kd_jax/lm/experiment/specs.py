@@ -12,7 +12,8 @@ from kd_jax.lm import weights
 from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.evaluation import MeasureSpec
 from kd_jax.lm.experiment.knobs import FrontierSpec
-from kd_jax.lm.model import PRESETS, Architecture, Compute, Model, depth
+from kd_jax.lm.model import PRESETS, Architecture, Compute, Model, depth, lora
+from kd_jax.lm.model.frozen import Part
 from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import changes, merge, setting, spec
@@ -61,6 +62,15 @@ class SamplingSpec:
 
 
 @spec
+class LoraSpec:
+    """Low-rank adapters (LoRA), trained in place of the weights of the model that training starts from."""
+
+    rank: int = setting(0, "of the adapters; 0 for none: the weights themselves are trained", at_least=0)
+    alpha: float = setting(16.0, "what adapters add is scaled by alpha / rank", above=0.0)
+    targets: tuple[str, ...] = setting(("q", "v"), "linear layers that have adapters", one_of=lora.TARGETS)
+
+
+@spec
 class ModelSpec:
     """A model that is trained: its shape, as a preset or in numbers, and how it is trained. Its vocabulary is p*'s."""
 
@@ -74,6 +84,7 @@ class ModelSpec:
         "",
         "layers of the model that training starts from: numbers as 0,3,6, every_N or first_and_last_N; empty for all",
     )
+    lora: LoraSpec = setting(LoraSpec(), "adapters")
     train: TrainChanges = setting(TrainChanges(), "settings of config.train that are different for it")
 
 
@@ -166,6 +177,7 @@ class LmSpec:
             )
         for role in ("teacher", "student"):
             _check_shape(getattr(self, role), role)
+            _check_part(self.part_of(role), getattr(self, role), role)
             batch_size = self.train_of(role).batch_size
             if batch_size > self.num_train:
                 raise ValueError(f"train.batch_size={batch_size} of the {role} is above num_train={self.num_train}")
@@ -176,6 +188,11 @@ class LmSpec:
         """How the teacher, or a student, is trained."""
         return merge(self.train, getattr(self, role).train, f"{role}.train")
 
+    def part_of(self, role: str) -> Part:
+        """What of the teacher, or of a student, is trained."""
+        adapters = getattr(self, role).lora
+        return Part(self.train_of(role).frozen, lora.Lora(**vars(adapters)) if adapters.rank else None)
+
 
 def _check_shape(shape: StudentSpec | TeacherSpec, role: str) -> None:
     if not shape.start:
@@ -184,8 +201,21 @@ def _check_shape(shape: StudentSpec | TeacherSpec, role: str) -> None:
         architecture(shape, PRESETS["tiny"], role)
         return
     for field in dataclasses.fields(ModelSpec):
-        if field.name not in ("train", "layers_kept") and getattr(shape, field.name) != field.default:
+        if field.name not in ("train", "layers_kept", "lora") and getattr(shape, field.name) != field.default:
             raise ValueError(f"{role}.{field.name} has no effect: {shape.start!r} gives the shape")
+
+
+def _check_part(part: Part, shape: StudentSpec | TeacherSpec, role: str) -> None:
+    if part.is_all:
+        if shape.lora != LoraSpec():
+            raise ValueError(f"{role}.lora has no effect with rank=0")
+        return
+    key = f"train.frozen={part.frozen} (of the {role})" if part.frozen else f"{role}.lora.rank={shape.lora.rank}"
+    if not shape.start:
+        start = "student.source" if role == "student" else "teacher.init"
+        raise ValueError(f"{key} needs {start}: random weights would stay random")
+    if part.frozen and part.lora is not None:
+        raise ValueError(f"{key} has no effect: {role}.lora trains adapters alone")
 
 
 def make_mesh(sizes: MeshSpec) -> jax.sharding.Mesh | None:

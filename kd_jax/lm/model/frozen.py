@@ -1,4 +1,4 @@
-"""Partial training: the weights that are trained, cut from those that are frozen, and put together again.
+"""Partial training: what is trained (some weights, or adapters), what is frozen, and the whole model of both.
 
 The optimiser is given the trained part alone: it has no state for frozen weights, and they stay bit for bit the same.
 Layers are stacked, so a stack of which only some layers are frozen is cut in two.
@@ -6,15 +6,81 @@ Layers are stacked, so a stack of which only some layers are frozen is cut in tw
 
 from __future__ import annotations
 
+import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax.lm.model import architecture as architecture_lib
+from kd_jax.lm.model import lora as lora_lib
 from kd_jax.lm.model.architecture import AXES, Architecture
+from kd_jax.lm.model.lora import Lora
 
 _PATTERN = re.compile(r"layers(?:\.(\d+)(?:-(\d+))?)?(?:\.([a-z_]+))?")
+
+
+class Part(NamedTuple):
+    """What is trained of a model. The default is all of it, as the usual tree of weights.
+
+    Attributes:
+        frozen: patterns of weights that are not trained, see `frozen_layers`.
+        lora: adapters that are trained in place of all weights.
+    """
+
+    frozen: tuple[str, ...] = ()
+    lora: Lora | None = None
+
+    @property
+    def is_all(self) -> bool:
+        return not self.frozen and self.lora is None
+
+
+ALL = Part()
+
+
+def init(key: jax.Array, architecture: Architecture, part: Part = ALL) -> Any:
+    """The trained part with random float32 values; new adapters change nothing."""
+    if part.lora is not None:
+        return lora_lib.init(key, architecture, part.lora)
+    return cut(architecture_lib.init(key, architecture), architecture, part)[0]
+
+
+def cut(params: Any, architecture: Architecture, part: Part) -> tuple[Any, Any]:
+    """(trained weights, frozen weights) of a whole model; None for the first where adapters are trained."""
+    if part.lora is not None:
+        return None, params
+    return split(params, frozen_layers(part.frozen, architecture)) if part.frozen else (params, None)
+
+
+def logical_axes(architecture: Architecture, part: Part = ALL) -> tuple[Any, Any]:
+    """Logical axis names of what is trained and of what is frozen."""
+    axes = architecture_lib.logical_axes(architecture)
+    if part.lora is not None:
+        return lora_lib.logical_axes(part.lora), axes
+    if not part.frozen:
+        return axes, None
+    flat = _flat(axes)
+    shapes = jax.eval_shape(lambda params: cut(params, architecture, part), architecture_lib.abstract(architecture))
+    trained, kept = ({name: flat[name] for name in some} for some in shapes)
+    return trained, kept
+
+
+def attached(trained: Any, kept: Any, architecture: Architecture, part: Part) -> Any:
+    """The whole model for `forward`, under jit and differentiable; adapters are beside the weights, not merged."""
+    if part.lora is not None:
+        return lora_lib.attached(kept, trained, part.lora)
+    return join(trained, kept, frozen_layers(part.frozen, architecture)) if part.frozen else trained
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def merged(trained: Any, kept: Any, architecture: Architecture, part: Part) -> Any:
+    """The whole model as the usual tree of weights."""
+    if part.lora is not None:
+        return lora_lib.merged(kept, trained, part.lora)
+    return attached(trained, kept, architecture, part)
 
 
 def frozen_layers(patterns: tuple[str, ...], architecture: Architecture) -> dict[str, frozenset[int]]:

@@ -2,7 +2,9 @@
 
     FOLDER/metrics.jsonl    rows of kind "training" and "validation" (kd_jax.lm.training.log)
     FOLDER/checkpoints/     STEP/weights, STEP/optimizer, STEP/about; model.json and the tokenizer: a STEP is a model
+                            (STEP/trained in place of STEP/weights, and no model, where only a part is trained)
     FOLDER/model/           the checkpoint with the least validation loss, once the training has finished
+    FOLDER/adapter/         its adapters as a folder for `peft`, where adapters are trained; they are merged in model/
     FOLDER/training.json    which one that is and by what rule, and where the time went
 
 Killed at any moment, the same call resumes from the last checkpoint and ends with the same numbers: an update is a
@@ -37,6 +39,8 @@ from kd_jax.lm.corpus import batches, compatibility
 from kd_jax.lm.distill import loss as distill
 from kd_jax.lm.distill.loss import Distillation, Loss
 from kd_jax.lm.model import Architecture, Compute, Model
+from kd_jax.lm.model.frozen import Part
+from kd_jax.lm.model.lora import Lora
 from kd_jax.lm.training import data as data_lib
 from kd_jax.lm.training import state as state_lib
 from kd_jax.lm.training import update as update_lib
@@ -59,7 +63,7 @@ _BEHIND = 2
 
 def train(
     spec: TrainSpec, model: Model, members: Sequence[Member], *, compute: Compute, mesh: Mesh | None = None,
-    stop: Stop | None = None, distillation: Distillation | None = None,
+    stop: Stop | None = None, distillation: Distillation | None = None, lora: Lora | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Trains models of the shape of `model` (its weights are not used) side by side, and writes FOLDER/model of each.
 
@@ -73,6 +77,7 @@ def train(
         mesh: what they are split over.
         stop: asked between updates; if it says so, a checkpoint is saved and KeyboardInterrupt raised.
         distillation: the teacher to learn from; without it the text itself is learnt.
+        lora: train adapters, and no weights of the members' start.
     Returns: the contents of each member's training.json.
     Raises: ValueError or RunError for a corpus or a folder that cannot be used; FloatingPointError for a loss that is
         not finite, with its batch saved.
@@ -80,8 +85,9 @@ def train(
     # Process 0 reads, so that all processes agree on what is left to do.
     results = distributed.once(lambda: [_finished(member) for member in members], "what is trained")
     if None in results:
-        _check(model, members, distillation)
-        results = _train(spec, model, members, compute, mesh, stop or Stop(), distillation)
+        part = Part(spec.frozen, lora)
+        _check(model, members, distillation, part)
+        results = _train(spec, model, members, compute, mesh, stop or Stop(), distillation, part)
     distributed.wait("the end of a training")  # nobody reads any more what is removed now
     for member in members:
         _tidy(spec, member.folder)
@@ -100,7 +106,9 @@ def _finished(member: Member) -> dict[str, Any] | None:
     return result
 
 
-def _check(model: Model, members: Sequence[Member], distillation: Distillation | None) -> None:
+def _check(model: Model, members: Sequence[Member], distillation: Distillation | None, part: Part) -> None:
+    if not part.is_all and any(member.start is None or member.start is not members[0].start for member in members):
+        raise ValueError("frozen weights and adapters need a model that training starts from, the same for all members")
     if distillation is None:
         return
     spec, teacher, _ = distillation
@@ -114,8 +122,11 @@ def _check(model: Model, members: Sequence[Member], distillation: Distillation |
         raise ValueError(f"distill.mix={spec.mix} needs a second corpus")
 
 
-def _train(spec, model, members, compute, mesh, stop, distillation) -> list[dict[str, Any]]:
+def _train(spec, model, members, compute, mesh, stop, distillation, part) -> list[dict[str, Any]]:
     clock, began = Clock(), time.perf_counter()
+    kept = None
+    if not part.is_all:
+        kept = state_lib.place_frozen(members[0].start, model.architecture, mesh, part)
     with contextlib.ExitStack() as stack:
         sessions = []
         for member in members:
@@ -128,8 +139,9 @@ def _train(spec, model, members, compute, mesh, stop, distillation) -> list[dict
             checkpoints = Checkpoints(member.folder / "checkpoints", keep=keep, best="loss", background=True)
             stack.enter_context(checkpoints)
             # Before the first checkpoint: with it, a STEP is a model as soon as it is written.
-            weights.save_about(model, member.folder / "checkpoints")
-            sessions.append(Session(spec, model, data, member, checkpoints, compute, mesh, clock))
+            if part.is_all:
+                weights.save_about(model, member.folder / "checkpoints")
+            sessions.append(Session(spec, model, data, member, checkpoints, compute, mesh, clock, part, kept))
         states = _loop(sessions, stop, distillation)
         results = [session.choose(state) for session, state in zip(sessions, states, strict=True)]
     # Members share the time of their one program.
@@ -159,12 +171,13 @@ class _Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _programs(
-    loss: Loss, architecture: Architecture, spec: TrainSpec, total: int, mesh: Mesh | None, members: int
+    loss: Loss, architecture: Architecture, spec: TrainSpec, total: int, mesh: Mesh | None, members: int, part: Part
 ) -> _Programs:
     """The jitted update and validation. They are kept: a second training of the same kind compiles nothing."""
     optimizer = spec.optimizer(total)
     update = update_lib.make(loss, optimizer, spec.schedule(total))
-    return _Programs(update_lib.compiled(update, architecture, optimizer, mesh, members), validation.make(loss))
+    compiled = update_lib.compiled(update, architecture, optimizer, mesh, members, part)
+    return _Programs(compiled, validation.make(loss))
 
 
 def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None) -> list[State]:
@@ -181,7 +194,9 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
     else:
         loss = distill.loss(distillation, one.model, compute, packed=spec.row_length > 0)
         guide = distill.guide(distillation)
-    update, evaluate = _programs(loss, architecture, spec, total, one.mesh, count)
+    if not one.part.is_all:
+        loss, guide = update_lib.of_part(loss, architecture, one.part), (one.kept, guide)
+    update, evaluate = _programs(loss, architecture, spec, total, one.mesh, count, one.part)
     with one.clock("checkpoints"):
         first = max(set.intersection(*(set(session.checkpoints.steps()) for session in sessions)), default=0)
         state = _stack([session.restore(first, spec.optimizer(total)) for session in sessions])

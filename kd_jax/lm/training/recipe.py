@@ -29,6 +29,9 @@ class TrainSpec:
     eps: float = setting(1e-8, "AdamW's epsilon", above=0.0)
     weight_decay: float = setting(0.0, "AdamW's, of matrices alone", at_least=0.0)
     clip: float = setting(1.0, "global norm that gradients are clipped to; 0 for none", at_least=0.0)
+    frozen: tuple[str, ...] = setting(
+        (), "weights that stay as they start: embedding, norm, head, layers, layers.0-3, layers.q, layers.0-3.q"
+    )
     validations: int = setting(10, "evenly spread, the last update included; each saves a checkpoint", at_least=1)
     save_every: int = setting(0, "updates between further checkpoints; 0 for none", at_least=0)
     log_every: int = setting(10, "updates between rows of metrics", at_least=1)
@@ -65,7 +68,10 @@ class Member(NamedTuple):
         tags: fields for every row of its metrics.jsonl.
         mixed: the corpus that DistillSpec.mix takes its share of sequences from.
         prompts: the corpus whose rows give the prompts of the student's own samples; by default `corpus`.
-        start: weights that training starts from; None for random ones. They are copied.
+        start: weights that training starts from; None for random ones. What is trained is copied, what is frozen is
+            shared. Members that are trained together and have frozen weights have one start.
+        base: folder or id of the model that `start` is, for the record of adapters; without it, there is no adapter
+            folder.
     """
 
     corpus: Corpus
@@ -77,3 +83,4 @@ class Member(NamedTuple):
     mixed: Corpus | None = None
     prompts: Corpus | None = None
     start: Any = None
+    base: str = ""

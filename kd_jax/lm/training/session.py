@@ -14,13 +14,15 @@ from jax.sharding import Mesh
 from kd_jax.lm import weights
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.distill.loss import Distillation
-from kd_jax.lm.model import Compute, Model, flops
+from kd_jax.lm.model import Compute, Model, flops, frozen
+from kd_jax.lm.model.frozen import Part
 from kd_jax.lm.training import state as state_lib
 from kd_jax.lm.training.data import Data
 from kd_jax.lm.training.log import ROW, Log
 from kd_jax.lm.training.recipe import Member, TrainSpec
 from kd_jax.lm.training.state import State
 from kd_jax.lm.training.update import Metrics
+from kd_jax.lm.weights import adapters
 from kd_jax.parallel import distributed
 from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.runs.run import Clock
@@ -44,7 +46,14 @@ class Session:
     compute: Compute
     mesh: Mesh | None
     clock: Clock
+    part: Part
+    kept: Any  # the weights that are not trained; None where all are
     tokens: int = 0
+
+    @property
+    def tree(self) -> str:
+        """What checkpoints call what is trained; a checkpoint with "weights" is a model."""
+        return "weights" if self.part.is_all else "trained"
 
     @property
     def total(self) -> int:
@@ -67,6 +76,8 @@ class Session:
         layout = self.data.updates.layout
         length = layout.row_length or layout.max_length
         per_token = flops.training_flops(self.model.architecture, length)
+        if self.part.lora is not None:  # there are no gradients of the base's weights
+            per_token *= 2 / 3
         if distillation is not None and distillation.teacher is not None:
             per_token += flops.forward_flops(distillation.teacher.architecture, length)
         return Log(
@@ -89,7 +100,11 @@ class Session:
         with self.clock("updates"):
             jax.block_until_ready(state.params)  # so that the previous update's time is not counted as the rollout's
         with self.clock("rollouts"):
-            return self.data.rollouts.batch(state.params, done - 1)
+            return self.data.rollouts.batch(self.whole(state.params), done - 1)
+
+    def whole(self, params: Any) -> Any:
+        """All weights of the model whose trained part these are."""
+        return frozen.merged(params, self.kept, self.model.architecture, self.part) if self.kept is not None else params
 
     def restore(self, first: int, optimizer) -> State:
         """The state after `first` updates: the checkpoint's; for 0 a new one, from the member's start or random.
@@ -102,18 +117,18 @@ class Session:
         # Later checkpoints are of updates that are about to be made again.
         self.checkpoints.drop_after(first)
         if not first:
-            if self.member.start is not None:
-                return state_lib.from_params(self.member.start, self.model.architecture, optimizer, self.mesh)
-            key = jax.random.key(self.member.seed)
-            return state_lib.init(key, self.model.architecture, optimizer, self.mesh)
+            layout = self.model.architecture, optimizer, self.mesh, self.part
+            if self.member.start is not None and self.part.lora is None:
+                return state_lib.from_params(self.member.start, *layout)
+            return state_lib.init(jax.random.key(self.member.seed), *layout)
         about = self.checkpoints.values(first)
         if (about.get("seed"), about.get("updates")) != (self.member.seed, self.total) or "tokens" not in about:
             raise RunError(f"{self.checkpoints.folder(first)} is of another training: {about}; choose another folder")
         # Restored into this run's layout, which may be over other devices than the one that saved it.
-        like = state_lib.abstract(self.model.architecture, optimizer, self.mesh)
-        trees = self.checkpoints.load(first, {"weights": like.params, "optimizer": like.optimizer})
+        like = state_lib.abstract(self.model.architecture, optimizer, self.mesh, self.part)
+        trees = self.checkpoints.load(first, {self.tree: like.params, "optimizer": like.optimizer})
         self.tokens = about["tokens"]
-        return State(trees["weights"], trees["optimizer"], jax.device_put(np.int32(first), like.step.sharding))
+        return State(trees[self.tree], trees["optimizer"], jax.device_put(np.int32(first), like.step.sharding))
 
     def check(self, done: int, metrics: Metrics, batch: batches.Batch) -> None:
         """Raises FloatingPointError, with the batch saved, where an update's loss or gradient is not finite.
@@ -164,7 +179,7 @@ class Session:
         # What a later start compares with its own settings, and counts on from.
         about = {"updates": self.total, "seed": self.member.seed, "tokens": self.tokens}
         with self.clock("checkpoints"):
-            trees = {"weights": state.params, "optimizer": state.optimizer}
+            trees = {self.tree: state.params, "optimizer": state.optimizer}
             self.checkpoints.save(done, trees, about, metrics=None if loss is None else {"loss": loss})
 
     def choose(self, state: State) -> dict[str, Any]:
@@ -177,12 +192,15 @@ class Session:
             # The best checkpoint is kept beside the newest ones, so the least loss is among those on disk.
             saved = set(validations) & set(self.checkpoints.steps())
             chosen = min(saved, key=lambda step: (validations[step]["loss"], step))
-            params = state.params
+            trained = state.params
             # The last state is in memory; any other is read from its checkpoint.
             if chosen != self.total:
-                like = state_lib.abstract(self.model.architecture, self.spec.optimizer(self.total), self.mesh)
-                params = self.checkpoints.load(chosen, {"weights": like.params})["weights"]
+                optimizer = self.spec.optimizer(self.total)
+                like = state_lib.abstract(self.model.architecture, optimizer, self.mesh, self.part)
+                trained = self.checkpoints.load(chosen, {self.tree: like.params})[self.tree]
+            params = self.whole(trained)
             weights.save(self.model._replace(params=params), self.member.folder / "model", overwrite=True)
+            self._export_adapters(trained)
         if distributed.leads():
             write_rows(
                 path,
@@ -193,3 +211,15 @@ class Session:
             "validation_loss": validations[chosen]["loss"], "perplexity": validations[chosen]["perplexity"],
             "fingerprint": weights.fingerprint(params),
         }  # fmt: skip
+
+    def _export_adapters(self, trained: Any) -> None:
+        """Writes FOLDER/adapter for `peft`, where it can be had: for a base model that has a name, not fused."""
+        lora = self.part.lora
+        if lora is None or not self.member.base or adapters.in_fused(self.model.architecture, lora):
+            return
+        on_host = distributed.fetch(trained)
+        if distributed.leads():
+            adapters.export(
+                on_host, lora, self.model.architecture, self.member.folder / "adapter",
+                base=self.member.base, overwrite=True,
+            )  # fmt: skip

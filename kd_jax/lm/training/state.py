@@ -14,7 +14,8 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus.batches import Batch
-from kd_jax.lm.model import Architecture
+from kd_jax.lm.model import Architecture, frozen
+from kd_jax.lm.model.frozen import ALL, Part
 from kd_jax.parallel import distributed
 from kd_jax.parallel import mesh as mesh_lib
 
@@ -23,7 +24,7 @@ class State(NamedTuple):
     """All that an update changes.
 
     Attributes:
-        params: the weights, float32.
+        params: the trained part (kd_jax.lm.model.frozen), by default all weights; float32.
         optimizer: optax's state for them.
         step: int32, the number of finished updates.
     """
@@ -34,63 +35,78 @@ class State(NamedTuple):
 
 
 def init(
-    key: jax.Array, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
-) -> State:
-    """Random float32 weights and an empty optimiser state, allocated with their shardings.
+    key: jax.Array, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
+    part: Part = ALL,
+) -> State:  # fmt: skip
+    """Random float32 weights (or new adapters) and an empty optimiser state, allocated with their shardings.
 
     Args:
         key: a key of jax.random.
         architecture: of the model.
         optimizer: optax's.
         mesh: what the state is split over; None for one device.
+        part: what of the model is trained.
     """
-    make = functools.partial(_init, architecture=architecture, optimizer=optimizer)
+    make = functools.partial(_init, architecture=architecture, optimizer=optimizer, part=part)
     # Each device draws its own part: no device ever holds all of a weight that is split.
-    return jax.jit(make, out_shardings=shardings(architecture, optimizer, mesh))(key)
+    return jax.jit(make, out_shardings=shardings(architecture, optimizer, mesh, part))(key)
 
 
-def abstract(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> State:
+def abstract(
+    architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None, part: Part = ALL
+) -> State:
     """Shapes, dtypes and shardings of a state; nothing is allocated.
 
     Args:
-        architecture, optimizer, mesh: as of `init`.
+        architecture, optimizer, mesh, part: as of `init`.
     """
-    shapes = _shapes(architecture, optimizer)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes, shardings(architecture, optimizer, mesh),
-    )  # fmt: skip
+    return _with_shardings(_shapes(architecture, optimizer, part), shardings(architecture, optimizer, mesh, part))
+
+
+def abstract_frozen(architecture: Architecture, mesh: Mesh | None, part: Part) -> Any:
+    """Shapes, dtypes and shardings of the float32 weights that are not trained; None for none."""
+    shapes = jax.eval_shape(lambda params: frozen.cut(params, architecture, part)[1], model_lib.abstract(architecture))
+    return _with_shardings(shapes, _layout(shapes, frozen.logical_axes(architecture, part)[1], mesh))
+
+
+def place_frozen(params: Any, architecture: Architecture, mesh: Mesh | None, part: Part) -> Any:
+    """The weights of a whole model that are not trained, on the mesh; they are shared, not copied, where possible."""
+    kept = frozen.cut(params, architecture, part)[1]
+    return jax.device_put(kept, _layout(kept, frozen.logical_axes(architecture, part)[1], mesh))
 
 
 def from_params(
-    params: Any, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None
-) -> State:
-    """A state that starts from given weights. They are copied, since an update donates the buffers of its state.
+    params: Any, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
+    part: Part = ALL,
+) -> State:  # fmt: skip
+    """A state that starts from given weights, those of `part` that are trained.
+
+    They are copied, since an update donates the buffers of its state.
 
     Args:
         params: the weights, of any dtype; they become float32.
-        architecture, optimizer, mesh: as of `init`.
+        architecture, optimizer, mesh, part: as of `init`.
     """
-    to = shardings(architecture, optimizer, mesh)
-    copied = jax.tree.map(lambda leaf, to: jax.device_put(jnp.copy(leaf).astype(jnp.float32), to), params, to.params)
+    to = shardings(architecture, optimizer, mesh, part)
+    trained = frozen.cut(params, architecture, part)[0]
+    copied = jax.tree.map(lambda leaf, to: jax.device_put(jnp.copy(leaf).astype(jnp.float32), to), trained, to.params)
     empty = jax.jit(lambda params: (optimizer.init(params), jnp.int32(0)), out_shardings=(to.optimizer, to.step))
     return State(copied, *empty(copied))
 
 
-def shardings(architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None) -> State:
+def shardings(
+    architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None, part: Part = ALL
+) -> State:
     """The sharding of each leaf of a state: moments as the weights they belong to, all else replicated.
 
     Args:
-        architecture, optimizer, mesh: as of `init`.
+        architecture, optimizer, mesh, part: as of `init`.
     Raises: ValueError for a weight that cannot be split over the mesh.
     """
-    shapes = _shapes(architecture, optimizer)
+    shapes = _shapes(architecture, optimizer, part)
     if mesh is None:
-        # Stated on one device too: new, restored and updated states are then laid out alike, and the update compiles
-        # once.
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda _: device, shapes)
-    weights = mesh_lib.shardings(model_lib.logical_axes(architecture), shapes.params, mesh)
+        return _layout(shapes, None, None)
+    weights = _layout(shapes.params, frozen.logical_axes(architecture, part)[0], mesh)
     replicated = mesh_lib.sharding((), mesh)
     # optax tells which leaves of its state belong to weights; its counters are replicated.
     moments = optax.tree.map_params(
@@ -132,11 +148,26 @@ def stack(batches: Sequence[Batch]) -> Batch:
     return jax.tree.map(one, *batches)
 
 
-def _init(key, architecture, optimizer):
-    params = model_lib.init(key, architecture)
+def _init(key, architecture, optimizer, part):
+    params = frozen.init(key, architecture, part)
     return State(params, optimizer.init(params), jnp.int32(0))
 
 
-def _shapes(architecture, optimizer) -> State:
+def _shapes(architecture, optimizer, part) -> State:
     # Traced only: layouts are known before anything is allocated.
-    return jax.eval_shape(lambda: _init(jax.random.key(0), architecture, optimizer))
+    return jax.eval_shape(lambda: _init(jax.random.key(0), architecture, optimizer, part))
+
+
+def _layout(tree: Any, axes: Any, mesh: Mesh | None) -> Any:
+    """The sharding of each leaf, by its logical axes."""
+    if mesh is not None:
+        return mesh_lib.shardings(axes, tree, mesh)
+    # Stated on one device too: new, restored and updated states are then laid out alike, and the update compiles once.
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: device, tree)
+
+
+def _with_shardings(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )

@@ -7,6 +7,7 @@ short parts more.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kd_jax.lm.corpus.batches import Batch
 from kd_jax.lm.distill.loss import Loss
-from kd_jax.lm.model import Architecture
+from kd_jax.lm.model import Architecture, frozen
+from kd_jax.lm.model.frozen import ALL, Part
 from kd_jax.lm.training.state import State, shardings
 from kd_jax.metrics import Mean
 
@@ -54,7 +56,7 @@ def make(loss: Loss, optimizer: optax.GradientTransformation, schedule: optax.Sc
 
 def compiled(
     update: Callable, architecture: Architecture, optimizer: optax.GradientTransformation,
-    mesh: Mesh | None = None, members: int = 1,
+    mesh: Mesh | None = None, members: int = 1, part: Part = ALL,
 ) -> Callable:  # fmt: skip
     """`update` under jit, with the state's shardings. The state's buffers are donated; those of the guide are not.
 
@@ -66,7 +68,7 @@ def compiled(
         architecture, optimizer, mesh: of the state.
         members: models that are trained together.
     """
-    to = shardings(architecture, optimizer, mesh)
+    to = shardings(architecture, optimizer, mesh, part)
     if members == 1:
         # Without the state's shardings XLA could lay it out otherwise: its donated buffers would not fit, and the next
         # update would compile again.
@@ -79,6 +81,22 @@ def compiled(
     return jax.jit(
         lambda state, batch, guide=None: many(state, batch, guide), donate_argnums=0, out_shardings=(to, None)
     )
+
+
+@functools.lru_cache(maxsize=16)
+def of_part(loss: Loss, architecture: Architecture, part: Part) -> Loss:
+    """The loss as a function of the trained part of a model; its guide is (frozen weights, guide of the whole loss).
+
+    The same arguments give the same function, so that what is compiled for it is found again.
+    """
+    if part.is_all:
+        return loss
+
+    def loss_of_part(trained: Any, batch: Batch, guide: tuple[Any, Any]):
+        kept, guide_of_loss = guide
+        return loss(frozen.attached(trained, kept, architecture, part), batch, guide_of_loss)
+
+    return loss_of_part
 
 
 def loss_and_gradient(loss: Loss, params: Any, batch: Batch, guide: Any = None):

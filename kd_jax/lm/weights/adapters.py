@@ -30,9 +30,8 @@ def export(
         target that is part of a fused projection in the family's own layout.
     """
     names = tensors.hugging_face(architecture)
-    fused = {weight for weights in names.fused.values() for weight in weights} & set(adapters)
-    if fused:
-        raise ValueError(f"{architecture.family} fuses {', '.join(sorted(fused))}: export the merged model instead")
+    if fused := in_fused(architecture, lora):
+        raise ValueError(f"{architecture.family} fuses {', '.join(fused)}: export the merged model instead")
     arrays = {}
     for weight, adapter in adapters.items():
         # PEFT has a pair of matrices for each layer; ours are stacked.
@@ -50,3 +49,9 @@ def export(
     with folders.replacing(folder, overwrite, _FILES) as partial:
         save_file(arrays, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         files.write_json(partial / "adapter_config.json", config)
+
+
+def in_fused(architecture: Architecture, lora: Lora) -> list[str]:
+    """The targets that are part of a fused projection in the family's own layout, where they cannot be exported."""
+    fused = tensors.hugging_face(architecture).fused.values()
+    return sorted({weight for weights in fused for weight in weights} & set(lora.targets))

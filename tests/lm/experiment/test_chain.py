@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 
 from configs import lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
 from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import weights
 from kd_jax.lm.experiment import arms, chain
 from kd_jax.lm.experiment.specs import LmSpec
 from kd_jax.runs import stages
 from kd_jax.runs.settings import freeze
 from kd_jax.storage.files import read_rows
+from tests.lm.weights.checkpoints import write_folder
 
 # Of rows: what a run measures of itself.
 TIMED = (
@@ -288,3 +290,30 @@ def test_every_policy_from_config_to_report_and_after_kills(tmp_path):
         assert named[name]["precision"] < 0 and named[name]["recall"] < 0
     page = (straight / "report.html").read_text()
     assert page.count("on_policy") and (straight / "figures" / "frontier.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_adapters_of_a_checkpoint_from_config_to_report(tmp_path):
+    """Students begin as the teacher, a checkpoint, and train adapters; the frozen base is the teacher itself."""
+    write_folder(tmp_path / "base")
+    words = [sys.executable, "-m", "kd_jax.train", "--config", "configs/lm_laptop.py:smoke", "--workdir"]
+    changes = {
+        "p_star.source": tmp_path / "base", "teacher.source": tmp_path / "base", "student.source": tmp_path / "base",
+        "student.layers": 2, "student.width": 128, "student.heads": 4, "student.kv_heads": 2, "student.mlp": 384,
+        "student.lora.rank": 2, "student.lora.targets": "q,down", "taus": "(0.5,)", "seeds": 1,
+        "distill.policy": "online", "teacher.layers": 2, "teacher.width": 128, "teacher.heads": 4,
+        "teacher.kv_heads": 2, "teacher.mlp": 384,
+    }  # fmt: skip
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    subprocess.run([*words, str(tmp_path / "run"), *overrides], check=True, timeout=500)
+    folders = {path.parent.name: path.parent for path in (tmp_path / "run").rglob("adapter")}
+    assert len(folders) == 3  # direct, tau-0.5 and online
+    base = weights.load(tmp_path / "base").params
+    for folder in folders.values():
+        params = weights.load(folder).params
+        changed = {name for name, leaf in params["layers"].items() if (leaf != base["layers"][name]).any()}
+        assert changed == {"q", "down"} and (params["embedding"] == base["embedding"]).all()
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    first = next(row for row in rows if row["kind"] == "training" and row.get("arm") == "online")
+    assert abs(first["divergence"]) < 1e-6  # before any update, the student is the teacher
+    assert (tmp_path / "run" / "report.html").exists()

@@ -92,3 +92,21 @@ def test_a_shallower_start(folders):
         architecture(dataclasses.replace(spec.student, layers_kept="sometimes"), TINY, "student")
     with pytest.raises(ValueError, match="student.layers_kept='1' has no effect"):
         spec_of(folders, **{"student.layers_kept": "1"})
+
+
+SHAPE = {"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}
+START = {"student.source": "p_star", **{f"student.{key}": value for key, value in SHAPE.items()}}
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"student.lora.rank": 4}, "student.lora.rank=4 needs student.source"),
+    ({"train.frozen": ("embedding",)}, "of the teacher. needs teacher.init"),
+    ({"student.train.frozen": ("norm",)}, "of the student. needs student.source"),
+    ({**START, "student.lora.alpha": 4.0}, "student.lora has no effect with rank=0"),
+    ({**START, "student.lora.targets": ("q_proj",)}, "config.student.lora.targets='q_proj' must be one of q, k"),
+    ({**START, "student.lora.rank": 4, "student.train.frozen": ("norm",)}, "student.lora trains adapters alone"),
+    ({**START, "student.train.frozen": ("layers.9",)}, "frozen pattern 'layers.9' names layers that are not among 0"),
+])  # fmt: skip
+def test_parts_that_cannot_be_trained(folders, changes, message):
+    with pytest.raises(ValueError, match=message):
+        checks.check_sources(spec_of(folders, **changes))

@@ -43,7 +43,7 @@ def test_adapter_folder(tmp_path):
 def test_adapters_of_fused_projections_are_not_exported(tmp_path):
     phi = weights.load(families.write_folder("phi 3", tmp_path / "m")).architecture
     with pytest.raises(ValueError, match="phi3 fuses q, v: export the merged model"):
-        adapters_lib.export({"q": {}, "v": {}}, SETTINGS, phi, tmp_path / "out", base="x")
+        adapters_lib.export({}, SETTINGS, phi, tmp_path / "out", base="x")
 
 
 @pytest.mark.parity
