@@ -25,6 +25,7 @@ OLDER_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json
 _SPECIAL = ("bos", "eos", "eot", "pad")
 # Characters of text to a token, as a first guess; text is seldom longer.
 _CHARACTERS = 8
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's tokens of single bytes
 # A space between two letters: no tokenizer joins what is on either side of it.
 _BORDER = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")
 
@@ -190,6 +191,31 @@ class Tokenizer:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"id {i} is not one of this tokenizer's (0 to {self.vocab_size - 1})")
         return self.backend.decode(ids, skip_special_tokens=skip_special)
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """The bytes that each id stands for in a text; none for special tokens, and for ids without a token."""
+        description = json.loads(self.backend.to_str())
+        byte_level = "ByteLevel" in json.dumps([description["decoder"], description["pre_tokenizer"]])
+        of_character = {character: b for b, character in enumerate(_byte_characters())}
+        added = self.backend.get_added_tokens_decoder()
+        table = [b""] * self.vocab_size
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if i in added:
+                table[i] = b"" if added[i].special else added[i].content.encode()
+            elif byte_level:
+                table[i] = bytes(of_character[character] for character in token)
+            elif match := _BYTE_TOKEN.fullmatch(token):
+                table[i] = bytes([int(match[1], 16)])
+            else:
+                table[i] = token.replace("▁", " ").encode()
+        return table
+
+    @functools.cached_property
+    def adds_space(self) -> bool:
+        """Whether a text gets a space in front before it is cut into tokens, as Llama 2's does."""
+        decoder = json.dumps(json.loads(self.backend.to_str())["decoder"])
+        return '"Strip"' in decoder or '"prepend_scheme": "always"' in decoder or '"prepend_scheme": "first"' in decoder
 
     def round_trips(self, ids: Iterable[int]) -> bool:
         """Whether the text of these ids encodes to them again; sampled ids need not."""

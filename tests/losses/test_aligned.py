@@ -1,0 +1,136 @@
+"""Divergences between vocabularies against NumPy, from the definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax, softmax
+
+from kd_jax import losses
+from kd_jax.losses import Shared, Start
+
+RANDOM = np.random.RandomState(0)
+
+
+@pytest.mark.parametrize("sizes", [(7, 7), (9, 5), (5, 9)])
+def test_universal_distance(sizes):
+    teacher, student = (3 * RANDOM.standard_normal((4, size)) for size in sizes)
+    wanted = []
+    for p, q in zip(softmax(teacher / 2.0, -1), softmax(student / 2.0, -1), strict=True):
+        p, q = (np.pad(np.sort(x)[::-1], (0, 9 - len(x))) for x in (p, q))
+        wanted.append(np.abs(p - q).sum())
+    found = losses.universal_distance(jnp.float32(teacher), jnp.float32(student), temperature=2.0)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_universal_distance_ignores_which_token_it_is():
+    logits = jnp.float32(RANDOM.standard_normal(8))
+    assert float(losses.universal_distance(logits, logits[::-1])) < 1e-6
+
+
+def test_gradient_of_the_universal_distance():
+    teacher, student = (jnp.float32(RANDOM.standard_normal(size)) for size in (6, 9))
+    gradient = jax.grad(lambda q: losses.universal_distance(teacher, q))(student)
+    step = 1e-3 * np.eye(9)
+    up, down = (losses.universal_distance(teacher, jnp.float32(student + s)) for s in (step, -step))
+    np.testing.assert_allclose(gradient, (up - down) / 2e-3, rtol=0, atol=2e-4)
+
+
+def start(logits, first, later=None):
+    later = np.zeros(len(first)) if later is None else np.asarray(later)
+    return Start(jnp.float32(logits), jnp.int32(first), jnp.float32(later), jnp.asarray(later == 0))
+
+
+@pytest.mark.parametrize("name", losses.DIVERGENCES)
+def test_with_one_vocabulary_it_is_the_plain_divergence(name):
+    teacher, student = (2 * RANDOM.standard_normal((5, 7)) for _ in range(2))
+    first = RANDOM.randint(0, 7, 5)
+    ids = jnp.arange(7)
+
+    def aligned(student):
+        return losses.aligned_divergence(
+            name, start(teacher, first), start(student, first), Shared(ids, ids), jnp.int32(first), temperature=1.5
+        )
+
+    def plain(student):
+        return losses.divergence(name, jnp.float32(teacher), student, temperature=1.5)
+
+    student = jnp.float32(student)
+    np.testing.assert_allclose(aligned(student), plain(student), rtol=2e-6, atol=1e-7)
+    gradients = (jax.grad(lambda x, f=f: f(x).sum())(student) for f in (aligned, plain))
+    np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_a_merge_by_hand():
+    """Teacher: "ab", "a", "x", "y". Student: "a", "b", "x", "z". The text "ab" is one token, and two."""
+    p, q = np.array([0.5, 0.2, 0.2, 0.1]), np.array([0.6, 0.1, 0.25, 0.05])
+    after = 0.7  # the student's probability of "b" after "a"
+    # Events: "a" and not "ab"; "x"; "ab"; the rest ("y" of the teacher, "b" and "z" of the student).
+    teacher, student = np.array([0.2, 0.2, 0.5, 0.1]), np.array([0.6 * (1 - after), 0.25, 0.6 * after, 0.15])
+    np.testing.assert_allclose((teacher.sum(), student.sum()), 1, rtol=1e-12)
+    shared = Shared(jnp.array([1, 2]), jnp.array([0, 2]))
+    sides = start(np.log(p)[None], [0]), start(np.log(q)[None], [0], [np.log(after)])
+    found = [
+        np.exp(losses.event_log_probs(side, ids, jnp.array([-1])))[0] for side, ids in zip(sides, shared, strict=True)
+    ]
+    np.testing.assert_allclose(found, (teacher, student), rtol=1e-6)
+    value = losses.aligned_divergence("forward_kl", *sides, shared, jnp.array([-1]))
+    np.testing.assert_allclose(value, (teacher * np.log(teacher / student)).sum(), rtol=1e-6)
+    value = losses.aligned_divergence("reverse_kl", *sides, shared, jnp.array([-1]))
+    np.testing.assert_allclose(value, (student * np.log(student / teacher)).sum(), rtol=1e-6)
+
+
+def test_a_text_that_is_a_token_of_both_though_one_has_split_it():
+    # "ab" is token 3 of the student, too; both ways to write it are one event
+    q = np.array([0.6, 0.1, 0.1, 0.2])
+    side = start(np.log(q)[None], [0], [np.log(0.7)])
+    events = np.exp(losses.event_log_probs(side, jnp.array([3, 2]), jnp.array([0])))[0]
+    np.testing.assert_allclose(events, [0.2 + 0.6 * 0.7, 0.1, 0, 0.1 + 0.6 * 0.3], rtol=1e-6)
+
+
+def test_a_vocabulary_within_the_other():
+    """There is no rest: the events that are left are normalised, and the value is finite."""
+    p, q = RANDOM.standard_normal((3, 6)), RANDOM.standard_normal((3, 4))
+    ids = np.array([5, 0, 2, 3])
+    first = np.array([0, 1, 3])
+    found = losses.aligned_divergence(
+        "forward_kl", start(p, ids[first]), start(q, first), Shared(jnp.array(ids), jnp.arange(4)), jnp.array(first)
+    )
+    log_p, log_q = log_softmax(p[:, ids], -1), log_softmax(q, -1)
+    np.testing.assert_allclose(found, (np.exp(log_p) * (log_p - log_q)).sum(-1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
+def test_gradients_of_merged_spans_are_finite_differences(name):
+    p, q = RANDOM.standard_normal((2, 6)), RANDOM.standard_normal((2, 5))
+    shared, whole = Shared(jnp.array([0, 2, 4]), jnp.array([1, 2, 4])), jnp.array([-1, 2])
+
+    @jax.jit
+    def value(q, later):
+        student = Start(q, jnp.array([1, 3]), later, jnp.array([False, False]))
+        return losses.aligned_divergence(name, start(p, [3, 4]), student, shared, whole).sum()
+
+    q, later = jnp.float32(q), jnp.float32([-0.4, -1.2])
+    gradients = jax.grad(value, argnums=(0, 1))(q, later)
+    for i in np.ndindex(2, 5):
+        step = np.zeros((2, 5), np.float32)
+        step[i] = 1e-2
+        slope = (value(q + step, later) - value(q - step, later)) / 2e-2
+        np.testing.assert_allclose(gradients[0][i], slope, rtol=0, atol=2e-4)
+    for i in range(2):
+        step = 1e-2 * np.eye(2, dtype=np.float32)[i]
+        np.testing.assert_allclose(
+            gradients[1][i], (value(q, later + step) - value(q, later - step)) / 2e-2, rtol=0, atol=2e-4
+        )
+
+
+def test_a_certain_continuation_has_finite_gradients():
+    q = jnp.float32([[4.0, 0.0, 1.0]])
+
+    def value(q, later):
+        student = Start(q, jnp.array([0]), later, jnp.array([False]))
+        shared = Shared(jnp.array([0, 1]), jnp.array([0, 1]))
+        return losses.aligned_divergence("forward_kl", start(np.ones((1, 4)), [3]), student, shared, jnp.array([-1]))[0]
+
+    gradients = jax.grad(value, argnums=(0, 1))(q, jnp.float32([0.0]))
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
