@@ -226,3 +226,37 @@ MESH = """
 def test_gradient_over_a_mesh(name, tmp_path):
     folder = families.write_folder(name, tmp_path / "m")
     run_python(MESH, folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+
+
+WINDOWS = """
+    import sys, jax, numpy as np
+    from kd_jax.lm import decode, model, score, weights
+    from kd_jax.lm.distill import teacher_forward
+    from kd_jax.parallel import mesh as mesh_lib
+
+    alone = weights.load(sys.argv[1])
+    tokens, lengths = np.random.RandomState(0).randint(0, 97, (4, 40)), np.array([40, 33, 7, 40])
+    wanted, mask = score.log_prob(alone, tokens, lengths)
+    top = teacher_forward.jitted(alone, want="top_k", k=5)(tokens, lengths)
+    drawn = decode.generate(alone._replace(eos_ids=()), [5, 7, 9], 8, max_length=40, seed=1, batch_size=4)
+    for sizes in ((2, 2, 1), (2, 1, 2)):
+        mesh = mesh_lib.make(*sizes)
+        split = weights.load(sys.argv[1], mesh=mesh)
+        found, _ = score.log_prob(split, tokens, lengths, mesh=mesh)
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+        best = teacher_forward.over_mesh(alone, mesh, want="top_k", k=5)(tokens, lengths)
+        assert (best.ids == top.ids)[np.arange(40) < lengths[:, None]].all()
+        again = decode.generate(
+            split._replace(eos_ids=()), [5, 7, 9], 8, max_length=40, seed=1, batch_size=4, mesh=mesh
+        )
+        np.testing.assert_array_equal(again[0], drawn[0])
+        np.testing.assert_allclose(again[2], drawn[2], rtol=0, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma 3", "smollm 3, window"])
+def test_windows_over_a_mesh(name, tmp_path):
+    """Scoring, a teacher's best tokens, and sampling through pages that are given back: the same as on one device."""
+    folder = families.write_folder(name, tmp_path / "m")
+    run_python(WINDOWS, folder, XLA_FLAGS="--xla_force_host_platform_device_count=4")
