@@ -72,7 +72,10 @@ def _parser() -> command_line.Parser:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments; `model` is a dict from names to sources. Raises ValueError for whatever shows without a model."""
+    """The arguments; `model` is a dict from names to sources.
+
+    Raises: ValueError for every mistake that shows without a model.
+    """
     args = _parser().parse_args(words)
     if args.corpus is not None:
         for name in ("prompt", "prompt_ids", "max_length"):

@@ -78,7 +78,10 @@ def _parser() -> command_line.Parser:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    """The arguments with their defaults, those of one group. Raises ValueError for whatever shows without the model."""
+    """The arguments with the defaults of what is asked for, sampling or reading.
+
+    Raises: ValueError for every mistake that shows without a model.
+    """
     given = vars(_parser().parse_args(words))
     known, asked = (_READING, "--read") if "read" in given else (_SAMPLING, "sampling (only with --read)")
     for name in given:

@@ -79,7 +79,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _experiment(config: ConfigDict) -> Any:
-    """The module of the experiment that a config names. Raises ValueError for a name that is none."""
+    """The module of the experiment that a config names. Raises ValueError for an unknown name."""
     name = config.get("experiment")
     if name not in EXPERIMENTS:
         raise ValueError(f"config.experiment is {name!r}; it must be one of: {', '.join(sorted(EXPERIMENTS))}")

@@ -60,7 +60,7 @@ def divergence(
 
 
 def _named(row: table.Divergence) -> Callable[..., jax.Array]:
-    """`divergence` of a row as a function of its own, whose parameter has its own name."""
+    """A function for the divergence of one row, whose parameter has its usual name (beta or alpha)."""
 
     def function(
         teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,

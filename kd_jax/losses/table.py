@@ -1,4 +1,4 @@
-"""The divergences, a row each. To add one, write its formula and its row here; nothing else in kd_jax changes.
+"""The table of divergences, a row each. To add one, write its formula and its row; nothing else in kd_jax changes.
 
 Everything that takes a divergence by name reads this table: `losses.divergence` and `losses.DIVERGENCES`, the fused
 losses, and the settings of a distillation.

@@ -84,7 +84,7 @@ def _sum(values: jax.Array, axis: int) -> jax.Array:
     size = values.shape[axis]
     if size <= BLOCK:
         return values.sum(axis)
-    # Neither the sum of a block nor that of all blocks is so large beside its terms that one of them is lost.
+    # Sums within blocks, and the sum over blocks, stay short enough that no term is lost to rounding.
     values = jnp.moveaxis(values, axis, -1)
     values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -size % BLOCK)])
     return values.reshape(*values.shape[:-1], -1, BLOCK).sum(-1).sum(-1)

@@ -110,7 +110,7 @@ def changes(kind: type[T]) -> type:
 
 
 def merge(base: T, changed: Any, at: str) -> T:
-    """A spec with the settings of `changes(...)` that are not none in place of its own; ValueError names AT.NAME.
+    """The base spec with all settings of `changed` that are not none; ValueError names AT.NAME.
 
     Args:
         base: a spec.

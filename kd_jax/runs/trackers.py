@@ -24,7 +24,7 @@ def check(names: Sequence[str]) -> None:
 
 
 class Tracker:
-    """Hands the numbers of one training to each of `names`; a training of its own in each, also among several at once.
+    """Logs the numbers of one training to each of `names`, as a run of its own even where several are trained at once.
 
     Args:
         names: out of TRACKERS.

@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all, also where several processes fill them."""
+"""Folders that are written whole or not at all, also by several processes."""
 
 import contextlib
 import fnmatch

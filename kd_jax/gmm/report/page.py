@@ -182,7 +182,7 @@ def _slopes(students: Students) -> list[list[str]]:
 
 
 def _chosen(students: Students) -> list[Who]:
-    """Direct, plain, the betas that begin and end a decade, and the controls; as far as they are there."""
+    """Direct, plain, the betas that begin and end a decade, and the controls; those that exist."""
     marks = dict.fromkeys(beta for pair in findings.decades(students) for beta in pair)
     wanted = [Who(DIRECT), Who(PLAIN), *(Who(DISTILLED, beta) for beta in marks), *(Who(arm) for arm in CONTROLS)]
     return [who for who in wanted if who in students]

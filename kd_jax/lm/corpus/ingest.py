@@ -120,14 +120,14 @@ def from_dataset(
 
 
 def _absolute(source: str | os.PathLike) -> str:
-    """A path, absolute, so that the corpus can be read from another folder; what is no path as it is."""
+    """The absolute path of a source that exists here; any other source unchanged."""
     path = Path(source).expanduser()
     # The manifest keeps it, and the next start may come from another folder.
     return str(path.absolute()) if path.exists() else str(source)
 
 
 def _columns(settings: dict[str, Any]) -> Columns:
-    """What a document is made of; ValueError where that is said twice or in part."""
+    """What a document is made of; ValueError where several ways are given, or only a part of one."""
     pair = settings["prompt_column"], settings["response_column"]
     ways = {
         "text": [settings["text_column"]], "ids": [settings["ids_column"]], "messages": [settings["messages_column"]],

@@ -86,7 +86,10 @@ SETTINGS, DATA_SETTINGS = (
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest in a folder, None where there is none; RunError for one that is damaged or of something else."""
+    """The manifest in a folder; None if there is none.
+
+    Raises: RunError where it is damaged, or is not the manifest of a corpus.
+    """
     path = folder / "manifest.json"
     try:
         manifest = read_json(path, hint=again(folder))
@@ -122,7 +125,7 @@ def check_settings(settings: dict[str, Any], kind: str) -> None:
 
 
 def compare(folder: Path, manifest: dict[str, Any], new: dict[str, Any], kind: str) -> None:
-    """RunError names the settings that are not those of the corpus in the folder; only num_samples may grow.
+    """Raises RunError, naming the settings that differ from those of the corpus in the folder; num_samples may grow.
 
     Args:
         folder: for the message.

@@ -40,7 +40,7 @@ class SamplerSpec:
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> SamplerSpec:
-        """The spec with those of its settings that a mapping holds; one that is absent or None is off."""
+        """The spec from the settings in a mapping; one that is absent or None is off."""
         names = {field.name for field in dataclasses.fields(cls)} & set(values)
         return cls(**{name: values[name] for name in names if values[name] is not None})
 

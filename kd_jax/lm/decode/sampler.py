@@ -30,7 +30,7 @@ from kd_jax.parallel import mesh as mesh_lib
 # A call of the device program takes about this long, so that progress is shown and Ctrl-C is answered.
 _SECONDS_PER_CALL = 1.0
 # FLOPs that take a CPU as long as loading one more compiled program from disk. An accelerator gains nothing from fewer
-# slots: the time of a step there is that of reading the weights.
+# slots: a step there takes as long as reading the weights.
 _PROGRAM = 3e11
 
 

@@ -1,4 +1,4 @@
-"""Models that are loaded when they are first needed, once, and let go when they are done.
+"""Models that are loaded once, when they are first needed, and freed when they are done.
 
 What a model is (architecture, tokenizer, the content of its files) is known without its weights. Its fingerprint, which
 names it in results and corpora, is that of the loaded weights; it is kept by the content of the files, so that a
@@ -61,13 +61,13 @@ class LazyModel:
 
     def remember(self) -> None:
         """Keeps the fingerprint, so that the next start finds it without loading the model."""
-        # A model that was given as it is has no files by which it could be found again.
+        # A model that was given in memory has no files to recognise it by.
         if self._identity is not None and self._fingerprint is not None and distributed.leads():
             self._known.parent.mkdir(parents=True, exist_ok=True)
             write_json(self._known, {**_read(self._known), self._key: self._fingerprint})
 
     def release(self) -> None:
-        """Lets the weights go, unless they were given as they are."""
+        """Frees the weights, unless the model itself was given."""
         if self._identity is not None:
             self._model = None
 

@@ -108,7 +108,7 @@ def _points(plan: Plan, task: Task, samples: Data) -> metrics.Samples:
 
 
 def bias_of(plan: Plan) -> dict[str, metrics.Bias]:
-    """What the metrics of points give for two sets of validation rows, each as large as those of the metrics."""
+    """The metrics of points between two sets of validation rows, each as large as a model's set."""
     points = _data_points(plan)
     return metrics.self_bias(metrics.Samples(fake=points, real=points, seed=plan.spec.seed))
 

@@ -145,7 +145,7 @@ def _arm(name: str, distill: DistillSpec) -> Arm:
     # Text alone of p* would be the direct arm.
     data = "samples" if policy == "sequence" else distill.data
     knobs = {key: getattr(distill, key) for key in _KNOBS[policy] if key != "mix" or data == "mix"}
-    if distill.teacher_temperature is None:  # where it is off, runs have no such setting
+    if distill.teacher_temperature is None:  # off: left out of rows and of keys
         knobs.pop("teacher_temperature", None)
     return Arm(
         name, name, policy, sampler=None if data == "p_star" else distill.sampler, p_star=data != "samples",

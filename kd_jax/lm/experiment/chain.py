@@ -41,8 +41,8 @@ from kd_jax.runs.stages import Stage
 from kd_jax.storage.errors import RunError
 
 Spec = LmSpec
-# What a random number is for: seeds of corpora and models are config.seed plus one of these, far apart. 6 million is
-# that of the evaluation (results.py).
+# What a random number is for: seeds of corpora and models are config.seed plus one of these, far apart. 6 million
+# belongs to the evaluation (results.py).
 _TRAIN, _VALIDATION, _TEACHER, _SAMPLES, _STUDENT = (1_000_000 * i for i in range(1, 6))
 
 
@@ -122,7 +122,7 @@ def plan(spec: LmSpec, identity: str) -> list[Stage]:
         names = {stage.name for stage in chain}
         if arm.sampler is not None and arms_lib.samples_stage(arm.sampler) not in names:
             chain.append(_teacher_corpus(spec, arm.sampler))
-        # A text with a recorded teacher is a stage of its own, made from that of the text.
+        # A corpus with a recorded teacher is a stage of its own, after the stage of its text.
         for text, corpus in zip(arm.texts, arm.corpora, strict=True):
             if corpus not in (text, *names):
                 chain.append(_recorded(spec, arm.recording, text))

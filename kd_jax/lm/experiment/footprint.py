@@ -118,7 +118,7 @@ def update(spec: LmSpec, cost: Cost, target: Target) -> Program:
         # Sampling and update take turns, so the larger of the two counts.
         slots = cost.arm.distill.rollout_batch_size or cost.train.batch_size
         rollout = sampling(spec, cost.shape, slots, spec.compute.dtype, target, jnp.float32)
-        # its weights are those of the state
+        # the rollout's weights are the state's, and count once
         state = _bytes(arguments[0]) - _bytes(arguments[0].params)
         need = max(need, rollout._replace(resident=rollout.resident + state), key=lambda one: one.total)
     if not _can_run(need, target):

@@ -92,7 +92,7 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
 
 
 def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dict[str, Evaluated]:
-    """The teacher with each sampler whose text a student learns; if there is none, as it is."""
+    """The teacher with each sampler whose text students learn; the plain teacher if they learn none of it."""
     source = spec.teacher.source or folders["teacher"]
     models = {}
     for sampler in dict.fromkeys(arm.sampler for arm in arms_lib.arms(spec) if arm.sampler is not None):

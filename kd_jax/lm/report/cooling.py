@@ -209,7 +209,7 @@ def table(students: dict[str, Curve], by_arm: dict[str, Standing], smoke: bool) 
     """
     rows = []
     for arm, standing in by_arm.items():
-        # Students as they were trained; the temperatures of their own are in another table.
+        # Students sampled at 1; their other temperatures have a table of their own.
         curve, matched = students[arm], standing.matches.get(1.0)
         own = [_mean(curve, 1.0, name) for name in ("precision", "recall")] if 1.0 in curve.rows else ["–"] * 2
         apart, between = (Number(math.nan), "not reached") if matched is None else (

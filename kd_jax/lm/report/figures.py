@@ -267,7 +267,7 @@ def curves(groups: list[Group]) -> Figure:
     for row, name in zip(grid, ("precision", "recall"), strict=True):
         for axes, x_name in zip(row, columns, strict=True):
             _against(axes, groups, x_name, name)
-            # The teacher's own entropy stands where a student has that of what it learns.
+            # For the teacher itself, x is the entropy of its own samples.
             x = _column(teacher, "entropy")[0] if x_name else [g.tau for g in teacher]
             axes.plot(x, _column(teacher, name)[0], markerfacecolor="none", **style)
         row[0].set_ylabel(f"{name} (nats per token)")

@@ -220,7 +220,7 @@ def direct(groups: list[Group]) -> Group | None:
 
 
 def smoke_samples(groups: list[Group]) -> int | None:
-    """How many samples of each student a smoke run has; None for a run that is none."""
+    """How many samples of each student a smoke run has; None for any other run."""
     sizes = [row["num_samples"] for g in students(groups) for row in g.rows if row.get("num_samples") is not None]
     return min(sizes) if sizes and min(sizes) < SMOKE else None
 
