@@ -178,7 +178,7 @@ def _check_folder(out: Path) -> None:
     except (FileNotFoundError, RunError):
         ours = False
     if not ours:
-        raise RunError(f"--out {out} holds something else than an evaluation ({there[0]}); choose another folder")
+        raise RunError(f"--out {out} holds something other than an evaluation ({there[0]}); choose another folder")
 
 
 def _prompt(args: argparse.Namespace, p_star: Any) -> tuple[list[int], int]:

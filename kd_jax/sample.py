@@ -212,7 +212,7 @@ def _prompt_ids(args: argparse.Namespace, model: Any) -> list[int]:
     if args.bos and ids[:1] != [model.bos_id]:
         ids = [model.bos_id, *ids]
     if not ids:
-        raise ValueError(f"--prompt {args.prompt!r} is no token at all; give --bos or another prompt")
+        raise ValueError(f"--prompt {args.prompt!r} gives no tokens; give --bos or another prompt")
     beyond = [i for i in ids if not 0 <= i < model.num_tokens]
     if beyond:
         raise ValueError(f"--prompt_ids: {beyond[0]} is not an id of {args.model}, which has {model.num_tokens}")

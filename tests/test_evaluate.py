@@ -102,7 +102,7 @@ GOOD = {"--p_star": "p", "--model": "m", "--out": "out"}
         ({"--mesh": "rows=2"}, ["--mesh", "'rows'"]),
         ({"--mesh": "data=4099"}, ["mesh data=4099", "does not fit"]),
         ({"--corpus": "nothing"}, ["nothing holds no corpus"]),
-        ({"--out": "thesis"}, ["thesis holds something else", "mine.txt"]),
+        ({"--out": "thesis"}, ["thesis holds something other", "mine.txt"]),
         ({"--out": "thesis/mine.txt"}, ["mine.txt is a file"]),
         ({"--p_star": "no/such/model"}, ["no/such/model"]),
     ],

@@ -152,4 +152,6 @@ def _tpu_hosts(environ: Mapping[str, str]) -> str | None:
     except OSError as error:
         if getattr(error, "code", None) == 404:  # a VM that is no part of a slice
             return None
-        raise ValueError(f"{url} does not say how many hosts there are ({error}); if one: --num_processes=1") from error
+        raise ValueError(
+            f"{url} does not say how many hosts there are ({error}); for a single host give --num_processes=1"
+        ) from error

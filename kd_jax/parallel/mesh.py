@@ -47,7 +47,7 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
     if len(free) == 1 and fixed > 0:
         sizes[free[0]] = len(devices) // fixed
     if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != len(devices):
-        raise ValueError(f"mesh {asked} does not fit {len(devices)} devices (at most one size may be -1, the rest)")
+        raise ValueError(f"mesh {asked} does not fit {len(devices)} devices (one size may be -1: the devices left)")
     # Neighbours form a tensor group: it communicates in every layer, and neighbours have the fastest links.
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
 

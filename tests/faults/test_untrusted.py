@@ -139,7 +139,7 @@ def test_code_that_comes_with_a_model_is_refused_and_not_run(tmp_path):
     assert weights.tokenizer(folder).encode("abc") == [257]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_x.X"}}))
-    with pytest.raises(ValueError, match=r"config\.json: auto_map=.* none is run"):
+    with pytest.raises(ValueError, match=r"config\.json: auto_map=.* never run"):
         weights.load(folder)
     with pytest.raises(RunError, match="Dataset scripts are no longer supported"):
         documents.files(str(folder), split="train", subset=None)

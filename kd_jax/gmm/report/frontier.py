@@ -208,14 +208,14 @@ def _read(folder: Path) -> dict[str, Knob]:
         cells.setdefault(row["knob"], {}).setdefault(row.get("value"), {})[row["seed"]] = row
     for name in (PLAIN, DIRECT):
         if name in cells and [*cells[name]] != [None]:
-            raise ValueError(f"{path}: {name} has a value, and is no knob")
+            raise ValueError(f"{path}: {name} is not a knob, and must not have a value")
     # All gains are counted from this student.
     if PLAIN not in cells:
         raise ValueError(f"{path}: no student of the unchanged teacher ({PLAIN})")
     seeds = sorted(cells[PLAIN][None])
     students = {name: _knob(path, name, settings, seeds) for name, settings in cells.items()}
     if not all(np.isfinite(students[PLAIN].metrics[name]).all() for name in ("precision", "recall")):
-        raise ValueError(f"{path}: precision or recall of {PLAIN} is not finite, and all are counted from them")
+        raise ValueError(f"{path}: precision or recall of {PLAIN} is not finite, and all gains are counted from it")
     return students
 
 

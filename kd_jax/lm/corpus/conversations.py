@@ -42,7 +42,7 @@ def encode(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> Conversa
     """
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and message.get("content")]
     if not turns or not all(isinstance(message.get("content", ""), str) for message in messages):
-        raise ValueError("there is no turn of the assistant, or a content that is not text")
+        raise ValueError("the assistant has no turn, or some content is not text")
     pieces = _pieces(messages, turns, tokenizer) if tokenizer.chat_template else list(_plain(messages, turns))
     ids, learnt = _encode(pieces, tokenizer)
     if not tokenizer.chat_template and tokenizer.eos_id is not None:

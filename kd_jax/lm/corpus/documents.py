@@ -136,7 +136,9 @@ def files(source: str, *, split: str, subset: str | None, revision: str | None =
     """
     paths = _matches(source)
     if paths and (split != "train" or subset is not None):
-        raise ValueError(f"split={split!r}, subset={subset!r}: {source} is of files, which have no such parts")
+        raise ValueError(
+            f"split={split!r}, subset={subset!r}: {source} is made of files, which have neither splits nor subsets"
+        )
     if not paths:
         on_hub = is_hub_id(source)
         repository, asked = _HUB_ID.fullmatch(source).groups() if on_hub else (str(Path(source).expanduser()), None)

@@ -107,7 +107,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {type(error).__name__}: {error}{again(folder)}") from error
     if counted != rows:
-        raise RunError(f"{path} is damaged: its counts are not those of its shards{again(folder)}")
+        raise RunError(f"{path} is damaged: its counts differ from those of its shards{again(folder)}")
     return manifest
 
 

@@ -87,7 +87,7 @@ def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
         checks.check_sources(spec)
         identity = roles.p_star_identity(spec)
     except (RunError, OSError) as error:
-        print(f"not here yet, so all stages are shown as to do: {error}")
+        print(f"not available here yet, so all stages are shown as to do: {error}")
         # A name in place of the unknown content makes keys that no folder has.
         identity = spec.p_star.source
     chain = plan(spec, identity)

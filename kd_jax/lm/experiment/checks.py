@@ -29,7 +29,7 @@ def check(spec: LmSpec) -> None:
         raise ValueError(f"config.taus={spec.taus} is empty, and there is no other arm (config.arms)")
     for arm in groups:
         if arm.policy == "on_policy" and spec.train_of("student").together > 1:
-            raise ValueError(f"config.train.together: {arm.name} needs its students alone (1)")
+            raise ValueError(f"config.train.together: {arm.name} trains its students one by one; set it to 1")
         if arm.distill is not None and arm.distill.prompt_length >= spec.sampling.max_length:
             raise ValueError(
                 f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "
@@ -80,7 +80,7 @@ def check_sources(spec: LmSpec) -> None:
 def _check_prompt(spec: LmSpec, p_star: Model) -> None:
     ids, text = spec.sampling.prompt_ids, spec.sampling.prompt
     if not ids and p_star.tokenizer is None:
-        raise ValueError(f"config.sampling.prompt={text!r} needs a tokenizer, which p* has not; set prompt_ids")
+        raise ValueError(f"config.sampling.prompt={text!r} needs a tokenizer, which p* does not have; set prompt_ids")
     ids = ids or p_star.tokenizer.encode(text)
     if not ids or len(ids) >= spec.sampling.max_length:
         raise ValueError(

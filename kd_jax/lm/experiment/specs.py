@@ -166,7 +166,7 @@ class LmSpec:
 
     def __post_init__(self):
         if len(set(self.taus)) < len(self.taus):
-            raise ValueError(f"taus={self.taus} must have none twice")
+            raise ValueError(f"taus={self.taus} has a value twice")
         if not self.p_star.source and not self.p_star.architecture:
             raise ValueError("p_star needs a source, or an architecture to draw random weights for")
         # Random weights score nothing, and data bring no prompt.

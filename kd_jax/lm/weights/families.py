@@ -187,7 +187,7 @@ def write(architecture: Architecture) -> dict[str, Any]:
     if again != a:
         fields = (field.name for field in dataclasses.fields(a))
         different = [name for name in fields if getattr(again, name) != getattr(a, name)]
-        raise ValueError(f"a {a.family} config.json cannot say this model's {', '.join(different)}")
+        raise ValueError(f"a {a.family} config.json cannot express this model's {', '.join(different)}")
     return out
 
 

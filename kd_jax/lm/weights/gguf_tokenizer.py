@@ -53,7 +53,9 @@ def read(metadata: dict[str, Any]) -> dict[str, Any]:
     kind = metadata["tokenizer.ggml.model"]
     if kind not in _BUILDERS:
         known = ", ".join(_BUILDERS)
-        raise ValueError(f"tokenizer.ggml.model is {kind!r}; {known} are read, so use a folder with tokenizer.json")
+        raise ValueError(
+            f"tokenizer.ggml.model is {kind!r}, and only {known} are read; use a folder with tokenizer.json"
+        )
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     backend = _BUILDERS[kind](metadata, tokens, types)
     # one call each: the library gives every token of a call the same flag
@@ -77,7 +79,7 @@ def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -
     pre = metadata["tokenizer.ggml.pre"]
     if pre not in _PATTERNS and pre not in _GPT2_LIKE:
         known = ", ".join([*_GPT2_LIKE, *_PATTERNS])
-        raise ValueError(f"tokenizer.ggml.pre is {pre!r}; {known} are read, so use a folder with tokenizer.json")
+        raise ValueError(f"tokenizer.ggml.pre is {pre!r}, and only {known} are read; use a folder with tokenizer.json")
     # unused ids fill the embedding up to a round size; as tokens they would be found in texts that spell them
     vocab = {token: i for i, token in enumerate(tokens) if types[i] != TokenType.UNUSED}
     merges = [tuple(line.split(" ")) for line in metadata["tokenizer.ggml.merges"]]

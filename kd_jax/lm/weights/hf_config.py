@@ -21,10 +21,12 @@ def architecture(config: dict[str, Any], path: Path) -> Architecture:
     """
     # Phi 3's published configs name code that transformers has had for long; it is known here
     if config.get("auto_map") is not None and config.get("model_type") != "phi3":
-        raise ValueError(f"{path}: auto_map={config['auto_map']} names code that comes with the model; none is run")
+        raise ValueError(
+            f"{path}: auto_map={config['auto_map']} names code that comes with the model, which is never run"
+        )
     rotary = [config.get(key) for key in ("rope_theta", "rope_parameters", "rope_scaling")]
     if not any(rotary):
-        warnings.warn(f"{path} has no rope_theta, nor rope_parameters; its family's default is taken", stacklevel=2)
+        warnings.warn(f"{path} has neither rope_theta nor rope_parameters; its family's default is taken", stacklevel=2)
     try:
         return families.read(config)
     except ValueError as error:

@@ -128,7 +128,7 @@ def snapshot(repository: str, revision: str | None, patterns: tuple[str, ...] = 
             )
         )
     except (hub_errors.HfHubHTTPError, hub_errors.HFValidationError, OSError) as error:
-        raise RunError(f"{what} is no folder here, and the Hugging Face hub does not give it: {error}") from error
+        raise RunError(f"{what} is not a folder here, and the Hugging Face hub does not provide it: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -279,9 +279,7 @@ def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) ->
     if expected is None:  # a training's
         expected, source = (checkpoint.sums(path.parent) or {}).get("weights"), path.parent
     if expected not in (None, fingerprint):
-        raise ValueError(
-            f"{path} is damaged: the weights are not those whose fingerprint {source} has{again(path.parent)}"
-        )
+        raise ValueError(f"{path} is damaged: the weights do not have the fingerprint in {source}{again(path.parent)}")
     return model._replace(params=params)
 
 

@@ -94,8 +94,8 @@ def test_prompt_and_response_are_not_merged(smollm2):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "user", "content": "Hi"}], "conversation 1: there is no turn of the assistant"),
-        ([], "conversation 1: there is no turn of the assistant"),
+        ([{"role": "user", "content": "Hi"}], "conversation 1: the assistant has no turn"),
+        ([], "conversation 1: the assistant has no turn"),
         ([*TWO_TURNS[:1], {"role": "assistant", "content": [{"type": "text"}]}], "conversation 1: .*not text"),
     ],
 )

@@ -488,7 +488,7 @@ def test_folder_of_samples_is_refused(source, words, tmp_path):
         ({"text_column": "text", "ids_column": "ids"}, "give one of them"),
         ({"prompt_column": "text"}, "give one of them"),
         ({"eos": 100}, "100 is not an id"),
-        ({"split": "validation"}, "is of files, which have no such parts"),
+        ({"split": "validation"}, "is made of files, which have neither splits nor subsets"),
         ({"num_samples": 0}, "num_samples=0 must be"),
         ({"first": -1}, "first=-1 must be"),
         ({"max_length": 1.0}, "data.max_length: 1.0 must be int"),

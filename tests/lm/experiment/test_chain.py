@@ -150,7 +150,7 @@ def test_rollouts_are_of_students_alone():
 
 @pytest.mark.parametrize("changes, message", [
     ({"taus": ()}, "config.taus"),
-    ({"taus": (1.0, 1.0)}, "none twice"),
+    ({"taus": (1.0, 1.0)}, "has a value twice"),
     ({"taus": (0.0,)}, "config.taus=0.0"),
     ({"seeds": 0}, "config.seeds=0"),
     ({"student.heads": 3}, "config.student.width=16 is not a multiple"),

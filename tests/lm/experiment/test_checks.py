@@ -48,7 +48,7 @@ def test_a_run_that_can_be_is_not_refused_and_no_weights_are_read(folders, monke
     ({"p_star.source": "fields"}, "mystery"),
     ({"p_star.source": "short"}, "has 8 positions, and sequences are up to 16"),
     ({"p_star.source": "endless"}, "no EOS id"),
-    ({"sampling.prompt_ids": ()}, "needs a tokenizer, which p\\* has not"),
+    ({"sampling.prompt_ids": ()}, "needs a tokenizer, which p\\* does not have"),
     ({"sampling.prompt_ids": (1,) * 16}, "the prompt has 16 ids"),
     ({"sampling.prompt_ids": (TINY.vocab_size,)}, f"the ids of p\\* end at {TINY.vocab_size - 1}"),
     ({"teacher.source": "other_end"}, "ends a sequence with ids \\[3\\], p\\* with \\[2\\]"),

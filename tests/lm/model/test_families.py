@@ -166,7 +166,7 @@ def test_what_is_not_understood_is_named(name, changes, message, tmp_path):
 def test_settings_that_a_family_cannot_say_are_not_exported(load, tmp_path):
     loaded = load("llama 2")
     other = loaded._replace(architecture=dataclasses.replace(loaded.architecture, logit_softcap=30.0))
-    with pytest.raises(ValueError, match="llama config.json cannot say this model's logit_softcap"):
+    with pytest.raises(ValueError, match="llama config.json cannot express this model's logit_softcap"):
         weights.export(other, tmp_path / "out")
 
 

@@ -220,7 +220,7 @@ def test_hugging_face_ids_come_from_the_hubs_cache(tmp_path):
     assert set(lines[:3]) == {f"{fingerprint} {hashlib.sha256(REVISION.encode()).hexdigest()} 300"}
     for number, name in enumerate(("org/other", "org/tiny@v2")):
         for line in lines[3 + 3 * number : 6 + 3 * number]:
-            assert line.startswith(f"refused {name} is no folder here, and the Hugging Face hub does not give it")
+            assert line.startswith(f"refused {name} is not a folder here, and the Hugging Face hub does not provide it")
     assert len(lines) >= 12
 
 
