@@ -3,11 +3,12 @@
 from kd_jax.lm.evaluation.lazy_models import LazyModel
 from kd_jax.lm.evaluation.metric_rows import METRICS
 from kd_jax.lm.evaluation.precision_recall import carry_out, evaluate, plan, seconds
-from kd_jax.lm.evaluation.preconditions import Entry, EvaluationSpec, MeasureSpec, check
+from kd_jax.lm.evaluation.preconditions import TEACHERS_APART, Entry, EvaluationSpec, MeasureSpec, check
 from kd_jax.lm.evaluation.tasks import home, sampling_settings
 
 __all__ = [
     "METRICS",
+    "TEACHERS_APART",
     "Entry",
     "EvaluationSpec",
     "LazyModel",

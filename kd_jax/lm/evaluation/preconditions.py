@@ -13,6 +13,8 @@ from kd_jax.lm.model import Model
 from kd_jax.runs.settings import setting, spec
 
 _NAME = re.compile(r"[\w.@+-]+(/[\w.@+-]+)*")
+# Between the random seeds of one teacher's models and the next's.
+TEACHERS_APART = 10_000_000
 # Parts of a name that would collide with the files of another model.
 _TAKEN = {"samples", "at", ".", ".."}
 
@@ -55,6 +57,9 @@ class Entry(NamedTuple):
         seed: of the model's training. Models of one seed are sampled with the same random numbers, which makes
             differences between them less noisy; models of another seed with others.
         samples: samples of the model to take, the first num_samples; it is then evaluated as they were drawn.
+        teacher: which teacher of a run with several this is, or learnt from. Models of different teachers are sampled
+            with different random numbers.
+        sample_temperatures: to evaluate this model at, in place of the evaluation's.
     """
 
     source: str | os.PathLike | Model
@@ -62,6 +67,8 @@ class Entry(NamedTuple):
     tau: float | None = None
     seed: int | None = None
     samples: Corpus | None = None
+    teacher: int | None = None
+    sample_temperatures: tuple[float, ...] | None = None
 
 
 def check(

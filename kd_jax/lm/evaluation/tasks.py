@@ -12,7 +12,7 @@ from kd_jax.lm.corpus import Corpus, Rows, compatibility
 from kd_jax.lm.decode import WHOLE, SamplerSpec
 from kd_jax.lm.evaluation import metric_rows
 from kd_jax.lm.evaluation.lazy_models import LazyModel
-from kd_jax.lm.evaluation.preconditions import Entry, EvaluationSpec
+from kd_jax.lm.evaluation.preconditions import TEACHERS_APART, Entry, EvaluationSpec
 from kd_jax.lm.model import Model
 from kd_jax.parallel import distributed
 from kd_jax.storage.files import read_rows
@@ -143,7 +143,7 @@ def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: Sa
     if entry.samples is None:
         drawn = sampling_settings(
             model, _source(entry, name), data.settings["prompt_ids"], data.settings["max_length"], spec.num_samples,
-            spec.seed + (entry.seed or 0), sampler, spec,
+            spec.seed + (entry.seed or 0) + TEACHERS_APART * (entry.teacher or 0), sampler, spec,
         )  # fmt: skip
         # where the model is from and how rows lie in files change what is drawn by rounding only
         samples = {key: value for key, value in drawn.items() if key not in ("source", "shard_size")}
@@ -190,7 +190,7 @@ def samplers(entry: Entry, spec: EvaluationSpec) -> list[SamplerSpec]:
     """The ways of sampling an entry: each temperature of the spec, or how its given samples were drawn."""
     if entry.samples is not None:
         return [SamplerSpec.of(entry.samples.manifest["settings"])]
-    return [SamplerSpec(sample_temperature=tau) for tau in spec.sample_temperatures]
+    return [SamplerSpec(sample_temperature=tau) for tau in entry.sample_temperatures or spec.sample_temperatures]
 
 
 def source_key(entry: Entry) -> str:
@@ -220,7 +220,8 @@ def row_of(task: Task) -> dict[str, Any]:
     """The row of metrics.jsonl. The model's name is no part of the key, so it is put in each time."""
     entry = task.entry
     return {
-        "kind": "evaluation", "name": task.name, "arm": entry.arm, "tau": entry.tau, "seed": entry.seed,
-        "source": _source(entry, task.name), "sample_temperature": task.sampler.sample_temperature,
+        "kind": "evaluation", "name": task.name, "arm": entry.arm, "tau": entry.tau, "teacher": entry.teacher,
+        "seed": entry.seed, "source": _source(entry, task.name),
+        "sample_temperature": task.sampler.sample_temperature,
         **metric_rows.row(task.row["columns"]), "teacher_entropy": None, "teacher_entropy_se": None,
     }  # fmt: skip

@@ -100,6 +100,17 @@ class Arm(NamedTuple):
         return self.distill.on_policy_fraction if self.policy == "on_policy" else 0.0
 
 
+def of_teacher(stage: str, teacher: int) -> str:
+    """The name of a stage, or of a model, for one of several teachers.
+
+    The first teacher's names say no number, so that a finished run can get more teachers and keep its stages.
+    """
+    if not teacher:
+        return stage
+    group, *rest = stage.split("/", 1)
+    return "/".join([group, f"teacher-{teacher}", *rest])
+
+
 def samples_stage(sampler: SamplerSpec) -> str:
     """The stage that samples the teacher."""
     return f"samples/{sampler.label}"

@@ -3,7 +3,8 @@
     p*'s corpora -> teacher -> the teacher's corpora -> students -> evaluation
 
 Every corpus that is trained on has config.num_validation more rows, which no model is trained on and which choose the
-checkpoint. Recall is measured on a corpus of p* of its own. Seeds are those of the students; there is one teacher.
+checkpoint. Recall is measured on one corpus of p*, the same for all models. With config.teachers above 1, each teacher
+has its own corpus of p*, and its own students: seeds are nested in teachers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import training, weights
+from kd_jax.lm import evaluation, training, weights
 from kd_jax.lm.corpus import documents, ingest
 from kd_jax.lm.decode import to_corpus
 from kd_jax.lm.decode.next_token import SamplerSpec
@@ -21,7 +22,7 @@ from kd_jax.lm.distill import recorded_top_k
 from kd_jax.lm.evaluation import estimates
 from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import checks, cost, planning, results, roles
-from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording
+from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording, of_teacher
 from kd_jax.lm.experiment.results import Student
 from kd_jax.lm.experiment.specs import (
     LmSpec,
@@ -44,6 +45,8 @@ Spec = LmSpec
 # What a random number is for: seeds of corpora and models are config.seed plus one of these, far apart. 6 million
 # belongs to the evaluation (results.py).
 _TRAIN, _VALIDATION, _TEACHER, _SAMPLES, _STUDENT = (1_000_000 * i for i in range(1, 6))
+# Between the purposes of one teacher and those of the next.
+_APART = evaluation.TEACHERS_APART
 
 
 def validate(spec: LmSpec) -> None:
@@ -110,40 +113,51 @@ def plan(spec: LmSpec, identity: str) -> list[Stage]:
     Args:
         identity: the fingerprint of p*'s weights.
     """
-    chain = [
-        _p_star_corpus(spec, identity, TRAIN, spec.num_train + spec.num_validation, _TRAIN),
-        _p_star_corpus(spec, identity, "p_star/validation", spec.num_recall, _VALIDATION),
-    ]
-    if not spec.teacher.source:
-        teacher = Student("teacher", Arm("teacher", "teacher", p_star=True), None, _TEACHER)
-        chain.append(_training(spec, "teacher", spec.teacher, [teacher]))
-    for arm in arms_lib.arms(spec):
-        # Arms that learn the same text, or the same recording, share its stage.
-        names = {stage.name for stage in chain}
-        if arm.sampler is not None and arms_lib.samples_stage(arm.sampler) not in names:
-            chain.append(_teacher_corpus(spec, arm.sampler))
-        # A corpus with a recorded teacher is a stage of its own, after the stage of its text.
-        for text, corpus in zip(arm.texts, arm.corpora, strict=True):
-            if corpus not in (text, *names):
-                chain.append(_recorded(spec, arm.recording, text))
-        chain += _students(spec, arm)
+    size = spec.num_train + spec.num_validation
+    chain = []
+    for teacher in range(spec.teachers):
+        # of data, no two corpora share a document: each begins where the one before ends
+        first = spec.num_recall + teacher * size if teacher else 0
+        chain.append(_p_star_corpus(spec, identity, of_teacher(TRAIN, teacher), size, _TRAIN + _APART * teacher, first))
+        if teacher == 0:
+            chain.append(_p_star_corpus(spec, identity, "p_star/validation", spec.num_recall, _VALIDATION, size))
+        chain += _from_teacher(spec, teacher)
     return chain
 
 
-def _p_star_corpus(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: int) -> Stage:
+def _from_teacher(spec: LmSpec, teacher: int) -> list[Stage]:
+    """A teacher's training, its corpora, and its students."""
+    chain = []
+    if not spec.teacher.source:
+        name = of_teacher("teacher", teacher)
+        model = Student(name, Arm("teacher", "teacher", p_star=True), None, _TEACHER + _APART * teacher, teacher)
+        chain.append(_training(spec, name, spec.teacher, [model]))
+    for arm in arms_lib.arms(spec):
+        # Arms that learn the same text, or the same recording, share its stage.
+        names = {stage.name for stage in chain}
+        if arm.sampler is not None and of_teacher(arms_lib.samples_stage(arm.sampler), teacher) not in names:
+            chain.append(_teacher_corpus(spec, arm.sampler, teacher))
+        # A corpus with a recorded teacher is a stage of its own, after the stage of its text.
+        for text, corpus in zip(arm.texts, arm.corpora, strict=True):
+            if corpus != text and of_teacher(corpus, teacher) not in names:
+                chain.append(_recorded(spec, arm.recording, text, teacher))
+        chain += _students(spec, arm, teacher)
+    return chain
+
+
+def _p_star_corpus(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: int, first: int) -> Stage:
+    """A corpus of p*'s samples, or of data from the document `first` on."""
     settings = _sampling(spec, num_samples, SamplerSpec(), purpose) | {
         "p_star": to_dict(spec.p_star), "identity": identity,
     }  # fmt: skip
     if spec.data.source:
-        settings |= {"data": to_dict(spec.data), "data_identity": documents.identity(spec.data.source)}
+        settings |= {"data": to_dict(spec.data), "data_identity": documents.identity(spec.data.source), "first": first}
 
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
         model = roles.p_star(spec)
         # Later stages read p*'s ids, tokenizer and shape here, without loading its weights.
         weights.save_about(model, folder)
         if spec.data.source:
-            # the two corpora of p* share no document: one begins where the other ends
-            first = 0 if purpose == _TRAIN else spec.num_train + spec.num_validation
             return _ingest(spec, folder, first, num_samples)
         return _sample(spec, model, folder, settings, name)
 
@@ -151,28 +165,29 @@ def _p_star_corpus(spec: LmSpec, identity: str, name: str, num_samples: int, pur
     return Stage(name, settings, (), work, cost.sampling(spec, shape, num_samples))
 
 
-def _teacher_corpus(spec: LmSpec, sampler: SamplerSpec) -> Stage:
+def _teacher_corpus(spec: LmSpec, sampler: SamplerSpec, teacher: int) -> Stage:
     # every sampler gets the same random numbers: differences between them are less noisy
-    settings = _sampling(spec, spec.num_train + spec.num_validation, sampler, _SAMPLES)
-    name = arms_lib.samples_stage(sampler)
+    settings = _sampling(spec, spec.num_train + spec.num_validation, sampler, _SAMPLES + _APART * teacher)
+    name = of_teacher(arms_lib.samples_stage(sampler), teacher)
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
-        model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh))
+        model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh), teacher)
         return _sample(spec, model, folder, settings, name)
 
     price = cost.sampling(spec, planned_shape(spec, "teacher"), settings["num_samples"])
-    return Stage(name, settings | roles.teacher_identity(spec), roles.teacher_inputs(spec), work, price)
+    return Stage(name, settings | roles.teacher_identity(spec), roles.teacher_inputs(spec, teacher), work, price)
 
 
-def _recorded(spec: LmSpec, recording: Recording, text: str) -> Stage:
+def _recorded(spec: LmSpec, recording: Recording, text: str, teacher: int) -> Stage:
     """A corpus once more, with the teacher's most probable tokens at each position."""
     settings = recording._asdict() | roles.teacher_identity(spec)
-    name, dtype = recording.name(text), recording.teacher_dtype
+    name, dtype = of_teacher(recording.name(text), teacher), recording.teacher_dtype
+    text = of_teacher(text, teacher)
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         # The mesh that the teacher would have in online distillation, too.
         mesh = make_mesh(spec.teacher_mesh)
-        model, source = roles.teacher(spec, inputs, dtype, mesh), corpus_lib.open(inputs[text] / "corpus")
+        model, source = roles.teacher(spec, inputs, dtype, mesh, teacher), corpus_lib.open(inputs[text] / "corpus")
         teacher_settings = recorded_top_k.settings(
             model, spec.teacher.source or "teacher", recording.top_k, recording.log_prob_format, dtype,
             corpus_lib.fingerprint(source),
@@ -184,25 +199,31 @@ def _recorded(spec: LmSpec, recording: Recording, text: str) -> Stage:
         return {**corpus.manifest["counts"], "entropy": None, "entropy_se": None}
 
     price = cost.scoring(spec, planned_shape(spec, "teacher"), recording.top_k)
-    return Stage(name, settings, (text, *roles.teacher_inputs(spec)), work, price)
+    return Stage(name, settings, (text, *roles.teacher_inputs(spec, teacher)), work, price)
 
 
-def _students(spec: LmSpec, arm: Arm) -> list[Stage]:
-    """The students of an arm, config.train.together in a stage."""
+def _students(spec: LmSpec, arm: Arm, teacher: int) -> list[Stage]:
+    """The students of an arm and a teacher, config.train.together in a stage."""
     # a seed has one start and one order of the data, whatever the arm: differences between arms are less noisy
-    students = [Student(f"{arm.name}/seed-{seed}", arm, seed, _STUDENT + seed) for seed in range(spec.seeds)]
+    folder = of_teacher(arm.name, teacher)
+    students = [
+        Student(f"{folder}/seed-{seed}", arm, seed, _STUDENT + _APART * teacher + seed, teacher)
+        for seed in range(spec.seeds)
+    ]
     # Only students of one arm share a program: their loss has to be the same.
     size = spec.train_of("student").together
     groups = [students[i : i + size] for i in range(0, len(students), size)]
     stages_of_arm = []
     for group in groups:
-        name = group[0].name if len(group) == 1 else f"{arm.name}/seeds-{group[0].seed}-{group[-1].seed}"
+        name = group[0].name if len(group) == 1 else f"{folder}/seeds-{group[0].seed}-{group[-1].seed}"
         stages_of_arm.append(_training(spec, name, spec.student, group))
     return stages_of_arm
 
 
 def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, students: list[Student]) -> Stage:
     arm, role = students[0].arm, "teacher" if shape is spec.teacher else "student"
+    teacher = students[0].teacher
+    p_star_text, texts = of_teacher(TRAIN, teacher), [of_teacher(corpus, teacher) for corpus in arm.corpora]
     # These settings are the stage's key. Trackers change no result, so the key has none.
     train_spec = spec.train_of(role)
     train = {key: value for key, value in to_dict(train_spec).items() if key not in ("together", "trackers")}
@@ -227,21 +248,21 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         # From the description beside p*'s corpus: a training does not load p*'s weights.
-        p_star = weights.about(inputs[TRAIN])
+        p_star = weights.about(inputs[p_star_text])
         model = p_star._replace(architecture=architecture(shape, p_star.architecture, "config"))
-        distillation = _distillation(spec, arm, inputs)
+        distillation = _distillation(spec, arm, inputs, teacher)
         start = roles.start(spec, role, distillation and distillation.teacher)
         # of a shallower copy, adapters would be of a model that is nowhere
         base = "" if shape.layers_kept else shape.start
-        corpora = [corpus_lib.open(inputs[corpus] / "corpus") for corpus in arm.corpora]
+        corpora = [corpus_lib.open(inputs[text] / "corpus") for text in texts]
         members = [
             training.Member(
                 corpus=corpora[0], num_validation=spec.num_validation, seed=spec.seed + student.purpose,
                 folder=results.home(folder, students, student), name=student.name,
-                tags={"arm": arm.kind, "tau": arm.tau, "seed": student.seed},
+                tags={"arm": arm.kind, "tau": arm.tau, "teacher": teacher, "seed": student.seed},
                 # p*'s text comes first (Arm.texts), the teacher's second.
                 mixed=corpora[1] if len(corpora) > 1 else None,
-                prompts=corpus_lib.open(inputs[TRAIN] / "corpus"), start=start,
+                prompts=corpus_lib.open(inputs[p_star_text] / "corpus"), start=start,
                 base=base,
             )
             for student in students
@@ -259,18 +280,19 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
         spec, planned_shape(spec, role), count=len(students), arm=arm, train=train_spec,
         teacher=planned_shape(spec, "teacher") if arm.teacher_runs else None, part=part,
     )  # fmt: skip
-    # TRAIN always: a training reads p*'s ids and shape there.
-    inputs = dict.fromkeys([TRAIN, *arm.corpora, *(roles.teacher_inputs(spec) if arm.teacher_runs else ())])
+    loaded = roles.teacher_inputs(spec, teacher) if arm.teacher_runs else ()
+    # p*'s corpus always: a training reads p*'s ids and shape there.
+    inputs = dict.fromkeys([p_star_text, *texts, *loaded])
     return Stage(name, settings, tuple(inputs), work, price, tuple(students))
 
 
-def _distillation(spec: LmSpec, arm: Arm, inputs: dict[str, Path]) -> distill.Distillation | None:
+def _distillation(spec: LmSpec, arm: Arm, inputs: dict[str, Path], number: int) -> distill.Distillation | None:
     if arm.distill is None:
         return None
     if not arm.teacher_runs:
         return distill.Distillation(arm.distill)
     dtype = arm.distill.teacher_dtype
-    teacher = roles.teacher(spec, inputs, dtype, make_mesh(spec.teacher_mesh))
+    teacher = roles.teacher(spec, inputs, dtype, make_mesh(spec.teacher_mesh), number)
     # A teacher has no backward pass, so there is nothing to recompute in it.
     compute = Compute(**{**vars(spec.compute), "dtype": dtype, "remat": False})
     return distill.Distillation(arm.distill, teacher, compute)

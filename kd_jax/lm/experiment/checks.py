@@ -35,10 +35,31 @@ def check(spec: LmSpec) -> None:
                 f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "
                 f"config.sampling.max_length={spec.sampling.max_length}"
             )
-    knobs.check(spec.frontier, [arm.name for arm in groups])
+    names = [arm.name for arm in groups]
+    _check_names(spec, names)
+    knobs.check(spec.frontier, names)
     for role in ("teacher", "student"):
         trackers.check(spec.train_of(role).trackers)
     _check_meshes(spec, any(arm.distill is not None for arm in groups))
+
+
+def _check_names(spec: LmSpec, names: list[str]) -> None:
+    """That the arms named by other settings are arms of the run, and that the contrast can be made."""
+    contrast = spec.contrast
+    named = {"config.cooled_arms": spec.cooled_arms}
+    if contrast.arm:
+        named |= {"config.contrast.arm": (contrast.arm,), "config.contrast.other": (contrast.other,)}
+    for key, arms_named in named.items():
+        for name in arms_named:
+            if name not in names:
+                raise ValueError(f"{key}: {name!r} is not one of the run's arms ({', '.join(names)})")
+    cooled = not spec.cooled_arms or contrast.other in spec.cooled_arms
+    temperatures = len(spec.evaluation.sample_temperatures) if cooled else 1
+    if contrast.arm and contrast.at_equal_precision and temperatures < 2:
+        raise ValueError(
+            f"config.contrast.at_equal_precision needs {contrast.other} at several sample temperatures "
+            "(config.evaluation.sample_temperatures, config.cooled_arms)"
+        )
 
 
 def check_sources(spec: LmSpec) -> None:

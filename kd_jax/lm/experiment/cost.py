@@ -119,10 +119,11 @@ def scoring(spec: LmSpec, shape: Architecture | None, top_k: int) -> Cost:
 def evaluation(spec: LmSpec, shape: Architecture | None) -> Cost:
     """The cost of scoring every model's samples under p*, by far the largest part; `shape` is p*'s."""
     groups = arms(spec)
-    students = spec.seeds * len(groups) * len(spec.evaluation.sample_temperatures)
+    cooled = sum(not spec.cooled_arms or arm.name in spec.cooled_arms for arm in groups)
+    students = spec.seeds * (len(groups) - cooled + cooled * len(spec.evaluation.sample_temperatures))
     models = students + len({arm.sampler for arm in groups if arm.sampler is not None})
     # Agreement scores p* on the validation rows, too.
-    rows = models * spec.num_samples + (spec.num_recall if spec.evaluation.agreement else 0)
+    rows = spec.teachers * models * spec.num_samples + (spec.num_recall if spec.evaluation.agreement else 0)
     tokens = rows * spec.sampling.max_length
     return _cost("scoring", spec, shape, tokens, disk=8 * tokens)
 

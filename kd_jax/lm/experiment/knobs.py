@@ -1,4 +1,6 @@
-"""The knobs of selectivity that a run compares: which arms are the settings of which knob.
+"""What a run compares: its one preregistered comparison, and the knobs of selectivity, whose settings are arms.
+
+    config.contrast              see ContrastSpec
 
     config.frontier.knobs        ((name, ((value, arm), ...)), ...): values as text, in order; arms as
                                  kd_jax.lm.experiment.arms names them
@@ -25,6 +27,24 @@ class FrontierSpec:
     references: tuple[str, ...] = setting(("tau-1",), "arms in which knobs change nothing")
     gains: tuple[float, ...] = setting(
         (0.5, 1.0, 2.0), "nats per token of precision above them, at which knobs are compared", above=0.0
+    )
+
+
+@spec
+class ContrastSpec:
+    """The run's one preregistered comparison: the page and the run's last lines begin with it.
+
+    It is not chosen after looking, so it alone is not corrected for how many comparisons there are.
+    """
+
+    arm: str = setting("", "students that are compared; empty for no such comparison")
+    other: str = setting("direct", "students that they are compared with")
+    metric: str = setting(
+        "recall", "what is compared: theirs minus the others'",
+        one_of=("precision", "recall", "entropy", "kl_model_data", "kl_data_model", "calibration_error", "agreement"),
+    )  # fmt: skip
+    at_equal_precision: bool = setting(
+        True, "the others are sampled at the temperature at which they are as precise; else both are sampled at 1"
     )
 
 

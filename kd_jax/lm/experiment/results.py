@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import evaluation
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.decode.next_token import SamplerSpec
-from kd_jax.lm.evaluation import Entry
+from kd_jax.lm.evaluation import Entry, paired
 from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import roles
-from kd_jax.lm.experiment.arms import Arm, samples_stage
+from kd_jax.lm.experiment.arms import Arm, of_teacher, samples_stage
 from kd_jax.lm.experiment.specs import LmSpec, make_mesh
 from kd_jax.lm.model import Model
 from kd_jax.lm.training.log import ROW
@@ -22,7 +24,7 @@ from kd_jax.parallel import distributed
 from kd_jax.runs import stages
 from kd_jax.runs.stages import Stage
 from kd_jax.storage.errors import RunError
-from kd_jax.storage.files import read_rows, write_rows
+from kd_jax.storage.files import read_rows, replacing, write_rows
 
 # Added to config.seed for the samples of the evaluation.
 _EVALUATION = 6_000_000
@@ -36,12 +38,14 @@ class Student(NamedTuple):
         arm: what it learns from.
         seed: which student of the arm.
         purpose: the part of its random seed that tells it from other models.
+        teacher: which of the run's teachers it is, or learns from.
     """
 
     name: str
     arm: Arm
     seed: int | None
     purpose: int
+    teacher: int = 0
 
 
 class Evaluated(NamedTuple):
@@ -50,7 +54,7 @@ class Evaluated(NamedTuple):
     Attributes:
         entry: see kd_jax.lm.evaluation.
         arm: of a student; None for the teacher.
-        sampler: of the teacher.
+        sampler: of a teacher.
         home: the folder of a student's training.
     """
 
@@ -78,7 +82,10 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
     for student, home in trained(chain, folders):
         # The teacher is evaluated with each sampler that students learn from, not once: see `_teachers`.
         if student.seed is not None:
-            entry = Entry(home, student.arm.kind, student.arm.tau, student.seed)
+            entry = Entry(
+                home, student.arm.kind, student.arm.tau, student.seed, teacher=student.teacher,
+                sample_temperatures=_temperatures(spec, student.arm),
+            )  # fmt: skip
             models[student.name] = Evaluated(entry, arm=student.arm, home=home)
     entries = {name: model.entry for name, model in models.items()}
     settings = evaluation.EvaluationSpec(
@@ -92,22 +99,33 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
 
 
 def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dict[str, Evaluated]:
-    """The teacher with each sampler whose text students learn; the plain teacher if they learn none of it."""
-    source = spec.teacher.source or folders["teacher"]
+    """Every teacher with each sampler whose text students learn; plain teachers if they learn none of it."""
+    samplers = dict.fromkeys(arm.sampler for arm in arms_lib.arms(spec) if arm.sampler is not None)
     models = {}
-    for sampler in dict.fromkeys(arm.sampler for arm in arms_lib.arms(spec) if arm.sampler is not None):
-        name = f"teacher/{sampler.label}"
-        truncated = any(value is not None for key, value in sampler.knobs().items() if key != "sample_temperature")
-        samples = corpus_lib.open(folders[arms_lib.samples_stage(sampler)] / "corpus")
-        # tau alone would not tell a truncated teacher from the plain one.
-        entry = Entry(source, name if truncated else "teacher", sampler.sample_temperature, None, samples)
-        models[name] = Evaluated(entry, sampler=sampler)
-    if not models:
-        # A teacher that is p* has samples already: those that recall is measured on.
-        is_p_star = source == spec.p_star.source and spec.num_samples <= spec.num_recall
-        samples = validation if is_p_star and not spec.data.source else None
-        models["teacher/tau-1"] = Evaluated(Entry(source, "teacher", 1.0, None, samples))
+    for teacher in range(spec.teachers):
+        source = spec.teacher.source or folders[of_teacher("teacher", teacher)]
+        for sampler in samplers:
+            arm = f"teacher/{sampler.label}"
+            truncated = any(value is not None for key, value in sampler.knobs().items() if key != "sample_temperature")
+            samples = corpus_lib.open(folders[of_teacher(samples_stage(sampler), teacher)] / "corpus")
+            # tau alone would not tell a truncated teacher from the plain one.
+            entry = Entry(
+                source, arm if truncated else "teacher", sampler.sample_temperature, None, samples, teacher=teacher
+            )
+            models[of_teacher(arm, teacher)] = Evaluated(entry, sampler=sampler)
+        if not samplers and (teacher == 0 or not spec.teacher.source):
+            # A teacher that is p* has samples already: those that recall is measured on.
+            is_p_star = source == spec.p_star.source and spec.num_samples <= spec.num_recall
+            samples = validation if is_p_star and not spec.data.source else None
+            name = of_teacher("teacher/tau-1", teacher)
+            models[name] = Evaluated(Entry(source, "teacher", 1.0, None, samples, teacher=teacher))
     return models
+
+
+def _temperatures(spec: LmSpec, arm: Arm) -> tuple[float, ...]:
+    """The sample temperatures that an arm's students are evaluated at."""
+    cooled = not spec.cooled_arms or arm.name in spec.cooled_arms
+    return spec.evaluation.sample_temperatures if cooled else (1.0,)
 
 
 def _gather(
@@ -118,6 +136,7 @@ def _gather(
     folders = stages.folders(folder, chain)
     # What a model learnt from is joined here: the evaluation knows models by name only.
     rows = [row | learnt_from(models[row["name"]], folders) for row in rows]
+    _write_recall(folder, rows, validation, spec.num_recall)
     seconds = evaluation.seconds(folder / "evaluation", models)
     training_rows = [read_rows(home / "metrics.jsonl") for _, home in trained(chain, folders)]
     rows = [*rows, *sum(training_rows, []), *stage_rows(chain, folders, seconds)]
@@ -130,6 +149,28 @@ def _gather(
         records.append({"name": stage.name, "folder": place, **{key: record[key] for key in ("seconds", "starts")}})
     records.append({"name": "evaluation", "folder": "evaluation", "seconds": seconds})
     return {"stages": records, "overhead": overhead(chain, folders)}
+
+
+def _write_recall(folder: Path, rows: list[dict[str, Any]], validation: Corpus, num_recall: int) -> None:
+    """Writes recall.npz: log model of each validation row for all evaluated models, which errors are computed from.
+
+    Arrays: tokens [sequence], name and sample_temperature [model], log_prob float32 [model, sequence] in nats. Only
+    students are in it.
+    """
+    kept = [row for row in rows if row["seed"] is not None]
+    samplers = [SamplerSpec(sample_temperature=row["sample_temperature"]) for row in kept]
+    columns = validation.columns("length", "prompt_length")
+    log_probs = [
+        paired.sequence_values(folder / "evaluation", row["name"], "recall", sampler)
+        for row, sampler in zip(kept, samplers, strict=True)
+    ]
+    with replacing(folder / "recall.npz") as file:
+        np.savez(
+            file, tokens=(columns["length"] - columns["prompt_length"])[:num_recall],
+            name=np.array([row["name"] for row in kept]),
+            sample_temperature=np.array([row["sample_temperature"] for row in kept]),
+            log_prob=np.array(log_probs, np.float32),
+        )  # fmt: skip
 
 
 def home(folder: Path, students: Sequence[Student], student: Student) -> Path:
@@ -186,13 +227,16 @@ def learnt_from(model: Evaluated, folders: dict[str, Path]) -> dict[str, Any]:
     """
     arm, sampler = model.arm, model.sampler
     if arm is None:  # the teacher
-        return {} if sampler is None else _text_entropy(folders[samples_stage(sampler)])
+        if sampler is None:
+            return {}
+        return _text_entropy(folders[of_teacher(samples_stage(sampler), model.entry.teacher)])
     settings = {**arm.knobs, **({} if arm.sampler is None else arm.sampler.knobs())}
     if arm.distill is not None:
         # Logged by the validation that chose the checkpoint.
         entropy = None if arm.policy == "offline" else _chosen_row(model.home / "metrics.jsonl")["teacher_entropy"]
         return {"teacher_entropy": entropy, "distill": settings}
-    return _text_entropy(folders[arm.texts[-1]]) | ({"distill": settings} if arm.knobs else {})
+    text = of_teacher(arm.texts[-1], model.entry.teacher)
+    return _text_entropy(folders[text]) | ({"distill": settings} if arm.knobs else {})
 
 
 def sample_rows(
@@ -217,8 +261,9 @@ def sample_rows(
         for i, ids in enumerate(samples.tokens):
             text = " ".join(map(str, ids)) if p_star.tokenizer is None else p_star.tokenizer.decode(ids)
             rows.append({
-                "name": name, "arm": entry.arm, "tau": entry.tau, "seed": entry.seed, "index": int(samples.index[i]),
-                "text": text, "finished": bool(samples.finished[i]), "length": int(samples.length[i]),
+                "name": name, "arm": entry.arm, "tau": entry.tau, "teacher": entry.teacher, "seed": entry.seed,
+                "index": int(samples.index[i]), "text": text, "finished": bool(samples.finished[i]),
+                "length": int(samples.length[i]),
             })  # fmt: skip
     return rows
 

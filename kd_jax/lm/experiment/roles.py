@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import weights
+from kd_jax.lm.experiment.arms import of_teacher
 from kd_jax.lm.experiment.specs import LmSpec, make_mesh, shallower
 from kd_jax.lm.model import PRESETS, Model
 from kd_jax.parallel import mesh as mesh_lib
@@ -50,18 +51,19 @@ def p_star_identity(spec: LmSpec) -> str:
     return _source_identity(spec.p_star.source) if spec.p_star.source else f"random, seed {spec.seed}"
 
 
-def teacher(spec: LmSpec, inputs: dict[str, Path], dtype: str, mesh: Mesh | None) -> Model:
+def teacher(spec: LmSpec, inputs: dict[str, Path], dtype: str, mesh: Mesh | None, number: int = 0) -> Model:
     """The teacher with its weights on a mesh; p* itself, loaded once, where both have the same source.
 
     Args:
         inputs: folders of the stages that are inputs, by name.
         dtype: of the weights.
         mesh: where they lie; None for one device.
+        number: which of the run's teachers.
     """
     source = spec.teacher.source
     if source and source == spec.p_star.source:
         return _load_p_star(source, spec.p_star.architecture, spec.seed, dtype, mesh)
-    return weights.load(source or inputs["teacher"], dtype=dtype, mesh=mesh)
+    return weights.load(source or inputs[of_teacher("teacher", number)], dtype=dtype, mesh=mesh)
 
 
 def start(spec: LmSpec, role: str, running_teacher: Model | None) -> Any:
@@ -79,9 +81,9 @@ def start(spec: LmSpec, role: str, running_teacher: Model | None) -> Any:
     return shallower(shape, weights.load(shape.start, mesh=mesh)).params
 
 
-def teacher_inputs(spec: LmSpec) -> tuple[str, ...]:
-    """The stages that have to be finished before the teacher can be loaded."""
-    return () if spec.teacher.source else ("teacher",)
+def teacher_inputs(spec: LmSpec, number: int = 0) -> tuple[str, ...]:
+    """The stages that have to be finished before a teacher can be loaded."""
+    return () if spec.teacher.source else (of_teacher("teacher", number),)
 
 
 def teacher_identity(spec: LmSpec) -> dict[str, Any]:

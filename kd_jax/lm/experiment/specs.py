@@ -11,7 +11,7 @@ import jax
 from kd_jax.lm import weights
 from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.evaluation import MeasureSpec
-from kd_jax.lm.experiment.knobs import FrontierSpec
+from kd_jax.lm.experiment.knobs import ContrastSpec, FrontierSpec
 from kd_jax.lm.model import PRESETS, Architecture, Compute, Model, depth, lora
 from kd_jax.lm.model.frozen import Part
 from kd_jax.lm.training.recipe import TrainSpec
@@ -149,10 +149,19 @@ class LmSpec:
     num_recall: int = setting(512, "sequences of p* that recall is measured on", at_least=1)
     num_samples: int = setting(512, "samples of each model that precision is measured on", at_least=1)
     evaluation: MeasureSpec = setting(MeasureSpec(), "what is measured of each model")
+    cooled_arms: tuple[str, ...] = setting(
+        (), "arms whose students are evaluated at all of evaluation.sample_temperatures, the others at 1 alone; empty "
+        "for all arms",
+    )  # fmt: skip
+    contrast: ContrastSpec = setting(ContrastSpec(), "the comparison that is named before the run")
     taus: tuple[float, ...] = setting(
         (0.8, 0.875, 0.95, 1.0), "sample temperatures of the teacher whose text students learn", above=0.0
     )
-    seeds: int = setting(3, "students of each arm", at_least=1)
+    teachers: int = setting(
+        1, "draws of p*'s corpus, each with a teacher and students of its own: what errors are over where there are "
+        "several", at_least=1, below=400,
+    )  # fmt: skip
+    seeds: int = setting(3, "students of each arm and teacher", at_least=1)
     sampling: SamplingSpec = setting(SamplingSpec(), "corpora of samples")
     distill: DistillSpec = setting(DistillSpec(), "how students learn from a teacher, beside those of taus")
     arms: dict[str, Any] = setting({}, "students by name: for each, what differs from distill")

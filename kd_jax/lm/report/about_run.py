@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from kd_jax.lm.report import summary
 from kd_jax.lm.report.summary import Group
+from kd_jax.reporting import units
 from kd_jax.reporting.tables import Table
 from kd_jax.runs.config import flatten
 
@@ -88,5 +90,82 @@ def missing(rows: list[dict], groups: list[Group], samples: list[dict]) -> list[
 
 
 def _identity(row: dict) -> tuple:
-    """Which trained model a row is of. The teacher is trained once, and evaluated at several values of tau."""
-    return ("teacher",) if row["arm"] == "teacher" else (row["arm"], row.get("tau"), row.get("seed"))
+    """Which trained model a row is of; each teacher is evaluated at several values of tau."""
+    student = units.student(row)
+    return ("teacher", student[0]) if row["arm"] == "teacher" else (row["arm"], row.get("tau"), *student)
+
+
+def errors(groups: list[Group]) -> str:
+    """What the standard errors are over, in words."""
+    if _num_teachers(groups) > 1:
+        return (
+            f"Mean over n students ± standard error over {_num_teachers(groups)} teachers, whose seeds are averaged; "
+            "of recall over its sequences as well."
+        )
+    if max((len(group.rows) for group in groups if group.is_student), default=0) > 1:
+        return "Mean ± standard error over n seeds; where n = 1, over the model's sequences."
+    return "There is one seed: errors are over its sequences, and other seeds may differ by more."
+
+
+def definitions(groups: list[Group]) -> list[str]:
+    """What was done, what the words mean, and what the errors cover."""
+    rows = [row for group in summary.students(groups) for row in group.rows]
+
+    def sizes(name: str) -> str:
+        values = sorted({row[name] for row in rows if row.get(name) is not None})
+        return " to ".join(dict.fromkeys(f"{size:,}" for size in values[:1] + values[-1:]))
+
+    counts = [(sizes("num_samples"), "samples of each student"), (sizes("num_recall"), "validation samples of p*")]
+    counted = " and ".join(f"{size} {what}" for size, what in counts if size)
+    # Where p* drew these samples, no model's recall can be expected above this.
+    bound = next((row["data_log_prob"] for row in rows if row.get("data_log_prob") is not None), None)
+    texts = [
+        "p* is the distribution that is learnt, the teacher p′ and the students p″ learn from it. The direct student "
+        "learns text of p*. A distilled student learns text that the teacher sampled at the temperature tau, or what "
+        "the table of arms says. Precision is the mean log-probability that p* gives to a student's samples; recall is "
+        "the mean log-probability that the student gives to validation samples of p*"
+        + (f"; on {counted}." if counted else ".")
+        + (f" p* gives {bound:.3f} nats per token to these validation samples." if bound is not None else "")
+    ]
+    count = max((len(group.rows) for group in groups if group.is_student), default=0)
+    teachers = _num_teachers(groups)
+    size = teachers if teachers > 1 else count
+    if size > 1:
+        nested = " Each teacher has its own corpus of p* and its own students, whose seeds are averaged."
+        over = f"{size} {'teachers' if teachers > 1 else 'seeds'}"
+        texts.append(
+            f"Differences are paired by teacher and seed, with t intervals over {over} ({size - 1} degrees of freedom)."
+            f"{nested * (teachers > 1)} Recall is of the same sequences for all models; where the run has kept their "
+            "values (recall.npz), its errors are two-way, over these and the sequences, and its differences are paired "
+            "by both. A difference is called clear where p < 0.05 after Holm's correction for the comparisons made "
+            "together; the preregistered one, if there is one, stands alone."
+        )
+    if teachers == 1 and any(group.arm == "teacher" for group in groups):
+        texts.append("All students have the same teacher: the errors do not cover how another would differ.")
+    return texts
+
+
+def _num_teachers(groups: list[Group]) -> int:
+    return len({units.student(row)[0] for group in groups if group.is_student for row in group.rows})
+
+
+def captions(groups: list[Group]) -> dict[str, str]:
+    over = "seeds" if any(len(g.rows) > 1 for g in groups) else "sequences (one seed)"
+    over = "teachers" if _num_teachers(groups) > 1 else over
+    # A mean that is not finite has no place on an axis, but must not vanish without a word.
+    gone = [
+        f"{g.label} ({name})"
+        for g in groups
+        for name in ("precision", "recall")
+        if g.is_student and g.rows and not math.isfinite(g.estimates[name].mean)
+    ]
+    absent = f" Not drawn, because not finite: {', '.join(gone)}." if gone else ""
+    named = " and each arm by name" if any(group.by_name for group in groups) else ""
+    return {
+        "frontier": f"Mean at each tau{named}; bars are standard errors over {over}. Dashed curves: a student sampled "
+        "at lower temperatures, where it was evaluated there." + absent,
+        "curves": f"Bars and band are standard errors over {over}; the dashed line is the direct student." + absent,
+        "divergences": f"Divergences between student (p″) and p*, per token; errors over {over}.",
+        "training": "Each panel shows the loss that its models are trained on, mean over seeds with a band of one "
+        "standard error; values of different losses cannot be compared. The axis leaves out the first fall.",
+    }

@@ -1,15 +1,22 @@
-"""Arms in words: what the students of each learn, and how they differ from the direct student."""
+"""Arms in words: the preregistered comparison, what students learn, and how they differ from the direct student."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from kd_jax.lm.report import expectations, summary
+from kd_jax.lm.experiment.knobs import ContrastSpec
+from kd_jax.lm.report import cooling, expectations, summary
+from kd_jax.lm.report.cooling import Curve
 from kd_jax.lm.report.summary import Group
+from kd_jax.metrics import statistics
+from kd_jax.metrics.statistics import Interval
+from kd_jax.reporting import units
 from kd_jax.reporting.tables import Number, Table
+from kd_jax.runs.settings import freeze
 
 TEXTS = {"p_star": "p*'s text", "samples": "the teacher's text", "mix": "p*'s and the teacher's text"}
+_NATS = ("precision", "recall", "entropy", "kl_model_data", "kl_data_model")
 _SAMPLER = {"sample_temperature": "tau", "top_k": "top-k", "top_p": "top-p", "min_p": "min-p"}
 
 
@@ -86,3 +93,50 @@ def _sampled(settings: dict[str, Any]) -> str:
     """How the teacher's text was sampled."""
     parts = [f"{word} = {settings[name]:g}" for name, word in _SAMPLER.items() if settings.get(name) is not None]
     return f" at {', '.join(parts)}" if parts else ""
+
+
+def read_contrast(config: dict[str, Any]) -> ContrastSpec:
+    """The comparison that a run's config.json names; one without an arm where it names none."""
+    return freeze(ContrastSpec, config.get("contrast") or {}, "config.contrast")
+
+
+def preregistered(contrast: ContrastSpec, curves: dict[str, Curve]) -> str | None:
+    """The comparison with its interval; None where the run has none.
+
+    Args:
+        contrast: of the config.
+        curves: students by arm, as `cooling.curves` returns them.
+    """
+    if not contrast.arm:
+        return None
+    missing = [arm for arm in (contrast.arm, contrast.other) if arm not in curves or 1.0 not in curves[arm].rows]
+    if missing:
+        return f"Preregistered comparison: {missing[0]} has not been evaluated."
+    arm, other = curves[contrast.arm], curves[contrast.other]
+    start = f"Preregistered comparison: {contrast.metric.replace('_', ' ')} of {arm.label} minus that of {other.label}"
+    if not contrast.at_equal_precision:
+        sides = [list(curve.rows[1.0].values()) for curve in (arm, other)]
+        apart = summary.rows_difference(*sides, contrast.metric)
+        return f"{start} is {_contrast_amount(apart.interval, contrast.metric, apart.over)}."
+    start += ", cooled to equal precision,"
+    apart = cooling.differences(arm, 1.0, other, contrast.metric)
+    if apart is None:
+        return f"{start} is not known: no two of the latter's sample temperatures enclose this precision."
+    interval = units.interval(apart.students, apart.values, apart.by_sequence)
+    over = units.words(apart.students)
+    if apart.by_sequence is not None:
+        over += f" and {apart.by_sequence.shape[1]} sequences"
+    text = f"{start} is {_contrast_amount(interval, contrast.metric, over)}"
+    again = units.bootstrap(apart.students, apart.by_sequence)
+    return text + (f"; hierarchical bootstrap {again.low:.3g} to {again.high:.3g}." if again else ".")
+
+
+def _contrast_amount(interval: Interval, metric: str, over: str) -> str:
+    amount = statistics.show(interval.mean, interval.error) + " nats per token" * (metric in _NATS)
+    if math.isnan(interval.error):
+        return f"{amount}, without an error ({over})"
+    dof = "normal" if math.isinf(interval.dof) else f"t with {interval.dof:.3g} degrees of freedom"
+    return (
+        f"{amount} (95 % interval {interval.low:.3g} to {interval.high:.3g}, {dof}, p = {interval.p_value:.2g}; "
+        f"over {over})"
+    )

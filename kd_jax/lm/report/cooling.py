@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 from kd_jax.lm.report import expectations, summary
-from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
+from kd_jax.reporting import units
 from kd_jax.reporting.page import number
 from kd_jax.reporting.tables import Number, Table
+from kd_jax.reporting.units import Student
 
 ABOVE, BELOW, ALIKE = 1, -1, 0
 
@@ -27,39 +28,59 @@ class Curve(NamedTuple):
     Attributes:
         arm: name of the arm.
         label: how the page names it.
-        temperatures: at which all its seeds were evaluated, the highest first.
-        rows: temperature -> seed -> evaluation row.
+        temperatures: at which its students were evaluated, the highest first.
+        rows: temperature -> student (teacher and seed) -> evaluation row.
     """
 
     arm: str
     label: str
     temperatures: list[float]
-    rows: dict[float, dict[int, dict]]
+    rows: dict[float, dict[Student, dict]]
 
     @property
-    def seeds(self) -> list[int]:
-        """The seeds that have every temperature."""
+    def students(self) -> list[Student]:
+        """The students that have every temperature."""
         return sorted(set.intersection(*(set(self.rows[t]) for t in self.temperatures)))
 
-    def values(self, metric: str, seeds: list[int]) -> np.ndarray:
-        """A metric [temperature, seed]; NaN where it is not known.
+    def values(self, metric: str, students: list[Student]) -> np.ndarray:
+        """A metric [temperature, student]; NaN where it is not known.
 
         Args:
             metric: a field of evaluation rows.
-            seeds: which, in order.
+            students: which, in order.
         """
-        return np.array([[number(self.rows[t][s].get(metric)) for s in seeds] for t in self.temperatures])
+        return np.array([[number(self.rows[t][s].get(metric)) for s in students] for t in self.temperatures])
+
+    def by_sequence(self, metric: str, temperature: float, students: list[Student]) -> np.ndarray | None:
+        """A metric [student, sequence], where it is known for each sequence."""
+        return units.by_sequence([self.rows[temperature][s] for s in students], metric)
 
 
 class Match(NamedTuple):
     """A student beside the cooled direct student of equal precision.
 
     Attributes:
-        interval: of the metric's difference, student - cooled direct student, paired by seed.
+        interval: of the metric's difference, student - cooled direct student, paired by teacher and seed.
         between: the direct student's two sample temperatures between which the precision lies.
     """
 
     interval: Interval
+    between: tuple[float, float]
+
+
+class Apart(NamedTuple):
+    """Differences of which `Match.interval` is the mean's.
+
+    Attributes:
+        students: teacher and seed of each pair.
+        values: [pair].
+        by_sequence: [pair, sequence], for recall where it is known.
+        between: as in Match.
+    """
+
+    students: list[Student]
+    values: np.ndarray
+    by_sequence: np.ndarray | None
     between: tuple[float, float]
 
 
@@ -79,11 +100,11 @@ class Standing(NamedTuple):
 
 def curves(rows: list[dict]) -> dict[str, Curve]:
     """The students of a run by arm."""
-    rows_of: dict[str, dict[float, dict[int, dict]]] = {}
+    rows_of: dict[str, dict[float, dict[Student, dict]]] = {}
     for row in summary.of_kind(rows, "evaluation"):
         if summary.is_student_row(row):
             arm = rows_of.setdefault(summary.arm_name(row), {})
-            arm.setdefault(summary.sample_temperature(row), {})[row["seed"]] = row
+            arm.setdefault(summary.sample_temperature(row), {})[units.student(row)] = row
     made = {}
     for arm, by_temperature in rows_of.items():
         first = next(iter(next(iter(by_temperature.values())).values()))
@@ -95,29 +116,40 @@ def curves(rows: list[dict]) -> dict[str, Curve]:
 def match(student: Curve, temperature: float, direct: Curve, metric: str) -> Match | None:
     """A metric of a student at one sample temperature, beside the direct student at the same mean precision.
 
+    Args: as of `differences`.
+    Returns: the difference with its interval, or None where the direct student's curve does not reach that precision.
+    """
+    apart = differences(student, temperature, direct, metric)
+    if apart is None:
+        return None
+    return Match(units.interval(apart.students, apart.values, apart.by_sequence), apart.between)
+
+
+def differences(student: Curve, temperature: float, direct: Curve, metric: str) -> Apart | None:
+    """What a student has more of a metric than the direct student at the same mean precision, for each pair of them.
+
     The direct student's curve is linear between neighbouring measured temperatures; beyond them nothing is known and
     None is returned. Where it passes the precision more than once, the temperature nearest to the highest counts, not
-    the best value. On the segment with slope m = d metric / d precision, the difference for a seed is
+    the best value. On the segment with slope m = d metric / d precision, the difference for a pair is
 
         (metric - m * precision) of the student - (metric - m * precision) of the direct student on the segment
 
     whose mean is the vertical distance of the mean curves. Errors in m and in the place on the segment vanish to first
-    order, so the t interval of these values over seeds is that of the distance (delta method).
+    order, so the interval of these values is that of the distance (delta method).
 
     Args:
         student: any arm.
         temperature: one of the student's.
         direct: the direct student's curve.
         metric: a field of evaluation rows.
-    Returns: the difference with its interval, or None.
     """
-    # Only seeds that both have can be paired.
-    seeds = sorted(set(student.seeds) & set(direct.seeds))
-    if not seeds:
+    # Only students of one teacher and seed can be paired.
+    students = sorted(set(student.students) & set(direct.students))
+    if not students:
         return None
     at = student.temperatures.index(temperature)
-    precision, value = (student.values(name, seeds)[at] for name in ("precision", metric))
-    x, y = (direct.values(name, seeds) for name in ("precision", metric))
+    precision, value = (student.values(name, students)[at] for name in ("precision", metric))
+    x, y = (direct.values(name, students) for name in ("precision", metric))
     target = precision.mean()
     for a in range(len(direct.temperatures) - 1):
         with np.errstate(invalid="ignore"):  # a recall of -inf has no difference
@@ -127,17 +159,24 @@ def match(student: Curve, temperature: float, direct: Curve, metric: str) -> Mat
                 continue
             share, slope = (target - start) / (end - start), (last - first) / (end - start)
             x_here, y_here = ((1 - share) * values[a] + share * values[a + 1] for values in (x, y))
-            # Each seed's values are moved along the segment to where the means are equal.
-            apart = (value - slope * precision) - (y_here - slope * x_here)
-            return Match(statistics.t_interval(apart), tuple(direct.temperatures[a : a + 2]))
+            # Each pair's values are moved along the segment to where the means are equal.
+            moved = slope * (x_here - precision)
+            between = tuple(direct.temperatures[a : a + 2])
+            parts = [student.by_sequence(metric, temperature, students)]
+            parts += [direct.by_sequence(metric, t, students) for t in between]
+            by_sequence = None
+            if all(part is not None for part in parts):
+                by_sequence = parts[0] - (1 - share) * parts[1] - share * parts[2] + moved[:, None]
+            return Apart(students, value - y_here + moved, by_sequence, between)
     return None
 
 
-def standings(students: dict[str, Curve]) -> dict[str, Standing]:
+def standings(students: dict[str, Curve], preregistered: str | None = None) -> dict[str, Standing]:
     """Every distilled arm against the cooled direct student.
 
     Args:
         students: by arm, as `curves` returns them.
+        preregistered: the arm whose comparison, sampled at 1, was named before the run: it alone is not corrected.
     Returns: by arm; {} where the direct student was evaluated at fewer than two sample temperatures.
     """
     direct = students.get("direct")
@@ -147,12 +186,14 @@ def standings(students: dict[str, Curve]) -> dict[str, Standing]:
         arm: {t: match(curve, t, direct, "recall") for t in curve.temperatures}
         for arm, curve in students.items() if arm != "direct"
     }  # fmt: skip
-    # Every comparison of the run is corrected together: none is chosen after looking.
+    # All comparisons but the preregistered one are corrected together: none is chosen after looking.
     places = [(arm, t) for arm, by_t in matches.items() for t, one in by_t.items() if one is not None]
-    intervals = [matches[arm][t].interval for arm, t in places]
-    p_values = expectations.adjusted([interval.p_value for interval in intervals])
+    others = [place for place in places if place != (preregistered, 1.0)]
+    p_values = {(arm, t): matches[arm][t].interval.p_value for arm, t in places}
+    p_values |= dict(zip(others, expectations.adjusted([p_values[place] for place in others]), strict=True))
     sides: dict[str, dict[float, int]] = {arm: {} for arm in matches}
-    for (arm, t), interval, p_value in zip(places, intervals, p_values, strict=True):
+    for arm, t in places:
+        interval, p_value = matches[arm][t].interval, p_values[arm, t]
         # `not <`, so that NaN (no test was possible) counts as alike.
         sides[arm][t] = ALIKE if not p_value < expectations.LEVEL else ABOVE if interval.mean > 0 else BELOW
     return {arm: Standing(matches[arm], sides[arm], _verdict(list(sides[arm].values()))) for arm in matches}
@@ -223,9 +264,10 @@ def table(students: dict[str, Curve], by_arm: dict[str, Standing], smoke: bool) 
         "distillation adds is the recall that a student has beyond the cooled direct student of the same precision.",
     )
     note = (
-        "Nats per token, ± standard error over seeds, differences paired by seed. The direct student's curve is read "
+        "Nats per token, ± standard error, differences paired by teacher and seed, and recall by sequence. The direct "
+        "student's curve is read "
         "linearly between two measured temperatures and not at all beyond them. An arm dominates if it has clearly "
-        "more recall (p < 0.05, t test over seeds, Holm's correction over all comparisons of this table) at each of "
+        "more recall (p < 0.05, Holm's correction over all comparisons but the preregistered one) at each of "
         "its own sample temperatures that can be matched, is dominated if clearly less at each, crosses if both occur."
     )
     return Table("matched_precision", "Distillation or temperature? Recall at equal precision", head, rows, note, texts)
@@ -246,10 +288,12 @@ def temperature_table(students: dict[str, Curve], by_arm: dict[str, Standing]) -
             metrics = [_mean(curve, t, name) for name in ("precision", "recall", "entropy")]
             rows.append([curve.label, f"{t:g}", *metrics, apart])
     head = ("students", "sampled at", "precision", "recall", "entropy", "recall − cooled direct's")
-    note = "Nats per token, ± standard error over seeds. Recall and entropy are of the student at that temperature."
+    note = "Nats per token, ± standard error. Recall and entropy are of the student at that temperature."
     return Table("sample_temperatures", "Every student at every sample temperature", head, rows, note)
 
 
 def _mean(curve: Curve, temperature: float, metric: str) -> Number:
-    rows = curve.rows[temperature].values()
-    return Number(*statistics.t_interval([number(row.get(metric)) for row in rows])[:2])
+    rows = list(curve.rows[temperature].values())
+    values = np.array([number(row.get(metric)) for row in rows])
+    interval = units.interval([units.student(row) for row in rows], values, units.by_sequence(rows, metric))
+    return Number(*interval[:2])

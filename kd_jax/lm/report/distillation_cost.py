@@ -8,7 +8,8 @@ import numpy as np
 
 from kd_jax.lm.report import cooling, summary
 from kd_jax.lm.report.cooling import Curve
-from kd_jax.metrics import statistics
+from kd_jax.metrics.statistics import Interval
+from kd_jax.reporting import units
 from kd_jax.reporting.page import number
 from kd_jax.reporting.tables import Number, Table
 
@@ -38,19 +39,16 @@ def table(students: dict[str, Curve]) -> Table:
     shown = [0, 1, *(i for i in range(2, len(METRICS) + 2) if any(not math.isnan(row[i].mean) for row in rows))]
     head = ["students", "direct sampled at", *METRICS.values()]
     note = (
-        "Student − direct student, ± standard error over seeds, paired by seed; precision, recall and entropy in nats "
-        "per token. Where the direct student was sampled at temperatures whose precision encloses the student's, it is "
-        "cooled to equal precision; otherwise it is compared as it is, sampled at 1."
+        "Student − direct student, ± standard error, paired by teacher and seed, and recall by sequence; precision, "
+        "recall and entropy in nats per token. Where the direct student was sampled at temperatures whose precision "
+        "encloses the student's, it is cooled to equal precision; otherwise it is compared as it is, sampled at 1."
     )
     title = "What distillation cost"
     return Table("distillation_cost", title, [head[i] for i in shown], [[row[i] for i in shown] for row in rows], note)
 
 
 def _plain(curve: Curve, direct: Curve, metric: str) -> Number:
-    seeds = sorted(set(curve.rows[1.0]) & set(direct.rows[1.0]))
-    pairs = [[number(side.rows[1.0][seed].get(metric)) for side in (curve, direct)] for seed in seeds]
-    with np.errstate(invalid="ignore"):  # of two infinite values
-        return Number(*statistics.t_interval([a - b for a, b in pairs])[:2])
+    return summary.rows_difference(*(list(side.rows[1.0].values()) for side in (curve, direct)), metric).cell
 
 
 def too_precise(rows: list[dict]) -> Table:
@@ -64,16 +62,16 @@ def too_precise(rows: list[dict]) -> Table:
             models.setdefault((summary.group_key(row), summary.sample_temperature(row)), []).append(row)
     flagged, reference = [], []
     for key, members in sorted(models.items(), key=lambda item: (summary.position(item[0][0]), -item[0][1])):
-        excess = [number(row["precision"]) - number(row["data_log_prob"]) for row in members]
+        excess = np.array([number(row["precision"]) - number(row["data_log_prob"]) for row in members])
         cells = [_mean(members, name) for name in ("precision", "distinct_2", "entropy", "repetition_4")]
-        line = [summary.label(*key[0]), f"{key[1]:g}", cells[0], Number(*statistics.t_interval(excess)[:2]), *cells[1:]]
+        line = [summary.label(*key[0]), f"{key[1]:g}", cells[0], Number(*_interval(members, excess)[:2]), *cells[1:]]
         # NaN is above nothing: without both numbers a model is not suspected.
         if np.mean(excess) > 0:
             flagged.append(line)
         elif key == (("direct", None, None), 1.0):
             reference.append(line)
     head = ("model", "sampled at", "precision", "precision − p*'s own", "distinct-2", "entropy", "repetition-4")
-    note = "Likelihoods and entropy in nats per token, ± standard error over seeds. The direct student is a reference."
+    note = "Likelihoods and entropy in nats per token, ± standard error. The direct student is a reference."
     texts = [
         "These models' samples are likelier under p* than p*'s own validation samples. Such a precision comes from "
         "little variety: see distinct-2, entropy and repetition."
@@ -83,4 +81,8 @@ def too_precise(rows: list[dict]) -> Table:
 
 
 def _mean(rows: list[dict], metric: str) -> Number:
-    return Number(*statistics.t_interval([number(row.get(metric)) for row in rows])[:2])
+    return Number(*_interval(rows, np.array([number(row.get(metric)) for row in rows]))[:2])
+
+
+def _interval(rows: list[dict], values: np.ndarray) -> Interval:
+    return units.interval([units.student(row) for row in rows], values)

@@ -162,8 +162,7 @@ def amount(change: Difference, absolute: bool = False) -> str:
     mean, error, low, high, _ = change.interval
     if absolute and mean < 0:
         mean, low, high = -mean, -high, -low
-    over = f"{change.count} seeds" if change.count > 1 else "1 seed, error over sequences"
-    interval = "" if math.isnan(error) else f" (95 % interval {low:.3g} to {high:.3g}; {over})"
+    interval = "" if math.isnan(error) else f" (95 % interval {low:.3g} to {high:.3g}; {change.over})"
     return f"{statistics.show(mean, error)} nats per token{interval}"
 
 

@@ -191,9 +191,9 @@ def draw_curves(axes, curves: dict[str, Curve], colours: dict[str, tuple]) -> li
         colours: by arm; grey for those without.
     Returns: the legend's entries.
     """
-    drawn = {arm: curve for arm, curve in curves.items() if len(curve.temperatures) > 1 and curve.seeds}
+    drawn = {arm: curve for arm, curve in curves.items() if len(curve.temperatures) > 1 and curve.students}
     for arm, curve in drawn.items():
-        x, y = (_finite(curve.values(name, curve.seeds).mean(1)) for name in ("recall", "precision"))
+        x, y = (_finite(curve.values(name, curve.students).mean(1)) for name in ("recall", "precision"))
         # The line that distillation has to beat is drawn strongest, with its temperatures.
         control = arm == "direct"
         style = {"linewidth": 1.6, "alpha": 1.0} if control else {"linewidth": 1.0, "alpha": 0.7}

@@ -11,8 +11,9 @@ from kd_jax.lm.experiment.knobs import Frontier
 from kd_jax.lm.report import comparison, figures
 from kd_jax.lm.report.cooling import Curve
 from kd_jax.metrics import statistics
-from kd_jax.reporting import frontier_page
+from kd_jax.reporting import frontier_page, units
 from kd_jax.reporting.tables import Number, Table
+from kd_jax.reporting.units import Student
 
 UNIT = "nats per token"
 COLUMNS = ("precision", "recall", "kl_model_data", "kl_data_model", "entropy", "teacher_entropy")
@@ -31,15 +32,17 @@ class Section(NamedTuple):
 
 
 class KnobStudents(NamedTuple):
-    """The students of a run's knobs, sampled at 1, all of the same seeds.
+    """The students of a run's knobs, sampled at 1, all of the same teachers and seeds.
+
+    A unit is what errors are over: a teacher, whose seeds are averaged, or with one teacher a seed.
 
     Attributes:
         knobs: as frontier_page draws them; a setting without students is left out.
         own: the same knobs, precision and recall counted from each one's own unchanged setting.
         reference, direct: knobs of one setting; `direct` is None where there are no direct students.
         also: the other references.
-        arms: arm -> metrics [seed], by COLUMNS; the reference first, "direct" among them.
-        seeds: which.
+        arms: arm -> metrics [unit], by COLUMNS; the reference first, "direct" among them.
+        students: teacher and seed of each student of an arm.
     """
 
     knobs: list[frontier_page.Knob]
@@ -48,7 +51,7 @@ class KnobStudents(NamedTuple):
     direct: frontier_page.Knob | None
     also: list[frontier_page.Knob]
     arms: dict[str, dict[str, np.ndarray]]
-    seeds: list[int]
+    students: list[Student]
 
 
 def section(frontier: Frontier | None, curves: dict[str, Curve], smoke: bool) -> Section | None:
@@ -83,22 +86,22 @@ def missing(frontier: Frontier | None, curves: dict[str, Curve]) -> list[str]:
 
 
 def knob_students(frontier: Frontier, curves: dict[str, Curve]) -> KnobStudents | None:
-    """The knobs' students, of the seeds that all arms have.
+    """The knobs' students, of the teachers and seeds that all arms have.
 
     Args:
         frontier: of the run's config.
         curves: students by arm, as `cooling.curves` returns them.
-    Returns: the students, or None where the reference has none of these seeds.
+    Returns: the students, or None where the reference has none of these.
     """
-    # Seeds of one number share their start and the order of the data, so only common ones can be paired.
+    # Students of one teacher and seed share their start and the order of the data: only common ones can be paired.
     present = [arm for arm in [*frontier.arms, "direct"] if arm in curves and 1.0 in curves[arm].rows]
-    seeds = sorted(set.intersection(*(set(curves[arm].rows[1.0]) for arm in present))) if present else []
-    if not seeds or frontier.reference not in present:
+    common = sorted(set.intersection(*(set(curves[arm].rows[1.0]) for arm in present))) if present else []
+    if not common or frontier.reference not in present:
         return None
     arms = {}
     for arm in present:
         at_one = curves[arm]._replace(temperatures=[1.0])
-        arms[arm] = {name: at_one.values(name, seeds)[0] for name in COLUMNS}
+        arms[arm] = {name: units.per_unit(common, at_one.values(name, common)[0]) for name in COLUMNS}
 
     def stacked(name: str, settings: list[tuple[str, str]]) -> frontier_page.Knob:
         metrics = {column: np.stack([arms[arm][column] for _, arm in settings]) for column in COLUMNS}
@@ -119,7 +122,7 @@ def knob_students(frontier: Frontier, curves: dict[str, Curve]) -> KnobStudents 
     reference = stacked(f"reference: {first}", [("", first)])
     also = [stacked(f"unchanged too: {arm}", [("", arm)]) for arm in others if arm in arms]
     direct = stacked("direct: p*'s text, no teacher", [("", "direct")]) if "direct" in arms else None
-    return KnobStudents(knobs, own, reference, direct, also, arms, seeds)
+    return KnobStudents(knobs, own, reference, direct, also, arms, common)
 
 
 def _at_equal_precision(frontier: Frontier, students: KnobStudents) -> Table:
@@ -131,9 +134,9 @@ def _at_equal_precision(frontier: Frontier, students: KnobStudents) -> Table:
     if both:
         verdict.append(f"Clearly more precision and more recall than {frontier.reference}: {', '.join(both)}.")
     note = (
-        f"Gain: nats per token of precision above {frontier.reference}, of the same seed. Price: nats of recall lost "
-        f"per nat of precision gained, ± standard error over {len(students.seeds)} seed(s), paired by seed; below 0, "
-        "recall is gained as well. Prices between settings are not attained by any measured student: they are read "
+        f"Gain: nats per token of precision above {frontier.reference}. Price: nats of recall lost per nat of "
+        f"precision gained, ± standard error over {units.words(students.students)}, paired by them; below 0, recall is "
+        "gained as well. Prices between settings are not attained by any measured student: they are read "
         "off the straight line between two neighbouring settings, and are only comparable with each other. A knob is "
         "absent where no two neighbours enclose the gain."
     )
@@ -141,7 +144,7 @@ def _at_equal_precision(frontier: Frontier, students: KnobStudents) -> Table:
 
 
 def _more_of_both(frontier: Frontier, students: KnobStudents) -> list[str]:
-    """The arms whose precision and recall are both above the reference's, with 95 % t intervals over seeds."""
+    """The arms whose precision and recall are both above the reference's, with 95 % t intervals over units."""
     reference, better = students.arms[frontier.reference], []
     for arm in frontier.arms:
         if arm in students.arms:
@@ -154,7 +157,7 @@ def _more_of_both(frontier: Frontier, students: KnobStudents) -> list[str]:
 def _from_own(frontier: Frontier, students: KnobStudents) -> Table:
     """The same with each knob counted from its own unchanged setting."""
     # The neutral setting has been subtracted already, so gains are counted from 0.
-    nothing = {name: np.zeros(len(students.seeds)) for name in ("precision", "recall")}
+    nothing = {name: np.zeros(students.reference.metrics["recall"].shape[1]) for name in ("precision", "recall")}
     verdict, head, rows = _priced(students.own, nothing, frontier.gains)
     neutral = {knob.name: frontier.neutral(knob.name) for knob in frontier.knobs}
     counted = "; ".join(
@@ -197,7 +200,7 @@ def figure(students: KnobStudents, curves: dict[str, Curve]) -> Figure:
 
 def _caption(frontier: Frontier, students: KnobStudents) -> str:
     return (
-        f"Every setting of every knob, mean over {len(students.seeds)} seed(s); bars are standard errors over seeds, "
+        f"Every setting of every knob, mean over {units.words(students.students)}; bars are standard errors over them, "
         f"lines join a knob's settings in order. The ring is the reference, {frontier.reference}, from which all are "
         "counted; a hexagon is another student of the unchanged teacher; the star is the direct student. Dashed: "
         "students over their own sample temperatures, the direct one's with numbers, where they were evaluated. Colour "
@@ -210,15 +213,16 @@ def _all_settings(frontier: Frontier, students: KnobStudents, curves: dict[str, 
     lines = []
     for arm, metrics in students.arms.items():
         cells = [Number(*statistics.t_interval(metrics[name])[:2]) for name in COLUMNS]
-        # The settings are the same for all seeds of an arm.
-        row = curves[arm].rows[1.0][students.seeds[0]]
+        # The settings are the same for all students of an arm.
+        row = curves[arm].rows[1.0][students.students[0]]
         label = "no teacher" if arm == "direct" else frontier.label(arm)
         lines.append([label, arm, *cells, measured_on(row)])
     note = (
-        "Mean ± standard error over seeds, nats per token. Teacher's entropy: where students learn text, the mean of "
-        "-log of the probability with which each token was drawn (tau, top-k and top-p included); where they learn the "
-        "teacher's distributions, the mean entropy of these at the temperature in the loss, on held-out rows of the "
-        "text named. The same teacher has another entropy on its own text than on p*'s"
+        f"Mean ± standard error over {units.words(students.students)}, nats per token. Teacher's entropy: where "
+        "students learn text, the mean of -log of the probability with which each token was drawn (tau, top-k and "
+        "top-p included); where they learn the teacher's distributions, the mean entropy of these at the temperature "
+        "in the loss, on held-out rows of the text named. The same teacher has another entropy on its own text than on "
+        "p*'s"
     )
     both = _unchanged(frontier, students, curves)
     note += f": unchanged, {both[0]:.3f} on its own and {both[1]:.3f} on p*'s." if both else "."
@@ -239,7 +243,7 @@ def _unchanged(
     """The unchanged teacher's entropy on its own text and on p*'s, where both were measured."""
     own = students.arms[frontier.reference]["teacher_entropy"].mean()
     for arm, metrics in students.arms.items():
-        settings = curves[arm].rows[1.0][students.seeds[0]].get("distill") or {}
+        settings = curves[arm].rows[1.0][students.students[0]].get("distill") or {}
         temperatures = [settings.get(name) for name in ("loss_temperature", "teacher_temperature")]
         on_p_star = settings.get("policy") in ("online", "on_policy") and settings.get("data") == "p_star"
         if on_p_star and temperatures == [1.0, None]:

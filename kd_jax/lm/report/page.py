@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from matplotlib.figure import Figure
 
@@ -24,11 +24,12 @@ from kd_jax.lm.report import (
 from kd_jax.lm.report import samples as samples_lib
 from kd_jax.lm.report.cooling import Curve, Standing
 from kd_jax.lm.report.summary import Group
-from kd_jax.reporting import page, tables
+from kd_jax.reporting import page, tables, units
 from kd_jax.reporting.page import Beside
 from kd_jax.reporting.tables import Table
 from kd_jax.storage import files
 
+T = TypeVar("T")
 TITLE = "Distilling a language model: precision against recall"
 KNOBS_TITLE = "Knobs of selectivity for a language model: the price of precision"
 # name, title, columns (metric, head) and note of each table of models
@@ -65,7 +66,8 @@ STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > di
 .cut { color: var(--warn); font-style: italic; }
 summary { cursor: pointer; }
 """
-TEMPLATE = """<p class="lead"><strong>{{ finding }}</strong></p>
+TEMPLATE = """{% if preregistered %}<p class="lead"><strong>{{ preregistered }}</strong></p>
+{% endif %}<p class="lead"><strong>{{ finding }}</strong></p>
 {% for text in caveats %}<p>{{ text }}</p>
 {% endfor %}<nav></nav>
 {% if "frontier" in images or beside %}<h2>What distillation did</h2>
@@ -111,6 +113,7 @@ class _Run(NamedTuple):
         groups: models by arm and tau.
         curves: students by arm, over their sample temperatures.
         standings: each arm beside the cooled direct student.
+        preregistered: the comparison that the config names, in a sentence; None without one, or in a smoke run.
         smoke: samples of each student, where they are too few for conclusions; else None.
     """
 
@@ -120,16 +123,21 @@ class _Run(NamedTuple):
     groups: list[Group]
     curves: dict[str, Curve]
     standings: dict[str, Standing]
+    preregistered: str | None
     smoke: int | None
 
 
 def _read(folder: Path) -> _Run:
     rows = page.read_rows(folder)
     summary.check(rows, folder / "metrics.jsonl")
-    groups, curves = summary.summarise(rows), cooling.curves(rows)
+    units.attach(rows, folder)
+    groups, curves, config = summary.summarise(rows), cooling.curves(rows), page.read_json(folder / "config.json")
+    named, smoke = _named(comparison.read_contrast, config, folder / "config.json"), summary.smoke_samples(groups)
+    at_equal = named.arm if named.at_equal_precision and (named.other, named.metric) == ("direct", "recall") else None
+    preregistered = comparison.preregistered(named, curves) if smoke is None else None
     return _Run(
-        rows, page.read_json(folder / "config.json"), page.read_json(folder / "manifest.json"), groups, curves,
-        cooling.standings(curves), summary.smoke_samples(groups),
+        rows, config, page.read_json(folder / "manifest.json"), groups, curves, cooling.standings(curves, at_equal),
+        preregistered, smoke,
     )  # fmt: skip
 
 
@@ -147,10 +155,10 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     folder = Path(folder)
     run = _read(folder)
     samples = samples_lib.read(folder / "samples.jsonl")
-    frontier_config = _frontier_config(run.config, folder / "config.json")
+    frontier_config = _named(knobs.read, run.config, folder / "config.json")
     section = frontier.section(frontier_config, run.curves, run.smoke is not None)
     # What a run has no values for is left out, so that a page can be made at any time.
-    drawn, captions = _figures(run), _captions(run.groups)
+    drawn, captions = _figures(run), about_run.captions(run.groups)
     if section is not None:
         drawn["frontier"], captions["frontier"] = section.figure, section.caption
     shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
@@ -160,6 +168,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         folder=folder,
         style=STYLE,
         title=TITLE if frontier_config is None else KNOBS_TITLE,
+        preregistered=run.preregistered,
         finding=finding(run.groups, run.curves, run.standings),
         caveats=_caveats(run, section),
         findings=_findings(run),
@@ -168,7 +177,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         beside=beside,
         samples=samples_lib.side_by_side(samples),
         tables=shown,
-        definitions=_definitions(run.groups),
+        definitions=about_run.definitions(run.groups),
         missing=about_run.missing(run.rows, run.groups, samples) + frontier.missing(frontier_config, run.curves),
         cost=cost,
         config=about_run.settings(run.config),
@@ -179,7 +188,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
 
 
 def result(folder: str | Path) -> list[str]:
-    """A finished run in short: its finding in one sentence, and a table of at most four lines.
+    """A finished run in short: its preregistered comparison, its finding, and a table of at most four lines.
 
     The table has the direct student, and the distilled students of lowest and highest precision.
     """
@@ -194,7 +203,8 @@ def result(folder: str | Path) -> list[str]:
         lines.append((group.label, *cells))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return [finding(run.groups, run.curves, run.standings), *text]
+    first = [] if run.preregistered is None else [run.preregistered]
+    return [*first, finding(run.groups, run.curves, run.standings), *text]
 
 
 def finding(groups: list[Group], curves: dict[str, Curve], standings: dict[str, Standing]) -> str:
@@ -256,72 +266,15 @@ def _model_table(groups: list[Group], name: str, title: str, columns: Sequence[t
         if any(estimate.count for estimate in estimates):
             size = max(estimate.count for estimate in group.estimates.values())
             rows.append([group.label, size, *(estimate.cell(size) for estimate in estimates)])
-    return Table(name, title, ["model", "n", *(head for _, head in columns)], rows, f"{note} {_errors(groups)}")
+    return Table(
+        name, title, ["model", "n", *(head for _, head in columns)], rows, f"{note} {about_run.errors(groups)}"
+    )
 
 
-def _errors(groups: list[Group]) -> str:
-    """What the standard errors are over, in words."""
-    if max((len(group.rows) for group in groups if group.is_student), default=0) > 1:
-        return "Mean ± standard error over n seeds; where n = 1, over the model's sequences."
-    return "There is one seed: errors are over its sequences, and other seeds may differ by more."
-
-
-def _definitions(groups: list[Group]) -> list[str]:
-    """What was done, what the words mean, and what the errors cover."""
-    rows = [row for group in summary.students(groups) for row in group.rows]
-
-    def sizes(name: str) -> str:
-        values = sorted({row[name] for row in rows if row.get(name) is not None})
-        return " to ".join(dict.fromkeys(f"{size:,}" for size in values[:1] + values[-1:]))
-
-    counts = [(sizes("num_samples"), "samples of each student"), (sizes("num_recall"), "validation samples of p*")]
-    counted = " and ".join(f"{size} {what}" for size, what in counts if size)
-    # Where p* drew these samples, no model's recall can be expected above this.
-    bound = next((row["data_log_prob"] for row in rows if row.get("data_log_prob") is not None), None)
-    texts = [
-        "p* is the distribution that is learnt, the teacher p′ and the students p″ learn from it. The direct student "
-        "learns text of p*. A distilled student learns text that the teacher sampled at the temperature tau, or what "
-        "the table of arms says. Precision is the mean log-probability that p* gives to a student's samples; recall is "
-        "the mean log-probability that the student gives to validation samples of p*"
-        + (f"; on {counted}." if counted else ".")
-        + (f" p* gives {bound:.3f} nats per token to these validation samples." if bound is not None else "")
-    ]
-    count = max((len(group.rows) for group in groups if group.is_student), default=0)
-    if count > 1:
-        texts.append(
-            f"Differences are paired by seed, with t intervals over {count} seeds ({count - 1} degrees of freedom). A "
-            "difference is called clear where p < 0.05 after Holm's correction for the comparisons made together."
-        )
-    if len({row.get("seed") for g in groups for row in g.rows if g.arm == "teacher"}) == 1:
-        texts.append("All students have the same teacher: the errors do not cover how another would differ.")
-    return texts
-
-
-def _captions(groups: list[Group]) -> dict[str, str]:
-    over = "seeds" if any(len(g.rows) > 1 for g in groups) else "sequences (one seed)"
-    # A mean that is not finite has no place on an axis, but must not vanish without a word.
-    gone = [
-        f"{g.label} ({name})"
-        for g in groups
-        for name in ("precision", "recall")
-        if g.is_student and g.rows and not math.isfinite(g.estimates[name].mean)
-    ]
-    absent = f" Not drawn, because not finite: {', '.join(gone)}." if gone else ""
-    named = " and each arm by name" if any(group.by_name for group in groups) else ""
-    return {
-        "frontier": f"Mean at each tau{named}; bars are standard errors over {over}. Dashed curves: a student sampled "
-        "at lower temperatures, where it was evaluated there." + absent,
-        "curves": f"Bars and band are standard errors over {over}; the dashed line is the direct student." + absent,
-        "divergences": f"Divergences between student (p″) and p*, per token; errors over {over}.",
-        "training": "Each panel shows the loss that its models are trained on, mean over seeds with a band of one "
-        "standard error; values of different losses cannot be compared. The axis leaves out the first fall.",
-    }
-
-
-def _frontier_config(config: dict, path: Path) -> knobs.Frontier | None:
-    """The config's knobs; ValueError names the file too."""
+def _named(read: Callable[[dict], T], config: dict, path: Path) -> T:
+    """What `read` finds in a config; ValueError names the file too."""
     try:
-        return knobs.read(config)
+        return read(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -1,7 +1,7 @@
 """What the rows of a language-model run add up to: students by arm, estimates over seeds, and differences with errors.
 
-Rows have fields for arm, tau, seed and sample_temperature; nothing is read from names. A student may have rows at
-several sample temperatures of its own: the row at 1 is the student as it was trained, the others are
+Rows have fields for arm, tau, teacher, seed and sample_temperature; nothing is read from names. A student may have rows
+at several sample temperatures of its own: the row at 1 is the student as it was trained, the others are
 kd_jax.lm.report.cooling's.
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
-from kd_jax.reporting import row_kinds
+from kd_jax.reporting import row_kinds, units
 from kd_jax.reporting.page import number
 from kd_jax.reporting.tables import Number
 
@@ -28,7 +28,7 @@ SMOKE = 96
 # What the fields of a row may hold: a run's folder can be somebody else's, or have been edited.
 FIELDS = (
     dict.fromkeys(("kind", "name", "arm"), row_kinds.TEXT)
-    | {"seed": row_kinds.INTEGER, "perplexity": row_kinds.ANY_NUMBER}
+    | {"seed": row_kinds.INTEGER, "teacher": row_kinds.INTEGER, "perplexity": row_kinds.ANY_NUMBER}
     | dict.fromkeys(("tau", "sample_temperature"), row_kinds.FINITE)
     | dict.fromkeys(
         (*METRICS, "loss", "cross_entropy", "data_log_prob", "share_of_data_logging_checkpoints"), row_kinds.NUMBER
@@ -51,9 +51,10 @@ class Estimate(NamedTuple):
     """One metric of one group.
 
     Attributes:
-        mean: over the seeds that have a value; NaN where none has.
-        error: its standard error, over seeds, or over the sequences where there is one seed; NaN if unknown.
-        count: seeds that have a value.
+        mean: over the students that have a value; NaN where none has.
+        error: its standard error, over teachers or seeds (see units), or over the sequences where there is one student;
+            NaN if unknown.
+        count: students that have a value.
         bad: how many of these values are not finite.
     """
 
@@ -70,13 +71,13 @@ class Estimate(NamedTuple):
 
 
 class Group(NamedTuple):
-    """The models of one arm at one tau: one per seed.
+    """The models of one arm at one tau: one per teacher and seed.
 
     Attributes:
         arm: "direct", "distilled", "teacher", or a name from config.arms.
         tau: the teacher's sample temperature in the text that is learnt; for the teacher, that of its own samples.
         label: how the page names it.
-        rows: evaluation rows at the students' sample temperature 1, one per seed; empty before the evaluation.
+        rows: evaluation rows at the students' sample temperature 1, one per student; empty before the evaluation.
         estimates: by metric, METRICS and "validation_perplexity".
     """
 
@@ -99,10 +100,17 @@ class Group(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """first - second in one metric: mean with its interval, and how many seeds both have a value for."""
+    """first - second in one metric.
+
+    Attributes:
+        interval: of the mean.
+        count: students that both have a value for.
+        over: what the error is over, in words.
+    """
 
     interval: Interval
     count: int
+    over: str = "no seed"
 
     @property
     def cell(self) -> Number:
@@ -138,7 +146,7 @@ def group_key(row: dict) -> tuple:
     if arm == "teacher":
         return arm, 1.0 if tau is None else float(tau), None  # as it was trained, the teacher has tau 1
     # Models that were only evaluated have no seed: each is a group of its own.
-    alone = arm not in ORDER and row.get("seed") is None
+    alone = arm not in ORDER and row.get("seed") is None and row.get("teacher") is None
     return arm, None if tau is None else float(tau), row["name"] if alone else None
 
 
@@ -190,21 +198,23 @@ def check(rows: list[dict], path: Any) -> None:
 def summarise(rows: list[dict]) -> list[Group]:
     """The groups, in the page's order, of all models that were evaluated or have a chosen checkpoint."""
     evaluations: dict[tuple, list[dict]] = {}
-    perplexities: dict[tuple, list[float]] = {}
+    chosen: dict[tuple, list[dict]] = {}
     for row in of_kind(rows, "evaluation"):
         if is_main(row):
             evaluations.setdefault(group_key(row), []).append(row)
     for row in of_kind(rows, "validation"):
         if row.get("chosen"):
-            perplexities.setdefault(group_key(row), []).append(number(row.get("perplexity")))
+            chosen.setdefault(group_key(row), []).append(row)
     groups = []
     # Trained models are listed before they are evaluated.
-    for key in sorted(evaluations.keys() | perplexities.keys(), key=position):
+    for key in sorted(evaluations.keys() | chosen.keys(), key=position):
         members = evaluations.get(key, [])
         estimates = {name: _estimate(members, name) for name in METRICS}
-        estimates["validation_perplexity"] = _of_values(perplexities.get(key, []))
+        validations = chosen.get(key, [])
+        perplexities = [number(row.get("perplexity")) for row in validations]
+        estimates["validation_perplexity"] = _of_values(perplexities, [units.student(row) for row in validations])
         if key[0] == "teacher":
-            estimates["teacher_entropy"] = _of_values([])  # the same as its entropy, in the column beside
+            estimates["teacher_entropy"] = _of_values([], [])  # the same as its entropy, in the column beside
         groups.append(Group(key[0], key[1], label(*key), members, estimates))
     return groups
 
@@ -225,16 +235,16 @@ def smoke_samples(groups: list[Group]) -> int | None:
     return min(sizes) if sizes and min(sizes) < SMOKE else None
 
 
-def _of_values(values: list[float]) -> Estimate:
-    with np.errstate(invalid="ignore"):  # infinities of both signs make NaN
-        interval = statistics.t_interval(values)
+def _of_values(values: list[float], students: list[units.Student], by_sequence: np.ndarray | None = None) -> Estimate:
+    interval = units.interval(students, np.array(values), by_sequence)
     return Estimate(interval.mean, interval.error, len(values), sum(not math.isfinite(value) for value in values))
 
 
 def _estimate(rows: list[dict], name: str) -> Estimate:
     having = [row for row in rows if row.get(name) is not None]
-    estimate = _of_values([number(row[name]) for row in having])
-    # One seed says nothing about other seeds; the error over its sequences is all there is.
+    by_sequence = units.by_sequence(having, name)
+    estimate = _of_values([number(row[name]) for row in having], [units.student(row) for row in having], by_sequence)
+    # One student says nothing about others; the error over its sequences is all there is.
     if len(having) == 1 and not estimate.bad:
         return estimate._replace(error=_over_sequences(having[0], name))
     return estimate
@@ -249,25 +259,37 @@ def _over_sequences(row: dict, name: str) -> float:
 
 
 def difference(first: Group, second: Group, name: str) -> Difference:
-    """first - second in one metric, paired by seed, with a t interval over seeds.
+    """first - second in one metric, paired by teacher and seed, recall by sequence as well where that is known.
 
-    With one seed the error is over sequences, those of the two models taken as independent. Recall is measured on the
-    same sequences for both, so its true error is then smaller.
+    With one student the error is over sequences, those of the two models taken as independent unless they are known to
+    be the same.
 
     Args:
         first, second: groups of students.
         name: one of METRICS.
-    Returns: the difference over the seeds that both have a value for; NaN where a value is not finite.
+    Returns: the difference over the students that both have a value for; NaN where a value is not finite.
     """
-    by_seed = [{row.get("seed"): row for row in group.rows if row.get(name) is not None} for group in (first, second)]
-    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in by_seed[0] if seed in by_seed[1]]
-    values = np.array([[number(row[name]) for row in pair] for pair in pairs]).reshape(-1, 2)
-    # With an infinite value (a recall of -inf) there is no difference: leaving that seed out would flatter the arm.
-    if not np.isfinite(values).all():
-        return Difference(Interval(*[math.nan] * 5), len(pairs))
-    interval = statistics.t_interval(values[:, 0] - values[:, 1])
-    if len(pairs) == 1:
-        error = math.hypot(*(_over_sequences(row, name) for row in pairs[0]))
+    return rows_difference(first.rows, second.rows, name)
+
+
+def rows_difference(first: list[dict], second: list[dict], name: str) -> Difference:
+    """`difference` of two lists of evaluation rows, each with a row per student."""
+    kept = [{units.student(row): row for row in rows if row.get(name) is not None} for rows in (first, second)]
+    students = [student for student in kept[0] if student in kept[1]]
+    sides = [[rows[student] for student in students] for rows in kept]
+    values = np.array([[number(row[name]) for row in rows] for rows in sides])
+    # With an infinite value (a recall of -inf) there is no difference: leaving it out would flatter the arm.
+    if not students or not np.isfinite(values).all():
+        return Difference(Interval(*[math.nan] * 5), len(students))
+    parts = [units.by_sequence(rows, name) for rows in sides]
+    by_sequence = None if any(part is None for part in parts) else parts[0] - parts[1]
+    if len(students) > 1:
+        interval = units.interval(students, values[0] - values[1], by_sequence)
+        return Difference(interval, len(students), units.words(students))
+    if by_sequence is not None:
+        interval = statistics.t_interval(by_sequence[0])
+    else:
+        mean, error = values[0, 0] - values[1, 0], math.hypot(*(_over_sequences(row[0], name) for row in sides))
         reach = 1.96 * error  # sequences are many, so the normal quantile
-        interval = Interval(interval.mean, error, interval.mean - reach, interval.mean + reach, math.inf)
-    return Difference(interval, len(pairs))
+        interval = Interval(float(mean), error, mean - reach, mean + reach, math.inf)
+    return Difference(interval, 1, "1 seed, error over sequences")

@@ -62,6 +62,47 @@ def test_a_changed_setting_redoes_what_depends_on_it():
     assert changed(num_train=64) == {"p_star/train", "teacher"} | students | samples
 
 
+def test_more_teachers_keep_the_first_ones_stages():
+    """Each teacher has its own corpora, seeds of random numbers and students; recall's corpus is shared."""
+    assert changed(teachers=2) == {
+        "p_star/teacher-1/train", "teacher/teacher-1", "samples/teacher-1/tau-0.5", "samples/teacher-1/tau-1",
+        *(f"{arm}/teacher-1/seed-{seed}" for arm in ("direct", "tau-0.5", "tau-1") for seed in (0, 1)),
+    }  # fmt: skip
+    config = with_arms({"teachers": 3}, **ARMS)
+    planned = {stage.name: stage for stage in chain.plan(freeze(LmSpec, config), "p*")}
+    seeds = [stage.settings["seed"] for stage in planned.values() if stage.name.startswith(("p_star", "teacher"))]
+    assert len(set(seeds)) == len(seeds) == 7
+    for name, stage in planned.items():
+        # nothing of one teacher is made from what is another's
+        own = next((part for part in name.split("/") if part.startswith("teacher-")), None)
+        assert all((own in text) if own else ("teacher-" not in text) for text in stage.inputs), (name, stage.inputs)
+
+
+def test_more_teachers_of_data_share_no_document():
+    config = lm_laptop.get_config("smoke")
+    config.update_from_flattened_dict({
+        "data.source": "configs/lm.py", "p_star.source": "a", "p_star.architecture": "tiny", "teachers": 3,
+    })  # fmt: skip
+    stages_of = [stage for stage in chain.plan(freeze(LmSpec, config), "p*") if stage.name.startswith("p_star")]
+    rows = [set(range(first, first + stage.settings["num_samples"]))
+            for stage in stages_of for first in [stage.settings["first"]]]  # fmt: skip
+    assert sum(map(len, rows)) == len(set.union(*rows)) == 3 * (96 + 16) + 64
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"contrast.arm": "tau-0.7"}, "config.contrast.arm: 'tau-0.7' is not one of the run's arms (direct, tau-0.5"),
+    ({"contrast.other": "nobody"}, "config.contrast.other: 'nobody'"),
+    ({"cooled_arms": ("tau-3",)}, "config.cooled_arms: 'tau-3' is not one of"),
+    ({"evaluation.sample_temperatures": (1.0,)}, "config.contrast.at_equal_precision needs direct at several"),
+    ({"cooled_arms": ("tau-1",)}, "config.contrast.at_equal_precision needs direct at several"),
+])  # fmt: skip
+def test_faults_of_the_contrast(changes, message):
+    config = lm_laptop.get_config("smoke")
+    config.update_from_flattened_dict({"contrast.arm": "tau-0.5", **changes})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate(config)
+
+
 def with_arms(changes=None, **settings):
     """The smoke config with these arms beside its taus."""
     config = lm_laptop.get_config("smoke")

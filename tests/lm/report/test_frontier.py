@@ -254,8 +254,9 @@ def test_from_config_to_page(tmp_path):
     rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["kind"] == "evaluation"]
     found = knobs.read(lm_frontier.get_config("smoke"))
     students = cooling.curves(rows)
-    assert {arm: curve.seeds for arm, curve in students.items()} == {arm: [0, 1] for arm in ["direct", *found.arms]}
-    entropies = {arm: curve.rows[1.0][0]["teacher_entropy"] for arm, curve in students.items()}
+    both = [(0, 0), (0, 1)]
+    assert {arm: curve.students for arm, curve in students.items()} == dict.fromkeys(["direct", *found.arms], both)
+    entropies = {arm: curve.rows[1.0][0, 0]["teacher_entropy"] for arm, curve in students.items()}
     # what is to make the teacher selective lowers its entropy; what is of the loss alone leaves it
     assert entropies["tau-0.5"] < entropies["tau-1"] > entropies["topp-0_7"] and entropies["topk-20"] <= np.log(20)
     assert entropies["sharp-0_5"] < entropies["forward_kl"] < entropies["T-2"]

@@ -1,0 +1,97 @@
+"""What errors are over: teachers where there are several, else seeds; and the sequences that recall is measured on.
+
+Students of one teacher share its corpus and its text, so with several teachers their seeds are averaged first and the
+degrees of freedom are the teachers' less one. Recall is measured on the same sequences for every student: its errors
+are two-way, over these units and the sequences, wherever the run has kept each sequence's value (recall.npz).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kd_jax.metrics import statistics
+from kd_jax.metrics.statistics import Interval
+from kd_jax.storage.files import read_arrays
+
+Student = tuple[int, int | None]  # teacher and seed
+# The field of an evaluation row, in memory alone, that has each sequence's share of its recall.
+_BY_SEQUENCE = "recall_by_sequence"
+
+
+def student(row: dict) -> Student:
+    """Teacher and seed of a row; runs from before there were several teachers have teacher 0."""
+    return row.get("teacher") or 0, row.get("seed")
+
+
+def per_unit(students: Sequence[Student], values: np.ndarray) -> np.ndarray:
+    """Values [student, ...] averaged within the units: [teacher, ...] where there are several, else as they are."""
+    teachers = [teacher for teacher, _ in students]
+    if len(set(teachers)) < 2:
+        return np.asarray(values)
+    return np.stack([values[np.equal(teachers, one)].mean(0) for one in sorted(set(teachers))])
+
+
+def words(students: Sequence[Student]) -> str:
+    """The units of these students, counted, in words."""
+    teachers = len({teacher for teacher, _ in students})
+    return f"{teachers} teachers" if teachers > 1 else f"{len(students)} seed{'s' * (len(students) > 1)}"
+
+
+def interval(students: Sequence[Student], values: np.ndarray, by_sequence: np.ndarray | None = None) -> Interval:
+    """A mean over students with its interval.
+
+    Args:
+        students: teacher and seed of each.
+        values: [student].
+        by_sequence: [student, sequence], whose means over sequences are the values, where sequences are shared.
+    Returns: of one unit the mean without an error.
+    """
+    units = per_unit(students, np.asarray(values, np.float64))
+    with np.errstate(invalid="ignore"):  # infinities of both signs make NaN
+        over_units = statistics.t_interval(units)
+    if by_sequence is None or len(units) < 2 or not np.isfinite(units).all():
+        return over_units
+    return statistics.two_way(per_unit(students, by_sequence))
+
+
+def bootstrap(students: Sequence[Student], by_sequence: np.ndarray | None) -> Interval | None:
+    """The hierarchical bootstrap's interval; None with fewer than two teachers, or seeds that differ in number."""
+    teachers = sorted({teacher for teacher, _ in students})
+    counts = {sum(one == teacher for one, _ in students) for teacher in teachers}
+    if by_sequence is None or len(teachers) < 2 or len(counts) > 1:
+        return None
+    order = sorted(range(len(students)), key=lambda i: students[i])
+    values = by_sequence[order].reshape(len(teachers), counts.pop(), -1)
+    return statistics.hierarchical_bootstrap(values, shared_sequences=True)
+
+
+def attach(rows: list[dict], folder: Path) -> None:
+    """Gives evaluation rows each sequence's share of their recall, where the run has kept it (folder/recall.npz).
+
+    A row's recall is a ratio of sums over sequences, log-probabilities over tokens. Its linearisation has a value for
+    each sequence, of which it is the mean: recall + (log-probability - recall * tokens) / mean tokens.
+    """
+    path = folder / "recall.npz"
+    if not path.exists():
+        return
+    kept = read_arrays(path)
+    tokens = kept["tokens"].astype(np.float64)
+    keys = zip(kept["name"].tolist(), kept["sample_temperature"].tolist(), strict=True)
+    places = {key: i for i, key in enumerate(keys)}
+    for row in rows:
+        place = places.get((row.get("name"), row.get("sample_temperature")))
+        if row.get("kind") == "evaluation" and place is not None and row.get("recall") is not None:
+            log_prob = kept["log_prob"][place].astype(np.float64)
+            if np.isfinite(log_prob).all():
+                ratio = log_prob.sum() / tokens.sum()
+                row[_BY_SEQUENCE] = ratio + (log_prob - ratio * tokens) / tokens.mean()
+
+
+def by_sequence(rows: Sequence[dict], metric: str) -> np.ndarray | None:
+    """The metric [row, sequence] of rows that were measured on the same sequences; None where that is not so."""
+    if metric != "recall" or not rows or any(_BY_SEQUENCE not in row for row in rows):
+        return None
+    return np.stack([row[_BY_SEQUENCE] for row in rows])
