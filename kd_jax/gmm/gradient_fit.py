@@ -205,6 +205,7 @@ def starts_of(teacher: Mixture, broad: Mixture, num_starts: int) -> Mixture:
     """
     order = jnp.argsort(-teacher.log_weights)
     components, size = broad.log_weights.shape[0], order.shape[0]
+    # Beyond the lightest the order begins again: a student may have as many components as the teacher.
     which = order[(jnp.arange(num_starts - 1)[:, None] + jnp.arange(components)) % size]
     uniform = jnp.full(which.shape, -math.log(components), broad.means.dtype)
     narrow = Mixture(uniform, teacher.means[which], teacher.covariances[which])

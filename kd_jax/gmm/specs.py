@@ -122,6 +122,7 @@ class GmmSpec(SweepSpec):
     @property
     def betas(self) -> np.ndarray:
         """[num_betas] log-spaced from beta_min to beta_max, both included."""
+        # Log-spaced: selectivity changes with the logarithm of beta.
         return np.geomspace(self.beta_min, self.beta_max, self.num_betas).astype(np.float32)
 
 

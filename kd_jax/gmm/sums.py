@@ -20,6 +20,7 @@ def total(values: jax.Array, axis: int = -1) -> jax.Array:
     if values.shape[axis] <= BLOCK:
         return values.sum(axis)
     axis %= values.ndim
+    # Two sums, each of few terms.
     blocks = values.reshape(*values.shape[:axis], -1, BLOCK, *values.shape[axis + 1 :])
     return blocks.sum(axis + 1).sum(axis)
 
@@ -35,6 +36,7 @@ def dot(subscripts: str, *operands: jax.Array) -> jax.Array:
 
 def together(terms: list[jax.Array]) -> tuple[jax.Array, ...]:
     """Sums over the points of several [K, N] in one pass: what the terms share is computed once and never stored."""
+    # One reduction of many operands: XLA reads what they are made of once.
     add = lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True))  # noqa: E731
     zeros = tuple(jnp.zeros((), term.dtype) for term in terms)
     if terms[0].shape[1] > BLOCK:

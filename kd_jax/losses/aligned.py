@@ -121,11 +121,14 @@ def event_log_probs(
     of_shared = jnp.where(is_text, _log_add(of_shared, text[..., None]), of_shared)
     text = jnp.where(whole < 0, text, -jnp.inf)
     if rest:
+        # A mask over the vocabulary, so that the rest needs no list of its ids.
         is_shared = jnp.zeros(log_probs.shape[-1], bool).at[shared].set(True)
+        # A sum of its own: 1 minus the shared tokens would lose the digits of a small rest.
         of_rest = reductions.log_sum(jnp.where(is_shared, -jnp.inf, tokens))
     else:
         of_rest = jnp.full(text.shape, -jnp.inf, log_probs.dtype)
     events = jnp.concatenate([of_shared, text[..., None], of_rest[..., None]], axis=-1)
+    # Without the rest the events do not add up to 1.
     return events if rest else log_softmax(events)
 
 

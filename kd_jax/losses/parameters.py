@@ -67,6 +67,7 @@ def checked_hard_weight(labels: jax.Array | None, hard_weight: Scalar) -> Scalar
     Raises: ValueError for a weight outside [0, 1], or one that needs labels where there are none.
     """
     hard_weight = in_range("hard_weight", hard_weight, WEIGHT)
+    # A traced weight may turn out to be above 0.
     if labels is None and (isinstance(hard_weight, jax.Array) or hard_weight != 0):
         raise ValueError(f"hard_weight={hard_weight} needs labels")
     return hard_weight

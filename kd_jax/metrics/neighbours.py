@@ -92,11 +92,13 @@ def clipped_density_coverage(real: jax.Array, fake: jax.Array, k: int, *, chunk:
     clipped_radii = np.minimum(radii, np.median(np.sqrt(radii)) ** 2)
     density = np.minimum(_num_balls(fake, real, clipped_radii, chunk) / k, 1).mean()
     itself = 1  # every real point lies in its own ball
+    # What samples that are as good as real points would get.
     density_of_real = np.minimum((_num_balls(real, real, clipped_radii, chunk) - itself) / k, 1).mean()
     coverage = np.minimum(_num_inside(fake, real, radii, chunk) / k, 1).mean()
     expected = expected_coverage(len(real), len(fake), k)
     return ClippedNeighbours(
         density=float(min(density / density_of_real, 1.0)),
+        # The inverse of a rising function, by interpolation with the axes exchanged.
         coverage=float(np.interp(coverage, expected, np.arange(len(expected)) / len(fake))),
     )
 

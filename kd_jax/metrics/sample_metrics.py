@@ -68,6 +68,7 @@ class SampleMetric(NamedTuple):
 
 _ROWS = (
     SampleMetric(
+        # By nearest neighbours: both sets may have any size.
         "knn_precision", "share of samples near data (Kynkäänniemi et al. 2019)", ("real",), "share",
         "more samples look like data", lambda samples: samples.neighbours.precision, 1.0,
     ),
@@ -92,6 +93,7 @@ _ROWS = (
         "more of the data is reached", lambda samples: samples.clipped.coverage, 1.0,
     ),
     SampleMetric(
+        # By histograms: only for as many samples as data.
         "mauve", "area under the divergence frontier of histograms (Pillutla et al. 2021)", ("real",), "share",
         "samples and data are closer",
         lambda samples: mauve.compare(
@@ -100,6 +102,7 @@ _ROWS = (
         1.0,
     ),
     SampleMetric(
+        # Of the samples alone. Without an ideal: data can be more or less varied.
         "vendi_score", "effective number of different samples (Friedman & Dieng 2023)", (), "samples",
         "samples differ more from each other", lambda samples: diversity.vendi_score(samples.fake),
     ),

@@ -80,6 +80,7 @@ def _together(own: dict[str, tuple[str, Any]], found: Cluster | None) -> Cluster
             raise ValueError(f"{label}={value}, but {found.launcher} says {theirs}")
     for name in NAMES:
         values.setdefault(name, None if found is None else getattr(found, name))
+    # The launcher may know a part, and the command line the rest.
     missing = [f"--{name} (or JAX_{name.upper()})" for name in NAMES if values[name] is None]
     if missing:
         there = ", ".join(label for label, _ in own.values()) or found.launcher

@@ -49,6 +49,7 @@ def read(text: str, *, rounds: int | None = None) -> list[Collective]:
     found = []
     for name, times in _times(bodies, entry, rounds).items():
         for shapes, operation, rest in bodies[name]:
+            # GPUs and TPUs split a collective into start and done; such programs are refused below.
             kind = operation.removesuffix("-start")
             if kind not in KINDS:
                 continue

@@ -103,6 +103,7 @@ def parse(text: str) -> Devices:
     Raises: ValueError, listing the known devices, for another name, or for a TPU slice that does not exist.
     """
     words = re.fullmatch(r"(?:([1-9]\d*)x)?([\w-]+)", text)
+    # A number before the name counts GPUs; of TPUs the name itself has the size.
     count, name = (int(words[1] or 1), words[2]) if words else (1, text)
     if name.lower() == "cpu" and count == 1:
         return Devices(text, 1, _this_machine())
@@ -144,4 +145,5 @@ def pretend(devices: Devices) -> None:
 
 def _this_machine() -> Chip:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    # Rates of a CPU are measured (kd_jax.lm.model.flops.ceiling), not looked up.
     return Chip(memory, float("nan"), float("nan"), float("nan"), usable=1.0, cpu=True)

@@ -171,6 +171,7 @@ def _footer(folder: Path) -> list[tuple[str, str]]:
         return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
     manifest = read_json(folder / "manifest.json")
+    # What it takes to make the run again.
     found = [(key, manifest[key]) for key in ("command", "versions", "device", "seed", "git_commit") if key in manifest]
     entries = [(key.replace("_", " "), text(value)) for key, value in found if value is not None]
     return [*entries, ("report", f"python -m kd_jax.report {folder}")]

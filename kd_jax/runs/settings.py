@@ -148,6 +148,7 @@ def freeze(kind: type[T], config: Mapping[str, Any] | ConfigDict, at: str = "con
         range. An integer is a float where a float is asked for.
     """
     hints = typing.get_type_hints(kind)
+    # Names first: a typing error should not show as the wrong type of another setting.
     unknown = sorted(set(config) - set(hints))
     if unknown:
         raise ValueError(f"{at}.{unknown[0]} is not a setting{did_you_mean(unknown[0], hints, f'{at}.')}")

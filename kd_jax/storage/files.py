@@ -117,6 +117,7 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         rows: plain values by name.
     """
     text = _lines(rows)  # all of it first: a row that cannot be written adds nothing
+    # Appended, not replaced: a log would be written again as a whole for every row.
     with writing(path), open(path, "a", encoding="utf-8") as file:
         file.write(text)
 

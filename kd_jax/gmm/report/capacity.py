@@ -44,6 +44,7 @@ def grid(runs: dict[tuple, Students], spec: GmmSpec, base: tuple) -> dict[tuple[
     changes = {}
     for teacher in spec.vary.grid:
         for student in spec.vary.grid:
+            # All axes but these two stay at the base.
             setting = list(base)
             setting[TEACHER], setting[STUDENT] = teacher, student
             if tuple(setting) in runs:

@@ -135,6 +135,7 @@ def compare(folder: Path, manifest: dict[str, Any], new: dict[str, Any], kind: s
     """
     if manifest["kind"] != kind:
         raise RunError(f"{folder} holds a corpus of {manifest['kind']}, not of {kind}; choose another folder")
+    # A corpus from before a setting was made as by its default.
     old = LATER | manifest["settings"]
     changes = [
         f"{key}: {json.dumps(old.get(key))} -> {json.dumps(value)}"
@@ -230,6 +231,7 @@ def without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide the rows. Names are left out: fingerprints stand for their content."""
     content = {key: value for key, value in without_defaults(settings).items() if key not in _NAMES}
+    # A recorded teacher counts by its content, too.
     return content | ({"teacher": identity(content["teacher"])} if content.get("teacher") else {})
 
 

@@ -80,6 +80,7 @@ def _text(file: str, content: Any) -> io.TextIOBase:
 def _parquet(file: str, content: Any, columns: Sequence[str] | None, _: bool) -> Iterator[dict[str, Any]]:
     parquet = pq.ParquetFile(content)
     if columns is None:
+        # From the schema: no row is read for this.
         yield dict.fromkeys(parquet.schema_arrow.names)
         return
     present = [name for name in columns if name in parquet.schema_arrow.names]

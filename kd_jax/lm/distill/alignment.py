@@ -75,9 +75,11 @@ def align(teacher: Sequence[bytes], student: Sequence[bytes]) -> tuple[Side, Sid
             f"{other[same : same + 20]!r} of the student"
         )
     ends = [np.cumsum([len(piece) for piece in side], dtype=np.int64) for side in (teacher, student)]
+    # A span ends where a token ends on both sides.
     shared = np.intersect1d(*(np.unique(end[end > 0]) for end in ends))
     sides = []
     for side, end in zip((teacher, student), ends, strict=True):
+        # A token without bytes ends where the one before it does, and would be counted with its span.
         text = np.array([bool(piece) for piece in side], bool)
         span = np.searchsorted(shared, end[text])
         first = np.flatnonzero(text)[np.searchsorted(span, np.arange(len(shared)))]
@@ -102,6 +104,7 @@ def shared_tokens(
 
 
 def _by_bytes(tokenizer: Tokenizer, eos: Sequence[int]) -> dict[bytes, int]:
+    # Reversed, so that the first of several ids with the same bytes is the one that stays.
     table = dict(reversed([(piece, i) for i, piece in enumerate(tokenizer.token_bytes) if piece]))
     for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items():
         piece = tokenizer.token_bytes[i]

@@ -91,6 +91,7 @@ def pair(
             for span in np.flatnonzero(side.length == 1):
                 whole[span] = known.get(int(row[side.first[span]]), whole[span])
         wholes.append(whole)
+    # At least one, masked: arrays without spans would have no shape to compile for.
     spans = max(1, max(len(whole) for whole in wholes))
 
     def text(rows, which):
@@ -102,6 +103,7 @@ def pair(
 
     texts = text(teacher_rows, 0), text(student_rows, 1)
     there = _table([np.ones(len(whole), np.int32) for whole in wholes], spans, 0) > 0
+    # A row's first token is predicted by nothing.
     mask = there & (texts[0].first > 0) & (texts[1].first > 0)
     return Pair(*texts, _table(wholes, spans, -1), mask)
 
@@ -148,6 +150,7 @@ def linear_aligned_divergence(
             divergence, teacher, student, shared, whole, temperature=temperature, parameter=parameter
         )
 
+    # Spans are compared one by one, so rows do not matter any more.
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (starts, jnp.asarray(pair.whole)))
     size, pieces = head.cut(flat, flat[1].shape, chunk)
     # a span is projected again in the backward pass: kept logits would be [spans, vocab] of both models
@@ -170,6 +173,7 @@ def _starts(hidden, weight, text: Text, temperature, softcap, chunk):
     position = jnp.arange(1, tokens.shape[1])
     later = (position > first[..., None]) & (position < (first + length)[..., None])
     of_later = jnp.where(later, of_token[:, None], 0).sum(axis=-1)
+    # The state at a position predicts the next one: a span is predicted by the position before it.
     before = jnp.take_along_axis(hidden, jnp.maximum(first - 1, 0)[..., None], axis=1)
     return before, jnp.take_along_axis(tokens, first, axis=1), of_later, length == 1
 

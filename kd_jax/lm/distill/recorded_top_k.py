@@ -184,6 +184,7 @@ def score_corpus(
     """
     check(source, model, about["source"])
     folder = Path(folder)
+    # With a teacher it is another corpus, and its folder is not taken for the source's.
     settings = {**source.manifest["settings"], "teacher": about}
 
     def open_folder() -> dict[str, Any]:

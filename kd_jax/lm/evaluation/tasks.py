@@ -161,6 +161,7 @@ def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: Sa
     }  # fmt: skip
     if plan.embedder is not None:
         key["embedding_model"] = plan.embedder.fingerprint
+    # Given samples are of one temperature, and need no folder for it.
     where = home(plan.folder, name, WHOLE if entry.samples is not None else sampler)
     row = distributed.once(lambda: _kept_row(where, key), f"reading {where}")
     # What an old run lacks, because the metric is new or defined anew, is computed from the scores that it kept.

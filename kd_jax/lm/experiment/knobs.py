@@ -109,6 +109,7 @@ def read(config: Mapping[str, Any] | FrontierSpec) -> Frontier | None:
 def _knob(entry: Any) -> Knob:
     try:
         name, settings = entry
+        # Lists come from config.json, tuples from a config file.
         settings = tuple((value, arm) for value, arm in settings)
         well_formed = settings and all(isinstance(text, str) and text for text in (name, *sum(settings, ())))
     except (TypeError, ValueError):

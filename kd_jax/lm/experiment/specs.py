@@ -207,6 +207,7 @@ def _check_shape(shape: StudentSpec | TeacherSpec, role: str) -> None:
     if not shape.start:
         if shape.layers_kept:
             raise ValueError(f"{role}.layers_kept={shape.layers_kept!r} has no effect: training starts from no model")
+        # Only to see whether the numbers go together: any vocabulary will do.
         architecture(shape, PRESETS["tiny"], role)
         return
     for field in dataclasses.fields(ModelSpec):

@@ -62,6 +62,7 @@ def logical_axes(architecture: Architecture, part: Part = ALL) -> tuple[Any, Any
         return lora_lib.logical_axes(part.lora), axes
     if not part.frozen:
         return axes, None
+    # The trained and the kept part have the layout of the weights that they come from.
     flat = _flat(axes)
     shapes = jax.eval_shape(lambda params: cut(params, architecture, part), architecture_lib.abstract(architecture))
     trained, kept = ({name: flat[name] for name in some} for some in shapes)

@@ -63,6 +63,7 @@ def init(key: jax.Array, architecture: Architecture, lora: Lora) -> dict[str, An
 
 def logical_axes(lora: Lora) -> dict[str, Any]:
     """Logical axis names of each adapter, in the tree of `init`; the rank is whole on every device."""
+    # A is split like the weight's input, B like its output: no other communication than the weight's own.
     return {name: {"a": ("layer", None, AXES[name][1]), "b": ("layer", AXES[name][0], None)} for name in lora.targets}
 
 

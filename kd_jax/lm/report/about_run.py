@@ -34,6 +34,7 @@ def cost(rows: list[dict], manifest: dict[str, Any]) -> Table:
     lines = [_line(stage, total) for stage in stages]
     if lines:
         lines.append(["all stages", f"{total:,.1f}", *["–"] * 4])
+    # A column of dashes says nothing.
     shown = [i for i in range(len(COLUMNS)) if any(line[i] != "–" for line in lines)]
     note = []
     timed = [s for s in stages if s.get("seconds") and s.get("share_of_data_logging_checkpoints") is not None]

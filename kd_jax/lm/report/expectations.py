@@ -106,6 +106,7 @@ def _trend_comparisons(groups: list[Group], name: str, sign: int) -> list[_Compa
 
 def _direct_comparisons(groups: list[Group], name: str, sign: int) -> list[_Comparison]:
     """The direct student against every student of config.taus."""
+    # Against each student: "the lowest of all" is a claim about all of them.
     first = direct(groups)
     if first is None or not first.estimates[name].count:
         return []

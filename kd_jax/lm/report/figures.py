@@ -191,6 +191,7 @@ def draw_curves(axes, curves: dict[str, Curve], colours: dict[str, tuple]) -> li
         colours: by arm; grey for those without.
     Returns: the legend's entries.
     """
+    # A curve needs two temperatures, and students that have all of them.
     drawn = {arm: curve for arm, curve in curves.items() if len(curve.temperatures) > 1 and curve.students}
     for arm, curve in drawn.items():
         x, y = (_finite(curve.values(name, curve.students).mean(1)) for name in ("recall", "precision"))

@@ -259,6 +259,7 @@ def _tables(run: _Run, section: frontier.Section | None) -> list[Table]:
 
 def _model_table(groups: list[Group], name: str, title: str, columns: Sequence[tuple], note: str) -> Table:
     """A table of estimates; a column that no group has a value for is left out."""
+    # Older runs lack newer metrics.
     columns = [column for column in columns if any(g.estimates[column[0]].count for g in groups)]
     rows = []
     for group in groups:

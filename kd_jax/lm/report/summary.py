@@ -274,6 +274,7 @@ def difference(first: Group, second: Group, name: str) -> Difference:
 
 def rows_difference(first: list[dict], second: list[dict], name: str) -> Difference:
     """`difference` of two lists of evaluation rows, each with a row per student."""
+    # Only students that both lists have a value for can be paired.
     kept = [{units.student(row): row for row in rows if row.get(name) is not None} for rows in (first, second)]
     students = [student for student in kept[0] if student in kept[1]]
     sides = [[rows[student] for student in students] for rows in kept]

