@@ -1,15 +1,15 @@
-"""What devices send each other, by mesh: bytes of each kind of collective, from the compiled program.
+"""What devices send each other, by mesh: bytes of each kind of collective, read from the compiled program.
 
     python -m benchmarks.collectives [--json] [POLICY ...] [DATA,FSDP,TENSOR ...]
 
-Of an update that learns text (training) or from a teacher (online), of a step of sampling (also truncated, by top-k and
-top-p), of a batch that is scored, or of which the likeliest tokens are recorded (top_k); and of a sweep of mixtures,
-which has one axis alone.
+The programs: an update that learns from text (training) or from a teacher (online); a step of sampling, from the whole
+softmax or after top-k and top-p (truncated); scoring a batch; recording the likeliest tokens of a batch (top_k); and a
+sweep of mixtures, whose mesh has a single axis.
 
-Virtual CPU devices, a small model, two rows for each device of data x fsdp. A number is the size of what one device has
-after the collectives, all rounds of a loop together; a ring sends about twice that for all-reduce, once for the others.
-XLA's CPU compiler makes no reduce-scatter: where a GPU or TPU has one (gradients over fsdp), there is an all-reduce of
-which each device takes its part.
+Virtual CPU devices, a small model, two rows for each device of data x fsdp. A number is the size of what one device
+holds after the collectives, summed over all rounds of a loop; a ring sends about twice that for all-reduce, and once
+for the others. XLA's CPU compiler makes no reduce-scatter: where a GPU or TPU has one (gradients over fsdp), the CPU
+program has an all-reduce, of which each device keeps its part.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from kd_jax.lm.training import update as update_lib
 from kd_jax.parallel import collectives
 from kd_jax.parallel import mesh as mesh_lib
 
-# Every axis has a size of its own, also when it is split over 2, 4 or 8 devices.
+# Axes differ in size (the two kinds of heads aside), also split over 2, 4 or 8 devices: a size names its axis.
 STUDENT = Architecture(
     vocab_size=3072, hidden_size=96, intermediate_size=224, num_hidden_layers=3, num_attention_heads=8,
     num_key_value_heads=8, head_dim=12, rope_theta=10000.0,
@@ -48,7 +48,7 @@ MESHES = (
     (1, 1, 2), (1, 1, 4), (1, 1, 8), (2, 1, 2), (4, 1, 2), (1, 2, 2), (2, 2, 2), (1, 4, 2),
 )  # fmt: skip
 POLICIES = ("training", "online", "sampling", "truncated", "scoring", "top_k", "mixtures")
-# Their loops have no end that the program says: what is counted is a round.
+# These loops end by their data, so the program does not say how many rounds there are: one round is counted.
 ENDLESS = ("sampling", "truncated", "mixtures")
 
 
@@ -81,7 +81,7 @@ def compiled(policy: str, sizes: tuple[int, int, int], teacher_sizes: tuple[int,
 def _update(policy: str, sizes: tuple[int, int, int], teacher_sizes: tuple[int, int, int] | None):
     """The update of a student, learning text or from a teacher, over a mesh of these sizes."""
     mesh = mesh_lib.make(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
-    compute = Compute(mesh=mesh, chunk_tokens=16)  # so that there are several chunks of logits
+    compute = Compute(mesh=mesh, chunk_tokens=16)  # small, so that there are several chunks of logits
     schedule = optim.wsd(1e-3, 100, 0.0, 0.0)
     optimizer = optim.adamw(schedule)
     rows = ROWS * mesh_lib.batch_devices(mesh)
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
             policies.append(word)
         elif word != "--json":
             meshes.append(tuple(map(int, word.split(","))))
-    # the programs are not run: no time is spent on making them quick
+    # The programs are compiled and never run: no time is spent on making them fast.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
         print(f"{'KiB a device':20}" + "".join(f"{kind:>20}" for kind in collectives.KINDS))
     for policy in policies or POLICIES:
         for sizes in meshes or MESHES:
-            # three more numbers are the teacher's mesh
+            # A word of six numbers has the student's mesh and then the teacher's.
             text = compiled(policy, sizes[:3], sizes[3:] or None).as_text()
             found = collectives.read(text, rounds=1 if policy in ENDLESS else None)
             if as_json:

@@ -1,11 +1,11 @@
-"""The default sweep beside the published notebook's way (scikit-learn, one fit at a time), in one run.
+"""The default sweep beside the published notebook's way: scikit-learn, one fit at a time.
 
     python -m benchmarks.gmm_sweep                  time, and agreement of the means over all seeds
     python -m benchmarks.gmm_sweep --students 100000   peak memory of a large sweep, in chunks
 
-Both sides fit a student for each beta on as many points and score it on as many draws; ours does more: it also fits the
-controls and scores every student at lower sampling temperatures. Ours shares random numbers among the betas of a seed,
-so it makes fewer of them; the peer draws anew for each.
+For each beta both sides fit a student to as many points and score it on as many draws. kd_jax does more: it also fits
+the controls and scores every student at lower sampling temperatures. It also draws fewer random numbers, as the betas
+of a seed share them; the peer draws anew for each beta.
 """
 
 import argparse
@@ -32,6 +32,7 @@ def compare(seeds: int) -> None:
     experiment.sweep(setting, np.arange(seeds), numbers)
     first = time.perf_counter() - began
     times = []
+    # The least of five: other work on the machine only ever adds time.
     for _ in range(5):
         began = time.perf_counter()
         scores = experiment.sweep(setting, np.arange(seeds), numbers).scores
@@ -45,11 +46,13 @@ def compare(seeds: int) -> None:
     for c, column in enumerate(COLUMNS):
         for b in (0, 8, 15):
             mine, theirs = getattr(scores, column)[:, 2 + b], distilled[:, b, c]
+            # The two sides draw different random numbers, so their seeds are not pairs: the errors add in quadrature.
             errors = [v.std(ddof=1) / np.sqrt(seeds) for v in (mine, theirs)]
             z = (mine.mean() - theirs.mean()) / np.hypot(*errors)
             worst = max(worst, abs(z))
             pairs = [f"{v.mean():8.3f} +- {e:6.3f}" for v, e in zip((mine, theirs), errors, strict=True)]
             print(f"{column:20} {betas[b]:6.1f} {pairs[0]:>18} {pairs[1]:>18}  {z:+.2f}")
+    # Twelve comparisons: if the means are equal, one of them is 4 errors away in about one run of a thousand.
     assert worst < 4, "the two sides do not compute the same thing"
     mine = f"kd_jax {min(times):.3f} s after a first call of {first:.2f} s (compile included)"
     print(f"{seeds} seeds x {len(betas)} betas: scikit-learn {peer_time:.2f} s, {mine}: ", end="")
@@ -65,6 +68,7 @@ def large(students: int) -> None:
     began = time.perf_counter()
     for first in range(0, seeds, size):
         experiment.sweep(setting, np.arange(first, first + size), numbers)
+    # Linux gives ru_maxrss in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{seeds * count} students, {size} seeds a chunk: {time.perf_counter() - began:.1f} s, peak {peak:.2f} GiB")
 

@@ -6,16 +6,17 @@
     python -m benchmarks.kd_loss --figure FILE       the figure of kept numbers, docs/kd_loss.png
     python -m benchmarks.kd_loss --bf16              errors against float64 of inputs in bfloat16
 
-Widths 576, vocabulary 49152; gradients with respect to the student's hidden states and head; 2 threads; a process for
-each side. Sides: "torch" and "jax" have the logits of all tokens (torch in the inputs' dtype, as TRL's GKD loss has
-them; "torch float32" makes them float32 first; jax likewise); "liger" is LigerFusedLinearJSDLoss with beta = 0 as it
-comes (compiled, chunks of 1024), "liger eager" the same without torch.compile; "trl" is the chunked loss of its
-DistillationTrainer.
+Width 576, vocabulary 49152; gradients with respect to the student's hidden states and head; 2 threads; each side runs
+in a process of its own. "torch" and "jax" compute the logits of all tokens: torch in the inputs' dtype, as TRL's GKD
+loss does ("torch float32" converts them to float32 first, and so does jax). "liger" is LigerFusedLinearJSDLoss with
+beta = 0 and its defaults (compiled, chunks of 1024), "liger eager" the same without torch.compile; "trl" is the chunked
+loss of its DistillationTrainer.
 
-The time is the least of three runs (beyond 2048 tokens of one) after one that does not count and is shown as the first:
-compiling is in it. Extra memory is the peak of the process while it runs, after the first, above what it held with the
-inputs loaded. The share is that of the four matrix products, at the rate of a product of 2048 x 576 and 576 x 8192 in
-the same process, in the time. A size that would not fit into memory, by the size before it, is left out.
+The time is the least of three runs (of one beyond 2048 tokens). One run comes before, is shown as the first, and does
+not count, as it compiles. Extra memory is the peak of the process after that first run, above what it held with the
+inputs loaded. The share is the time that the four matrix products would take, at the rate of a product of 2048 x 576
+and 576 x 8192 measured in the same process, divided by the time. A size that is not expected to fit into memory, going
+by the size before it, is left out.
 """
 
 import argparse
@@ -42,6 +43,8 @@ def inputs(tokens: int, close: float = 1.0):
     hidden, head, other, other_head = (
         random.standard_normal((rows, WIDTH), np.float32) for rows in (tokens, VOCAB, tokens, VOCAB)
     )
+    # Hidden states and head each bring half of the difference's variance: 2 * share**2 = close**2. Weights of 1 -
+    # share**2 and share**2 leave the scale of the teacher's logits that of the student's.
     share = close / 2**0.5
     other = (1 - share**2) ** 0.5 * hidden + share * other
     other_head = (1 - share**2) ** 0.5 * head + share * other_head
@@ -63,6 +66,7 @@ def torch_side(name: str):
         if name == "torch float32":
             logits, teacher = logits.float(), teacher.float()
         log_q, log_p = F.log_softmax(logits, -1), F.log_softmax(teacher, -1)
+        # "batchmean" divides by the tokens; "mean" would divide by the vocabulary as well.
         return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
     if name.startswith("liger"):
@@ -86,6 +90,7 @@ def torch_side(name: str):
         loss = dense
 
     def run(hidden, head, teacher_hidden, teacher_head):
+        # torch would add the new gradients to those of the run before.
         hidden.grad = head.grad = None
         with torch.enable_grad():
             value = loss(hidden, head, teacher_hidden, teacher_head)
@@ -125,6 +130,7 @@ def jax_side(name: str):
     step = jax.jit(jax.value_and_grad({"jax": dense, "kd_jax": ours}[name], (0, 1)))
 
     def run(*arrays):
+        # JAX returns before the work is done: waiting is part of the time.
         value, gradients = jax.block_until_ready(step(*arrays))
         return value, *gradients
 
@@ -148,6 +154,7 @@ def side(name: str):
 
 def measure(name: str, tokens: int) -> dict:
     put, run, product, _ = side(name)
+    # Each side is held to the rate that its own library reaches, measured before the inputs take memory.
     ceiling = 2 * 2048 * WIDTH * 8192 / seconds(product(2048, 8192), 10)[1]
     arrays = put(inputs(tokens), "float32")
     values = []
@@ -187,6 +194,7 @@ def curve(names, sizes) -> list[dict]:
     for name in names:
         before = None
         for tokens in sizes:
+            # Memory grows at most in proportion to the tokens, so the size before tells whether this one fits.
             if before and before["extra_mib"] * tokens / before["tokens"] > 0.9 * free_mib():
                 print(f"  {name:12} {tokens:6} tokens: left out, for want of memory", flush=True)
                 break
@@ -263,6 +271,7 @@ def error(name: str, close: float) -> dict:
     tokens = 128
     put, run, _, wide = side(name)
     arrays = put(inputs(tokens, close), "bfloat16")
+    # The reference starts from the inputs already rounded to bfloat16: only errors of the computation count.
     hidden, head, teacher_hidden, teacher_head = (
         wide(array.detach() if hasattr(array, "detach") else array) for array in arrays
     )
@@ -274,6 +283,7 @@ def error(name: str, close: float) -> dict:
     log_q, log_p = log_softmax(hidden @ head.T), log_softmax(teacher_hidden @ teacher_head.T)
     p = np.exp(log_p)
     value = (p * (log_p - log_q)).sum(axis=-1).mean()
+    # The gradient of the mean forward KL with respect to the student's logits.
     by_logits = (np.exp(log_q) - p) / tokens
     wanted = by_logits @ head, by_logits.T @ hidden
     got, *gradients = run(*arrays)

@@ -2,11 +2,12 @@
 
     python -m benchmarks.kd_step [ROWS LENGTH]
 
-Both models run forward on the same random tokens, and the student learns the teacher's distribution everywhere, with
-AdamW and clipping: float32, 2 threads, a process for each side, compiled programs warm. torch runs transformers,
-with the whole logits of both, and with Liger's chunked loss (jsd with beta = 0, the forward KL), as it is and through
-torch.compile; the quickest is what we are held to. Losses of the three updates are printed beside each other. Memory is
-the peak of the process above what it held with the weights loaded.
+Both models run forward on the same random tokens, and the student learns the teacher's distribution at every position,
+with AdamW and clipping: float32, 2 threads, a process for each side, after one update that compiles. torch runs the
+models of transformers with three losses: the whole logits of both models, Liger's chunked loss (jsd with beta = 0, the
+forward KL), and the same through torch.compile. kd_jax is compared with the quickest of the three. The losses of the
+three updates are printed beside each other. Memory is the peak of the process above what it held with the weights
+loaded.
 """
 
 import json
@@ -59,6 +60,7 @@ def ours(folder: str, rows: int, length: int) -> dict:
     def one():
         nonlocal state
         state, metrics = update(state, batch, guide)
+        # Reading the loss waits for the update, as JAX returns before the work is done.
         losses.append(float(metrics.loss))
 
     losses = []
@@ -77,12 +79,14 @@ def theirs(folder: str, rows: int, length: int, loss_of: Callable) -> dict:
     )
     teacher.eval()
     held = memory()
+    # The settings of optim.adamw in `ours`, a constant rate included.
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     ids = torch.tensor(tokens(rows, length))
 
     def one():
         optimizer.zero_grad()
         with torch.no_grad():
+            # The last position predicts a token that is not there: it has no loss on either side.
             theirs = teacher.model(ids).last_hidden_state[:, :-1]
         mine = student.model(ids).last_hidden_state[:, :-1]
         loss = loss_of(mine, student.lm_head.weight, theirs, teacher.lm_head.weight, ids[:, 1:])
@@ -111,6 +115,7 @@ def _liger(compiled: bool):
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled)
 
     def chunked(mine, head, theirs, teacher_head, labels):
+        # Liger computes a gradient for every input that asks for one: the teacher's head must not.
         return loss(mine.flatten(0, 1), head, theirs.flatten(0, 1), teacher_head.detach(), labels.flatten())
 
     return chunked
@@ -158,6 +163,7 @@ def main(argv: list[str]) -> None:
                 f"first update {out['first']:.1f} s, losses " + ", ".join(f"{loss:.5f}" for loss in out["losses"]),
                 flush=True,
             )
+    # SIDES begins with kd_jax.
     ours, *others = found.values()
     best = min(others, key=lambda out: out["seconds"])
     apart = max(abs(a - b) / a for out in others for a, b in zip(ours["losses"], out["losses"], strict=True))

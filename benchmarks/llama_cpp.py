@@ -1,4 +1,4 @@
-"""Sampling beside llama.cpp: the real SmolLM2-135M-Instruct, the same dequantised weights, 2 threads, a process a side.
+"""Sampling beside llama.cpp: the real SmolLM2-135M-Instruct, the same dequantised weights, 2 threads on each side.
 
     python -m venv /tmp/llama
     CMAKE_ARGS="-DGGML_NATIVE=ON" /tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
@@ -6,12 +6,13 @@
     .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --length 512
     .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --batches 1 --kd_jax_batches 1 --samples 8
 
-Building llama.cpp takes a compiler, CMake and many minutes, so it stays out of .venv. A libllama that is there
-already does too: CMAKE_ARGS="-DLLAMA_BUILD=OFF" for the Python part, and LLAMA_CPP_LIB_PATH=its folder when this is
-run. It is driven through its low-level interface: one token of every sequence a call; where a sequence ends, the next
-sample starts at once, and when none is left the batch shrinks. Each of --batches and --draws is tried, and its best
-counts. First, greedy continuations of a few prompts are compared. Both sides draw from the whole softmax at
-temperature 1; ours also keeps log-probabilities, which llama.cpp is not asked for.
+Building llama.cpp takes a compiler, CMake and many minutes, so it has an environment of its own. To use a libllama that
+is already built, install the Python part with CMAKE_ARGS="-DLLAMA_BUILD=OFF" and set LLAMA_CPP_LIB_PATH to the folder
+of the library when you run this. llama.cpp is driven through its low-level interface: a call takes one token of every
+sequence; where a sequence ends, the next sample starts at once, and when no sample is left to start the batch shrinks.
+Each of --batches and --draws is tried, and its best counts. First, greedy continuations of a few prompts are compared.
+Both sides draw from the whole softmax at temperature 1; ours also keeps log-probabilities, which llama.cpp is not asked
+for.
 """
 
 import argparse
@@ -82,6 +83,7 @@ def convert(folder: str, kind: str) -> str:
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if kind == "F32" else gguf.LlamaFileType.MOSTLY_F16)
     for tensor in reader.tensors:
         values = dequantize(tensor.data, tensor.tensor_type)
+        # The vectors, gains of norms, stay F32 in llama.cpp's own conversions too.
         type_ = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
         writer.add_tensor(tensor.name, quantize(values, type_), raw_dtype=type_)
     writer.write_header_to_file()
@@ -99,6 +101,7 @@ def theirs(path: str, cache: str, count: int, length: int, batch: int, draw: str
     held = memory()
     context = opened(model, cache, length, batch)
     drawn = DRAWS[draw](context, vocab)
+    # A short run first: memory is touched and threads are started before the time counts.
     generate(context, [PROMPT] * batch, 8, batch, drawn)
     began = time.perf_counter()
     rows, drawing = generate(context, [PROMPT] * count, length, batch, drawn)
@@ -119,7 +122,7 @@ def continued(path: str, cache: str, prompts: list[list[int]]) -> list[list[int]
 
 
 def loaded(path: str):
-    """The model, and the size of its vocabulary."""
+    """A model and the size of its vocabulary."""
     import llama_cpp
 
     llama_cpp.llama_backend_init()
@@ -132,14 +135,14 @@ def loaded(path: str):
 
 
 def opened(model, cache: str, length: int, batch: int):
-    """A context for `batch` sequences of `length` tokens; `cache` is the type of keys and values."""
+    """A context for `batch` sequences of `length` tokens; `cache` is the type of its keys and values."""
     import llama_cpp
 
     params = llama_cpp.llama_context_default_params()
     params.n_ctx = batch * length
     params.n_batch = params.n_ubatch = params.n_seq_max = batch
     params.n_threads = params.n_threads_batch = THREADS
-    # of each of these the quicker: a sequence's cache apart from the others', flash attention where it is in F16
+    # The faster choice of each: a separate cache per sequence, and flash attention only with an F16 cache.
     params.kv_unified = False
     params.flash_attn_type = int(cache == "F16")
     params.type_k = params.type_v = {"F32": llama_cpp.GGML_TYPE_F32, "F16": llama_cpp.GGML_TYPE_F16}[cache]
@@ -175,7 +178,7 @@ def generate(context, prompts, length: int, batch: int, draw) -> tuple[list[list
             if started < len(out):
                 rows[s], started = (started, step), started + 1
                 continue
-            # the last one takes the place: sequences without a gap run as one piece
+            # The last sequence moves to the place that is free: llama.cpp runs sequences without a gap as one piece.
             last = rows.pop()
             if s < len(rows):
                 llama_cpp.llama_memory_seq_cp(memory, len(rows), s, -1, -1)
@@ -186,7 +189,7 @@ def generate(context, prompts, length: int, batch: int, draw) -> tuple[list[list
 
 
 def decode(context, call, rows: list[tuple[int, int]]) -> None:
-    """One (token, position) of each sequence."""
+    """Runs llama.cpp on one (token, position) of each sequence, and waits for it."""
     import llama_cpp
 
     call.n_tokens = len(rows)
@@ -198,7 +201,7 @@ def decode(context, call, rows: list[tuple[int, int]]) -> None:
 
 
 def logits(context, rows: int, vocab: int):
-    """Of the last call, [row, vocab]: a view."""
+    """The logits of the last call [row, vocab]: a view, good until the next call."""
     import llama_cpp
     import numpy as np
 
@@ -206,7 +209,7 @@ def logits(context, rows: int, vocab: int):
 
 
 def by_sampler(context, vocab: int):
-    """llama.cpp's own sampler, of the whole distribution; each thread has one, for its share of the rows."""
+    """Draws by llama.cpp's own sampler from the whole distribution; each thread has a sampler for its share of rows."""
     import llama_cpp
 
     chains = []
@@ -218,14 +221,14 @@ def by_sampler(context, vocab: int):
         return [llama_cpp.llama_sampler_sample(chains[thread], context, row) for row in rows]
 
     def draw(rows):
-        llama_cpp.llama_get_logits_ith(context, 0)  # puts them in order, once
+        llama_cpp.llama_get_logits_ith(context, 0)  # sorts the rows, once, before threads read them
         return in_parts(part, range(rows))
 
     return draw
 
 
 def by_numpy(context, vocab: int):
-    """Inverse of the cumulative distribution, in two levels, so that most of it is never summed up one by one."""
+    """Draws by the inverse of the cumulative distribution, over blocks, then inside one: no full running sum."""
     import numpy as np
 
     generators = [np.random.default_rng(seed) for seed in range(THREADS)]
@@ -236,6 +239,7 @@ def by_numpy(context, vocab: int):
         e = e.reshape(len(e), vocab // block, block)
         sums = e.sum(-1).cumsum(-1)
         aim = generators[thread].random(len(e), np.float32) * sums[:, -1]
+        # Rounding can put the aim past the last sum: the last entry then takes it.
         which = np.minimum((sums <= aim[:, None]).sum(-1), sums.shape[1] - 1)
         rows = np.arange(len(e))
         rest = aim - np.where(which > 0, sums[rows, which - 1], 0)
@@ -250,7 +254,7 @@ POOL = ThreadPoolExecutor(THREADS)
 
 
 def in_parts(part, rows) -> list[int]:
-    """part(thread, its share of the rows), of all threads."""
+    """Tokens of all rows: each thread runs part(thread, its share of the rows)."""
     cuts = [len(rows) * i // THREADS for i in range(THREADS + 1)]
     shares = [rows[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
     return [token for out in POOL.map(part, range(THREADS), shares) for token in out]

@@ -3,13 +3,13 @@
     python -m benchmarks.lm score            log-probabilities of 8 x 512 tokens
     python -m benchmarks.lm train            loss and gradients of 8 x 512 tokens
     python -m benchmarks.lm sample           from "The" to 128 tokens, batch 64
-    python -m benchmarks.lm sample_long      to 512 tokens: 512 samples of ours at batch 128, a batch of 64 of theirs,
-                                             their best (134 to 151 tokens/s in three runs; at 128 they made 123)
+    python -m benchmarks.lm sample_long      to 512 tokens: kd_jax makes 512 samples at batch 128, transformers one
+                                             batch of 64, its best (134 to 151 tokens/s in three runs; 123 at 128)
 
 Ratios are above 1 where kd_jax is quicker. Extra memory is the peak of the process above what it held with the weights
-loaded. The share is of the product of two 4096 x 1536 x 576 matrices per second, measured in the same process. Compiled
-programs are warm (one run before those that count; its time is shown); those of sample_long come from the disk, where
-its first run on a machine leaves them: some 15 of 5 s each.
+loaded. The share is of the rate of a product of 4096 x 576 and 576 x 1536, measured in the same process. One run, whose
+time is shown, comes before those that count and compiles. The programs of sample_long, some 15 of 5 s each, come from
+the compilation cache on disk instead: its first run on a machine puts them there.
 """
 
 import json
@@ -26,7 +26,8 @@ PARAMETERS = 134_515_008  # the embedding counts once: as the head
 
 
 def seconds(function, repeats: int = 3) -> tuple[float, float]:
-    """Of the first run, and the least of the others."""
+    """Seconds of the first run, and of the quickest of the `repeats` after it."""
+    # The least counts: other work on the machine only ever adds time.
     took = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
@@ -38,6 +39,7 @@ def seconds(function, repeats: int = 3) -> tuple[float, float]:
 def memory(peak: bool = False) -> float:
     """What this process holds, or the most it held since this was last asked without `peak`, in MiB (Linux)."""
     if not peak:
+        # Writing 5 sets the peak, VmHWM, back to what the process holds now.
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s*(\d+) kB", status)[1]) / 1024
@@ -65,6 +67,7 @@ def ours(what: str, folder: str) -> dict:
     cache.enable_compilation_cache()  # as kd_jax.sample does
     model = weights.load(folder)
     a, b = jnp.ones((4096, 576)), jnp.ones((1536, 576))
+    # The ceiling is a product of the model's own shapes, by the call that the model makes.
     product = jax.jit(lambda a, b: fused.dot(a, b, (1, 1)))
     ceiling = 2 * 4096 * 576 * 1536 / seconds(lambda: product(a, b).block_until_ready(), 20)[1]
     held = memory()
@@ -156,6 +159,7 @@ def theirs(what: str, folder: str) -> dict:
 
 
 def result(count, took, flops_per_parameter, ceiling, first, extra) -> dict:
+    # Two operations a parameter and token forward, four more backward; attention is left out on both sides.
     share = count * flops_per_parameter * PARAMETERS / took / ceiling
     return {"tokens_per_s": count / took, "share": share, "ceiling": ceiling, "first": first, "extra_mib": extra}
 

@@ -1,6 +1,7 @@
 """The mixture experiment in plain NumPy and scikit-learn, one fit at a time: the peer of kd_jax.gmm.experiment.
 
-Written from the paper and the published notebook's steps, with both pairs of columns; shares no code with kd_jax.
+Written from the steps of the paper and of the published notebook, with both pairs of score columns; it shares no code
+with kd_jax.
 """
 
 import itertools
@@ -28,10 +29,12 @@ def fit(rng, x, components):
 
 
 def sharpen(teacher, beta):
+    # Normalised in log-space: a weight to the power of beta can underflow.
     powered = beta * np.log(teacher.weights_)
     sharp = GaussianMixture(teacher.n_components, covariance_type="diag")
     sharp.weights_ = np.exp(powered - logsumexp(powered))
     sharp.means_, sharp.covariances_ = teacher.means_, teacher.covariances_
+    # sample() reads the covariances and score() this factor: a mixture that was never fitted needs both.
     sharp.precisions_cholesky_ = teacher.precisions_cholesky_
     return sharp
 

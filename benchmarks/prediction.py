@@ -1,11 +1,11 @@
-"""What `--dry_run --device 1xCPU` says of a training, beside that training: memory of an update, and time.
+"""What `--dry_run --device 1xCPU` predicts of a training, beside that training: memory of an update, and time.
 
     python -m benchmarks.prediction [CASE ...]
 
-Three processes for each case: what is predicted; by how much an update (weights and moments included, the compiler not)
-makes the peak memory of its process grow; and the training itself on rows of random ids, twice, as the first compiles.
-Time is that of the whole training, checkpoints included. In the second process what is freed goes back to the system at
-once (MALLOC_MMAP_THRESHOLD_): else the C library keeps tens of MiB of it, now more and now less.
+Each case has three processes: the prediction; an update, whose memory (weights and moments included, the compiler's
+not) is the growth of the peak of its process; and the training itself on rows of random ids, twice, as the first run
+compiles. Time is that of the whole training, checkpoints included. In the second process freed memory goes back to the
+system at once (MALLOC_MMAP_THRESHOLD_): otherwise the C library keeps some tens of MiB of it, more or less by chance.
 """
 
 import json

@@ -1,11 +1,11 @@
-"""What learning from a recorded teacher loses: forward KL of its top K against that of the whole vocabulary.
+"""What learning from a recorded teacher loses: the forward KL on its top K against that on the whole vocabulary.
 
     python -m benchmarks.top_k_bias --corpus FOLDER --student SOURCE [--teacher SOURCE] [--rows 64] [--top_k 8,32,128]
 
-On real positions: rows of a corpus (p*'s samples, say), each token after the prompt. For each K and both ways to treat
-the tail: the mean of the loss beside the dense one, and how far the gradient with respect to the student's hidden
-states is from the dense one (the norm of the difference over the norm), with the log-probabilities as they are and as
-the corpus keeps them (2 bytes each).
+On real positions: each token after the prompt in rows of a corpus (samples of p*, say). For each K and both ways to
+treat the tail it prints the mean loss beside the dense one, and the relative error of the gradient with respect to the
+student's hidden states (the norm of the difference from the dense gradient, over its norm). Both are given for the
+log-probabilities as they are and as the corpus stores them (2 bytes each).
 """
 
 import argparse
@@ -24,7 +24,7 @@ from kd_jax.lm.distill import teacher_forward as teacher_lib
 
 
 def measure(teacher, student, tokens, lengths, mask, sizes, temperature=1.0):
-    """Rows (K, tail, form, loss, dense loss, relative error of the gradient)."""
+    """Returns rows (K, tail, form, loss, dense loss, relative error of the gradient); losses in nats a token."""
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask)
     theirs = model_lib.forward(teacher.params, teacher.architecture, tokens)
     hidden = model_lib.forward(student.params, student.architecture, tokens)
@@ -72,6 +72,8 @@ def main() -> None:
     held = corpus_lib.open(args.corpus).rows(0, args.rows)
     tokens, lengths = corpus_lib.padded(held)
     places = np.arange(tokens.shape[1])
+    # Hidden state i predicts token i + 1: the first that counts is the last of the prompt, and the last token has
+    # none.
     mask = (places >= np.maximum(1, held.prompt_length)[:, None] - 1) & (places < lengths[:, None] - 1)
     teacher, student = weights.load(args.teacher), weights.load(args.student)
     sizes = [int(k) for k in args.top_k.split(",")]
