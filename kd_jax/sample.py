@@ -49,6 +49,7 @@ def _parser() -> command_line.Parser:
         prog="python -m kd_jax.sample",
         description="Samples a corpus of token ids from a model (--model, --num_samples, --out), or shows one "
         "(--read). The same command resumes a run that was stopped; a larger --num_samples adds to a finished corpus.",
+        # Only flags that are given become attributes, so that one of the other group can be refused.
         argument_default=argparse.SUPPRESS,
     )
     count = number(int, at_least=1)
@@ -100,6 +101,7 @@ def _check_sampling(args: argparse.Namespace) -> None:
     try:
         _sampler(args)
     except ValueError as error:
+        # The spec's error begins with the setting's name, which is also the flag's.
         raise ValueError(f"--{error}") from error
     # The paper's prompt.
     if args.prompt is None and args.prompt_ids is None:

@@ -89,6 +89,7 @@ def temperatures(students: Students, who: Who, cooling: str = COOLINGS[0]) -> li
         who: the student at temperature 1.
         cooling: one of COOLINGS.
     """
+    # A student and its cooled copies have arm and beta in common.
     own = [w for w in students if w[:2] == who[:2] and w.cooling in (None, cooling) and w.share is None]
     return sorted(own, key=lambda w: -w.temperature)
 
@@ -131,6 +132,7 @@ def compared(students: Students, spec: GmmSpec) -> list[Match]:
         spec: has the gains.
     """
     control = temperatures(students, Who(DIRECT))
+    # A run that was not cooled has no control to compare with.
     if len(control) < 2:
         return []
     curves = {name: curve(students, whos) for name, whos in ways(students).items()}

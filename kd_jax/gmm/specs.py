@@ -72,6 +72,7 @@ class SweepSpec:
         """
         if 1.0 not in self.sample_temperatures:
             raise ValueError(f"sample_temperatures={self.sample_temperatures} must contain 1.0, the student itself")
+        # Seeds are uint32 in the program, and would wrap around to the first.
         if self.seed + self.seeds > 2**32:
             raise ValueError(f"seed={self.seed} + seeds={self.seeds} must be at most 2**32")
         for name, points in (("num_data", num_data), ("num_distill", num_distill)):

@@ -15,6 +15,7 @@ from kd_jax.gmm.mixture import Mixture, blend, cool, log_prob, sample, sharpen, 
 from kd_jax.metrics import Mean
 
 # What a random key is for: fold_in(key(seed), purpose).
+# The numbers decide every result: a new purpose goes to the end.
 DATA, TEACHER, DISTILL, STUDENT, DIRECT_FIT, PRECISION, RECALL, COMPONENT = range(8)
 
 AXES = ("dim", "num_data", "teacher_components", "student_components", "num_distill", "separation")
@@ -178,8 +179,8 @@ def controls(teacher: Mixture, seed: jax.Array) -> Mixture:
         seed: traced.
     Returns: a Mixture with a leading axis of three.
     """
-    any_one = jax.random.randint(keys(seed)(COMPONENT), (), 0, teacher.log_weights.shape[0])
     # Drawn for each seed anew, so that "random" is no component in particular.
+    any_one = jax.random.randint(keys(seed)(COMPONENT), (), 0, teacher.log_weights.shape[0])
     chosen = jnp.stack([jnp.argmax(teacher.log_weights), any_one, jnp.argmin(teacher.log_weights)])
     return jax.vmap(one_component, (None, 0))(teacher, chosen)
 

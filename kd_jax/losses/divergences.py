@@ -219,6 +219,7 @@ def top_k_teacher(log_probs: jax.Array, tail_log_prob: jax.Array | None, tail: s
     """
     log_probs = reductions.wide(log_probs)
     if tail == "renormalise":
+        # Not normalised: the softmax that follows conditions on the K.
         return log_probs
     if tail_log_prob is None:
         # Rounding may bring the K to more than 1 in all.

@@ -25,6 +25,7 @@ class Interval(NamedTuple):
         """Whether a value lies inside; NaN does not."""
         above = value >= self.low if self.ends[0] == "[" else value > self.low
         below = value <= self.high if self.ends[1] == "]" else value < self.high
+        # `&`, not `and`: a traced value has no truth value.
         return above & below
 
     def __str__(self):

@@ -6,6 +6,8 @@ derivative less a multiple of q, chosen to keep s small: s is 0 where p = q or, 
 teacher all but excludes (a one-hot teacher and a student that is sure of another token), s is 0 where p = 0.
 
 The dropped multiple of q cancels behind a softmax and nowhere else: these slopes are good for logits only.
+
+Every slope takes log p and log q [..., vocab] and the divergence's parameter, and returns [..., vocab].
 """
 
 from __future__ import annotations

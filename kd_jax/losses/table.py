@@ -61,6 +61,7 @@ _ROWS = (
         source="Hinton et al. 2015, arXiv 1503.02531",
         term=lambda log_p, log_q, _: terms.kl(log_p, log_q),
         slope=slopes.forward_kl,
+        # Its slope is q - p, of which nothing has to be taken off.
         slope_sums_to_zero=True,
     ),
     Divergence(
@@ -109,6 +110,7 @@ _ROWS = (
         "KL, at 1/2 four times the squared Hellinger distance. Outside [0, 1] values can be huge.",
         source="Minka 2005; Wang et al. 2021, arXiv 2102.07954",
         term=terms.alpha_divergence,
+        # Any finite number; 0 and 1, where the formula is 0 / 0, have limits of their own.
         parameter=Parameter("alpha", 0.5, Interval(-np.inf, np.inf, "()")),
         slope=slopes.alpha_divergence,
     ),

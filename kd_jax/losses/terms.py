@@ -3,6 +3,8 @@
 Terms of KL type are written as p log(p / q) - p + q. The added q - p sums to 0 over the vocabulary and makes every
 term nonnegative. Equal distributions then have a divergence of exactly 0 and close ones keep their digits, while in a
 sum of p log(p / q) terms of both signs cancel. An error in a log-normaliser, which all terms share, nearly cancels too.
+
+log p and log q are [..., vocab], and so is what a formula returns.
 """
 
 from __future__ import annotations

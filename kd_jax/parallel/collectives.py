@@ -106,6 +106,7 @@ def _calls(operation: str, rest: str, rounds: int | None) -> Iterator[tuple[str,
         trips = int(known[1]) if known else rounds
     for called in _CALLED.findall(rest):
         yield called, trips
+    # One branch runs, and which is not known: all are counted, an upper bound.
     for branches in _BRANCHES.findall(rest):
         for called in branches.split(","):
             yield called.strip().lstrip("%"), trips
@@ -118,4 +119,5 @@ def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def _bits(dtype: str) -> int:
+    # A boolean takes a byte.
     return 8 if dtype == "pred" else int(re.match(r"[a-z]+(\d+)", dtype)[1])

@@ -154,6 +154,7 @@ def price_table(listed: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
     head = ["gain", "precision", "knob", "recall lost", "price", "above the cheapest"]
     rows = []
     for before, price in zip([None, *listed], listed, strict=False):
+        # Prices come by gain with the cheapest first: where the gain changes, a cheapest knob stands.
         first = before is None or before.gain != price.gain
         above = "cheapest" if first else show(price.extra, price.extra_error)
         own = show(price.price, price.price_error)

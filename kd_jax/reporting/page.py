@@ -121,6 +121,7 @@ def embed(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:
     """
     images = {}
     for name, figure in drawn.items():
+        # Inside the page, so that it is one file that can be sent and opened anywhere.
         images[name] = base64.b64encode(figures.save(figure, folder / "figures", name).read_bytes()).decode("ascii")
     return images
 
@@ -135,6 +136,7 @@ def mean_se(values: Iterable[float]) -> tuple[float, float]:
     values = np.asarray(values, float)
     if not values.size or not np.isfinite(values).all():
         return (float(np.mean(values)) if values.size else float("nan")), float("nan")
+    # ddof=1, as the mean is estimated from the same values.
     error = float(np.std(values, ddof=1) / np.sqrt(values.size)) if values.size > 1 else float("nan")
     return float(np.mean(values)), error
 

@@ -31,6 +31,7 @@ def per_unit(students: Sequence[Student], values: np.ndarray) -> np.ndarray:
     teachers = [teacher for teacher, _ in students]
     if len(set(teachers)) < 2:
         return np.asarray(values)
+    # Sorted: arrays of two arms then have the same teacher in the same place, and can be paired.
     return np.stack([values[np.equal(teachers, one)].mean(0) for one in sorted(set(teachers))])
 
 
@@ -52,6 +53,7 @@ def interval(students: Sequence[Student], values: np.ndarray, by_sequence: np.nd
     units = per_unit(students, np.asarray(values, np.float64))
     with np.errstate(invalid="ignore"):  # infinities of both signs make NaN
         over_units = statistics.t_interval(units)
+    # Two-way errors need several units, and a value of every sequence for each of them.
     if by_sequence is None or len(units) < 2 or not np.isfinite(units).all():
         return over_units
     return statistics.two_way(per_unit(students, by_sequence))
@@ -63,6 +65,7 @@ def bootstrap(students: Sequence[Student], by_sequence: np.ndarray | None) -> In
     counts = {sum(one == teacher for one, _ in students) for teacher in teachers}
     if by_sequence is None or len(teachers) < 2 or len(counts) > 1:
         return None
+    # The bootstrap draws teachers and then seeds within each, so it needs a full array [teacher, seed, sequence].
     order = sorted(range(len(students)), key=lambda i: students[i])
     values = by_sequence[order].reshape(len(teachers), counts.pop(), -1)
     return statistics.hierarchical_bootstrap(values, shared_sequences=True)
@@ -85,6 +88,7 @@ def attach(rows: list[dict], folder: Path) -> None:
         place = places.get((row.get("name"), row.get("sample_temperature")))
         if row.get("kind") == "evaluation" and place is not None and row.get("recall") is not None:
             log_prob = kept["log_prob"][place].astype(np.float64)
+            # One sequence of probability 0 makes the recall -inf, which has no linearisation.
             if np.isfinite(log_prob).all():
                 ratio = log_prob.sum() / tokens.sum()
                 row[_BY_SEQUENCE] = ratio + (log_prob - ratio * tokens) / tokens.mean()
@@ -92,6 +96,7 @@ def attach(rows: list[dict], folder: Path) -> None:
 
 def by_sequence(rows: Sequence[dict], metric: str) -> np.ndarray | None:
     """The metric [row, sequence] of rows that were measured on the same sequences; None where that is not so."""
+    # recall.npz has recall alone; precision and entropy are of each student's own samples.
     if metric != "recall" or not rows or any(_BY_SEQUENCE not in row for row in rows):
         return None
     return np.stack([row[_BY_SEQUENCE] for row in rows])

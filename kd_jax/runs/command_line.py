@@ -31,9 +31,11 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations. A wrong argument is a ValueError that names it and suggests the right one."""
 
     def __init__(self, **options: Any):
+        # An abbreviation that is clear today would be ambiguous with the next flag.
         super().__init__(allow_abbrev=False, formatter_class=_Help, **options)
 
     def error(self, message: str) -> NoReturn:
+        """Raises a ValueError with argparse's message."""
         # argparse would print the usage and exit; here all errors end in one place, `main`
         raise ValueError(message.removeprefix("argument "))
 
@@ -53,6 +55,7 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(f"--no{name}", dest=name, action="store_const", const=False, help=argparse.SUPPRESS)
 
     def parse_known_args(self, words: Sequence[str], namespace: Any = None) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, with negative numbers like -1e-4 as values."""
         # A flag and a negative number after it are joined to one word.
         joined: list[str] = []
         for word in words:
@@ -64,6 +67,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(joined, namespace)
 
     def parse_args(self, words: Sequence[str], namespace: Any = None) -> argparse.Namespace:
+        """As argparse's, after flag files are read; raises ValueError for a word that is no argument."""
         args, rest = self.parse_known_args(read_flagfiles(words), namespace)
         if rest:
             raise self.unknown(rest[0])

@@ -37,6 +37,7 @@ def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], 
     # The config is read first, since its settings are flags themselves.
     first = Parser(add_help=False)
     first.add_argument("--config")
+    # Without --help: argparse would print its text and exit before the settings are known.
     chosen = first.parse_known_args([word for word in words if word not in ("--help", "-h")])[0].config
     config = types = None
     if chosen is not None:

@@ -34,6 +34,7 @@ class Change(NamedTuple):
 
 def change(students: Students) -> Change:
     """From the smallest to the largest beta of a setting, paired by seed."""
+    # Differences within a seed: its students share data and teacher, so most of the spread over seeds cancels.
     ends = (findings.betas(students)[i] for i in (0, -1))
     low, high = (students[Who(DISTILLED, beta)] for beta in ends)
     return Change(*(t_interval(high[name] - low[name]) for name in Change._fields))
@@ -77,6 +78,7 @@ def figure(changes: dict[tuple[int, int], Change]) -> Figure:
         reach = max(float(np.nanmax(abs(values))), 1e-6)
         image = axes.imshow(values, cmap="RdBu", vmin=-reach, vmax=reach, origin="lower")
         for (row, column), value in np.ndenumerate(values):
+            # The map is dark at both ends.
             colour = "white" if abs(value) > 0.6 * reach else "black"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
         axes.set_xticks(range(len(students)), [str(n) for n in students])

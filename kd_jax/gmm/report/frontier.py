@@ -93,6 +93,7 @@ def write(folder: str | Path) -> Path:
     # Ways that need no knob of the teacher or the loss: what the knobs have to beat.
     free = [students[name] for name in (COOLED[PLAIN], CHOICE) if name in students]
     prices = frontier_page.prices_of([*knobs, *free], reference, gains)
+    # A smoke run shows its numbers and draws no conclusions from them.
     against = [] if spec.smoke else _against(students, [*knobs, *free], spec)
     cooled = [students[COOLED[DIRECT]]] if COOLED[DIRECT] in students else []
     price_head, price_rows = frontier_page.price_table(prices)
@@ -145,7 +146,9 @@ def _fits(knob: Knob) -> list[list[str]]:
         fresh, own, norm, start = (
             knob.metrics[name][s] for name in ("divergence", "objective", "gradient_norm", "start")
         )
+        # The largest norm: a single fit that did not converge would not show in a mean.
         row = [f"{knob.name} = {value}", show(*mean_se(fresh)), show(*mean_se(own)), f"{norm.max():.1e}"]
+        # Start 0 is EM's student.
         lines.append([*row, f"{np.mean(start == 0):.0%}"])
     return lines
 

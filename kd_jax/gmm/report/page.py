@@ -142,6 +142,7 @@ _TWO = ("precision", "recall")
 def _finding(compared: list[Match], students: Students) -> str:
     """One plain sentence: what sharpening the teacher does, and whether cooling the direct student does it better."""
     betas = findings.betas(students)
+    # Paired by seed: both students learn from the same teacher, once sharpened and once not.
     rise = {
         name: t_interval(students[Who(DISTILLED, betas[-1])][name] - students[Who(DISTILLED, betas[0])][name])
         for name in _TWO

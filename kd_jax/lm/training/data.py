@@ -36,7 +36,7 @@ def prepare(
     Raises: ValueError for a corpus with too few rows.
     """
     if distributed.leads():
-        # left by an earlier start; a corpus has checksums, its Arrow copy has none
+        # Left by an earlier start. The corpus has checksums and its Arrow copy has none, so the copy is made again.
         remove(member.folder / "arrow")
     train, held_out = _sequences(member, distill)
     on_policy = distill is not None and distill.policy == "on_policy"
@@ -49,7 +49,7 @@ def prepare(
         spec.batch_size, longest, spec.row_length and max(spec.row_length, longest), spec.parts,
         mesh_lib.batch_devices(mesh),
     )  # fmt: skip
-    # in corpus order; a last batch that is not full gets empty rows
+    # In corpus order, so that every validation adds up alike; a last batch that is not full gets empty rows.
     validation = []
     for first in range(0, len(held_out), spec.batch_size):
         rows = np.arange(first, min(first + spec.batch_size, len(held_out)))

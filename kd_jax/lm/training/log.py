@@ -62,7 +62,7 @@ class Log:
             return
         now, speed, share = time.perf_counter(), None, None
         rollouts = self._clock.seconds["rollouts"]
-        # the first row has no rate: its time has the compilation in it
+        # The first row has no rate: its time includes the compilation.
         if self._previous is not None:
             seconds = now - self._previous[1]
             speed, share = (tokens - self._previous[0]) / seconds, (rollouts - self._previous[2]) / seconds

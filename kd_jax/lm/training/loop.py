@@ -227,6 +227,7 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
         if save:
             _save(sessions, logs, state, done, functools.partial(evaluate, guide=guide) if validate else None)
         if halt:
+            # The checkpoint has been saved: the same command goes on from this update.
             raise KeyboardInterrupt
     for log in logs:
         log.close()

@@ -25,6 +25,7 @@ class TrainSpec:
     warmup: float = setting(0.01, "share of the updates in which the learning rate rises", at_least=0.0, at_most=1.0)
     decay: float = setting(0.2, "share of the updates in which it falls to 0", at_least=0.0, at_most=1.0)
     b1: float = setting(0.9, "AdamW's decay of the first moment", at_least=0.0, below=1.0)
+    # 0.95 is usual for language models: the second moment follows the gradients faster than with Adam's 0.999.
     b2: float = setting(0.95, "AdamW's decay of the second moment", at_least=0.0, below=1.0)
     eps: float = setting(1e-8, "AdamW's epsilon", above=0.0)
     weight_decay: float = setting(0.0, "AdamW's, of matrices alone", at_least=0.0)
@@ -32,10 +33,12 @@ class TrainSpec:
     frozen: tuple[str, ...] = setting(
         (), "weights that stay as they start: embedding, norm, head, layers, layers.0-3, layers.q, layers.0-3.q"
     )
+    # Each validation saves a checkpoint, as the one of least validation loss becomes the model.
     validations: int = setting(10, "evenly spread, the last update included; each saves a checkpoint", at_least=1)
     save_every: int = setting(0, "updates between further checkpoints; 0 for none", at_least=0)
     log_every: int = setting(10, "updates between rows of metrics", at_least=1)
     keep: int = setting(1, "checkpoints that stay beside the best", at_least=1)
+    # By default they go: the model is saved apart, and a checkpoint with both moments takes three times its space.
     keep_checkpoints: bool = setting(False, "leave them there once the training has finished")
     trackers: tuple[str, ...] = setting((), "where metrics are logged beside metrics.jsonl", one_of=TRACKERS)
     together: int = setting(1, "students of an arm trained by one program: faster on a GPU that one does not fill",

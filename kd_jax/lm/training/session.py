@@ -192,6 +192,7 @@ class Session:
             self.checkpoints.wait()
             # The best checkpoint is kept beside the newest ones, so the least loss is among those on disk.
             saved = set(validations) & set(self.checkpoints.steps())
+            # At equal loss the earlier one: less training for the same model.
             chosen = min(saved, key=lambda step: (validations[step]["loss"], step))
             trained = state.params
             # The last state is in memory; any other is read from its checkpoint.
@@ -200,6 +201,7 @@ class Session:
                 like = state_lib.abstract(self.model.architecture, optimizer, self.mesh, self.part)
                 trained = self.checkpoints.load(chosen, {self.tree: like.params})[self.tree]
             params = self.whole(trained)
+            # Overwritten: a start that was stopped before training.json was written chooses again.
             weights.save(self.model._replace(params=params), self.member.folder / "model", overwrite=True)
             self._export_adapters(trained)
         if distributed.leads():

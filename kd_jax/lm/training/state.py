@@ -89,6 +89,7 @@ def from_params(
     """
     to = shardings(architecture, optimizer, mesh, part)
     trained = frozen.cut(params, architecture, part)[0]
+    # astype alone gives float32 leaves back uncopied, and the first update would free the caller's weights.
     copied = jax.tree.map(lambda leaf, to: jax.device_put(jnp.copy(leaf).astype(jnp.float32), to), trained, to.params)
     empty = jax.jit(lambda params: (optimizer.init(params), jnp.int32(0)), out_shardings=(to.optimizer, to.step))
     return State(copied, *empty(copied))
