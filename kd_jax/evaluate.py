@@ -50,6 +50,7 @@ def _parser() -> command_line.Parser:
     add("--out", type=path, default="runs/evaluation", metavar="FOLDER", help="where all results go (%(default)s)")
     add("--num_samples", type=count, default=1000, metavar="N", help="samples of each model (%(default)s)")
     add("--num_recall", type=count, metavar="N", help="validation rows (all of --corpus, else as --num_samples)")
+    # Below every seed of p*'s validation samples, so that no model is sampled with the same random numbers.
     add("--seed", type=number(int, at_least=0, below=_DATA_SEED), default=0, help="of the samples (%(default)s)")
     add(
         "--sample_temperature", type=number(float, at_least=0), nargs="+", default=[1.0], metavar="TAU",
@@ -136,6 +137,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     rows = evaluation.carry_out(plan)
     if not distributed.leads():
         return
+    # The rows before the manifest: where it says "finished", they are there.
     write_rows(out / "metrics.jsonl", rows)
     seconds = round(time.perf_counter() - start, 3)
     write_json(out / "manifest.json", {**manifest, "status": "finished", "finished": _now(), "seconds": seconds})

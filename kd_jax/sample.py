@@ -150,6 +150,7 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
         def open_corpus() -> dict[str, Any]:
             return corpus.create_or_resume(args.out, settings, command=command_line.command(argv)).manifest
 
+        # Process 0 opens the folder; the others get its manifest, not a file that is being written.
         rows = corpus.Corpus(Path(args.out), distributed.once(open_corpus, f"opening {args.out}"))
         if distributed.leads() and (rows.finished or rows.num_rows):
             left = "nothing left to do" if rows.finished else "resuming"

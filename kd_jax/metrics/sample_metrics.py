@@ -14,6 +14,7 @@ from kd_jax.metrics import diversity, mauve, neighbours
 from kd_jax.metrics.mean import Mean
 
 
+# Frozen: what the properties cache must stay true of the arrays.
 @dataclasses.dataclass(frozen=True)
 class Samples:
     """What metrics are computed from. Metrics of one family share their work through the cached properties.
@@ -153,6 +154,7 @@ def self_bias(samples: Samples, *, size: int | None = None, num_splits: int = 4)
     size = len(points) // 2 if size is None else size
     # A permutation for each split, by (seed, split): more splits leave the first ones as they are.
     orders = (np.random.default_rng((samples.seed, split)).permutation(len(points)) for split in range(num_splits))
+    # Made once, so that all metrics of a part share what it caches.
     parts = [
         dataclasses.replace(samples, real=points[order[:size]], fake=points[order[size : 2 * size]], prompts=None)
         for order in orders

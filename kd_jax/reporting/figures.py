@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from kd_jax.storage.files import replacing
 
+# Its lightness rises evenly, so that it can be read without colour too.
 CMAP = "viridis"
 DIRECT = "#d1495b"
 DISTILLED = "#2b5d8a"
@@ -22,6 +23,7 @@ _LONGEST = 200
 
 def canvas(width: float, height: float) -> Figure:
     """An empty figure of that many inches with its own Agg canvas."""
+    # Constrained: a legend outside the axes gets room of its own.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -44,6 +46,7 @@ def tidy(axes) -> None:
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Writes `name`.png (150 dpi) and `name`.pdf into `folder`; returns the PNG's path."""
     folder.mkdir(parents=True, exist_ok=True)
+    # The PDF is for papers, the PNG for the page.
     for kind, dpi in (("pdf", "figure"), ("png", 150)):
         path = folder / f"{name}.{kind}"
         with replacing(path) as file:

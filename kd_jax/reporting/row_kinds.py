@@ -30,11 +30,14 @@ def is_kind(value: Any, kind: str) -> bool:
     """Whether a value of a row is of one of the kinds above."""
     if kind == TEXT:
         return isinstance(value, str)
+    # A bool is an int to Python.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
     if kind == INTEGER:
+        # The range of NumPy's int64.
         return isinstance(value, int) and abs(value) < 2**63
     if kind == ANY_NUMBER:
+        # Python's integers have no bound, floats end at about 2**1024.
         return isinstance(value, float) or abs(value) < 2**1000
     # comparisons only: an integer may be too large for a float
     finite = value == 0 or _LEAST <= abs(value) <= _MOST

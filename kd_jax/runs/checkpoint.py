@@ -200,6 +200,7 @@ def _check_metrics(step: Path) -> None:
 
 
 def _digest(values: dict[str, Any]) -> str:
+    # Sorted: what is read back may have its keys in another order.
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

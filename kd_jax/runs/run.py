@@ -161,6 +161,7 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     old, new = flatten(old), flatten(new)
     changes = []
     for key in sorted(old.keys() | new.keys()):
+        # Compared as text: NaN is not equal to itself.
         was, now = (files.dump(side[key]) if key in side else "(not set)" for side in (old, new))
         if was != now:
             changes.append(f"  {key}: {was} -> {now}")

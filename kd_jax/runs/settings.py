@@ -36,6 +36,7 @@ _RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "at_most": ("at most {}", lambda value, bound: value <= bound),
     "below": ("below {}", lambda value, bound: value < bound),
 }
+# What absl's flags take.
 _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 # What settings are called elsewhere -> what they are called here (the last part of the key).
 SYNONYMS = {
@@ -297,6 +298,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     if value is None and optional:
         return None
     if typing.get_origin(hint) is tuple:
+        # JSON has no tuples: a config that is read back has lists in their place.
         if not isinstance(value, tuple | list):
             raise ValueError(f"{key}={value!r} must be a tuple")
         return tuple(_typed(member, typing.get_args(hint)[0], key) for member in value)

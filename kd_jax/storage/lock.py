@@ -46,12 +46,14 @@ def held(folder: str | os.PathLike, command: str) -> Iterator[None]:
     made = [path for path in [folder, *folder.parents] if not path.exists()]
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; it must be a folder")
+    # The token tells apart two locks of one process.
     mine = {**_process(), "command": command, "since": _now(), "token": uuid.uuid4().hex}
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         _acquire(folder / NAME, mine)
         stop = threading.Event()
+        # A daemon does not keep a program alive that ends.
         heart = threading.Thread(target=_beat, args=(folder / NAME, mine, stop), daemon=True)
         heart.start()
         try:

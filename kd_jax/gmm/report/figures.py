@@ -152,6 +152,7 @@ def _contours(axes, picture: _Picture, colour: str, linestyle: str = "solid") ->
 
 
 def _dots(axes, points: np.ndarray, colour: str, size: float = 4.0, alpha: float = 0.35) -> None:
+    # More dots would only darken the same spots.
     axes.scatter(points[:1000, 0], points[:1000, 1], s=size, color=colour, alpha=alpha, linewidths=0)
 
 

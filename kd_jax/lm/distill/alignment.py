@@ -49,6 +49,7 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int], eos_ids: Sequence[int] = ()
     """The bytes of each id; of other special tokens none, of an end of sequence `END`."""
     table, ends = tokenizer.token_bytes, set(eos_ids)
     out = [END if i in ends else table[i] for i in ids]
+    # The space that such a tokenizer puts in front is in its tokens, and not in the text.
     if tokenizer.adds_space:
         start = next((n for n, piece in enumerate(out) if piece), None)
         if start is not None and out[start].startswith(b" "):
