@@ -108,7 +108,7 @@ def per_token(
 
 
 def _shapes(model: Model, function: Callable, arguments: tuple):
-    """Of what the function returns for one token."""
+    """Shapes and dtypes of what the function returns for one token."""
     logits = jax.ShapeDtypeStruct((1, model.num_tokens), np.float32)
     return jax.eval_shape(function, logits, jax.ShapeDtypeStruct((1,), np.int32), *arguments)
 

@@ -57,9 +57,11 @@ def universal_distance(teacher_logits: jax.Array, student_logits: jax.Array, *, 
     Source: Boizard et al. 2024, universal logit distillation, arXiv 2402.12030.
     """
     temperature, _ = parameters.checked_temperatures(temperature, None)
+    # Negated twice: jnp.sort is ascending.
     p, q = (
         -jnp.sort(-jnp.exp(log_softmax(logits, temperature)), axis=-1) for logits in (teacher_logits, student_logits)
     )
+    # What one vocabulary has beyond the other is compared with zeros.
     size = min(p.shape[-1], q.shape[-1])
     both = jnp.abs(p[..., :size] - q[..., :size]).sum(axis=-1)
     return both + p[..., size:].sum(axis=-1) + q[..., size:].sum(axis=-1)

@@ -40,6 +40,7 @@ class Curve(NamedTuple):
     @property
     def students(self) -> list[Student]:
         """The students that have every temperature."""
+        # Means over other students at each temperature would bend the curve.
         return sorted(set.intersection(*(set(self.rows[t]) for t in self.temperatures)))
 
     def values(self, metric: str, students: list[Student]) -> np.ndarray:
@@ -166,6 +167,7 @@ def differences(student: Curve, temperature: float, direct: Curve, metric: str) 
             parts += [direct.by_sequence(metric, t, students) for t in between]
             by_sequence = None
             if all(part is not None for part in parts):
+                # The same combination for each sequence: its mean over sequences is the pair's value.
                 by_sequence = parts[0] - (1 - share) * parts[1] - share * parts[2] + moved[:, None]
             return Apart(students, value - y_here + moved, by_sequence, between)
     return None
@@ -180,6 +182,7 @@ def standings(students: dict[str, Curve], preregistered: str | None = None) -> d
     Returns: by arm; {} where the direct student was evaluated at fewer than two sample temperatures.
     """
     direct = students.get("direct")
+    # A line needs two points.
     if direct is None or len(direct.temperatures) < 2:
         return {}
     matches = {

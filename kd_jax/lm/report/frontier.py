@@ -246,6 +246,7 @@ def _unchanged(
         settings = curves[arm].rows[1.0][students.students[0]].get("distill") or {}
         temperatures = [settings.get(name) for name in ("loss_temperature", "teacher_temperature")]
         on_p_star = settings.get("policy") in ("online", "on_policy") and settings.get("data") == "p_star"
+        # A loss at temperature 1 and no other temperature for the teacher: its distribution as it is.
         if on_p_star and temperatures == [1.0, None]:
             return float(own), float(metrics["teacher_entropy"].mean())
     return None

@@ -76,6 +76,7 @@ def _styles(keys: list[tuple], taus: list[float]) -> dict[tuple, tuple]:
     styles = {("direct", None, None): (DIRECT, "-")}
     styles |= {("distilled", tau, None): (figures.TAU_MAP(figures.norm(taus)(tau)), "-") for tau in taus}
     for i, key in enumerate(key for key in keys if key[0] not in ORDER):
+        # Lines change only after all colours have been used.
         styles[key] = figures.named(i)[0], LINES[i // len(figures.NAMED) % len(LINES)]
     return styles
 
