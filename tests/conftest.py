@@ -1,5 +1,7 @@
 """What tests of several files use."""
 
+import collections
+
 import pytest
 
 from kd_jax.runs import cache
@@ -8,6 +10,18 @@ from kd_jax.runs import cache
 def pytest_configure():
     # Many tests run the same programs, and nearly all the time of most is their compilation.
     cache.enable_compilation_cache()
+
+
+def pytest_collection_modifyitems(items):
+    # @pytest.mark.fast(n): of the cases of a test, only the first n are among the fast ones
+    cases = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("fast")
+        if mark is not None:
+            test = item.nodeid.partition("[")[0]
+            cases[test] += 1
+            if cases[test] > mark.args[0]:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")

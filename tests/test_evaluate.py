@@ -117,6 +117,7 @@ def test_bad_arguments_are_named_before_anything_is_done(tmp_path, monkeypatch, 
     assert [path.name for path in tmp_path.rglob("*")] == ["thesis", "mine.txt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -202,6 +203,7 @@ def test_from_models_to_a_table(sources, tmp_path, capsys):
     assert manifest["versions"]["jax"] == jax.__version__ and manifest["settings"]["num_samples"] == 20
 
 
+@pytest.mark.slow
 def test_the_same_command_does_nothing_again_and_another_only_what_it_needs(sources, tmp_path, request):
     out = tmp_path / "out"
     assert evaluated(sources, out) == 0
@@ -215,6 +217,7 @@ def test_the_same_command_does_nothing_again_and_another_only_what_it_needs(sour
     assert files.read_rows(out / "metrics.jsonl") == rows
 
 
+@pytest.mark.slow
 def test_with_a_corpus_of_p_star(sources, tmp_path, capsys):
     assert evaluated(sources, tmp_path / "one") == 0
     words = ["--p_star", sources / "p_star", "--model", sources / "student", "--num_samples", 20, "--batch_size", 8]
@@ -230,6 +233,7 @@ def test_with_a_corpus_of_p_star(sources, tmp_path, capsys):
     assert not (tmp_path / "three").exists()
 
 
+@pytest.mark.slow
 def test_seeds_have_a_mean_and_a_standard_error(sources, tmp_path, capsys):
     models = [f"direct/seed-{seed}={sources / name}" for seed, name in enumerate(("student", "ours"))]
     assert call("--p_star", sources / "p_star", "--model", *models, "--out", tmp_path / "out", *SMALL) == 0
@@ -245,6 +249,7 @@ def test_seeds_have_a_mean_and_a_standard_error(sources, tmp_path, capsys):
     assert f"{(a + b) / 2:.4f} ± {abs(a - b) / 2:.4f}" in line
 
 
+@pytest.mark.slow
 def test_a_row_for_each_temperature(sources, tmp_path, capsys):
     assert evaluated(sources, tmp_path / "out", "--sample_temperature", 1.0, 0.7) == 0
     whole, cool = files.read_rows(tmp_path / "out/metrics.jsonl")
@@ -266,6 +271,7 @@ def test_infinite_values_are_said(capsys):
     assert text.count("-inf ± nan") == 3 and "-1.0000 ± 0.0000" in text
 
 
+@pytest.mark.slow
 def test_interrupted_says_how_to_go_on(sources, tmp_path, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -26,6 +26,7 @@ def test_every_command_has_help(name, capsys):
     assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_names_of_the_package_load_when_they_are_used():
     script = "import sys, kd_jax; assert 'jax' not in sys.modules; kd_jax.losses.forward_kl; kd_jax.metrics.Mean"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

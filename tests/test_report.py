@@ -14,6 +14,7 @@ from tests.gmm.report.test_page import make_run as mixture_run
 from tests.lm.report.test_page import make_rows, make_run
 
 
+@pytest.mark.slow
 def test_each_folder_gets_the_page_of_its_experiment(tmp_path, capsys):
     gmm = mixture_run(tmp_path / "gmm", mixture_rows(), with_panels=False)
     lm = make_run(tmp_path / "lm", make_rows(seeds=1, taus=(0.8, 1.0)))
@@ -24,6 +25,7 @@ def test_each_folder_gets_the_page_of_its_experiment(tmp_path, capsys):
     assert "<h1>Distilling a language model" in texts[0] and "<h1>Distilling a Gaussian mixture" in texts[1]
 
 
+@pytest.mark.slow
 def test_mixture_stands_beside_the_language_model_when_both_are_given(tmp_path):
     gmm = mixture_run(tmp_path / "gmm", mixture_rows(), with_panels=False)
     lm = make_run(tmp_path / "lm", make_rows(seeds=1, taus=(0.8, 1.0)))
@@ -77,6 +79,7 @@ def test_no_page_is_written_unless_every_folder_is_a_run(tmp_path):
     assert not (good / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_text_of_a_run_is_text_on_the_page_and_no_formula_in_a_figure(tmp_path):
     """Names and values out of a folder that somebody else wrote, in every place that shows them."""
     mark = '"><script>alert(1)</script><img src=x onerror=alert(1)>$\\frac{$'

@@ -90,6 +90,7 @@ def interrupted(folder, corpus, update):
         trainings.train(folder, corpus, stop=trainings.StopAt(folder, update))
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_before_a_damaged_checkpoint(straight, corpus, tmp_path):
     folder = tmp_path / "t"
     interrupted(folder, corpus, 7)
@@ -106,6 +107,7 @@ def test_a_training_goes_on_from_before_a_damaged_checkpoint(straight, corpus, t
     assert again["fingerprint"] == straight[0]["fingerprint"] and trainings.numbers(folder) == straight[1]
 
 
+@pytest.mark.slow
 def test_rows_that_a_full_disk_cut_off_are_written_again(straight, corpus, tmp_path):
     folder = tmp_path / "t"
     interrupted(folder, corpus, 5)
@@ -181,6 +183,7 @@ def test_scores_that_are_damaged_are_named(tmp_path):
             assert np.isnan(found).all() or np.array_equal(found, sums)
 
 
+@pytest.mark.slow
 def test_a_page_without_its_damaged_figure(tmp_path):
     folder = gmm.make_run(tmp_path / "w", gmm.make_rows())
     path = folder / "checkpoints" / "panels.npz"

@@ -77,6 +77,7 @@ def test_files_keep_what_was_in_them(disk):
         assert sorted(path.name for path in disk.folder.iterdir()) == ["a.json", "b.npz", "rows.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_checkpoint(disk, background):
     folder, rng = disk.folder / "c", np.random.default_rng(0)

@@ -48,6 +48,7 @@ def differences(function, at, step=1e-5):
     return gradient
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("which", range(4))
 def test_first_and_second_derivatives_equal_differences(full, which):
@@ -75,6 +76,7 @@ def test_first_and_second_derivatives_equal_differences(full, which):
         np.testing.assert_allclose(gradient, by_peer, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_in_float32_of_a_batch():
     mixture = Mixture(*(jnp.asarray(part, jnp.float32) for part in parts(False)))
     gradient = jax.grad(lambda m, x: log_prob(m, x).sum(), (0, 1))(mixture, jnp.zeros((7, 2)))
@@ -86,6 +88,7 @@ def products(function, *arguments):
     return re.findall(r"stablehlo\.dot_general.*", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim, full", [(8, False), (8, True), (2, True)])
 def test_every_matrix_product_of_a_density_or_fit_states_its_precision(dim, full):
     covariances = jnp.tile(jnp.eye(dim), (3, 1, 1)) if full else jnp.ones((3, dim))
@@ -111,6 +114,7 @@ print(*[float(v) for v in (fit.log_likelihood[-1], log_prob(fit.mixture, x).mean
 """
 
 
+@pytest.mark.slow
 def test_x64_gives_the_same_numbers():
     def numbers(flag):
         command = [sys.executable, "-c", X64]
@@ -121,6 +125,7 @@ def test_x64_gives_the_same_numbers():
     np.testing.assert_allclose(numbers("1"), numbers("0"), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_gradient_fit_differentiates_its_estimate():
     teacher = Mixture(*(jnp.asarray(part[:2], jnp.float32) for part in parts(False)))
     noise = gradient_fit.quasi_normal(jax.random.key(0), 2, 2, 16)

@@ -25,6 +25,7 @@ def start_at(means, full):
     return Mixture(jnp.full(k, -np.log(k)), jnp.asarray(means), covariance)
 
 
+@pytest.mark.fast(4)
 @pytest.mark.parametrize("dim", [1, 2, 8, 32])
 @pytest.mark.parametrize("covariance_type", ["diag", "full"])
 def test_equals_scikit_learn(dim, covariance_type):
@@ -52,18 +53,22 @@ def smallest_change(x, init, covariance_type):
     return np.diff(trace).min() / np.abs(trace).max()
 
 
+@pytest.mark.slow
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("covariance_type, dim, n", [("diag", 2, 60), ("diag", 8, 60), ("full", 2, 60)])
 @pytest.mark.parametrize("init", em.INITS)
 def test_trace_never_falls(init, covariance_type, dim, n):
     assert smallest_change(jnp.asarray(clusters(dim, n)), init, covariance_type) > -2e-6
 
 
+@pytest.mark.slow
 def test_trace_never_falls_with_nearly_singular_covariances():
     # 10 points a component in 8 dimensions: the covariances reach condition numbers of 1e6, which float32 cannot hold.
     with jax.enable_x64(True):
         assert smallest_change(jnp.asarray(clusters(8, 60), jnp.float64), "random", "full") > -1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariance_type", em.COVARIANCE_TYPES)
 def test_degenerate_data(covariance_type):
     fit = lambda x, k: em.fit(KEY, jnp.asarray(x, jnp.float32), k, covariance_type=covariance_type)  # noqa: E731
@@ -80,6 +85,7 @@ def test_degenerate_data(covariance_type):
     np.testing.assert_allclose(equal.log_likelihood[-1], 11.9776335, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_component_of_few_points_is_drawn_from_as_it_is():
     x = clusters(2, 31)
     one = em.fit(KEY, x, 1).mixture
@@ -88,6 +94,7 @@ def test_one_component_of_few_points_is_drawn_from_as_it_is():
     assert draws.shape == (31, 2) and not np.array_equal(draws, sample(jax.random.key(1), one, 31))
 
 
+@pytest.mark.slow
 def test_tight_cluster_far_from_the_others_keeps_its_variance():
     rng = np.random.default_rng(0)
     tight, wide = 10 + 1e-2 * rng.normal(size=(200, 1)), rng.normal(size=(200, 1))
@@ -95,6 +102,7 @@ def test_tight_cluster_far_from_the_others_keeps_its_variance():
     np.testing.assert_allclose(got.covariances.min(), tight.var() + 1e-6, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_offset_data_fit_as_centred_data_do():
     x = clusters(2, 400)
     near, far = (em.fit(KEY, jnp.asarray(x + o, jnp.float32), 3, tol=0.0, max_iter=30) for o in (0.0, 1e4))
@@ -102,6 +110,7 @@ def test_offset_data_fit_as_centred_data_do():
     np.testing.assert_allclose(near.log_likelihood[-1], far.log_likelihood[-1], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_each_fit_of_a_batch_stands_alone():
     easy, hard = clusters(2, 100), np.random.default_rng(1).normal(size=(100, 2)).astype(np.float32)
     equal, broken = np.ones((100, 2), np.float32), clusters(2, 100)
@@ -124,6 +133,7 @@ def test_relabelled_start_gives_the_relabelled_fit():
     np.testing.assert_allclose(one.mixture.means[order], other.mixture.means, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sample_weights_count_as_repeats_and_zero_is_never_read():
     x = clusters(2, 100)
     counts = np.random.default_rng(2).integers(0, 3, 100)
@@ -135,6 +145,7 @@ def test_sample_weights_count_as_repeats_and_zero_is_never_read():
     np.testing.assert_allclose(weighted.log_likelihood, repeated.log_likelihood, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_starts_are_never_worse():
     x = clusters(2, 200)
     keys = jax.random.split(KEY, 8)
@@ -143,6 +154,7 @@ def test_more_starts_are_never_worse():
     np.testing.assert_allclose(best, max(each), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_float64():
     with jax.enable_x64(True):
         got = em.fit(jax.random.key(0), jnp.asarray(clusters(2), jnp.float64), 3, covariance_type="full")
@@ -184,6 +196,7 @@ def test_more_points_than_float32_can_count(n):
     np.testing.assert_allclose(two.covariances[:, 0], 1, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariance_type, dim", [("diag", 2), ("full", 2), ("diag", 6), ("full", 6)])
 def test_blocks_give_what_one_sum_gives(covariance_type, dim, monkeypatch):
     x = clusters(dim, 700)
@@ -203,6 +216,7 @@ def test_bad_sample_weights_are_named():
     assert np.isnan(traced.mixture.means).all() and not traced.converged
 
 
+@pytest.mark.slow
 def test_fewer_active_components_are_a_smaller_fit():
     x = clusters(2, 300)
     fit = jax.jit(lambda active: em.fit(KEY, x, 4, num_active=active, tol=0.0))

@@ -41,6 +41,7 @@ def monte_carlo(values):
     return float(values.mean()), float(values.std() / np.sqrt(len(values)))
 
 
+@pytest.mark.slow
 def test_exact_precision_and_recall_of_one_mode_and_of_the_matched_gaussian():
     p_star = students.eight_modes(2)
     mode = Mixture(jnp.zeros(1), jnp.ones((1, 2)), jnp.full((1, 2), 0.025))
@@ -92,6 +93,7 @@ def test_means_over_seeds_equal_scikit_learns():
             assert (np.abs(a.mean(0) - b.mean(0)) < 4 * joint).all(), column
 
 
+@pytest.mark.slow
 def test_precision_rises_and_recall_falls_and_the_divergences_are_consistent(made):
     scores = made.scores
     ends = scores.precision[:, [FIRST, LAST]].mean(0), scores.recall[:, [FIRST, LAST]].mean(0)
@@ -110,6 +112,7 @@ def test_beta_one_is_the_plain_student_and_controls_have_one_component(made):
     assert means[LIGHTEST] > means[DIRECT] + 2 and means[HEAVIEST] > means[DIRECT] + 2
 
 
+@pytest.mark.slow
 def test_cooled_gaussians_have_scipys_recall_and_the_draws_of_the_cooled_density(made):
     # E log N(x; m, T C) needs only the fresh draws, which the student's recall at T = 1 was measured on as well
     direct = Mixture(*(leaf[0, DIRECT] for leaf in made.students))
@@ -121,6 +124,7 @@ def test_cooled_gaussians_have_scipys_recall_and_the_draws_of_the_cooled_density
     assert (made.curves.precision[:, 0, 0, DIRECT] > made.scores.precision[:, DIRECT]).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_random_choice_equals_monte_carlo():
     one = Mixture(jnp.zeros(1), jnp.zeros((1, 2)), jnp.full((1, 2), 0.775))
     other = Mixture(jnp.zeros(1), jnp.ones((1, 2)), jnp.full((1, 2), 0.05))
@@ -145,6 +149,7 @@ def test_random_choice_equals_monte_carlo():
         assert exact.recall[i] > (1 - share) * pair[0].recall + share * pair[1].recall
 
 
+@pytest.mark.slow
 def test_cells_of_the_full_size_are_the_base_setting():
     cell = experiment.Cell(*(getattr(SPEC, axis) for axis in experiment.AXES))._replace(num_distill=200)
     small = cell._replace(num_data=50, teacher_components=2)
@@ -161,6 +166,7 @@ def test_cells_of_the_full_size_are_the_base_setting():
         assert (abs(got["precision"][:, c].mean(0) - theirs.mean(0)) < 4 * joint).all()
 
 
+@pytest.mark.slow
 def test_one_compilation_for_all_betas_seeds_and_separations():
     counted = jax.jit(chex.assert_max_traces(experiment._chains, n=1), static_argnums=0)
     for seeds, beta, separation in ((0, 1.0, 1.0), (5, 50.0, 2.0)):

@@ -43,6 +43,7 @@ def same(one, other, tolerance=1e-4):
         np.testing.assert_allclose(one[name], other[name], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.slow
 def test_knobs_at_their_neutral_values_are_the_plain_student(found):
     plain = found["plain", None]
     for neutral in (("beta", 1.0), ("top_k", 4), ("top_p", 1.0)):
@@ -83,6 +84,7 @@ def test_seeds_stand_alone(found):
             np.testing.assert_allclose(others[student][name][1], column[2], rtol=1e-4, atol=1e-4, err_msg=str(student))
 
 
+@pytest.mark.slow
 def test_other_values_of_the_knobs_are_not_traced_again(found, monkeypatch):
     traced, ground = [], students.ground
 
@@ -103,6 +105,7 @@ def test_other_values_of_the_knobs_are_not_traced_again(found, monkeypatch):
     assert len(traced) == 1  # that is how a trace would show
 
 
+@pytest.mark.slow
 def test_a_run_from_its_config_to_its_page_and_on_after_a_kill(tmp_path):
     config, folder = small(), tmp_path / "run"
     # two chunks of as many seeds as the other tests have, whose program is then there already

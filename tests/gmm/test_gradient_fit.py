@@ -70,6 +70,7 @@ def alone(mixture):
     return jax.tree.map(lambda leaf: leaf[None], mixture)
 
 
+@pytest.mark.slow
 def test_estimate_and_its_gradient_are_unbiased():
     """Means over many estimates, each on few draws, against quadrature and its finite differences."""
     teacher = as_mixture(TEACHER)
@@ -110,6 +111,7 @@ def stacked(family):
     return jax.tree.map(lambda *leaves: jnp.array(leaves, jnp.float32), *family.values())
 
 
+@pytest.mark.slow
 def test_quasi_normal_is_normal_and_more_even_than_independent_draws():
     noise = np.asarray(jax.vmap(lambda k: dv.quasi_normal(k, 2, 2, 64))(jax.random.split(KEY, 500)), np.float64)
     assert np.isfinite(noise).all()
@@ -143,6 +145,7 @@ def padded(*components):
         return Mixture(*(jnp.asarray(v, jnp.float32) for v in (np.log(weights), means, variances)))
 
 
+@pytest.mark.slow
 def test_forward_kl_is_the_moment_match():
     fit = fit_one(dv.forward_kl(), modes(2), gaussian([0.5, 0.0], [1.0, 2.0]))
     np.testing.assert_allclose(fit.mixture.means[0], X.mean(0), atol=1e-4)
@@ -150,6 +153,7 @@ def test_forward_kl_is_the_moment_match():
     assert fit.gradient_norm < 1e-3
 
 
+@pytest.mark.slow
 def test_reverse_kl_to_a_gaussian_is_that_gaussian():
     mean, variance = [0.7, -1.2], [0.3, 0.05]
     fit = fit_one(dv.reverse_kl(), padded((1.0, mean, variance)), gaussian([0.0, 0.0], [1.0, 1.0]))
@@ -186,6 +190,7 @@ def test_gradient_norm_and_fresh_draws_tell_an_unconverged_fit():
     np.testing.assert_allclose(fresh(good.mixture), np.log(8), atol=0.02)
 
 
+@pytest.mark.slow
 def test_best_of_the_starts_is_kept():
     starts = dv.starts_of(modes(2), gaussian([0.0, 0.0], [0.775, 0.775]), 3)
     assert starts.means.shape == (3, 1, 2)
@@ -198,6 +203,7 @@ def test_best_of_the_starts_is_kept():
         assert (best.mixture.covariances.max() < 0.1) == narrow
 
 
+@pytest.mark.slow
 def test_students_with_several_components_find_the_teacher():
     """Every divergence is least, and zero, where student and teacher are the same."""
     modes = np.array([[-1.0, -1], [0, -1], [1, 1]])
@@ -221,6 +227,7 @@ def test_starts_are_the_heaviest_components():
     np.testing.assert_array_equal(starts.covariances[..., 0], [[9, 9], [2, 3], [3, 1], [1, 2]])
 
 
+@pytest.mark.slow
 def test_each_fit_of_a_batch_stands_alone_and_all_share_one_program():
     teacher = as_mixture(TEACHER)
     x = jnp.stack([sample(jax.random.key(i), teacher, 100) for i in range(4)]).at[3, 5].set(jnp.nan)

@@ -30,6 +30,7 @@ def test_log_prob_equals_scipy(dim, full):
     np.testing.assert_allclose(got, logsumexp(terms, axis=0).reshape(5, 7), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_far_and_tight_points_stay_in_log_space():
     far = mixture([0.5, 0.5], [[0.0], [1.0]], [[1.0], [1.0]])
     np.testing.assert_allclose(log_prob(far, jnp.array([1000.0])), -499002.112, rtol=1e-6)
@@ -41,12 +42,14 @@ def test_far_and_tight_points_stay_in_log_space():
     np.testing.assert_allclose(log_prob(narrow, jnp.zeros(1)), 3.6862317, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_ill_conditioned_covariance():
     r = 1 - 1e-6
     bad = mixture([1.0], [[0.0, 0.0]], [[[1, r], [r, 1]]])
     np.testing.assert_allclose(log_prob(bad, jnp.array([[0.0, 0.0], [1.0, 1.0]])), [4.7233049, 4.2233046], atol=0.05)
 
 
+@pytest.mark.slow
 def test_ill_conditioned_covariance_in_float64():
     with jax.enable_x64(True):
         r = 1 - 1e-6
@@ -55,6 +58,7 @@ def test_ill_conditioned_covariance_in_float64():
         np.testing.assert_allclose(got, [4.7233049, 4.2233046], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_cooling_is_the_density_to_a_power_renormalised():
     one = mixture([1.0], [[0.5, -1.0]], [[0.3, 2.0]])
     x = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
@@ -62,6 +66,7 @@ def test_cooling_is_the_density_to_a_power_renormalised():
     np.testing.assert_allclose(difference, difference[0], rtol=1e-4)  # the normaliser alone
 
 
+@pytest.mark.slow
 def test_blend_is_the_weighted_sum_of_densities():
     one, other = mixture([0.2, 0.8], [[0.0], [1.0]], [[1.0], [0.5]]), mixture([3.0], [[4.0]], [[1.0]])
     x = jnp.linspace(-2, 6, 9)[:, None]
@@ -133,6 +138,7 @@ def test_weight_entropy():
     np.testing.assert_allclose(entropy, np.log(2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_samples_are_in_random_order_and_exactly_n():
     two = mixture([0.3, 0.3], [[-10.0], [10.0]], [[1.0], [1.0]])  # weights are normalised
     draws = sample(jax.random.key(0), two, 1000)
@@ -143,6 +149,7 @@ def test_samples_are_in_random_order_and_exactly_n():
     np.testing.assert_allclose((np.asarray(draws) > 0).mean(), 0.5, atol=4 * 0.5 / np.sqrt(1000))
 
 
+@pytest.mark.slow
 def test_zero_weight_is_never_sampled():
     for weights in ([0, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]):
         draws = sample(jax.random.key(2), mixture(weights, np.arange(5)[:, None] * 100, np.ones((5, 1))), 20000)

@@ -160,6 +160,7 @@ def test_image_by_type(cloud, type_, image):
     assert "--runtime-version=mine" in calls(cloud)[1]
 
 
+@pytest.mark.slow
 def test_from_set_up_to_fetched(cloud, tmp_path):
     workers = [cloud / f"worker-{i}" for i in range(2)]
     for _ in range(2):  # again: nothing is in the way
@@ -207,6 +208,7 @@ def wait_for(condition, seconds=30):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_shared_folder_is_mounted_once(cloud):
     for name, text in {"sudo": '"$@"', "mount": 'echo "$*" >>"$HOME/mounts"', "mount.nfs": ""}.items():
         (cloud / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")

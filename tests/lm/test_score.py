@@ -70,6 +70,7 @@ def test_the_first_token_the_prefix_and_short_texts():  # L04
     assert not mask.any() and not log_probs.any()
 
 
+@pytest.mark.slow
 def test_padding_and_batches_do_not_enter():  # L02
     model, (tokens, lengths) = tiny(), rows()
     whole, mask = score.log_prob(model, tokens, lengths)
@@ -82,6 +83,7 @@ def test_padding_and_batches_do_not_enter():  # L02
     np.testing.assert_allclose(score.log_prob(model, padded, lengths)[0][:, :11], whole, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_scores_at_a_temperature_are_of_the_logits_divided_by_it():  # L08
     known = after([[2, 1, 0, -1e9]] + [[0, 0, 0, -1e9]] * 3)
     for temperature, expected in ((1.0, -0.4076060), (0.5, -0.1429316)):
@@ -94,6 +96,7 @@ def test_scores_at_a_temperature_are_of_the_logits_divided_by_it():  # L08
     np.testing.assert_allclose(entropy[mask], -(np.exp(scores) * scores).sum(axis=-1)[mask], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_padded_vocabulary_is_scored_over_the_real_ids():
     model = tiny()._replace(tokenizer=types.SimpleNamespace(vocab_size=20))
     tokens = np.random.RandomState(0).randint(0, 20, (3, 6))
@@ -105,6 +108,7 @@ def test_a_padded_vocabulary_is_scored_over_the_real_ids():
         score.log_prob(model, np.full((1, 3), 20), np.array([3]))
 
 
+@pytest.mark.slow
 def test_training_and_scoring_have_one_cross_entropy():
     model, (tokens, lengths) = tiny()._replace(tokenizer=types.SimpleNamespace(vocab_size=20)), rows()
     tokens = tokens % 20
@@ -118,6 +122,7 @@ def test_training_and_scoring_have_one_cross_entropy():
     assert float(mean.mean) == pytest.approx(-log_probs.sum() / mask.sum(), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_any_function_of_logits_and_ids():
     model, (tokens, lengths) = tiny(), rows()
     (top, shifted), mask = score.per_token(model, tokens, lengths, _top_and_shifted, np.float32(3))
@@ -133,6 +138,7 @@ def _top_and_shifted(logits, ids, by):
     return logits.argmax(axis=-1).astype(np.int32), ids + by
 
 
+@pytest.mark.slow
 def test_scores_under_x64_are_the_same():
     model, (tokens, lengths) = tiny(), rows()
     expected = score.log_prob(model, tokens, lengths, entropy=True, sample_temperature=0.7)

@@ -28,6 +28,7 @@ def test_universal_distance_ignores_which_token_it_is():
     assert float(losses.universal_distance(logits, logits[::-1])) < 1e-6
 
 
+@pytest.mark.slow
 def test_gradient_of_the_universal_distance():
     teacher, student = (jnp.float32(RANDOM.standard_normal(size)) for size in (6, 9))
     gradient = jax.grad(lambda q: losses.universal_distance(teacher, q))(student)
@@ -41,6 +42,7 @@ def start(logits, first, later=None):
     return Start(jnp.float32(logits), jnp.int32(first), jnp.float32(later), jnp.asarray(later == 0))
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("name", losses.DIVERGENCES)
 def test_with_one_vocabulary_it_is_the_plain_divergence(name):
     teacher, student = (2 * RANDOM.standard_normal((5, 7)) for _ in range(2))
@@ -61,6 +63,7 @@ def test_with_one_vocabulary_it_is_the_plain_divergence(name):
     np.testing.assert_allclose(*gradients, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_merge_by_hand():
     """Teacher: "ab", "a", "x", "y". Student: "a", "b", "x", "z". The text "ab" is one token, and two."""
     p, q = np.array([0.5, 0.2, 0.2, 0.1]), np.array([0.6, 0.1, 0.25, 0.05])
@@ -88,6 +91,7 @@ def test_a_text_that_is_a_token_of_both_though_one_has_split_it():
     np.testing.assert_allclose(events, [0.2 + 0.6 * 0.7, 0.1, 0, 0.1 + 0.6 * 0.3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_within_the_other():
     """There is no rest: the events that are left are normalised, and the value is finite."""
     p, q = RANDOM.standard_normal((3, 6)), RANDOM.standard_normal((3, 4))
@@ -100,6 +104,7 @@ def test_a_vocabulary_within_the_other():
     np.testing.assert_allclose(found, (np.exp(log_p) * (log_p - log_q)).sum(-1), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_gradients_of_merged_spans_are_finite_differences(name):
     p, q = RANDOM.standard_normal((2, 6)), RANDOM.standard_normal((2, 5))
@@ -124,6 +129,7 @@ def test_gradients_of_merged_spans_are_finite_differences(name):
         )
 
 
+@pytest.mark.slow
 def test_a_certain_continuation_has_finite_gradients():
     q = jnp.float32([[4.0, 0.0, 1.0]])
 

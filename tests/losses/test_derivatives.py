@@ -30,6 +30,7 @@ def logits(shape=(4, 6), scale=2.0):
     return [jnp.asarray(scale * random.standard_normal(shape)) for _ in range(2)]
 
 
+@pytest.mark.fast(11)
 @pytest.mark.parametrize("name, parameter", CASES)
 def test_hand_written_slopes_are_those_of_automatic_differentiation(name, parameter, monkeypatch):
     teacher, student = logits()
@@ -79,6 +80,7 @@ INSIDE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, parameter", INSIDE)
 def test_first_and_second_derivatives_in_everything(name, parameter):
     own = {} if parameter is None else {losses.PARAMETER[name].name: parameter}
@@ -91,6 +93,7 @@ def test_first_and_second_derivatives_in_everything(name, parameter):
     check_derivatives(loss, *logits((2, 3)), 1.5, 0.8, own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_hessians_with_suppressed_tokens(name):
     teacher, student = jnp.array([1, 2, -jnp.inf, 0]), jnp.array([0, 1, -jnp.inf, 2])
@@ -199,6 +202,7 @@ def test_fused_losses_have_all_derivatives_of_the_dense_ones(function, dense):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5 * abs(wanted).max())
 
 
+@pytest.mark.slow
 def test_log_probabilities_and_entropies_have_derivatives():
     def total(hidden, head):
         return sum(one.sum() for one in fused.linear_log_prob(hidden, head, LABELS, entropy=True, chunk=2))
@@ -223,6 +227,7 @@ def renyi(p, q, alpha):
     return np.log((p**alpha * q ** (1 - alpha)).sum(-1)) / (alpha - 1)
 
 
+@pytest.mark.slow
 def test_a_row_is_all_that_a_divergence_needs(monkeypatch):
     alpha = Parameter("alpha", 0.4, Interval(0, 1, "()"))
     row = Divergence(

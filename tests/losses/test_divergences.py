@@ -70,6 +70,7 @@ def test_values_and_gradients_are_the_definition(name, parameter):
         np.testing.assert_allclose(gradients, wanted, rtol=1e-5, atol=5e-6 * abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, parameter", CASES)
 def test_gradients_in_the_teachers_logits_are_finite_differences_of_the_definition(name, parameter):
     teacher, student = pairs((1, 7))
@@ -86,6 +87,7 @@ def test_gradients_in_the_teachers_logits_are_finite_differences_of_the_definiti
     np.testing.assert_allclose(found, (up - down) / 2e-6, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_public_functions_are_these_by_name():
     teacher, student = pairs()
     assert list(losses.DIVERGENCES) == list(PARAMETERS)
@@ -136,6 +138,7 @@ def test_tokens_suppressed_in_both():
     np.testing.assert_allclose(value_and_gradient("reverse_kl", teacher, student)[0], 0.9957229, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [None, 0.4])
 def test_a_batch_without_a_position_to_learn_from(weights):
     teacher, student = pairs((2, 4, 5))
@@ -155,6 +158,7 @@ def test_a_batch_without_a_position_to_learn_from(weights):
     np.testing.assert_allclose(loss(student, one_row), values.mean(), rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("rubbish", [-INF, np.nan])
 def test_nothing_comes_from_positions_that_are_left_out(name, rubbish):
@@ -202,6 +206,7 @@ def test_micro_batches_merge_into_the_whole_batch():
     np.testing.assert_allclose(one_gradient[0], np.array([-1, 1]) * (1 - np.exp(-1)) / 8, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_mean_does_not_grow_with_positions_or_vocabulary():
     for shape, more in (((1, 1), 0), ((2, 5), 0), ((2, 5), 7)):
         teacher, student = (
@@ -223,6 +228,7 @@ def test_bfloat16_logits():
         np.testing.assert_allclose(got, wanted, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_teacher_gets_no_gradient():
     teacher, student = pairs((2, 3, 5))
     labels, mask = jnp.zeros((2, 3), int), jnp.ones((2, 3), bool)
@@ -312,6 +318,7 @@ ENDS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, parameter, which", ENDS)
 @pytest.mark.parametrize("temperature", [0.05, 0.01])
 def test_ends_are_the_kls_also_where_probabilities_are_0_in_float32(name, parameter, which, temperature):
@@ -346,6 +353,7 @@ def test_one_hot_teachers_and_suppressed_tokens(name, parameter):
         np.testing.assert_allclose(np.asarray(gradients)[finite], wanted, rtol=3e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_infinite_divergences_say_so():
     teacher, student = jnp.array([0.0, 1, 2]), jnp.array([0.0, 1, -INF])
     assert losses.forward_kl(teacher, student) == losses.reverse_kl(student, teacher) == INF
@@ -398,6 +406,7 @@ def test_gradients_under_vmap_over_the_parameter():
 # --- cross-entropy, top k ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cross_entropy():
     _, student = pairs((2, 3, 5))
     labels = np.array([[0, 1, 2], [3, 4, 0]])
@@ -434,6 +443,7 @@ def outcomes(logits, ids, tail):
     return np.log(some)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
 @pytest.mark.parametrize("name", NAMES)
 def test_top_k_is_the_divergence_of_fewer_outcomes(name, tail):
@@ -467,6 +477,7 @@ def test_top_k_is_the_divergence_of_fewer_outcomes(name, tail):
                 assert (values <= definition.value(name, teacher, student, parameter) + 1e-6).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
 def test_top_k_of_all_tokens_is_the_divergence_itself(tail):
     teacher, student = pairs((5, 12))

@@ -97,6 +97,7 @@ def assert_close(got, wanted, rtol=1e-5, **kw):
 # --- equal to the definition ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fast(4)
 @pytest.mark.parametrize("name, parameter", [(name, p) for name in NAMES for p in PARAMETERS[name] if p != 2.0])
 def test_value_and_gradients_are_the_dense_ones(name, parameter):
     inputs = Inputs()
@@ -112,6 +113,7 @@ def test_value_and_gradients_are_the_dense_ones(name, parameter):
                 assert not np.asarray(gradients[0])[~mask].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, chunk", [((13,), 7), ((3, 11), 1), ((2, 3, 5), 13), ((13,), None), ((1, 1), 4)])
 def test_any_shape_and_chunk(shape, chunk):
     inputs = Inputs(shape)
@@ -125,6 +127,7 @@ def test_any_shape_and_chunk(shape, chunk):
         assert_close(got, reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 def test_linear_divergence_has_no_factor(name):
     inputs, parameter = Inputs(), PARAMETERS[name][0]
@@ -174,6 +177,7 @@ def test_statistics():
     assert same.cross_entropy.count == same.cross_entropy.mean == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "alpha_divergence"])
 def test_a_vocabulary_that_is_summed_in_blocks(name):
     random, vocab = np.random.default_rng(0), 2 * reductions.SUM_BLOCK + 452
@@ -208,6 +212,7 @@ def test_a_vocabulary_that_is_summed_in_blocks(name):
     assert_close(gradients[1], by_logits.reshape(6, -1).T @ wide(student[0]).reshape(6, -1))
 
 
+@pytest.mark.slow
 def test_statistics_and_settings_carry_no_gradient():
     inputs = Inputs()
 
@@ -267,6 +272,7 @@ def of_logits(teacher, student, parameter=None, **settings):
     return jax.value_and_grad(loss)(student)
 
 
+@pytest.mark.slow
 def test_published_values():
     p, q = P[None].astype(np.float32), Q[None].astype(np.float32)
     for name, wanted in {"forward_kl": 1.1018681, "reverse_kl": 1.0021042}.items():
@@ -299,6 +305,7 @@ def test_padded_vocabularies_of_other_sizes():
         fused.linear_divergence(*args, divergence="forward_kl")
 
 
+@pytest.mark.slow
 def test_nothing_to_learn_from_is_0_and_moves_nothing():
     inputs = Inputs(dtype=jnp.bfloat16)
     for labels in (inputs.labels - 100, None):
@@ -321,6 +328,7 @@ def test_what_the_mask_leaves_out_may_be_anything():
         assert_close(gradient, reference)
 
 
+@pytest.mark.slow
 def test_micro_batches_merge_into_the_whole_batch():
     teacher, student = of_values([1.0, 3.0] + [0.5] * 6)
     one = jnp.eye(2)
@@ -337,6 +345,7 @@ def test_micro_batches_merge_into_the_whole_batch():
     np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_bfloat16():
     random = np.random.default_rng(0)
     hidden = jnp.asarray(random.standard_normal((4, 64)), jnp.bfloat16)
@@ -368,6 +377,7 @@ def test_bfloat16():
     np.testing.assert_allclose(mean.mean, dense(inputs, inputs.masks[1], "forward_kl", None)[0].mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_peaked_logits():
     # logits reach hundreds: nearly all probabilities are 0 in float32
     inputs = Inputs(scale=15.0)
@@ -390,6 +400,7 @@ def run_top_k(student, ids, log_probs, rest, labels, mask, **settings):
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(*student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon"])
 def test_top_k(name, tail):
@@ -422,6 +433,7 @@ def test_top_k(name, tail):
         assert_close(got, reference, rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "jensen_shannon", "total_variation"])
 def test_top_k_of_all_tokens_is_the_whole_loss(name):
     inputs, mask = Inputs(), Inputs().masks[1]
@@ -457,6 +469,7 @@ def test_one_program_for_all_settings():
         assert np.isnan(loss(*settings)), settings
 
 
+@pytest.mark.slow
 def test_members_in_one_program():
     # several students at once, each with a temperature of its own
     inputs = Inputs()

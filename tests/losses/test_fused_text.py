@@ -75,6 +75,7 @@ def test_log_prob_of_bfloat16_keeps_float32_logits():
     np.testing.assert_allclose(got, of_labels(log_softmax(hidden, head), labels), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, chunk", CASES)
 def test_map_joins_trees_in_order(shape, chunk):
     hidden, head, labels = inputs(shape)
@@ -125,6 +126,7 @@ def value_and_gradients(hidden, head, labels, mask, chunk=None, factor=1, num_to
     return jax.value_and_grad(loss, (0, 1))(hidden, head)
 
 
+@pytest.mark.fast(2)
 @pytest.mark.parametrize("shape, chunk", CASES)
 def test_cross_entropy_and_its_gradients(shape, chunk):
     hidden, head, labels = inputs(shape)
@@ -154,6 +156,7 @@ def test_cross_entropy_under_an_outer_factor():
         np.testing.assert_allclose(got, 3 * reference, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_cross_entropy_of_nothing_is_0():
     hidden, head, _ = inputs((3, 11), jnp.bfloat16)
     labels, mask = np.full((3, 11), -100), np.zeros((3, 11), bool)
@@ -233,6 +236,7 @@ def test_float32_products_are_float32_on_every_device():
     assert len(products) == 3 and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(4096,), (8, 512)])
 def test_logits_of_all_tokens_never_exist(shape):
     vocab, width, tokens = 8192, 16, 4096
@@ -294,6 +298,7 @@ def test_a_padded_vocabulary_has_probability_0():
     assert np.isnan(value_and_gradients(hidden, head, padding, mask, chunk=7, num_tokens=real)[0])
 
 
+@pytest.mark.slow
 def test_numbers_are_the_same_with_float64_enabled():
     hidden, head, labels = inputs((3, 11))
     mask = masks((3, 11))["some"]

@@ -7,6 +7,7 @@ import pytest
 from kd_jax.losses import head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, chunk, chunks, length",
     [

@@ -28,6 +28,7 @@ def test_vendi_score_counts_what_is_different():
     np.testing.assert_allclose(diversity.vendi_score(np.ones((7, 3))), 1, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_prompt_diversity_is_the_mean_over_all_pairs():
     rng = np.random.default_rng(0)
     points, prompts = rng.normal(size=(12, 4)) + 1, np.array([0, 2, 0, 1, 2, 2, 0, 4, 4, 2, 0, 5])
@@ -50,6 +51,7 @@ def test_products_are_float32_on_every_device():
     assert len(products) == 1 and "precision = [HIGHEST, HIGHEST]" in products[0]
 
 
+@pytest.mark.slow
 def test_float64():
     points, prompts = np.random.default_rng(0).normal(size=(20, 6)), np.arange(20) // 4
     wanted = diversity.vendi_score(points), diversity.prompt_diversity(points, prompts).mean

@@ -18,6 +18,7 @@ def test_histograms_without_overlap_and_equal_ones():
     assert mauve.area([0.2, 0.8, 0], [0.2, 0.8, 0]) == 1
 
 
+@pytest.mark.slow
 def test_area_is_the_integral():
     p, q, scaling = np.array([0.5, 0.3, 0.2, 0.0]), np.array([0.1, 0.2, 0.3, 0.4]), 3.0
 
@@ -35,6 +36,7 @@ def test_area_is_the_integral():
     np.testing.assert_allclose(mauve.area(q, p, scaling), mauve.area(p, q, scaling), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_clusters_are_those_of_separate_blobs():
     random = np.random.RandomState(0)
     centres = 20 * random.standard_normal((6, 3))
@@ -46,6 +48,7 @@ def test_clusters_are_those_of_separate_blobs():
         assert len({*zip(ours.tolist(), labels.tolist(), strict=True)}) == 6  # the same up to their names
 
 
+@pytest.mark.slow
 def test_the_same_text_in_two_halves_and_other_text():
     random = np.random.RandomState(0)
     scores = {}
@@ -59,6 +62,7 @@ def test_the_same_text_in_two_halves_and_other_text():
     assert mauve.compare(real, {"a": same}, num_buckets=10, seed=1)["a"] != scores[2000]["same"]
 
 
+@pytest.mark.slow
 def test_points_that_coincide():
     same = np.ones((40, 3))
     assert mauve.compare(same, {"a": same}, num_buckets=8)["a"].score == 1
@@ -85,6 +89,7 @@ def test_products_are_float32_on_every_device():
     assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products)
 
 
+@pytest.mark.slow
 def test_float64():
     real, fake = np.random.RandomState(0).standard_normal((2, 60, 3))
     wanted = mauve.compare(real, {"a": fake}, num_buckets=6)

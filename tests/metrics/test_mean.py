@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kd_jax.metrics import Mean
 from kd_jax.metrics.mean import BLOCK
@@ -20,6 +21,7 @@ def test_mean_and_standard_error_far_from_zero():
     np.testing.assert_allclose(got.standard_error, values.astype(np.float64).std(ddof=1) / np.sqrt(1000), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_merge_is_the_mean_of_everything():
     values = np.random.default_rng(1).normal(size=100).astype(np.float32)
     merged = Mean.of(jnp.asarray(values[:7])).merge(Mean.of(jnp.asarray(values[7:])))
@@ -48,6 +50,7 @@ def test_one_far_value_is_kept_and_zero_density_is_counted():
     assert np.isnan(zero.merge(Mean.of(-far.at[0].set(-jnp.inf))).mean)
 
 
+@pytest.mark.slow
 def test_any_axis():
     values = np.random.default_rng(0).normal(size=(3, BLOCK + 5, 2)).astype(np.float32)
     for axis in (0, 1, -1):
@@ -95,6 +98,7 @@ def test_a_mean_that_doubles_40_times():
     np.testing.assert_allclose(mean.standard_error, np.sqrt(2 / 3 / (3 * 2.0**40)), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_merging_has_the_gradient_of_the_whole_mean():
     values, others = jnp.array([1.0, 3.0]), jnp.array([0.5, 1.5, 4.0, 2.0])
     for one, two in ((values, others), (values, values)):  # equal means too

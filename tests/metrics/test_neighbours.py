@@ -89,6 +89,7 @@ def test_expected_coverage_is_that_of_draws_of_the_same_distribution():
         np.testing.assert_allclose(np.mean(draws), expected[count], atol=4 * np.std(draws) / np.sqrt(300))
 
 
+@pytest.mark.slow
 def test_clipped_metrics_are_the_share_of_good_samples():
     rng = np.random.default_rng(0)
     real, good = rng.normal(size=(2, 1000, 4))

@@ -18,6 +18,7 @@ def test_every_row_says_what_it_is():
         assert set(row.needs) <= {field.name for field in dataclasses.fields(Samples)}
 
 
+@pytest.mark.slow
 def test_metrics_whose_needs_are_met():
     fake, real, prompts = gaussian(60), gaussian(60, 1), np.arange(60) // 4
     samples = Samples(fake, real, prompts, k=3)
@@ -34,6 +35,7 @@ def test_metrics_whose_needs_are_met():
         compute(Samples(fake[:50], real, k=3))
 
 
+@pytest.mark.slow
 def test_bias_of_a_model_against_itself():
     points = gaussian(400)
     samples = Samples(points, points, k=3, num_buckets=8)

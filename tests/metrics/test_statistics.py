@@ -45,6 +45,7 @@ def test_t_intervals_of_a_skewed_quantity_cover_at_a_thousand_seeds():
     assert 0.93 < coverage(lambda rng: 1 - rng.exponential(1, 1000), statistics.t_interval) < 0.97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "units, sequences, sds",
     [(2, 50, (0.3, 1, 1)), (3, 100, (1, 1, 1)), (5, 30, (1, 0.3, 2)), (8, 8, (1, 1, 1)), (3, 400, (0.02, 1, 1))],

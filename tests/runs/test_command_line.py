@@ -42,6 +42,7 @@ def test_other_ends(capsys):
     assert command_line.main(lambda words: words, lambda args: None, ["x", "y"]) == 0
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_silently_and_a_narrow_encoding_does_not_matter():
     command = [sys.executable, "-c", PRINT]
     process = subprocess.Popen(

@@ -114,6 +114,7 @@ def test_object_in_a_file_comes_back_or_the_file_is_named(tmp_path):
         open_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_door_exits_2_and_writes_nothing(tmp_path):
     (tmp_path / "config.py").write_text(
         "import ml_collections\n\n\ndef get_config():\n    return ml_collections.ConfigDict({'experiment': 'gmm'})\n"

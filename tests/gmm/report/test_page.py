@@ -111,6 +111,7 @@ def test_report_holds_values_and_figures(tmp_path):
         assert (path.parent / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_headline_is_recall_at_equal_precision_against_the_cooled_direct_student(tmp_path):
     # at 1 nat of precision: sharpening has lost 0.5 of recall, the cooled direct student 0.1, the random choice 0.1
     folder = make_run(tmp_path / "run", make_rows(seeds=9, cooled=True))
@@ -127,6 +128,7 @@ def test_headline_is_recall_at_equal_precision_against_the_cooled_direct_student
     assert "is dominated" in html
 
 
+@pytest.mark.slow
 def test_a_smoke_run_says_so_and_draws_no_conclusion(tmp_path):
     folder = make_run(tmp_path / "run", make_rows(cooled=True), smoke=True)
     html = page.write(folder).read_text(encoding="utf-8")
@@ -139,6 +141,7 @@ def test_summary_says_the_result(tmp_path):
     assert lines[0].startswith("direct student: precision -") and "95 % interval" in lines[-1]
 
 
+@pytest.mark.slow
 def test_non_finite_values_are_counted_and_panels_are_optional(tmp_path):
     rows = make_rows()
     rows[0]["kl_student_data"] = float("inf")
@@ -147,6 +150,7 @@ def test_non_finite_values_are_counted_and_panels_are_optional(tmp_path):
     assert not (path.parent / "figures" / "panels.png").exists()
 
 
+@pytest.mark.slow
 def test_one_seed_has_no_standard_error(tmp_path):
     text = page.write(make_run(tmp_path / "run", make_rows(seeds=1))).read_text(encoding="utf-8")
     assert "nan" not in text.split("<img")[0]
@@ -160,6 +164,7 @@ def test_row_of_something_else_is_named(tmp_path):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_beside_is_the_frontier_and_the_slopes_of_the_first_setting(tmp_path):
     folder = make_run(tmp_path / "run", make_rows() + make_rows(num_data=400), with_panels=False)
     short = page.beside(folder)

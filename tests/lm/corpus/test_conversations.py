@@ -91,6 +91,7 @@ def test_prompt_and_response_are_not_merged(smollm2):
     assert ids.tolist() == [*prompt, *response, 2] and learnt.tolist() == [False] * 3 + [True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
@@ -112,6 +113,7 @@ def test_template_that_rewrites_earlier_turns_is_refused(smollm2):
         conversations.encode(TWO_TURNS, with_template(smollm2, template))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "pair"])
 def test_corpus_of_conversations(tmp_path, smollm2, form):
     talks = [TWO_TURNS[:2], [SYSTEM, *TWO_TURNS], [*TWO_TURNS[:3], {"role": "assistant", "content": "word " * 90}]]
@@ -149,6 +151,7 @@ def test_corpus_of_conversations(tmp_path, smollm2, form):
         assert not batch.mask[0, i, len(mask) - 1 :].any()
 
 
+@pytest.mark.slow
 def test_conversation_whose_answer_does_not_fit_is_left_out_and_counted(tmp_path):
     long = [{"role": "user", "content": "word " * 90}, {"role": "assistant", "content": "No."}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps({"m": talk}) + "\n" for talk in (long, TWO_TURNS)))

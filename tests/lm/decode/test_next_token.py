@@ -80,6 +80,7 @@ def check_truncation(mask, logits, top_k, top_p):
 SHAPES = [(0.3, 0.01, 2.0), (3, 0.125, 1.0), (3, 1e-6, 0.7), (8, 1.0, 1.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [200, 1000, WIDE])
 def test_truncation_is_that_of_a_stable_sort(vocab):
     searched = 0
@@ -94,6 +95,7 @@ def test_truncation_is_that_of_a_stable_sort(vocab):
     assert (vocab < 256 and not searched) or 10 < searched < 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [1000, WIDE])
 def test_search_alone_is_that_of_a_stable_sort(vocab):
     for scale, step, temperature in SHAPES:
@@ -134,6 +136,7 @@ def reference(logits, temperature, top_k=None, top_p=None, min_p=None):
     return probs / probs.sum()
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize("cut", [{"min_p": 0.1}, {"min_p": 0.02, "top_p": 0.9}, {"min_p": 0.1, "top_k": 5}])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_min_p_is_that_of_the_definition(cut, temperature):
@@ -202,6 +205,7 @@ def test_a_spec_is_off_by_default_and_reads_none_as_off():
     assert {name for name, value in some.arrays().items() if value is None} == {"top_p"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logits, token", [([1, 2], 1), ([-1, 2, 0], 1), ([3, 3], 0), ([-5, 3, 3], 1)])
 @pytest.mark.parametrize("truncation", [{}, {"top_k": 2, "top_p": 0.5}])
 def test_temperature_0_takes_the_largest(logits, token, truncation):
@@ -224,6 +228,7 @@ def test_temperature_of_each_row():
     np.testing.assert_allclose(drawn.log_prob, np.log(probs)[drawn.token], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_log_prob_under_the_model_and_as_drawn():
     draw = functools.partial(sample, np.zeros(2, np.float32), np.float32([2, 1, 0]))  # uniforms of 0: token 0
     drawn = draw(0.5)
@@ -237,6 +242,7 @@ def test_log_prob_under_the_model_and_as_drawn():
         np.testing.assert_allclose(drawn.sample_log_prob, -np.log1p(np.exp(-2)), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [128, 1000])
 def test_minus_infinity_is_never_drawn(vocab):
     random = np.random.RandomState(vocab)
@@ -279,6 +285,7 @@ def test_frequencies_are_the_softmax():
     assert counts.sum() == 200_000 and stats.chisquare(counts, 200_000 * probs).pvalue > 1e-4
 
 
+@pytest.mark.slow
 def test_frequencies_in_a_wide_vocabulary_and_its_tail():
     random = np.random.RandomState(0)
     probs = np.exp(3 * random.standard_normal(WIDE))
@@ -297,6 +304,7 @@ def test_frequencies_in_a_wide_vocabulary_and_its_tail():
     assert stats.chisquare(found[shown], expected[shown]).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_flat_logits_reach_the_whole_vocabulary(dtype):
     uniforms = jax.random.uniform(jax.random.key(0), (400, 2))

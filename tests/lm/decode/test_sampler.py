@@ -119,6 +119,7 @@ def assert_log_probs_of_forward(samples):
     np.testing.assert_allclose(samples.log_probs[generated_by(samples)], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_are_of_both_kinds():
     samples = usual()
     last = samples.tokens[np.arange(NUM_SAMPLES), samples.lengths - 1]
@@ -129,6 +130,8 @@ def test_samples_are_of_both_kinds():
         assert not np.isin(row[1 : length - 1], EOS).any()
 
 
+@pytest.mark.slow
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_sample_does_not_depend_on_the_batch(batch_size):
     assert_same(run(small(), batch_size=batch_size), usual())
@@ -213,6 +216,7 @@ print("same with fewer slots", *sizes)
 """
 
 
+@pytest.mark.slow
 def test_sample_does_not_depend_on_the_devices(tmp_path):
     samples = usual()
     names = ("tokens", "lengths", "finished", "log_probs", "sample_log_probs")
@@ -254,6 +258,8 @@ def test_log_probs_are_those_of_forward():
     np.testing.assert_allclose(tempered.sample_log_probs[generated_by(tempered)], expected, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("top_k, top_p", [(20, 0.8), (160, 0.5), (4, 1.0)])
 def test_log_probs_under_truncation(top_k, top_p):
     samples = run(small(), sample_temperature=0.7, top_k=top_k, top_p=top_p)
@@ -280,6 +286,7 @@ def test_greedy_takes_the_argmax():
     assert not samples.sample_log_probs.any() and (samples.log_probs[:, 1:] < 0).all()
 
 
+@pytest.mark.slow
 def test_prompts_of_several_ids():
     five = [3, 100, 159, 5, 0]  # an EOS in a prompt does not end it
     shared = run(small(), five)
@@ -304,6 +311,7 @@ def test_longer_samples_begin_alike():
     assert_log_probs_of_forward(longer)
 
 
+@pytest.mark.slow
 def test_pages_come_and_go(monkeypatch):
     sizes, resize = [], sampler_lib.kv_cache.resize
     monkeypatch.setattr(
@@ -325,6 +333,7 @@ def counted(start, stop):
     return [i % 24 for i in range(start, stop + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 8], ids=["more samples than slots", "fewer"])
 def test_rows_stop_at_their_own_eos(batch_size):
     prompts = [[1], [6, 3], [6], [20], [10], [5], [11, 4]]
@@ -337,6 +346,7 @@ def test_rows_stop_at_their_own_eos(batch_size):
     assert samples.finished.all() and samples.lengths.tolist() == [5, 4, 6, 10, 2, 7, 3]
 
 
+@pytest.mark.fast(3)
 @pytest.mark.parametrize(
     "eos_ids, max_length, stop, finished",
     [
@@ -393,6 +403,7 @@ def slots_held(monkeypatch):
     return held
 
 
+@pytest.mark.slow
 def test_slots_become_fewer_when_no_more_samples_start(slots_held):
     # From token t it is 5 - t steps to the EOS, modulo 24. All but two samples begin at once.
     steps = [4] * 16 + [10] * 8 + [20] * 8 + [23] * 2
@@ -405,6 +416,7 @@ def test_slots_become_fewer_when_no_more_samples_start(slots_held):
     np.testing.assert_allclose(samples.utilisation, sum(steps) / (5 * 32 + 5 * 24 + 10 * 12 + 7 * 8), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_no_more_slots_than_samples_where_that_pays(slots_held, monkeypatch):
     run(chain(COUNT_UP), [1], 9, batch_size=32, max_length=30)
     assert slots_held == [12] * 29
@@ -433,6 +445,7 @@ def test_same_samples_in_fewer_slots(prompt, eos_ids, max_length, slots_held):
     assert slots_held[0] == 24 and slots_held[-1] < 24
 
 
+@pytest.mark.slow
 def test_active_slots_are_what_is_left():
     """Two groups of 12 slots, cut down to 8 each, beside loops in NumPy."""
     random = np.random.RandomState(0)
@@ -465,6 +478,7 @@ def test_active_slots_are_what_is_left():
     assert (less.next_index, less.steps, less.active_steps) == (7, 3, 70)
 
 
+@pytest.mark.slow
 def test_frequencies_of_the_first_token():
     samples = run(small(), num_samples=4000, batch_size=64, max_length=2, seed=0)
     logits = forward_logits(np.array([PROMPT]))[0, 0]
@@ -475,6 +489,7 @@ def test_frequencies_of_the_first_token():
     assert stats.chisquare(found[expected > 0], expected[expected > 0]).pvalue > 1e-4
 
 
+@pytest.mark.slow
 def test_other_values_do_not_compile_again(monkeypatch):
     traced, advance = [], slots_lib._advance
     monkeypatch.setattr(slots_lib, "_advance", lambda *args: traced.append(1) or advance(*args))
@@ -490,6 +505,7 @@ def test_other_values_do_not_compile_again(monkeypatch):
     assert len(traced) == once and slots_lib.run._cache_size() == programs
 
 
+@pytest.mark.slow
 def test_second_call_compiles_nothing():
     # among them the program that fills the cache with a shared prompt
     compiled = []

@@ -41,6 +41,7 @@ def whole_log_probs(hidden, head, temperature):
     return log_softmax(np.float64(hidden) @ np.float64(head).T / temperature, -1)
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
 def test_aligned_divergence_is_the_definition(name):
     """Events of every span, one after the other, by their bytes."""
@@ -84,6 +85,7 @@ def test_aligned_divergence_is_the_definition(name):
     np.testing.assert_allclose(found.mean, temperature**2 * np.mean(values), rtol=1e-5)
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("name", losses.DIVERGENCES)
 def test_with_one_tokenizer_it_is_the_plain_divergence(name):
     pair, shared, (student_hidden, student_head, teacher_hidden, teacher_head) = setup(WORDS, WORDS)
@@ -123,6 +125,7 @@ def test_universal_distance_of_spans():
     np.testing.assert_allclose(found.mean, np.mean(values), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing_and_the_teacher_has_no_gradient():
     pair, shared, arrays = setup(WORDS, OTHER)
 

@@ -77,6 +77,7 @@ def definition(params, teacher, temperature, hard_weight, reverse, teacher_tempe
     }  # fmt: skip
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize(
     "how, layout",
     [
@@ -118,6 +119,7 @@ def test_the_teacher_gets_no_gradient(student, teacher):
     assert all(float(abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_a_student_that_starts_as_the_teacher_leaves_it_alone():
     teacher = model()
     before = weights.fingerprint(teacher.params)
@@ -140,6 +142,7 @@ def test_a_student_that_starts_as_the_teacher_leaves_it_alone():
     assert abs(divergences[0]) < 1e-6 < divergences[2]
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_tokenizers_have_no_part_in_it():
     # vocabularies that are padded to other sizes, with the padding's logits the largest
     real, part = types.SimpleNamespace(vocab_size=300), jax.tree.map(lambda leaf: leaf[0], batch())
@@ -158,6 +161,7 @@ def test_ids_beyond_the_tokenizers_have_no_part_in_it():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_other_numbers_are_no_other_program(student, teacher):
     schedule = optim.wsd(1e-3, 10, 0.0, 0.0)
     optimizer = optim.adamw(schedule)

@@ -81,6 +81,7 @@ def test_codes_of_what_cannot_be_or_nearly():
     assert found[0] == -np.inf and found[1] == -64 and found[2] == 0
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("form, atol", [("float32", 1e-5), ("uint16", 4e-4)])
 def test_recorded_is_what_a_sort_of_the_logits_gives(corpus, tmp_path, form, atol):
     held = recorded(corpus, tmp_path / "c", 7, form)
@@ -108,6 +109,7 @@ def test_the_rest_of_the_corpus_is_the_same(corpus, whole):
     assert corpus_lib.fingerprint(whole) != corpus_lib.fingerprint(corpus)
 
 
+@pytest.mark.slow
 def test_an_entry_takes_at_most_four_bytes_on_disk(tmp_path):
     source = make_corpus(tmp_path / "large", rows=600)
     held = recorded(source, tmp_path / "c", 64, "uint16")
@@ -116,6 +118,7 @@ def test_an_entry_takes_at_most_four_bytes_on_disk(tmp_path):
     assert 1 < (after - before) / recorded_top_k.num_entries(held) <= 4
 
 
+@pytest.mark.slow
 def test_stopped_it_goes_on_to_the_same_bytes(corpus, tmp_path, monkeypatch):
     straight = recorded(corpus, tmp_path / "straight", 5, "uint16")
     write, calls = shards.write, []
@@ -193,6 +196,7 @@ def test_codes_are_made_a_distribution_again():
     np.testing.assert_allclose(np.exp(log_probs).sum(-1) + np.exp(tail), 1, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_command_lines(tmp_path, capsys):
     weights.save(tiny(), tmp_path / "model")
     words = ["--model", tmp_path / "model", "--num_samples", 6, "--prompt_ids", 1, "--max_length", 9, "--shard_size", 4]

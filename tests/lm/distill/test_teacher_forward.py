@@ -78,6 +78,7 @@ def outputs(want):
     return {"jitted": by_jit(want), **others}
 
 
+@pytest.mark.slow
 def test_hidden_states_are_those_of_each_row_alone():
     expected, _ = reference()
     for name, got in outputs("hidden").items():
@@ -86,6 +87,7 @@ def test_hidden_states_are_those_of_each_row_alone():
         assert not np.asarray(got)[~INSIDE].any(), name
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_chosen_positions():
     rows = np.arange(5)[:, None]
     hidden, by_hand = reference()
@@ -98,6 +100,7 @@ def test_logits_are_those_of_the_chosen_positions():
             np.testing.assert_allclose(got, expected, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_top_k_is_that_of_a_sort_of_the_real_ids():
     _, logits = reference()
     assert logits.argmax(axis=-1)[INSIDE].min() >= REAL  # where padding had a part, it would be on top
@@ -200,6 +203,7 @@ for want in teacher.WANTS:
 """
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same(tmp_path):
     leaves = {want: jax.tree.leaves(by_jit(want)) for want in teacher.WANTS}
     np.savez(tmp_path / "one.npz", **{f"{want} {i}": x for want in leaves for i, x in enumerate(leaves[want])})

@@ -24,6 +24,7 @@ def letters(words):
     return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, words[0])))
 
 
+@pytest.mark.slow
 def test_a_text_is_the_mean_of_its_hidden_states(tmp_path):
     data = drawn(random_model(0), tmp_path / "data", 9).rows()
     model = random_model(5)
@@ -34,6 +35,7 @@ def test_a_text_is_the_mean_of_its_hidden_states(tmp_path):
     np.testing.assert_array_equal(again, points)
 
 
+@pytest.mark.slow
 def test_a_model_with_another_tokenizer_reads_the_text(tmp_path):
     data = drawn(random_model(0), tmp_path / "data", 9).rows()
     model = random_model(5)._replace(tokenizer=letters("ebcda"))

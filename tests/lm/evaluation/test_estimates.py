@@ -17,6 +17,7 @@ def test_the_two_averages_are_what_their_names_say():
     assert ratio_se == pytest.approx(math.sqrt(2 * (0.375**2 + 0.375**2)) / 8)
 
 
+@pytest.mark.slow
 def test_standard_errors_are_the_spread_over_repeats():
     random, repeats, count = np.random.default_rng(0), 3000, 150
     tokens = random.geometric(0.15, (repeats, count))
@@ -98,6 +99,7 @@ def test_distinct_and_repetition_of_random_rows():
         assert estimates.repetition(rows, n) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_the_entropy_of_a_corpus_reads_no_tokens(tmp_path, monkeypatch):
     from tests.lm.evaluation.test_precision_recall import drawn, random_model
 

@@ -24,6 +24,7 @@ def evaluated(tmp_path_factory):
     return folder / "out", validation.rows(), rows
 
 
+@pytest.mark.slow
 def test_values_of_sequences_are_log_probabilities(evaluated):
     folder, data, rows = evaluated
     model = random_model(12)

@@ -116,6 +116,7 @@ def assert_near(got, expected, name):
         assert got[f"{average}_se"] == pytest.approx(error, rel=0.15), average
 
 
+@pytest.mark.slow
 def test_estimates_are_the_sums_over_all_sequences(tmp_path):
     p_star, other, count = random_model(0), random_model(1), 1500
     validation = drawn(p_star, tmp_path / "data", count, max_length=3)
@@ -135,6 +136,7 @@ def test_estimates_are_the_sums_over_all_sequences(tmp_path):
     assert row["num_tokens"] == round(row["length_mean"] * count) and row["num_recall"] == count
 
 
+@pytest.mark.slow
 def test_every_number_is_of_the_model_as_it_is_sampled(tmp_path):
     """A row for each temperature; recall and KL(p* || model) too are of softmax(logits / temperature)."""
     p_star, other, count = random_model(0), random_model(1), 1500
@@ -166,6 +168,7 @@ def numbers(row):
     return {name: value for name, value in row.items() if isinstance(value, float)}
 
 
+@pytest.mark.slow
 def test_calibration_and_agreement_against_numpy(tmp_path):
     p_star, other = random_model(0), random_model(1)
     validation = drawn(p_star, tmp_path / "data", 30)
@@ -192,6 +195,7 @@ def test_calibration_and_agreement_against_numpy(tmp_path):
     assert own["agreement"] == 1
 
 
+@pytest.mark.slow
 def test_given_samples_are_evaluated_as_they_were_drawn(tmp_path):
     p_star, teacher, count = random_model(0), random_model(1), 1500
     validation = drawn(p_star, tmp_path / "data", 50, max_length=3)
@@ -213,6 +217,7 @@ def test_given_samples_are_evaluated_as_they_were_drawn(tmp_path):
     assert other["recall"] == row["recall"]
 
 
+@pytest.mark.slow
 def test_a_truncated_model_never_gives_some_of_the_data(tmp_path):
     p_star, teacher = random_model(0), random_model(1)
     validation = drawn(p_star, tmp_path / "data", 60, max_length=3)
@@ -246,6 +251,7 @@ def test_a_longer_model_against_numpy(tmp_path):
     assert samples.manifest["settings"]["seed"] == 5 and samples.manifest["settings"]["prompt_ids"] == [PROMPT]
 
 
+@pytest.mark.slow
 def test_a_model_against_itself(tmp_path):
     p_star = random_model(0)
     validation = drawn(p_star, tmp_path / "data", 30)
@@ -256,6 +262,7 @@ def test_a_model_against_itself(tmp_path):
     assert row["recall"] == pytest.approx(row["data_log_prob"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_end_is_scored_where_it_came_and_the_prompt_is_not(tmp_path):
     p_star, student = unigram([0.1, 0.1, 0.2, 0.3, 0.3]), unigram([0.05, 0.15, 0.5, 0.2, 0.1])
     # two finished, one of them at once, and one cut
@@ -272,6 +279,7 @@ def test_the_end_is_scored_where_it_came_and_the_prompt_is_not(tmp_path):
     assert (row["num_recall"], row["num_recall_tokens"]) == (3, 6)
 
 
+@pytest.mark.slow
 def test_probability_zero_is_counted_and_makes_no_nan(tmp_path):
     p_star, student = unigram([0.1, 0.1, 0.2, 0.3, 0.3]), unigram([0.0, 0.2, 0.3, 0.3, 0.2])
     validation = drawn(p_star, tmp_path / "data", 60)
@@ -335,6 +343,7 @@ def counted(monkeypatch):
 
 
 # 40 samples are 3 shards; 30 and 40 rows of at most 16 ids are 4 and 5 batches of 8
+@pytest.mark.fast(2)
 @pytest.mark.parametrize(("where", "when"), [("sample", 1), ("score", 2), ("score", 6), ("result", 0)])
 def test_killed_and_continued_is_the_same_to_the_bit(counted, tmp_path, where, when):
     p_star, other = random_model(0), random_model(1)
@@ -366,6 +375,7 @@ def test_killed_and_continued_is_the_same_to_the_bit(counted, tmp_path, where, w
         assert np.array_equal(a.log_prob, b.log_prob) and np.array_equal(a.length, b.length)
 
 
+@pytest.mark.slow
 def test_only_what_has_changed_is_done_again(counted, tmp_path):
     p_star, one, two = random_model(0), random_model(1), random_model(2)
     validation = drawn(p_star, tmp_path / "data", 30)
@@ -409,6 +419,7 @@ def test_only_what_has_changed_is_done_again(counted, tmp_path):
     assert row["precision"] != first[0]["precision"] and same["kl_model_data"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_models_of_one_seed_share_random_numbers_and_other_seeds_do_not(tmp_path):
     p_star = random_model(0)
     validation = drawn(p_star, tmp_path / "data", 10)
@@ -427,6 +438,7 @@ def loads(monkeypatch):
     return sources
 
 
+@pytest.mark.slow
 def test_each_model_is_loaded_once_and_the_second_time_none(tmp_path, loads):
     paths = {name: str(tmp_path / name) for name in ("p_star", "one", "two")}
     for seed, path in enumerate(paths.values()):
@@ -451,6 +463,7 @@ def test_each_model_is_loaded_once_and_the_second_time_none(tmp_path, loads):
     assert given == [{**rows[0], "source": "one"}]
 
 
+@pytest.mark.slow
 def test_weights_that_change_meanwhile_are_named(tmp_path, monkeypatch):
     weights.save(random_model(1), tmp_path / "m")
     validation = drawn(random_model(0), tmp_path / "data", 10)
@@ -627,6 +640,7 @@ def test_transformers_says_the_same(tmp_path):
         assert got[f"{name}_per_sequence"] == pytest.approx(np.mean(sums), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_evaluation_under_x64_is_the_same(tmp_path):
     p_star = random_model(0)
     validation = drawn(p_star, tmp_path / "data", 40)

@@ -44,6 +44,7 @@ def changed(**changes):
     return {name for name in after if after[name] != before.get(name)}
 
 
+@pytest.mark.slow
 def test_a_changed_setting_redoes_what_depends_on_it():
     students = {f"{arm}/seed-{seed}" for arm in ("direct", "tau-0.5", "tau-1") for seed in (0, 1)}
     distilled = {name for name in students if name.startswith("tau")}
@@ -62,6 +63,7 @@ def test_a_changed_setting_redoes_what_depends_on_it():
     assert changed(num_train=64) == {"p_star/train", "teacher"} | students | samples
 
 
+@pytest.mark.slow
 def test_more_teachers_keep_the_first_ones_stages():
     """Each teacher has its own corpora, seeds of random numbers and students; recall's corpus is shared."""
     assert changed(teachers=2) == {
@@ -142,6 +144,7 @@ def test_a_policy_alone_is_an_arm_of_its_name():
     assert [arm.name for arm in arms.arms(freeze(LmSpec, config))] == ["direct", "tau-0.5", "tau-1", "online"]
 
 
+@pytest.mark.slow
 def test_a_changed_knob_redoes_its_arm():
     before = folders(with_arms(**ARMS))
 
@@ -215,6 +218,7 @@ def test_configs_are_valid(module):
     validate(module.get_config())
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(tmp_path, capsys):
     chain.run(freeze(LmSpec, lm_paper.get_config()), tmp_path / "w", dry_run=True)
     shown = capsys.readouterr().out

@@ -16,6 +16,7 @@ from tests.lm.weights.checkpoints import (
 )
 
 
+@pytest.mark.slow
 def test_layouts_over_eight_devices(tmp_path):
     model = weights.load(write_folder(tmp_path / "source"))
     write_gguf(tmp_path / "m.gguf", gguf_tensors(tensors_of(BLOCKS), BLOCKS), kind="Q8_0")

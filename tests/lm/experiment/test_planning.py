@@ -42,6 +42,7 @@ def num_bytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_memory_of_an_update_is_that_of_its_arrays():
     config = smoke()
     shape = planned_shape(config, "student")
@@ -56,6 +57,7 @@ def test_memory_of_an_update_is_that_of_its_arrays():
     assert need.total == need.resident + need.temporary
 
 
+@pytest.mark.slow
 def test_a_teacher_and_records_are_held_too():
     shape = planned_shape(smoke(), "student")
     online = smoke(**{"distill.policy": "online"})
@@ -72,6 +74,7 @@ def test_a_teacher_and_records_are_held_too():
     assert recorded.resident - plain.resident == pytest.approx(256 * (8 * 2 + 8 * 2 + 2), abs=512)
 
 
+@pytest.mark.slow
 def test_memory_of_sampling_is_weights_and_cache():
     shape = PRESETS["tiny"]
     config = smoke(**{"sampling.max_length": 3 * PAGE, "sampling.prompt_ids": (1, 2)})
@@ -207,6 +210,7 @@ def test_an_unknown_device_ends_before_anything_is_compiled(tmp_path, capsys):
     assert "--device=8xFoo is not known" in said and "H100" in said and "v6e-N" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

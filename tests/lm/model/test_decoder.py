@@ -142,6 +142,7 @@ def reference_attention(q, k, v, segments):
     return out.reshape(len(q), -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segmented, blocks", [(False, (7, 16)), (True, (1, 7, 16, 128))])
 def test_attention_kinds_agree(segmented, blocks):
     random = np.random.RandomState(0)
@@ -168,6 +169,7 @@ def test_compute_picks_the_attention(monkeypatch):
     assert shape.shape == (1, 4, 48) and set(asked) == {("xla", 5)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given_positions", [True, False], ids=["own positions", "positions of the row"])
 def test_packed_segments_are_separate_sequences(given_positions):
     params, lengths = weights_of(SMALL), (1, 8, 4, 7)
@@ -204,6 +206,7 @@ def in_pieces(params, tokens, cache, size):
     return np.concatenate(parts, axis=1), cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows, sizes, unstacked_sizes", [(1, [1], [12]), (3, [12, 3], [1])])
 def test_extend_is_forward(rows, sizes, unstacked_sizes):
     params, tokens = weights_of(SMALL), tokens_of(SMALL, rows, 12)
@@ -218,6 +221,7 @@ def test_extend_is_forward(rows, sizes, unstacked_sizes):
         np.testing.assert_allclose(hidden, whole, atol=1e-4, err_msg=f"pieces of {size}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_extend_from_prompts_of_different_lengths(side):
     params, starts, longest, steps = weights_of(SMALL), np.array([1, 2, 7, 8, 9]), 9, 4
@@ -241,6 +245,7 @@ def test_extend_from_prompts_of_different_lengths(side):
         np.testing.assert_allclose(hidden[:, 0], whole[rows, at], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compute_dtype_is_apart_from_that_of_the_weights():
     params, tokens = weights_of(SMALL), tokens_of(SMALL, 20)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
@@ -257,6 +262,7 @@ def test_compute_dtype_is_apart_from_that_of_the_weights():
     np.testing.assert_allclose(widened, rounded, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_right_and_remat_does_not_change_them():
     params, tokens = weights_of(SMALL), tokens_of(SMALL, 9)
 
@@ -326,6 +332,7 @@ def test_logical_axes_name_the_sizes(tied):
     jax.tree.map(check, shapes, axes)
 
 
+@pytest.mark.slow
 def test_initial_weights():
     untied = dataclasses.replace(SMALL, tie_word_embeddings=False)
     params = jax.tree.map(np.asarray, jax.jit(model.init, static_argnums=1)(jax.random.key(3), untied))

@@ -32,6 +32,7 @@ def golden():
         return dict(file)
 
 
+@pytest.mark.fast(6)
 @pytest.mark.parametrize("name", families.CONFIGS)
 def test_log_probs(name, load, golden):
     tokens, lengths = table(families.sequences(name))
@@ -61,6 +62,7 @@ def test_cached_decode_is_the_full_forward_at_every_position(name, load):
     np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma 2"])
 def test_packed_segments_and_blocks_are_separate_texts(name, load):
     """Windows inside packed rows, in blocks of queries that skip keys; and each text by itself."""
@@ -112,6 +114,7 @@ def test_export_is_the_same_model(name, load, tmp_path):
     assert stored.keys() == families.shapes_of(name).keys()
 
 
+@pytest.mark.slow
 def test_own_checkpoint_keeps_the_settings(load, tmp_path):
     loaded = load("gemma 3, linear")
     weights.save(loaded, tmp_path / "ours")
@@ -176,6 +179,7 @@ def test_period_of_the_pattern_of_layers(load):
     assert [_period(kinds[:n]) for n in (1, 5, 6, 8)] == [1, 1, 6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma 2"])
 def test_sampling_draws_what_the_scorer_says(name, load):
     """Through pages, across the window's edge: log-probabilities of samples are those of the scorer."""

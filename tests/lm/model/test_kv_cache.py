@@ -91,6 +91,7 @@ def test_slots_grow_end_and_start_again():
     assert len(sizes) > 3
 
 
+@pytest.mark.slow
 def test_a_prompt_for_all_stays():
     cache, pages = pool(prompt=2 * PAGE, num_pages=8)
     by_table, _ = owned(pages)
@@ -111,6 +112,7 @@ def test_a_prompt_for_all_stays():
         assert_consistent(pages)
 
 
+@pytest.mark.slow
 def test_some_slots_are_kept():
     """Slots of known lengths, then some of them alone, in another order and in a smaller pool."""
     lengths = np.array([70, 1, 130, 64, 0, 200])
@@ -144,6 +146,7 @@ def test_some_slots_are_kept():
     assert not np.asarray(out[3]).any()
 
 
+@pytest.mark.slow
 def test_slot_without_pages_gets_zeros():
     _, pages = pool(num_pages=4)
     q, k, v = normal(5, 6, 1, QUERIES, WIDTH), *normal(6, 2, 6, 1, HEADS, WIDTH)
@@ -151,6 +154,7 @@ def test_slot_without_pages_gets_zeros():
     assert not np.asarray(out).any() and not np.asarray(keys).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_pages_of_half_precision(dtype):
     q, k, v = (jnp.asarray(normal(i, *shape), dtype) for i, shape in enumerate([(3, 6, 4), (4, 2, 4, 8), (4, 2, 8, 4)]))

@@ -54,6 +54,7 @@ def test_layers_that_cannot_be_kept(rule):
         depth.layers_kept(rule, 4)
 
 
+@pytest.mark.slow
 def test_shallower_copy(params):
     whole = Model(dataclasses.replace(TINY, sliding_window=4, sliding_layers=(0, 2), unrotated_layers=(1, 2)), params)
     same = depth.shallower(whole, (0, 1, 2))
@@ -68,6 +69,7 @@ def test_shallower_copy(params):
     assert (last.sliding_window, last.sliding_layers, last.num_hidden_layers) == (None, (), 1)
 
 
+@pytest.mark.slow
 def test_new_adapters_change_nothing_and_merge(params):
     settings = Lora(rank=3, alpha=6.0, targets=("q", "o", "down"))
     adapters = lora.init(jax.random.key(1), TINY, settings)
@@ -95,6 +97,7 @@ def test_new_adapters_change_nothing_and_merge(params):
     assert jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, tuple)) == jax.tree.structure(adapters)
 
 
+@pytest.mark.slow
 def test_gradient_of_adapters_is_that_of_the_merged_weights(params):
     settings = Lora(rank=2, alpha=1.0)
     adapters = lora.init(jax.random.key(1), TINY, settings)
@@ -112,6 +115,7 @@ def test_adapters_that_cannot_be(settings):
         lora.init(jax.random.key(0), TINY, settings)
 
 
+@pytest.mark.slow
 def test_frozen_weights_stay_and_have_no_optimiser_state(params):
     plan = frozen.frozen_layers(("embedding", "layers.0-1", "layers.q", "norm"), TINY)
     trained, kept = frozen.split(params, plan)

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.lm.weights.checkpoints import run_python
 
 SCRIPT = """
@@ -36,6 +38,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 def test_the_same_numbers_with_x64():
     (dtypes, ours), (more_dtypes, theirs) = (
         json.loads(run_python(SCRIPT, JAX_ENABLE_X64=flag).splitlines()[-1]) for flag in ("0", "1")

@@ -29,6 +29,7 @@ def test_shared_sequences_add_their_part():
     assert found.error > units.interval(STUDENTS, values.mean(1)).error
 
 
+@pytest.mark.slow
 def test_intervals_of_nested_students_cover_the_truth():
     """Teacher, seed and sequence effects: 95 % intervals over teachers hold it 95 % of the time, over students less."""
     rng, hits, naive = np.random.default_rng(0), 0, 0

@@ -198,6 +198,7 @@ def test_figure_has_every_setting_and_its_entropy(tmp_path):
     np.testing.assert_array_equal(*(points[tuple(np.round(place, 6))] for place in places))
 
 
+@pytest.mark.slow
 def test_knobs_are_compared_on_the_seeds_that_all_have(tmp_path, undrawn):
     rows = make_rows(skip=[("topk", 1), ("rkl", 3)])
     source, _ = written(tmp_path / "run", rows)

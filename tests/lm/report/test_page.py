@@ -239,6 +239,7 @@ def test_result_is_a_sentence_and_four_lines(tmp_path):
     assert re.split(r"  +", table[3])[1:3] == [shown(of(rows, "distilled", 0.8, m)) for m in ("precision", "recall")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["evaluation", "validation", "training", "stage"])
 def test_missing_kind_is_said_and_the_rest_shown(tmp_path, undrawn, kind):
     rows = [row for row in make_rows() if row["kind"] != kind]
@@ -253,6 +254,7 @@ def test_missing_kind_is_said_and_the_rest_shown(tmp_path, undrawn, kind):
     assert ">Training</h2>" in source
 
 
+@pytest.mark.slow
 def test_only_one_kind_is_enough(tmp_path):
     for kind in about_run.KINDS:
         rows = [row for row in make_rows(seeds=1) if row["kind"] == kind]
@@ -296,6 +298,7 @@ def test_infinite_and_null_values_are_counted_not_averaged_away(tmp_path, undraw
     assert "Not drawn, because not finite: tau = 0.8 (recall)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taus, seeds", [((1.0,), 3), ((0.9,), 1), (tuple(np.linspace(0.5, 1.2, 20).round(3)), 2)])
 def test_one_tau_and_twenty(tmp_path, taus, seeds):
     source, text = written(tmp_path / "run", make_rows(seeds=seeds, taus=taus), make_samples(1, taus, 1))

@@ -107,6 +107,7 @@ def test_a_checkpoint_is_a_model(straight):
     assert jax.tree.structure(last.params) == jax.tree.structure(weights.load(folder / "model").params)
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("stop_at, changes", [(2, {}), (7, {}), (5, {"save_every": 2})])
 def test_interrupted_it_ends_with_the_same_numbers(straight, corpus, tmp_path, stop_at, changes):
     straight_folder, result = straight
@@ -129,6 +130,7 @@ def test_what_is_finished_does_nothing_more(straight, corpus):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_model_and_no_continuation(straight, corpus, tmp_path):
     folder, result = straight
     with pytest.raises(Exception, match="another training"):
@@ -137,6 +139,7 @@ def test_another_seed_is_another_model_and_no_continuation(straight, corpus, tmp
     assert other["fingerprint"] != result["fingerprint"]
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_batch(corpus, tmp_path):
     with pytest.raises(FloatingPointError, match="batch is in") as error:
         train(tmp_path / "t", corpus, changes={"learning_rate": 1e30, "clip": 0.0, "warmup": 0.0})
@@ -146,11 +149,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_batch(corpus, tm
     assert not (tmp_path / "t" / "model").exists()
 
 
+@pytest.mark.slow
 def test_checkpoints_go_when_they_are_not_wanted(corpus, tmp_path):
     train(tmp_path / "t", corpus, changes={"epochs": 1, "keep_checkpoints": False})
     assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["metrics.jsonl", "model", "training.json"]
 
 
+@pytest.mark.slow
 def test_tensorboard_files(corpus, tmp_path):
     pytest.importorskip("tensorboardX")
     train(tmp_path / "t", corpus, changes={"epochs": 1, "trackers": ("tensorboard",)})
@@ -191,6 +196,7 @@ def together(root, members, **options):
     return training.train(settings(**PACKED), model(), chosen, compute=COMPUTE, **options)
 
 
+@pytest.mark.slow
 def test_together_each_has_the_numbers_it_has_alone(pair):
     root, members, alone = pair
     found = together(root / "together", members)
@@ -220,6 +226,7 @@ def last_step(folder):
     return max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.slow
 def test_a_second_training_of_a_kind_compiles_nothing(corpus, tmp_path):
     """Two shapes of models, each trained twice with other seeds: two programs."""
     loop._programs.cache_clear()
@@ -241,6 +248,7 @@ def test_a_loss_beyond_what_exp_holds_is_logged(tmp_path):
     assert row["loss"] == 800.0 and row["perplexity"] == float("inf")
 
 
+@pytest.mark.slow
 def test_a_start_is_where_training_begins(corpus, tmp_path):
     """At a learning rate of (nearly) nothing the model is what it started from, and the start itself is untouched."""
     start = model_lib.init(jax.random.key(9), TINY)

@@ -19,6 +19,7 @@ def test_without_warm_up_or_decay():
     assert [float(schedule(step)) for step in (0, 5, 10)] == [2.0, 2.0, 2.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
 def test_adamw_is_the_definition(clip):
     rng = np.random.default_rng(0)

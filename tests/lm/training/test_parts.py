@@ -44,6 +44,7 @@ def straight(request, corpus, start, tmp_path_factory):
     return request.param, folder
 
 
+@pytest.mark.slow
 def test_only_the_part_changes(straight, start):
     kind, folder = straight
     losses = [row["loss"] for row in numbers(folder) if row["kind"] == "validation"]
@@ -68,6 +69,7 @@ def test_checkpoints_hold_the_part_alone(straight):
         weights.load(steps[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [4])
 def test_interrupted_it_ends_with_the_same_numbers(straight, corpus, start, tmp_path, stop_at):
     kind, folder = straight

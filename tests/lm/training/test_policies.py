@@ -57,6 +57,7 @@ def straight(request, corpora, tmp_path_factory):
     return request.param, folder, train(folder, corpora, request.param)
 
 
+@pytest.mark.slow
 def test_learns_and_says_what_it_sees(straight):
     policy, folder, result = straight
     rows = numbers(folder)
@@ -86,6 +87,7 @@ def test_interrupted_it_ends_with_the_same_numbers(straight, corpora, tmp_path, 
     assert a == b and last_step(folder) == 8
 
 
+@pytest.mark.slow
 def test_offline_with_all_ids_is_online(corpora, tmp_path):
     (held, _), _ = corpora
     exact = recorded(held, tmp_path / "whole", VOCAB, "float32", tiny(9))
@@ -122,6 +124,7 @@ def test_a_mix_takes_its_share_of_both(corpora, tmp_path):
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_rollouts_are_of_the_parameters_of_their_update(corpora, tmp_path, monkeypatch):
     generate, seen = rollouts_lib.decode.generate, []
 
@@ -155,6 +158,7 @@ def often_ending():
     return params | {"embedding": params["embedding"].at[2].mul(4.0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0, 3])
 def test_what_follows_an_end_is_not_learnt(prompts, length):
     made = rollouts(prompts, prompt_length=length, rollout_batch_size=3)
@@ -193,6 +197,7 @@ def test_the_share_of_updates_is_lambda(prompts):
     assert found != [rollouts(prompts, seed=6, on_policy_fraction=0.3).wanted(u) for u in range(500)]
 
 
+@pytest.mark.slow
 def test_rollouts_of_other_parameters_compile_nothing(prompts):
     made, compiled = rollouts(prompts), []
     jax.monitoring.register_event_duration_secs_listener(

@@ -62,6 +62,7 @@ def wanted(params):
 loss_and_gradient = jax.jit(update_lib.loss_and_gradient, static_argnums=0)
 
 
+@pytest.mark.fast(1)
 @pytest.mark.parametrize(
     "layout", [{}, {"row_length": 16}, {"row_length": 40}, {"parts": 2}, {"row_length": 24, "parts": 3}]
 )
@@ -82,6 +83,7 @@ def test_a_batch_without_a_token_to_learn_moves_nothing(params):
     assert all(float(abs(leaf).max()) == 0 for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.slow
 def test_update_is_the_optimisers(params):
     schedule = optim.wsd(1e-2, 10, 0.0, 0.0)
     optimizer = optim.adamw(schedule)
@@ -99,6 +101,7 @@ def test_update_is_the_optimisers(params):
     np.testing.assert_allclose(metrics.gradient_norm, optax.tree.norm(gradient), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_state_is_taken_over_three_times():
     schedule = optim.wsd(1e-2, 10, 0.0, 0.0)
     update = compiled(optim.adamw(schedule), schedule)
@@ -119,6 +122,7 @@ def test_evaluate_is_the_mean_over_all_batches(params, wanted):
     np.testing.assert_allclose(found, wanted[0], rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_bf16_compute_keeps_float32_weights_and_gradients(params):
     _, gradient, _ = loss_and_gradient(cross_entropy(TINY, Compute(dtype="bfloat16")), params, batch())
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}

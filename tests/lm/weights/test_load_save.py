@@ -82,6 +82,7 @@ def test_export_of_transposed_arrays(tmp_path, model):
     assert_params(weights.load(tmp_path / "out").params, tensors_of(TINY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("write", [weights.export, weights.save])
 def test_folder_is_written_whole_or_not_at_all(tmp_path, model, write):
     class Full:
@@ -145,6 +146,7 @@ def test_own_checkpoint_comes_back(tmp_path, model):
         weights.load(tmp_path / "ours")
 
 
+@pytest.mark.slow
 def test_flipped_bits_of_a_checkpoint_are_noticed(tmp_path, model):
     folder = tmp_path / "ours"
     weights.save(model, folder)
@@ -163,6 +165,7 @@ def test_flipped_bits_of_a_checkpoint_are_noticed(tmp_path, model):
     assert_params(weights.load(folder, dtype=jnp.bfloat16).params, tensors_of(TINY), jnp.bfloat16)
 
 
+@pytest.mark.slow
 def test_fingerprint_of_other_weights_is_refused(tmp_path, model):
     folder = tmp_path / "ours"
     weights.save(model, folder)

@@ -88,6 +88,7 @@ def stage(trained, tmp_path):
     return tmp_path / "stage"
 
 
+@pytest.mark.slow
 def test_newest_step_is_the_one_with_the_largest_number(stage, monkeypatch):
     os.utime(stage / "checkpoints" / "9", (2e9, 2e9))
     for source in (stage, str(stage / "checkpoints"), stage / "checkpoints" / "100"):
@@ -102,6 +103,7 @@ def test_newest_step_is_the_one_with_the_largest_number(stage, monkeypatch):
     assert_scaled(weights.load(stage), 10)
 
 
+@pytest.mark.slow
 def test_finished_training_is_its_model(stage):
     weights.save(scaled(weights.load(stage), 0.5), stage / "model")
     assert_scaled(weights.load(stage), 50)
@@ -195,6 +197,7 @@ def test_tokenizer_of_a_wheel():
 # The hub
 
 
+@pytest.mark.slow
 def test_hugging_face_ids_come_from_the_hubs_cache(tmp_path):
     store = tmp_path / "hub" / "models--org--tiny"
     write_tokenizer(write_folder(store / "snapshots" / REVISION), 300)

@@ -150,6 +150,7 @@ def test_bos_is_put_in_front_once(smollm2):
     assert smollm2.with_bos([1, 1, 504]) == [1, 1, 504]
 
 
+@pytest.mark.slow
 def test_ids_follow_the_definition_and_text_comes_back(smollm2, reader):
     tokens, merges = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
     bpe = ByteLevelBPE(tokens, merges, tokens[:17])
@@ -160,6 +161,7 @@ def test_ids_follow_the_definition_and_text_comes_back(smollm2, reader):
     assert smollm2.encode_batch(TEXTS) == rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [None, {"model_type": "llama"}, {"model_type": "gpt2"}])
 def test_transformers_reads_the_saved_folder_to_the_same_ids(smollm2, saved, tmp_path, config):
     for path in saved.iterdir():
