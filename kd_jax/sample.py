@@ -19,7 +19,7 @@ from kd_jax.runs import command_line
 from kd_jax.runs.command_line import mesh_sizes, number, path
 
 _KNOBS = dataclasses.fields(SamplerSpec)
-# What a flag is where it is not given, by what is asked for. A flag of the other group is refused.
+# Defaults of the flags, for sampling and for reading. A flag of the other group is refused.
 _SAMPLING = {
     "model": None, "num_samples": None, "out": None, **{knob.name: knob.default for knob in _KNOBS}, "seed": 0,
     "prompt": None, "prompt_ids": None, "bos": False, "max_length": None, "max_new_tokens": None, "batch_size": 64,

@@ -179,7 +179,7 @@ def controls(teacher: Mixture, seed: jax.Array) -> Mixture:
         seed: traced.
     Returns: a Mixture with a leading axis of three.
     """
-    # Drawn for each seed anew, so that "random" is no component in particular.
+    # Drawn for each seed anew, so that "random" does not stand for one component of the run.
     any_one = jax.random.randint(keys(seed)(COMPONENT), (), 0, teacher.log_weights.shape[0])
     chosen = jnp.stack([jnp.argmax(teacher.log_weights), any_one, jnp.argmin(teacher.log_weights)])
     return jax.vmap(one_component, (None, 0))(teacher, chosen)

@@ -106,7 +106,7 @@ def event_log_probs(
         whole: int [...], which of them is the span's text; -1 for none.
         temperature: divides the logits.
         rest: count the tokens that are not shared; otherwise the events that are left are normalised.
-    Returns: of each shared token; of the span's text, where it is no shared token (else -inf); of all else.
+    Returns: of each shared token; of the span's text, where it is not a shared token (else -inf); of all else.
     """
     log_probs = log_softmax(start.logits, temperature)
     first = jnp.take_along_axis(log_probs, start.first[..., None], axis=-1)[..., 0]

@@ -166,7 +166,7 @@ def top_k_divergence(
     teacher_temperature: Scalar | None = None, parameter: Scalar | None = None, tail: str = "bucket",
     num_tokens: int | None = None,
 ) -> jax.Array:  # fmt: skip
-    """A divergence from a teacher of whom only the K most probable tokens are known.
+    """A divergence where only the teacher's K most probable tokens are known.
 
     Both distributions, at temperature 1, are reduced to fewer outcomes: with `tail="bucket"` the K ids and "any other
     token", with "renormalise" the K ids alone, on which both are conditioned. The temperatures then divide the

@@ -61,7 +61,7 @@ _ROWS = (
         source="Hinton et al. 2015, arXiv 1503.02531",
         term=lambda log_p, log_q, _: terms.kl(log_p, log_q),
         slope=slopes.forward_kl,
-        # Its slope is q - p, of which nothing has to be taken off.
+        # Its slope, q - p, sums to 0 as it is: no multiple of q has to be taken off.
         slope_sums_to_zero=True,
     ),
     Divergence(

@@ -91,7 +91,7 @@ def render(template: str, *, folder: Path, style: str = "", **values: Any) -> st
     source = _HEAD + style + _BODY + template + _TAIL
     # Escaped: names and samples come out of runs and may hold anything.
     html = Environment(autoescape=True).from_string(source).render(footer=_footer(folder), **values)
-    # half of a pair of surrogates can be in a sample's row, and is no character
+    # a sample's row can hold half of a surrogate pair, which UTF-8 cannot encode
     return _with_contents(html).encode("utf-8", "replace").decode("utf-8")
 
 

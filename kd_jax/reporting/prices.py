@@ -142,7 +142,7 @@ def standing(way: Sequence[Match]) -> str:
 
     Args: way: the matches of one way, at all gains.
     """
-    # a sign that could be chance is no sign
+    # a sign that could be chance does not count
     told = [m.difference.mean > 0 for m in way if m.difference is not None and m.p_value < LEVEL]
     if told:
         return "crosses" if len(set(told)) > 1 else "dominates" if told[0] else "is dominated"

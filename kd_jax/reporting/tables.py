@@ -72,5 +72,5 @@ def to_csv(table: Table) -> str:
     text = io.StringIO()
     # csv would end lines with \r\n, in a folder whose other files end them with \n.
     csv.writer(text, lineterminator="\n").writerows(zip(*columns, strict=True))
-    # a name out of a run's folder can hold half of a pair of surrogates, which is no character
+    # a name out of a run's folder can hold half of a surrogate pair, which UTF-8 cannot encode
     return text.getvalue().encode("utf-8", "replace").decode("utf-8")

@@ -74,8 +74,8 @@ def bootstrap(students: Sequence[Student], by_sequence: np.ndarray | None) -> In
 def attach(rows: list[dict], folder: Path) -> None:
     """Gives evaluation rows each sequence's share of their recall, where the run has kept it (folder/recall.npz).
 
-    A row's recall is a ratio of sums over sequences, log-probabilities over tokens. Its linearisation has a value for
-    each sequence, of which it is the mean: recall + (log-probability - recall * tokens) / mean tokens.
+    A row's recall is a ratio of sums over sequences, log-probabilities over tokens. Linearised, it is the mean of a
+    value for each sequence: recall + (log-probability - recall * tokens) / mean tokens.
     """
     path = folder / "recall.npz"
     if not path.exists():

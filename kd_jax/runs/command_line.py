@@ -67,14 +67,14 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(joined, namespace)
 
     def parse_args(self, words: Sequence[str], namespace: Any = None) -> argparse.Namespace:
-        """As argparse's, after flag files are read; raises ValueError for a word that is no argument."""
+        """As argparse's, after flag files are read; raises ValueError for a word that is not an argument."""
         args, rest = self.parse_known_args(read_flagfiles(words), namespace)
         if rest:
             raise self.unknown(rest[0])
         return args
 
     def unknown(self, word: str) -> ValueError:
-        """The error for a word that is no argument of this command."""
+        """The error for a word that this command does not know."""
         name, known = word.partition("=")[0].lstrip("-"), [option[2:] for option in self._option_string_actions]
         if not word.startswith("-"):
             said = f"unexpected argument {word!r} (flags are written --name=value)"

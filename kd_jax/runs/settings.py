@@ -145,8 +145,8 @@ def defaults(kind: type) -> ConfigDict:
 def freeze(kind: type[T], config: Mapping[str, Any] | ConfigDict, at: str = "config") -> T:
     """A spec with the values of a config; what the config leaves out has its default.
 
-    Raises: ValueError, naming the key as AT.NAME, for a key that is no setting, a value of another type, or out of its
-        range. An integer is a float where a float is asked for.
+    Raises: ValueError, naming the key as AT.NAME, for a key that is not a setting, and for a value of another type or
+        out of its range. An integer is a float where a float is asked for.
     """
     hints = typing.get_type_hints(kind)
     # Names first: a typing error should not show as the wrong type of another setting.
@@ -218,7 +218,7 @@ def from_text(text: str, hint: Any, key: str) -> Any:
     Args:
         hint: the declared type.
         key: what the error calls the setting.
-    Raises: ValueError, naming the key, for a text that is no value of this type.
+    Raises: ValueError, naming the key, for a text that is not a value of this type.
     """
     kind, optional = _optional(hint)
     if optional and text.lower() == "none":

@@ -41,7 +41,7 @@ class Tracker:
             log(step, values)
 
     def finish(self) -> None:
-        """Ends the runs: what follows in this process is no part of them."""
+        """Ends the runs: what follows in this process does not belong to them."""
         for _, end in self._loggers:
             end()
 

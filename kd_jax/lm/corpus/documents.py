@@ -228,7 +228,7 @@ def stream(source: str, paths: list[str], columns: Columns) -> Iterator[str | np
 def _as_text(value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{type(value).__name__} is not text; a column of lists of ids is named with ids_column")
-    # Half of a surrogate pair is no character: no tokenizer takes it.
+    # Half of a surrogate pair is not a character, and no tokenizer takes it.
     return None if value is not None and _SURROGATE.search(value) else value or ""
 
 

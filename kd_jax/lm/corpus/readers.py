@@ -73,7 +73,7 @@ def _rows(file: str, columns: Sequence[str] | None, whole_files: bool) -> Iterat
 def _text(file: str, content: Any) -> io.TextIOBase:
     compression = _COMPRESSIONS.get(PurePath(file).suffix)
     stream = pa.input_stream(content, compression=compression)
-    # a byte order mark is no part of the text; lines end with a line feed and nothing else (U+2028 is inside a line)
+    # a byte order mark is not part of the text; lines end with a line feed and nothing else (U+2028 is inside a line)
     return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
 
 

@@ -50,7 +50,7 @@ class SamplerSpec:
         return {name: None if value == off and name != _TEMPERATURE else value for name, value, off in fields}
 
     def arrays(self) -> dict[str, jax.Array | None]:
-        """The knobs as device scalars, for `sample`: what is off is no part of the program, other values are traced."""
+        """The knobs as device scalars, for `sample`: what is off is left out of the program, and values are traced."""
         return {name: None if value is None else jnp.float32(value) for name, value in self.knobs().items()}
 
     @property
@@ -85,7 +85,7 @@ def sample(
 ) -> Draw:  # fmt: skip
     """Draws a token for each row of logits; see `temper`, `cut` and `draw`.
 
-    All values are traced, so that others do not compile again; a truncation that is None is no part of the program.
+    All values are traced, so that others do not compile again; a truncation that is None is left out.
 
     Args:
         uniforms: float32 [..., 2], in [0, 1).

@@ -13,7 +13,7 @@ import numpy as np
 
 from kd_jax.lm.weights.tokenizer import Tokenizer, difference
 
-# Stands for the end of a sequence. It is no UTF-8, and no token has it.
+# Stands for the end of a sequence. It is not UTF-8, and no token has it.
 END = b"\xff\xfeend"
 
 
@@ -93,7 +93,7 @@ def shared_tokens(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The ids of the tokens that stand for the same bytes in both vocabularies, and of the first end of sequence.
 
-    Of several ids with the same bytes, one counts: that of a token that is no single-byte token, if there is one.
+    Of several ids with the same bytes one counts: if possible, one that is not a single-byte token.
     """
     if difference(teacher, student, "", "") is None:
         ids = np.arange(teacher.vocab_size, dtype=np.int32)

@@ -1,7 +1,7 @@
 """Averages with standard errors, lengths and variety of a set of sequences. Arrays in, numbers out.
 
-Of N sequences, `values` are sums over each one's scored tokens (nats) and `tokens` how many those are. There are two
-averages, and a name says which:
+`values` [N] are sums over the scored tokens of each sequence (nats), `tokens` [N] the numbers of these tokens. There
+are two averages, and a name says which:
 
     per token (NAME)                    sum of all values / number of all tokens: long sequences weigh more
     per sequence (NAME_per_sequence)    mean of the values

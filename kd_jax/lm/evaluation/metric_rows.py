@@ -132,7 +132,7 @@ _ROWS = (
            "KL(p* || model) = E_{x ~ p*} [log p*(x) - log model(x)]", lambda p, q, d: (p - q, _counts(d))),
     Metric("data_log_prob", ("p_star_of_data", "data"), PER_TOKEN, "nats per token", "data likelier under p*",
            "E_{x ~ data} log p*(x)", lambda v, d: (v, _counts(d))),
-    # The text that p* finds likeliest is dull and repetitive: a precision above p*'s own is no sign of quality.
+    # The text that p* finds likeliest is dull and repetitive: a precision above p*'s own is not a sign of quality.
     Metric("precision_excess", ("p_star_of_samples", "samples", "own_data", "data"),
            Reduction(("", "_se"), estimates.difference), "nats per token",
            "samples likelier under p* than its own: look at entropy, distinct and repetition",

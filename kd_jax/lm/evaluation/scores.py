@@ -210,7 +210,7 @@ def likeliest_ids(
     """
     tokens, lengths = corpus_lib.padded(rows)
     ends = np.cumsum(lengths - rows.prompt_length)
-    # -1 is no id: it marks the tokens that are still to do.
+    # -1 is not an id: it marks the tokens that are still to do.
     text, ids = json.dumps(key, sort_keys=True), np.full(ends[-1], -1, np.int32)
     if path.exists():
         arrays = read_arrays(path, hint="; remove it, and the same command makes it again")

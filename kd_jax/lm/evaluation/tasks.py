@@ -218,7 +218,7 @@ def fingerprint(corpus: Corpus, count: int) -> str:
 
 
 def row_of(task: Task) -> dict[str, Any]:
-    """The row of metrics.jsonl. The model's name is no part of the key, so it is put in each time."""
+    """The row of metrics.jsonl. The model's name is not part of the key, so it is put in each time."""
     entry = task.entry
     return {
         "kind": "evaluation", "name": task.name, "arm": entry.arm, "tau": entry.tau, "teacher": entry.teacher,

@@ -119,7 +119,7 @@ def samples_stage(sampler: SamplerSpec) -> str:
 def arms(spec: LmSpec) -> list[Arm]:
     """All arms of a run.
 
-    Raises: ValueError, naming the key, for a name that is taken, a setting that is none, or one without effect.
+    Raises: ValueError, naming the key, for a name that is taken, an unknown setting, or one without effect.
     """
     # The direct student comes first: all others are compared with it.
     named = [Arm("direct", "direct", p_star=True)]

@@ -209,7 +209,7 @@ def stage_rows(chain: Sequence[Stage], folders: dict[str, Path], evaluation_seco
 
 
 def overhead(chain: Sequence[Stage], folders: dict[str, Path]) -> dict[str, float]:
-    """Seconds of all trainings, by what they went into, and the share of data, logging and checkpoints."""
+    """Seconds of all trainings by activity, and the share of data, logging and checkpoints."""
     results = [_results(stage, stages.about(folders[stage.name])["result"]) for stage in chain if stage.about]
     seconds = _added_up([one["seconds"] for stage in results for one in stage])
     return {**seconds, "share": _overhead_share(seconds)}

@@ -44,7 +44,7 @@ def init(key: jax.Array, architecture: Architecture, lora: Lora) -> dict[str, An
         key: a key of jax.random.
         architecture: of the base model.
         lora: rank, scale and targets.
-    Raises: ValueError for a target that is no linear layer, or a rank below 1.
+    Raises: ValueError for a target that is not a linear layer, or a rank below 1.
     """
     unknown = [name for name in lora.targets if name not in TARGETS]
     if unknown or not lora.targets or lora.rank < 1:

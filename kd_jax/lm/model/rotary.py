@@ -62,7 +62,7 @@ def frequencies(theta: float, dim: int, scaling: Scaling | None = None) -> np.nd
         # slow down.
         keep = np.clip((turns - low) / (high - low), 0, 1)
     else:
-        # the (fractional) pair that makes so many turns within the original context
+        # the (fractional) pair that makes this many turns within the original context
         def pair(turns):
             ratio = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
             return dim * math.log(ratio) / (2 * math.log(theta))

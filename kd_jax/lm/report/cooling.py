@@ -70,7 +70,7 @@ class Match(NamedTuple):
 
 
 class Apart(NamedTuple):
-    """Differences of which `Match.interval` is the mean's.
+    """The differences behind the mean in `Match.interval`.
 
     Attributes:
         students: teacher and seed of each pair.

@@ -5,7 +5,7 @@
                             (STEP/trained in place of STEP/weights, and no model, where only a part is trained)
     FOLDER/model/           the checkpoint with the least validation loss, once the training has finished
     FOLDER/adapter/         its adapters as a folder for `peft`, where adapters are trained; they are merged in model/
-    FOLDER/training.json    which one that is and by what rule, and where the time went
+    FOLDER/training.json    which checkpoint that is, by which rule, and where the time went
 
 Killed at any moment, the same call resumes from the last checkpoint and ends with the same numbers: an update is a
 function of the state and of its own number.

@@ -53,7 +53,7 @@ class GGUF(NamedTuple):
 def read(path: str | os.PathLike) -> GGUF:
     """Reads the metadata and maps the tensors into memory.
 
-    Raises: ValueError, naming the file, where it is no GGUF file or is cut short.
+    Raises: ValueError, naming the file, where it is not a GGUF file, or is cut short.
     """
     path = Path(path)
     try:

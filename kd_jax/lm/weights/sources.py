@@ -119,9 +119,9 @@ def tokenizer(source: str | os.PathLike) -> Tokenizer | None:
 def identity(source: str | os.PathLike) -> str:
     """A SHA-256 (hex) that is equal for equal content; nothing is loaded, and no weights are fetched.
 
-    A file has that of its bytes, a folder that of the names and bytes of the files that `weights.load` reads, a Hugging
-    Face id that of its commit. In our own checkpoints the weights count by their fingerprint in model.json: the same
-    weights saved twice are not the same bytes.
+    It is taken of a file's bytes, of the names and bytes of the files that `weights.load` reads from a folder, and of
+    the commit of a Hugging Face id. In our own checkpoints the weights count by their fingerprint in model.json: the
+    same weights saved twice are not the same bytes.
 
     Raises: what `locate` and `find_checkpoint` raise; RunError where the commit cannot be known.
     """
