@@ -49,6 +49,10 @@ def _parser() -> command_line.Parser:
     add("--corpus", type=path, metavar="FOLDER", help="validation corpus (default: p* is sampled for one)")
     add("--out", type=path, default="runs/evaluation", metavar="FOLDER", help="where all results go (%(default)s)")
     add("--num_samples", type=count, default=1000, metavar="N", help="samples of each model (%(default)s)")
+    add(
+        "--samples_per_prompt", type=count, default=1, metavar="K",
+        help="samples of each prompt, where the rows of --corpus have prompts of their own (%(default)s)",
+    )  # fmt: skip
     add("--num_recall", type=count, metavar="N", help="validation rows (all of --corpus, else as --num_samples)")
     # Below every seed of p*'s validation samples, so that no model is sampled with the same random numbers.
     add("--seed", type=number(int, at_least=0, below=_DATA_SEED), default=0, help="of the samples (%(default)s)")
@@ -119,9 +123,9 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     mesh = command_line.mesh(args.mesh)
     cache.enable_compilation_cache()
     spec = evaluation.EvaluationSpec(
-        num_samples=args.num_samples, num_recall=args.num_recall, seed=args.seed, dtype=args.dtype,
-        sample_temperatures=tuple(args.sample_temperature), batch_size=args.batch_size, agreement=args.agreement,
-        embedding_model=args.embedding_model,
+        num_samples=args.num_samples, samples_per_prompt=args.samples_per_prompt, num_recall=args.num_recall,
+        seed=args.seed, dtype=args.dtype, sample_temperatures=tuple(args.sample_temperature),
+        batch_size=args.batch_size, agreement=args.agreement, embedding_model=args.embedding_model,
     )  # fmt: skip
     entries = {name: evaluation.Entry(source, *_arm(name)) for name, source in args.model.items()}
     manifest, p_star = _manifest(args, argv), evaluation.LazyModel(args.p_star, args.dtype, mesh, out / "models")

@@ -1,6 +1,7 @@
 """Samples a corpus of token ids from a model, or shows one that is there.
 
 python -m kd_jax.sample --model SOURCE --num_samples N --sample_temperature 0.8 --out FOLDER
+python -m kd_jax.sample --model SOURCE --prompts FILE --samples_per_prompt 4 --out FOLDER
 python -m kd_jax.sample --read FOLDER
 """
 
@@ -22,9 +23,9 @@ _KNOBS = dataclasses.fields(SamplerSpec)
 # Defaults of the flags, for sampling and for reading. A flag of the other group is refused.
 _SAMPLING = {
     "model": None, "num_samples": None, "out": None, **{knob.name: knob.default for knob in _KNOBS}, "seed": 0,
-    "prompt": None, "prompt_ids": None, "bos": False, "max_length": None, "max_new_tokens": None, "batch_size": 64,
-    "shard_size": 1024, "dtype": "float32", "mesh": None, "record_top_k": None, "log_prob_format": "uint16",
-    **command_line.PROCESSES,
+    "prompt": None, "prompt_ids": None, "prompts": None, "prompts_column": None, "samples_per_prompt": 1,
+    "bos": False, "max_length": None, "max_new_tokens": None, "batch_size": 64, "shard_size": 1024,
+    "dtype": "float32", "mesh": None, "record_top_k": None, "log_prob_format": "uint16", **command_line.PROCESSES,
 }  # fmt: skip
 _READING = {"read": None, "model": None, "num_samples": 5, "first": 0, "text_out": None, **command_line.PROCESSES}
 
@@ -61,6 +62,10 @@ def _parser() -> command_line.Parser:
         add(f"--{knob.name}", type=type(knob.default), help=f"{knob.metadata['meaning']} ({knob.default})")
     add("--seed", type=number(int, at_least=0, below=2**32), help="sample i is a function of the seed and i (0)")
     command_line.add_prompt(parser)
+    add("--prompts", type=path, metavar="FILE", help="prompts that differ: a column of texts, or of conversations, "
+        "which the model's chat template renders; a file or folder of Parquet, JSON, CSV or text")  # fmt: skip
+    add("--prompts_column", metavar="NAME", help="column of the prompts (messages, else prompt, else text)")
+    add("--samples_per_prompt", type=count, metavar="K", help="samples of each of --prompts, in a row (1)")
     add("--bos", action="store_true", help="begin the prompt with the model's BOS id")
     length = parser.add_mutually_exclusive_group().add_argument
     length("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, with its prompt (512)")
@@ -95,7 +100,13 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_sampling(args: argparse.Namespace) -> None:
-    for name in ("model", "num_samples", "out"):
+    if args.prompts is None and (args.prompts_column or args.samples_per_prompt != 1):
+        raise ValueError("--prompts_column and --samples_per_prompt go with --prompts")
+    if args.prompts is not None:
+        for name in ("prompt", "prompt_ids", "bos", "num_samples"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} does not go with --prompts (each has --samples_per_prompt samples)")
+    for name in ("model", "out") if args.prompts is not None else ("model", "num_samples", "out"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing (or --read, to show a corpus)")
     try:
@@ -104,9 +115,9 @@ def _check_sampling(args: argparse.Namespace) -> None:
         # The spec's error begins with the setting's name, which is also the flag's.
         raise ValueError(f"--{error}") from error
     # The paper's prompt.
-    if args.prompt is None and args.prompt_ids is None:
+    if args.prompt is None and args.prompt_ids is None and args.prompts is None:
         args.prompt = "The"
-    if not args.prompt and not args.prompt_ids and not args.bos:
+    if not args.prompt and not args.prompt_ids and not args.bos and args.prompts is None:
         raise ValueError("the prompt is empty, and a model needs an id to start from: give --bos or another prompt")
     if args.max_length is None and args.max_new_tokens is None:
         args.max_length = 512
@@ -140,8 +151,9 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
     cache.enable_compilation_cache()
     with _count_programs() as programs:
         model = weights.load(args.model, dtype=args.dtype, mesh=mesh)
-        settings |= _model_settings(args, model, weights)
-        record = None
+        prompts = None if args.prompts is None else _prompts(args, model)
+        settings |= _model_settings(args, model, weights, prompts)
+        num_samples, record = settings["num_samples"], None
         if args.record_top_k is not None:
             k, form = args.record_top_k, args.log_prob_format
             settings["teacher"] = recorded_top_k.settings(model, settings["source"], k, form, args.dtype, None)
@@ -154,14 +166,15 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
         rows = corpus.Corpus(Path(args.out), distributed.once(open_corpus, f"opening {args.out}"))
         if distributed.leads() and (rows.finished or rows.num_rows):
             left = "nothing left to do" if rows.finished else "resuming"
-            print(f"{args.out}: {rows.num_rows} of {args.num_samples} samples are there, {left}")
+            print(f"{args.out}: {rows.num_rows} of {num_samples} samples are there, {left}")
         if not rows.finished:
+            each = {} if prompts is None else {"samples_per_prompt": args.samples_per_prompt}
             stream = decode.stream(
-                model, settings["prompt_ids"], args.num_samples, max_length=settings["max_length"],
+                model, prompts or settings["prompt_ids"], num_samples, max_length=settings["max_length"],
                 sampler=_sampler(args), seed=args.seed, first=rows.num_rows, batch_size=args.batch_size,
-                compute=compute, mesh=mesh,
+                compute=compute, mesh=mesh, **each,
             )  # fmt: skip
-            with progress.sampling_bar("samples", rows.num_rows, args.num_samples) as report:
+            with progress.sampling_bar("samples", rows.num_rows, num_samples) as report:
                 if distributed.leads():
                     rows = corpus.write(rows, stream, report, record)
                 else:
@@ -176,19 +189,38 @@ def _early_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings = {
         # a path is made absolute, so that the corpus can be read from another folder
         "source": str(path.absolute()) if path.exists() else args.model,
-        **{name: getattr(args, name) for name in ("dtype", "prompt", "seed", "num_samples", "shard_size")},
+        **{name: getattr(args, name) for name in ("dtype", "prompt", "seed", "shard_size")},
         **_sampler(args).knobs(),
     }
+    if args.num_samples is not None:
+        settings["num_samples"] = args.num_samples
     if args.max_length is not None:
         settings["max_length"] = args.max_length
     return settings
 
 
-def _model_settings(args: argparse.Namespace, model: Any, weights: Any) -> dict[str, Any]:
+def _prompts(args: argparse.Namespace, model: Any) -> list[list[int]]:
+    from kd_jax.lm.corpus import prompt_files
+
+    if model.tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer for --prompts")
+    return prompt_files.read(args.prompts, model.tokenizer, args.prompts_column)
+
+
+def _model_settings(
+    args: argparse.Namespace, model: Any, weights: Any, prompts: list[list[int]] | None
+) -> dict[str, Any]:
     """The settings that come from the model. Raises ValueError for a prompt or a length that it cannot take."""
-    prompt_ids = _prompt_ids(args, model)
-    _check_length(args, prompt_ids)
-    max_length = args.max_length or len(prompt_ids) + args.max_new_tokens
+    from kd_jax.lm.corpus import prompt_files
+
+    if prompts is None:
+        longest = _prompt_ids(args, model)
+        given = {"prompt_ids": longest}
+    else:
+        longest, each = max(prompts, key=len), args.samples_per_prompt
+        given = prompt_files.settings(prompts, each) | {"num_samples": each * len(prompts)}
+    _check_length(args, longest)
+    max_length = args.max_length or len(longest) + args.max_new_tokens
     # Rotary phases beyond the positions of training are nothing that the model has learnt.
     limit = model.architecture.max_position_embeddings
     if max_length > limit:
@@ -197,7 +229,7 @@ def _model_settings(args: argparse.Namespace, model: Any, weights: Any) -> dict[
     return {
         "model_fingerprint": weights.fingerprint(model.params),
         "tokenizer_fingerprint": None if model.tokenizer is None else model.tokenizer.fingerprint,
-        "prompt_ids": prompt_ids,
+        **given,
         "eos_ids": sorted(model.eos_ids),
         "max_length": max_length,
     }

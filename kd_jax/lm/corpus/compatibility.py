@@ -57,7 +57,7 @@ def check_corpus(label: str, corpus: Corpus, p_star: Model, num_rows: int) -> No
     if not 1 <= num_rows <= corpus.num_rows:
         raise ValueError(f"{label} has {corpus.num_rows} rows, and {num_rows} of them were asked for")
     # A row's first token is predicted by nothing: without a prompt or a mask, it would be left out unnoticed.
-    if not settings["prompt_ids"] and not corpus.has_loss_mask:
+    if not settings["prompt_ids"] and not has_own_prompts(corpus):
         raise ValueError(f"{label} has no prompt, and a model needs an id to start from")
     tokenizers = settings["tokenizer_fingerprint"], tokenizer_fingerprint(p_star)
     if None not in tokenizers and len(set(tokenizers)) > 1:
@@ -66,6 +66,11 @@ def check_corpus(label: str, corpus: Corpus, p_star: Model, num_rows: int) -> No
     # Rows that never end, or end otherwise, would count as evidence that a model stops too early or too late.
     if not (ends == model_ends or (corpus.kind == "data" and ends and ends <= model_ends)):
         raise ValueError(f"{label} has rows that end with ids {sorted(ends)}; p*'s are {sorted(model_ends)}")
+
+
+def has_own_prompts(corpus: Corpus) -> bool:
+    """Whether the rows have prompts of their own: they are conversations, or samples of several prompts."""
+    return corpus.has_loss_mask or bool(corpus.manifest["settings"].get("samples_per_prompt"))
 
 
 def tokenizer_fingerprint(model: Model) -> str | None:

@@ -30,7 +30,9 @@ class SampleSpec:
     tokenizer_fingerprint: str | None = setting(None, "of the tokenizer, none where the model has none")
     dtype: str | None = setting(None, "of the forward pass")
     prompt: str | None = setting(None, "the text of the prompt, where it was one")
-    prompt_ids: tuple[int, ...] = setting((), "ids that each row begins with", at_least=0)
+    prompt_ids: tuple[int, ...] = setting((), "ids that each row begins with; none: rows have their own", at_least=0)
+    prompts_fingerprint: str | None = setting(None, "of the prompts, where rows have their own")
+    samples_per_prompt: int | None = setting(None, "rows of each prompt, one after another", at_least=1)
     eos_ids: tuple[int, ...] = setting((), "ids that end a row", at_least=0)
     sample_temperature: float = setting(1.0, "tau", at_least=0)
     top_k: int | None = setting(None, "draw from the K likeliest ids; none is off", at_least=0)
@@ -77,7 +79,7 @@ KINDS = {"samples": SampleSpec, "data": DataSpec}
 # fingerprint of a corpus does not change with a new setting.
 LATER = {
     "min_p": None, "special_tokens": True, "whole_files": False, "messages_column": None, "prompt_column": None,
-    "response_column": None,
+    "response_column": None, "prompts_fingerprint": None, "samples_per_prompt": None,
 }  # fmt: skip
 SETTINGS, DATA_SETTINGS = (
     tuple(field.name for field in dataclasses.fields(kind) if field.name not in (*LATER, "teacher"))

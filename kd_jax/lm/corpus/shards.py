@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +31,40 @@ SCHEMA = pa.schema(
 TOP_K = ("top_ids", "top_log_probs", "tail_log_prob")
 # A column of conversations: whether each id is learnt, bool [length].
 LOSS_MASK = "loss_mask"
+
+
+class Rows(NamedTuple):
+    """Rows of a corpus, a field for each column of SCHEMA: `tokens` a list of int32 arrays, the others arrays [n].
+
+    Log-probabilities of rows made from data are NaN. `loss_mask` says of conversations which ids are the assistant's, a
+    bool array [length] each; it is None where all ids after the prompt are learnt.
+    """
+
+    index: np.ndarray
+    tokens: list[np.ndarray]
+    length: np.ndarray
+    prompt_length: np.ndarray
+    finished: np.ndarray
+    log_prob: np.ndarray
+    sample_log_prob: np.ndarray
+    loss_mask: list[np.ndarray] | None = None
+
+    @property
+    def num_learnt(self) -> np.ndarray:
+        """How many ids of each row are learnt and scored, [n]."""
+        if self.loss_mask is None:
+            return self.length - self.prompt_length
+        masks = zip(self.loss_mask, self.prompt_length, strict=True)
+        return np.array([mask[start:].sum() for mask, start in masks], np.int64)
+
+    def learnt(self, chosen: np.ndarray, width: int) -> np.ndarray:
+        """Which ids of some rows are learnt, bool [row, width]; entry j is of id j + 1, which j predicts."""
+        at, lengths = np.arange(1, width + 1), self.length[chosen]
+        inside = (at >= np.maximum(self.prompt_length[chosen], 1)[:, None]) & (at < lengths[:, None])
+        if self.loss_mask is not None:
+            for place, row in enumerate(chosen):
+                inside[place, : lengths[place] - 1] &= self.loss_mask[row][1:]
+        return inside
 
 
 def write(folder: Path, rows: list[dict[str, Any]], shard_size: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import pyarrow as pa
 from kd_jax.lm.corpus import manifest as manifests
 from kd_jax.lm.corpus import shards
 from kd_jax.lm.corpus.manifest import DATA_SETTINGS, SETTINGS
-from kd_jax.lm.corpus.shards import SCHEMA
+from kd_jax.lm.corpus.shards import SCHEMA, Rows
 from kd_jax.storage import lock
 from kd_jax.storage.errors import RunError
 from kd_jax.storage.files import write_json
@@ -37,21 +37,6 @@ __all__ = [
 
 # Adds columns to the rows of a shard.
 Complete = Callable[[list[dict[str, Any]]], list[dict[str, Any]]]
-
-
-class Rows(NamedTuple):
-    """Rows of a corpus, a field for each column of SCHEMA: `tokens` a list of int32 arrays, the others arrays [n].
-
-    Log-probabilities of rows made from data are NaN.
-    """
-
-    index: np.ndarray
-    tokens: list[np.ndarray]
-    length: np.ndarray
-    prompt_length: np.ndarray
-    finished: np.ndarray
-    log_prob: np.ndarray
-    sample_log_prob: np.ndarray
 
 
 class Corpus(NamedTuple):
@@ -87,7 +72,7 @@ class Corpus(NamedTuple):
         table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
         columns = {name: table[name].to_numpy() for name in SCHEMA.names if name != "tokens"}
         tokens = [row for chunk in table["tokens"].chunks for row in shards.members(chunk)]
-        return Rows(tokens=tokens, **columns)
+        return Rows(tokens=tokens, **columns, loss_mask=self.loss_masks(start, stop) if self.has_loss_mask else None)
 
     def _tables(self, columns: list[str], start: int, stop: int) -> list[pa.Table]:
         """Columns of rows start .. stop - 1, a table for each shard they are in."""
@@ -319,6 +304,7 @@ def _row(batch: Any, i: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Sample i of a batch as a row of SCHEMA. Raises ValueError where it does not fit the settings."""
     index, length, start = int(batch.index[i]), int(batch.lengths[i]), int(batch.prompt_lengths[i])
     finished, generated = bool(batch.finished[i]), slice(start, length)
+    shared = settings["prompt_ids"]  # none where rows have prompts of their own
     tokens = np.array(batch.tokens[i, :length], np.int32)  # a copy frees the sampler's array
     # exactly rounded sums do not depend on the sampler's batch size
     log_prob, sample_log_prob = (
@@ -326,9 +312,9 @@ def _row(batch: Any, i: int, settings: dict[str, Any]) -> dict[str, Any]:
     )
     if not 0 <= index < settings["num_samples"]:
         problem = f"was not asked for (num_samples={settings['num_samples']})"
-    elif not start == len(settings["prompt_ids"]) < length <= settings["max_length"]:
+    elif (shared and start != len(shared)) or not 1 <= start < length <= settings["max_length"]:
         problem = f"has length {length} and prompt_length {start}"
-    elif tokens[:start].tolist() != settings["prompt_ids"]:
+    elif shared and tokens[:start].tolist() != shared:
         problem = "does not begin with the prompt"
     elif finished != (int(tokens[-1]) in settings["eos_ids"]) or not (finished or length == settings["max_length"]):
         problem = f"has length {length}, finished={finished} and {tokens[-1]} as its last id, which do not go together"

@@ -1,8 +1,8 @@
 """Sampling in a batch of slots, where the next sample starts as soon as another ends (continuous batching).
 
 Sample i depends on (seed, i) alone: the uniforms of its token at a position come from a key folded from the seed, i and
-the position. Its slot, the samples beside it, the number of devices and restarts change it only where the rounding of
-the model's arithmetic does.
+the position. With samples_per_prompt, sample j of prompt i depends on (seed, i, j) alone. Its slot, the samples beside
+it, the number of devices and restarts change a sample only where the rounding of the model's arithmetic does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
+from kd_jax.lm.decode import prefill
 from kd_jax.lm.decode import slots as slots_lib
 from kd_jax.lm.decode.next_token import WHOLE, SamplerSpec
 from kd_jax.lm.decode.slots import Rows, Settings, State
@@ -62,8 +63,8 @@ class Samples(NamedTuple):
 
 def generate(
     model: Model, prompt: Sequence[int] | Sequence[Sequence[int]], num_samples: int, *, max_length: int,
-    sampler: SamplerSpec = WHOLE, seed: int = 0, batch_size: int = 64, compute: Compute = DEFAULT,
-    mesh: Mesh | None = None, **knobs: float | None,
+    sampler: SamplerSpec = WHOLE, seed: int = 0, samples_per_prompt: int | None = None, batch_size: int = 64,
+    compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Samples 0 .. num_samples - 1 in order; see `stream` for the arguments and for more than these three arrays.
 
@@ -75,8 +76,8 @@ def generate(
     [num_samples, max_length] under the model itself.
     """
     parts = stream(
-        model, prompt, num_samples, max_length=max_length, sampler=sampler, seed=seed, batch_size=batch_size,
-        compute=compute, mesh=mesh, **knobs,
+        model, prompt, num_samples, max_length=max_length, sampler=sampler, seed=seed,
+        samples_per_prompt=samples_per_prompt, batch_size=batch_size, compute=compute, mesh=mesh, **knobs,
     )  # fmt: skip
     tokens = np.zeros((num_samples, max_length), np.int32)
     lengths = np.zeros(num_samples, np.int32)
@@ -88,14 +89,16 @@ def generate(
 
 def stream(
     model: Model, prompt: Sequence[int] | Sequence[Sequence[int]], num_samples: int, *, max_length: int,
-    sampler: SamplerSpec = WHOLE, seed: int = 0, first: int = 0, batch_size: int = 64, compute: Compute = DEFAULT,
-    mesh: Mesh | None = None, **knobs: float | None,
+    sampler: SamplerSpec = WHOLE, seed: int = 0, samples_per_prompt: int | None = None, first: int = 0,
+    batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
 ) -> Iterator[Samples]:  # fmt: skip
     """Yields samples first .. num_samples - 1 as they finish, about once a second.
 
     Args:
         prompt: ids that all samples start with, or a list of such lists; sample i starts with number i modulo their
-            count.
+            count, or as samples_per_prompt says.
+        samples_per_prompt: k of these start with each prompt: sample i * k + j is sample j of prompt i, and a function
+            of the seed, i and j.
         max_length: longest sample, prompt included.
         sampler: how tokens are drawn.
         knobs: instead of it, settings of SamplerSpec by name; None is off.
@@ -106,7 +109,13 @@ def stream(
     Raises: ValueError for a value that cannot work, before anything is run.
     """
     prompts = _check(model, prompt, num_samples, max_length, first, batch_size, seed)
-    settings = _settings(model, prompts, num_samples, max_length, _sampler(sampler, knobs), seed)
+    if samples_per_prompt is not None and not 0 < num_samples <= samples_per_prompt * len(prompts):
+        raise ValueError(f"{len(prompts)} prompts with {samples_per_prompt} samples each are not {num_samples} samples")
+    if samples_per_prompt is None and len(prompts) == 1:
+        settings = _settings(model, prompts[0], num_samples, max_length, _sampler(sampler, knobs), seed)
+    else:
+        settings = _settings(model, [0], num_samples, max_length, _sampler(sampler, knobs), seed)
+        settings = settings._replace(refill=jnp.int32(1), samples_per_prompt=jnp.int32(samples_per_prompt or 0))
     return _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh)
 
 
@@ -116,11 +125,15 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         return
     compute = dataclasses.replace(compute, mesh=mesh)
     params = model_lib.unstack(model.params) if mesh is None else _laid_out(model.params, model.architecture, mesh)
-    state = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
+    each = int(settings.samples_per_prompt) or None
+    state, settings, queue = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
+    common = None if queue is None else prefill.common(params, queue, model.architecture, compute)
     # The first call is short, as nobody knows yet how long a step takes.
     pages, num_steps = state.cache.num_pages // state.cache.num_slots, 8
     steps = slot_steps = active_steps = 0
     while left:
+        if queue is not None:
+            state = prefill.start(state, params, queue, common, pages, model.architecture, compute)
         began, slots = time.perf_counter(), state.active.shape[0]
         state = slots_lib.run(state, params, settings, model.architecture, compute, num_steps)
         # int() waits for the device, so that `taken` below is the time of the steps and not of their launch.
@@ -133,7 +146,7 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         taken = time.perf_counter() - began
         # Yielded after the clock is read: the time that a caller spends on samples is not the device's.
         if len(rows.index):
-            yield _samples(rows, prompts, max_length, active_steps / slot_steps, steps)
+            yield _samples(rows, prompts, each, max_length, active_steps / slot_steps, steps)
         # At most doubled, since one quick call proves little (and the first one compiles). Clocks differ between
         # processes, and all of them have to run the same number of steps.
         num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
@@ -170,17 +183,14 @@ def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
     return prompts
 
 
-def _settings(model, prompts, num_samples, max_length, sampler: SamplerSpec, seed) -> Settings:
-    longest = max(map(len, prompts))
+def _settings(model, prompt, num_samples, max_length, sampler: SamplerSpec, seed) -> Settings:
     # A token costs about 2 FLOPs a parameter, so `worth` is in steps of a slot.
     worth = _PROGRAM / (2 * model.architecture.num_parameters) if jax.default_backend() == "cpu" else np.inf
     # The number of EOS ids is a shape: padded, one compiled program serves models with one to four of them.
     eos = [*model.eos_ids, *[-1] * (-len(model.eos_ids) % 4)] or [-1] * 4
     return Settings(
-        prompts=jnp.asarray([ids + [0] * (longest - len(ids)) for ids in prompts], jnp.int32),
-        prompt_lengths=jnp.asarray([len(ids) for ids in prompts], jnp.int32),
-        start=jnp.int32(longest - 1 if len(prompts) == 1 else 0),
-        num_samples=jnp.int32(num_samples), max_length=jnp.int32(max_length),
+        prompt=jnp.asarray(prompt, jnp.int32), start=jnp.int32(len(prompt) - 1), num_samples=jnp.int32(num_samples),
+        refill=jnp.int32(0), samples_per_prompt=jnp.int32(0), max_length=jnp.int32(max_length),
         worth=jnp.int32(min(worth + 1, 2**31 - 1)), seed=jnp.uint32(seed), eos_ids=jnp.asarray(eos, jnp.int32),
         num_tokens=jnp.int32(model.num_tokens), knobs=sampler.arrays(),
     )  # fmt: skip
@@ -197,7 +207,6 @@ def lower(
         prompt_length: ids of the one prompt that all samples share.
         max_length, batch_size, sampler, mesh, knobs: as in `stream`.
     """
-    prompts = [[0] * prompt_length]
     devices = mesh_lib.batch_devices(mesh)
     # As `_start` would: every device has the same number of slots.
     slots = -(-batch_size // devices) * devices
@@ -213,14 +222,14 @@ def lower(
     if mesh is not None:
         params = on(mesh_lib.shardings(_axes(model.architecture), params, mesh), params)
 
-    def prefill(params, prompt):
-        return _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
+    def of_prompt(params, prompt):
+        return _prefill(params, prompt, model.architecture, devices, slots // devices, width, 0, compute)
 
-    pages = jax.eval_shape(prefill, params, jax.ShapeDtypeStruct((prompt_length,), jnp.int32))
+    pages = jax.eval_shape(of_prompt, params, jax.ShapeDtypeStruct((prompt_length,), jnp.int32))
     state = _empty(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0)
     if mesh is not None:
         state = on(slots_lib.shardings(state, mesh), state)
-    settings = _settings(model, prompts, 1, max_length, _sampler(sampler, knobs), 0)
+    settings = _settings(model, [0] * prompt_length, 1, max_length, _sampler(sampler, knobs), 0)
     return slots_lib.run.lower(state, params, settings, model.architecture, compute, 1)
 
 
@@ -246,23 +255,35 @@ def _axes(architecture: Architecture) -> dict[str, Any]:
     return {name: whole(names) for name, names in axes.items()} | {"layers": (layer,) * architecture.num_hidden_layers}
 
 
-def _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh) -> State:
-    """Idle slots and no finished samples; a shared prompt's KV cache is resident in every slot."""
+def _start(
+    model, params, prompts, settings, first, batch_size, max_length, compute, mesh
+) -> tuple[State, Settings, prefill.Queue | None]:
+    """Idle slots and no finished samples; settings for so many slots; and the queue of prompts of their own.
+
+    A shared prompt's KV cache is resident in every slot.
+    """
     devices = mesh_lib.batch_devices(mesh)
     each, wanted = (-(-rows // devices) for rows in (batch_size, int(settings.num_samples) - first))
     slots = devices * int(slots_lib.enough(each, wanted, max_length, settings.worth))
-    # a shared prompt is run through once; of several prompts, each slot runs its own from an empty cache
-    prompt = np.asarray(prompts[0] if len(prompts) == 1 else prompts[0][:1], np.int32)
     # rounded up to whole pages, so that other lengths use the same compiled program
-    width = -(-max_length // PAGE) * PAGE
-    cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, compute)
+    width, queue, pages = -(-max_length // PAGE) * PAGE, None, 0
+    if settings.refill:
+        queue = prefill.Queue(
+            prompts, int(settings.samples_per_prompt) or None, first=first, num_samples=int(settings.num_samples),
+            groups=devices, slots=slots // devices,
+        )  # fmt: skip
+        settings = settings._replace(refill=jnp.int32(queue.at_once))
+        pages = -(-max(map(len, prompts)) // PAGE)
+    prompt = np.asarray(settings.prompt)
+    cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, pages, compute)
     state = _empty(cache, slots, width, first)
     # Committed to the parameters' devices, as what `run` returns is: otherwise the second call compiles again.
     where = next(iter(cache.owner.devices())) if mesh is None else slots_lib.shardings(state, mesh)
     if not distributed.several():
-        return jax.device_put(state, where)
+        return jax.device_put(state, where), settings, queue
     place = {True: jax.device_put, False: distributed.spread}  # arrays on devices; arrays that every host has
-    return jax.tree.map(lambda leaf, to: place[isinstance(leaf, jax.Array)](leaf, to), state, where)
+    state = jax.tree.map(lambda leaf, to: place[isinstance(leaf, jax.Array)](leaf, to), state, where)
+    return state, settings, queue
 
 
 def _empty(cache: Pages, slots: int, width: int, first: int) -> State:
@@ -274,18 +295,20 @@ def _empty(cache: Pages, slots: int, width: int, first: int) -> State:
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
 def _prefill(
-    params, prompt, architecture: Architecture, groups: int, slots: int, length: int, compute: Compute
+    params, prompt, architecture: Architecture, groups: int, slots: int, length: int, pages: int, compute: Compute
 ) -> Pages:  # fmt: skip
-    """A pool whose slots all hold this prompt, but for its last token, which the first step writes."""
+    """A pool whose slots all hold this prompt, but for its last token, which the first step writes.
+
+    Each slot has room for `pages` pages more, and for one that the first step opens.
+    """
     kept = slots_lib.prompt_pages(len(prompt) - 1)
     cache = model_lib.empty_cache(architecture, 1, kept * PAGE, jnp.dtype(compute.dtype))
     if len(prompt) > 1:
         positions = jnp.arange(len(prompt))[None]
         _, cache = model_lib.extend(params, architecture, cache, prompt[None], positions, compute=compute)
-    # one page more for each slot, since all begin at once
-    return kv_cache.paged(cache, groups, slots, slots * min(kept + 1, length // PAGE), length)
+    return kv_cache.paged(cache, groups, slots, slots * min(kept + pages + 1, length // PAGE), length)
 
 
 def _rows(length: int, *rows: int) -> Rows:
@@ -313,11 +336,14 @@ def _first(done: Rows, places: int) -> Rows:
     return jax.tree.map(lambda leaf: leaf[:, :places], done)
 
 
-def _samples(rows: Rows, prompts: list[list[int]], width: int, utilisation: float, steps: int) -> Samples:
+def _samples(
+    rows: Rows, prompts: list[list[int]], each: int | None, width: int, utilisation: float, steps: int
+) -> Samples:
     index = rows.index.astype(np.int64)
+    which = prefill.of_sample(index, len(prompts), each)
     return Samples(
         index=index, tokens=rows.tokens[:, :width], lengths=rows.length,
-        prompt_lengths=np.array([len(prompts[i % len(prompts)]) for i in index], np.int32), finished=rows.finished,
+        prompt_lengths=np.array([len(prompts[i]) for i in which], np.int32), finished=rows.finished,
         log_probs=rows.log_probs[:, :width], sample_log_probs=rows.sample_log_probs[:, :width],
         utilisation=utilisation, steps=steps,
     )  # fmt: skip

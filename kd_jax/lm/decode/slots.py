@@ -52,10 +52,11 @@ class State(NamedTuple):
 class Settings(NamedTuple):
     """What the loop depends on beside its state; all traced, so that other values do not compile again."""
 
-    prompts: jax.Array  # int32 [prompt, longest]
-    prompt_lengths: jax.Array
+    prompt: jax.Array  # int32 [length], of samples that the loop starts itself
     start: jax.Array  # where samples start: a shared prompt's KV cache before it is resident in every slot
-    num_samples: jax.Array
+    num_samples: jax.Array  # State.next_index counts up to it
+    refill: jax.Array  # idle slots of a group that end a call, so that the host starts samples; 0: the loop does
+    samples_per_prompt: jax.Array  # 0 where samples are numbered without regard to their prompts
     max_length: jax.Array
     worth: jax.Array  # slot steps that a program with fewer slots has to save to be worth loading
     seed: jax.Array
@@ -120,13 +121,23 @@ def fit(state: State, settings: Settings, first_pages: int) -> State:
     slots, spare = int(_slots_needed(state, settings)), 2
     if slots < state.cache.num_slots:
         state, spare = _shrink(state, slots), 0
-    pages, needed = state.cache, int(_pages_needed(state, settings))
+    return with_pages(state, int(_pages_needed(state, settings)), first_pages, spare)
+
+
+def with_pages(state: State, needed: int, first_pages: int, spare: int) -> State:
+    """The state with a pool of at least `needed` pages in a group, and not many more.
+
+    Args:
+        first_pages: see `fit`.
+        spare: how many steps of its size the pool may be too large.
+    """
+    pages, slots = state.cache, state.cache.num_slots
     most = slots * pages.table.shape[2]
     step = -(-most // 8)
     # While the slots stay the same, the pool shrinks only when more than two steps of it are idle: a pool that grew
     # and shrank in turn would be copied each time.
     size = max(first_pages * slots, min(-(-needed // step) * step, most))
-    if needed > pages.num_pages or size < pages.num_pages - spare * step:
+    if min(needed, most) > pages.num_pages or size < pages.num_pages - spare * step:
         state = state._replace(cache=kv_cache.resize(pages, size))
     return state
 
@@ -185,7 +196,7 @@ def _gather(slots: Rows, active: jax.Array, done: Rows, groups: int, size: int):
 @jax.jit
 def _pages_needed(state: State, settings: Settings) -> jax.Array:
     """The most pages that a group can use after the next step, in which an idle slot may start and need one."""
-    runs = state.active | (state.next_index < settings.num_samples)
+    runs = state.active | ((state.next_index < settings.num_samples) & (settings.refill == 0))
     positions = jnp.where(state.active, state.slots.length - 1, settings.start)
     new = kv_cache.missing(state.cache, jnp.where(runs, positions, state.cache.length)).sum(axis=1)
     return (state.cache.num_pages - kv_cache.free(state.cache) + new).max()
@@ -213,10 +224,11 @@ def run(
 
     def goes_on(state: State):
         # The loop stops where only the host can go on: the finished samples might not fit (all slots can end in one
-        # step), pages might run out, or fewer slots would pay.
-        left = state.active.any() | (state.next_index < settings.num_samples)
+        # step), pages might run out, fewer slots would pay, or prompts have to run.
+        left = state.active.any() | ((state.next_index < settings.num_samples) & (settings.refill == 0))
         fits = (state.num_done + slots <= pool).all() & (_pages_needed(state, settings) <= state.cache.num_pages)
-        return left & (state.steps < last) & fits & (_slots_needed(state, settings) == state.cache.num_slots)
+        enough = _slots_needed(state, settings) == state.cache.num_slots
+        return left & (state.steps < last) & fits & enough & ~_host_starts(state, settings)
 
     def step(state: State) -> State:
         state = _refill(state, settings)
@@ -227,19 +239,22 @@ def run(
     return jax.lax.while_loop(goes_on, step, state)
 
 
+def _host_starts(state: State, settings: Settings) -> jax.Array:
+    """Whether a group has so many idle slots that the host should start samples in them."""
+    to_start = settings.num_samples - state.next_index
+    idle = (~state.active).reshape(-1, state.cache.num_slots).sum(axis=1).max()
+    return (settings.refill > 0) & (to_start > 0) & (idle >= jnp.minimum(settings.refill, to_start))
+
+
 def _refill(state: State, settings: Settings) -> State:
-    """Gives idle slots the next samples."""
+    """Gives idle slots the next samples, where the loop starts them."""
     wanted = ~state.active
     # int32 said here and below: sums of booleans are int64 under JAX_ENABLE_X64, and a loop's carry keeps its types
     index = state.next_index + jnp.cumsum(wanted, dtype=jnp.int32) - 1
-    begins = wanted & (index < settings.num_samples)
-    which = index % settings.prompts.shape[0]
-    # A shared prompt's KV cache is resident in every slot, all but its last token. Of several prompts, a slot runs
-    # through its own.
+    begins = wanted & (index < settings.num_samples) & (settings.refill == 0)
+    # the prompt's KV cache is resident in every slot, all but its last token
     length = jnp.full_like(index, settings.start + 1)
-    prompt = settings.prompts[which]
-    width = state.slots.tokens.shape[1]
-    tokens = jnp.pad(prompt, ((0, 0), (0, width - prompt.shape[1])))
+    tokens = jnp.pad(settings.prompt, (0, state.slots.tokens.shape[1] - len(settings.prompt)))
     slots = state.slots
     slots = Rows(
         index=jnp.where(begins, index, slots.index),
@@ -267,20 +282,16 @@ def _advance(state: State, params, settings: Settings, architecture: Architectur
     logits = mesh_lib.constrain(logits, ("batch", "vocab"), compute.mesh)
     # A padded vocabulary has logits that belong to no token: they are never drawn.
     logits = jnp.where(jnp.arange(logits.shape[-1]) < settings.num_tokens, logits, -jnp.inf)
-    uniforms = _uniforms(settings.seed, slots.index, slots.length)
+    uniforms = _uniforms(settings, slots.index, slots.length)
     drawn = next_token.sample(uniforms, logits, **settings.knobs, mesh=compute.mesh)
 
-    # inside the prompt the next token is known
-    given = slots.length < settings.prompt_lengths[slots.index % settings.prompts.shape[0]]
-    width = slots.tokens.shape[1]
-    put = jnp.where(state.active, slots.length, width)  # beyond the row, where writes are dropped
-    token = jnp.where(given, _pick(slots.tokens, jnp.minimum(put, width - 1)), drawn.token)
+    put = jnp.where(state.active, slots.length, slots.tokens.shape[1])  # beyond the row, where writes are dropped
     slots = slots._replace(
-        tokens=_put(slots.tokens, put, token),
-        log_probs=_put(slots.log_probs, put, jnp.where(given, 0, drawn.log_prob)),
-        sample_log_probs=_put(slots.sample_log_probs, put, jnp.where(given, 0, drawn.sample_log_prob)),
+        tokens=_put(slots.tokens, put, drawn.token),
+        log_probs=_put(slots.log_probs, put, drawn.log_prob),
+        sample_log_probs=_put(slots.sample_log_probs, put, drawn.sample_log_prob),
         length=slots.length + state.active,
-        finished=~given & (token[:, None] == settings.eos_ids).any(axis=-1),
+        finished=(drawn.token[:, None] == settings.eos_ids).any(axis=-1),
     )
     return state._replace(
         cache=cache,
@@ -290,13 +301,17 @@ def _advance(state: State, params, settings: Settings, architecture: Architectur
     )
 
 
-def _uniforms(seed: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
+def _uniforms(settings: Settings, index: jax.Array, position: jax.Array) -> jax.Array:
     """Two uniforms [slot, 2] for the token of sample `index` at `position`."""
+    each, seed = settings.samples_per_prompt, jax.random.key(settings.seed)
 
     def one(index, position):
         # A key for each sample and position, not for each step: neither batch size nor devices nor restarts change it.
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), position)
-        return jax.random.uniform(key, (2,), jnp.float32)
+        # Sample j of prompt i keeps its numbers when there are more prompts, or more samples of each
+        prompt, sample = index // jnp.maximum(each, 1), index % jnp.maximum(each, 1)
+        of_prompt = jax.random.fold_in(jax.random.fold_in(seed, prompt), sample)
+        key = jnp.where(each > 0, of_prompt, jax.random.fold_in(seed, index))
+        return jax.random.uniform(jax.random.fold_in(key, position), (2,), jnp.float32)
 
     return jax.vmap(one)(index, position)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from kd_jax.storage.files import remove
 
 def sample(
     model: Model | Callable[[], Model], folder: str | os.PathLike, settings: dict[str, Any], *, command: str,
-    label: str, batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+    label: str, prompts: Sequence[Sequence[int]] | None = None, batch_size: int = 64, compute: Compute = DEFAULT,
+    mesh: Mesh | None = None,
 ) -> Corpus:  # fmt: skip
     """The corpus of these settings, with the samples that were missing.
 
@@ -39,6 +40,7 @@ def sample(
         settings: see kd_jax.lm.corpus.SETTINGS.
         command: what the manifest says that made it.
         label: of the progress bar.
+        prompts: of the rows, where they have their own: those that the settings have the fingerprint of.
         batch_size: samples drawn at a time.
     Raises: RunError for a folder of other things.
     """
@@ -54,9 +56,9 @@ def sample(
         # A stream for each shard, begun anew: a resumed run then rounds like one that was never stopped.
         for first in range(corpus.num_rows, wanted["num_samples"], wanted["shard_size"]):
             yield from decode.stream(
-                model, wanted["prompt_ids"], min(first + wanted["shard_size"], wanted["num_samples"]),
+                model, prompts or wanted["prompt_ids"], min(first + wanted["shard_size"], wanted["num_samples"]),
                 first=first, max_length=wanted["max_length"], sampler=SamplerSpec.of(wanted), seed=wanted["seed"],
-                batch_size=batch_size, compute=compute, mesh=mesh,
+                samples_per_prompt=wanted.get("samples_per_prompt"), batch_size=batch_size, compute=compute, mesh=mesh,
             )  # fmt: skip
 
     with progress.sampling_bar(label, corpus.num_rows, wanted["num_samples"]) as report:

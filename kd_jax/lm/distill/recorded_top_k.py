@@ -199,9 +199,7 @@ def score_corpus(
         # One shard of the source at a time, which is one shard here: a resumed run scores the same batches.
         for first in range(corpus.num_rows, source.num_rows, step):
             rows = source.rows(first, min(first + step, source.num_rows))
-            columns = rows._asdict()
-            if source.has_loss_mask:
-                columns[shards.LOSS_MASK] = source.loss_masks(first, first + len(rows.index))
+            columns = {name: column for name, column in rows._asdict().items() if column is not None}
             listed = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             yield Arrival(listed, int((rows.length - rows.prompt_length).sum()))
 

@@ -31,8 +31,9 @@ class Rollouts:
         student: its weights are not used.
         layout: of the update's batch.
         seed: of the training.
-        prompt_ids: what every sample begins with, where spec.prompt_length is 0.
-        prompts: sequences whose beginnings are the prompts, where it is not.
+        prompt_ids: what every sample begins with, where spec.prompt_length is 0; none where sequences have prompts of
+            their own, which the student then answers.
+        prompts: sequences whose beginnings are the prompts, where they differ.
         max_length: of a sample, prompt included.
         compute, mesh: how the student is run, and where its parameters lie.
     """
@@ -48,7 +49,7 @@ class Rollouts:
     mesh: Mesh | None = None
 
     def __post_init__(self):
-        longest = self.spec.prompt_length or len(self.prompt_ids)
+        longest = self.spec.prompt_length or len(self.prompt_ids) or int(self.prompts.prompt_lengths.max())
         if not 1 <= longest < self.max_length:
             raise ValueError(
                 f"a prompt of {longest} ids (distill.prompt_length, or the prompt of the corpus) must have at least "
@@ -64,12 +65,16 @@ class Rollouts:
         """The prompts of an update: one for all of its samples, or one for each."""
         length, count = self.spec.prompt_length, self.layout.sequences
         # One prompt for all samples, whose cache is then computed once.
-        if not length:
+        if self.prompt_ids and not length:
             return [list(self.prompt_ids)]
         random = np.random.default_rng((self.seed, _PROMPTS, update))
         rows = random.choice(len(self.prompts), count, replace=count > len(self.prompts))
+        ends = [length] * count if length else self.prompts.prompt_lengths[rows]
         # without the last id, which may be an EOS: each prompt needs something after it
-        return [ids[: max(1, min(length, len(ids) - 1))].tolist() for ids in self.prompts.tokens(rows)]
+        return [
+            ids[: max(1, min(end, len(ids) - 1))].tolist()
+            for ids, end in zip(self.prompts.tokens(rows), ends, strict=True)
+        ]
 
     def batch(self, params: Any, update: int) -> Batch:
         """The batch of an update, sampled with these parameters; what comes after an EOS is masked.

@@ -7,6 +7,9 @@ are two averages, and a name says which:
     per sequence (NAME_per_sequence)    mean of the values
 
 Neither is the mean of the sequences' own means per token, and none is exponentiated.
+
+Standard errors are over sequences. Sequences that answer the same prompts are alike: with `clusters`, the number of
+each one's prompt [N], errors are over prompts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.lm.corpus import Corpus
+from kd_jax.lm.corpus import Corpus, Rows
 from kd_jax.metrics import Mean
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -23,19 +26,31 @@ QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 CALIBRATION_BINS = 15
 
 
-def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
-    """The ratio of sums, values [N] to tokens [N], and its standard error over sequences.
+def clusters(rows: Rows) -> np.ndarray | None:
+    """The number of each row's prompt, int [N]; None where all rows have one prompt, or each one of its own."""
+    prompts = [tuple(ids[:length].tolist()) for ids, length in zip(rows.tokens, rows.prompt_length, strict=True)]
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    if len(number) in (1, len(prompts)):
+        return None
+    return np.array([number[prompt] for prompt in prompts])
+
+
+def per_token(
+    values: np.ndarray, tokens: np.ndarray, clusters: np.ndarray | None = None
+) -> tuple[float, float]:  # fmt: skip
+    """The ratio of sums, values [N] to tokens [N], and its standard error.
 
     The standard error is the delta method's: that of the mean of values - ratio * tokens, over the mean of tokens. It
-    is NaN for fewer than two sequences, or where a value is infinite, as is then the ratio.
+    is NaN for fewer than two sequences (or clusters), or where a value is infinite, as is then the ratio.
 
     Args:
         values: [N], sums over each sequence's tokens.
         tokens: [N], how many those are.
+        clusters: int [N], the number of each sequence's prompt; None where sequences are independent.
     """
     # float64: sums over a million tokens would lose digits in float32.
     values, tokens = np.asarray(values, np.float64), np.asarray(tokens, np.float64)
-    total, count = tokens.sum(), len(values)
+    total, count = tokens.sum(), len(values) if clusters is None else int(clusters.max(initial=-1)) + 1
     if not total:
         return float("nan"), float("nan")
     ratio = values.sum() / total
@@ -43,42 +58,50 @@ def per_token(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
         return float(ratio), float("nan")
     # A ratio of two random sums: long sequences have larger sums, and only what is not explained by length is noise.
     residuals = values - ratio * tokens
+    if clusters is not None:
+        residuals = np.bincount(clusters, residuals)
     return float(ratio), float(np.sqrt(count / (count - 1) * (residuals**2).sum()) / total)
 
 
-def per_sequence(values: np.ndarray) -> tuple[float, float]:
+def per_sequence(values: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
     """The mean of values [N] and its standard error, which is NaN for fewer than two values or an infinite one."""
+    if clusters is not None:
+        return per_token(values, np.ones(len(values)), clusters)
     # the arrays of kd_jax.metrics are float32 unless told otherwise
     with jax.enable_x64(True):
         mean = Mean.of(jnp.asarray(values, jnp.float64))
         return float(mean.mean), float(mean.standard_error)
 
 
-def both_averages(values: np.ndarray, tokens: np.ndarray) -> tuple[float, float, float, float]:
+def both_averages(
+    values: np.ndarray, tokens: np.ndarray, clusters: np.ndarray | None = None
+) -> tuple[float, float, float, float]:
     """Per token and its standard error, per sequence and its standard error.
 
     Args:
-        values, tokens: as of `per_token`.
+        values, tokens, clusters: as of `per_token`.
     """
-    return *per_token(values, tokens), *per_sequence(values)
+    return *per_token(values, tokens, clusters), *per_sequence(values, clusters)
 
 
-def difference(
-    values: np.ndarray, tokens: np.ndarray, other_values: np.ndarray, other_tokens: np.ndarray
-) -> tuple[float, float]:
-    """The difference of two averages per token over independent sequences, and its standard error.
+def difference(one: tuple, other: tuple) -> tuple[float, float]:
+    """The difference of two averages per token, and its standard error; each given as the arguments of `per_token`.
+
+    The sequences are independent draws. Where both answer the same prompts, the error is too large rather than too
+    small: what a prompt adds to both is not taken out.
 
     Args:
-        values, tokens: of one set of sequences, as of `per_token`.
-        other_values, other_tokens: of the other.
+        one, other: values, tokens and clusters of a set of sequences, as of `per_token`.
     """
-    (a, a_se), (b, b_se) = per_token(values, tokens), per_token(other_values, other_tokens)
+    (a, a_se), (b, b_se) = per_token(*one), per_token(*other)
     # independent draws: the variances add
     return a - b, float(np.hypot(a_se, b_se))
 
 
-def share(where: np.ndarray) -> tuple[float, float]:
-    """The share of True and its (binomial) standard error."""
+def share(where: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
+    """The share of True and its standard error, binomial without clusters."""
+    if clusters is not None:
+        return per_token(where, np.ones(len(where)), clusters)
     mean = float(np.mean(where))
     return mean, float(np.sqrt(mean * (1 - mean) / len(where)))
 

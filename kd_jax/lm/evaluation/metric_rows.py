@@ -95,7 +95,12 @@ class Metric(NamedTuple):
 
 
 def _counts(rows: Rows) -> np.ndarray:
-    return rows.length - rows.prompt_length
+    return rows.num_learnt
+
+
+def _weights(rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokens of each row, and the number of its prompt: answers to one prompt are alike, so errors are by prompt."""
+    return rows.num_learnt, estimates.clusters(rows)
 
 
 def _generated(rows: Rows) -> list[np.ndarray]:
@@ -114,31 +119,31 @@ _ROWS = (
     Metric("num_recall_tokens", ("data",), NUMBER, "tokens", "smaller errors", "sum of lengths of the validation rows",
            lambda d: (int(_counts(d).sum()),)),
     Metric("precision", ("p_star_of_samples", "samples"), PER_TOKEN, "nats per token", "samples are likelier under p*",
-           "E_{x ~ model} log p*(x)", lambda v, s: (v, _counts(s))),
+           "E_{x ~ model} log p*(x)", lambda v, s: (v, *_weights(s))),
     Metric("precision_num_infinite", ("p_star_of_samples",), NUMBER, "sequences", "samples that p* never gives",
            "how many samples have log p*(x) = -inf", _infinite),
     Metric("recall", ("model_of_data", "data"), PER_TOKEN, "nats per token", "the data are likelier under the model",
-           "E_{x ~ data} log model(x)", lambda v, d: (v, _counts(d))),
+           "E_{x ~ data} log model(x)", lambda v, d: (v, *_weights(d))),
     Metric("recall_num_infinite", ("model_of_data",), NUMBER, "sequences", "data that the model never gives",
            "how many validation rows have log model(x) = -inf", _infinite),
     # The log-probabilities of the draws themselves: no second pass, and it holds at any temperature and truncation.
     Metric("entropy", ("samples",), PER_TOKEN, "nats per token", "more varied samples",
-           "-E_{x ~ model} log model(x), both as sampled", lambda s: (-s.sample_log_prob, _counts(s))),
+           "-E_{x ~ model} log model(x), both as sampled", lambda s: (-s.sample_log_prob, *_weights(s))),
     # One mean of differences, not a difference of means: both logarithms are of the same draws and share their noise.
     Metric("kl_model_data", ("p_star_of_samples", "samples"), PER_TOKEN, "nats per token", "samples unlike p*'s",
            "KL(model || p*) = E_{x ~ model} [log model(x) - log p*(x)]",
-           lambda v, s: (s.sample_log_prob - v, _counts(s))),
+           lambda v, s: (s.sample_log_prob - v, *_weights(s))),
     Metric("kl_data_model", ("own_data", "model_of_data", "data"), PER_TOKEN, "nats per token", "data not covered",
-           "KL(p* || model) = E_{x ~ p*} [log p*(x) - log model(x)]", lambda p, q, d: (p - q, _counts(d))),
+           "KL(p* || model) = E_{x ~ p*} [log p*(x) - log model(x)]", lambda p, q, d: (p - q, *_weights(d))),
     Metric("data_log_prob", ("p_star_of_data", "data"), PER_TOKEN, "nats per token", "data likelier under p*",
-           "E_{x ~ data} log p*(x)", lambda v, d: (v, _counts(d))),
+           "E_{x ~ data} log p*(x)", lambda v, d: (v, *_weights(d))),
     # The text that p* finds likeliest is dull and repetitive: a precision above p*'s own is not a sign of quality.
     Metric("precision_excess", ("p_star_of_samples", "samples", "own_data", "data"),
            Reduction(("", "_se"), estimates.difference), "nats per token",
            "samples likelier under p* than its own: look at entropy, distinct and repetition",
-           "precision - E_{x ~ p*} log p*(x)", lambda v, s, p, d: (v, _counts(s), p, _counts(d))),
+           "precision - E_{x ~ p*} log p*(x)", lambda v, s, p, d: ((v, *_weights(s)), (p, *_weights(d)))),
     Metric("finished", ("samples",), SHARE, "share", "more samples end with an EOS", "share of samples that end",
-           lambda s: (s.finished,)),
+           lambda s: (s.finished, estimates.clusters(s))),
     Metric("length", ("samples",), Reduction(("_mean", "_sd", "_quantiles"), estimates.lengths), "tokens",
            "longer samples", "tokens after the prompt, the EOS included", lambda s: (_counts(s),)),
     Metric("distinct", ("samples",), Reduction(("_1", "_2", "_3", "_4"), estimates.distinct), "share",
@@ -149,7 +154,7 @@ _ROWS = (
            "sum over 15 bins of confidence: share of tokens * |hits - confidence|",
            lambda c: (estimates.calibration_error(c),)),
     Metric("agreement", ("agreement", "data"), PER_TOKEN, "share", "the likeliest id is more often p*'s",
-           "E_{x ~ data} [argmax model = argmax p*]", lambda a, d: (a, _counts(d))),
+           "E_{x ~ data} [argmax model = argmax p*]", lambda a, d: (a, *_weights(d))),
 )  # fmt: skip
 # Metrics of samples are rows of their own table: one that is added there is a column here.
 _OF_POINTS = (

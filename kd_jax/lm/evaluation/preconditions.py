@@ -30,6 +30,9 @@ class MeasureSpec:
     embedding_model: str = setting(
         "", "its mean hidden states make texts points, for metrics of samples; best not p*; empty for none"
     )
+    samples_per_prompt: int = setting(
+        1, "samples of each prompt, where the validation rows have prompts of their own", at_least=1
+    )
     num_points: int = setting(2000, "texts of each model that are embedded, at most", at_least=20)
     batch_tokens: int | None = setting(
         None, "tokens scored at a time; none is 4096 for each part of the mesh that rows are split over", at_least=1
@@ -118,7 +121,7 @@ def check_samples(name: str, samples: Corpus, p_star: Model, validation: Mapping
     label = f"{name}: the corpus {samples.folder}"
     compatibility.check_corpus(label, samples, p_star, num_samples)
     # Other prompts or a shorter limit would make precision and recall averages over different sets of sequences.
-    for key in ("prompt_ids", "max_length"):
-        value = samples.manifest["settings"][key]
-        if value != validation[key]:
-            raise ValueError(f"{label} has {key} {value}, the validation corpus {validation[key]}")
+    for key in ("prompt_ids", "max_length", "prompts_fingerprint"):
+        value, wanted = samples.manifest["settings"].get(key), validation.get(key)
+        if value != wanted:
+            raise ValueError(f"{label} has {key} {value}, the validation corpus {wanted}")

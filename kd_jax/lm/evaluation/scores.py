@@ -95,7 +95,7 @@ def score_rows(
     # A row counts as unscored if any of the samplers lacks it: one forward pass then serves them all.
     unscored = np.any([np.isnan(kept[i].log_prob) for i in todo], axis=0)
     tokens, lengths = corpus_lib.padded(rows)
-    generated = lengths - rows.prompt_length
+    generated = rows.num_learnt
     # a view for each row
     others = None if other is None else np.split(other, np.cumsum(generated)[:-1])
     saved = time.monotonic()
@@ -108,12 +108,11 @@ def score_rows(
                 model, tokens[chosen], lengths[chosen], _at_samplers if other is None else _at_samplers_and_top, knobs,
                 batch_tokens=batch_tokens, compute=compute, mesh=mesh,
             )  # fmt: skip
-            spans = rows.prompt_length[chosen], lengths[chosen]
-            agreement = (
-                np.zeros(len(chosen)) if others is None else _agreement(top_ids, [others[i] for i in chosen], *spans)
-            )
+            agreement = np.zeros(len(chosen))
+            if others is not None:
+                agreement = _agreement(top_ids, [others[i] for i in chosen], rows.learnt(chosen, top_ids.shape[1]))
             for i, (log_probs, top) in zip(todo, values, strict=True):
-                _add(kept[i], chosen, log_probs, top, agreement, *spans, label)
+                _add(kept[i], chosen, log_probs, top, agreement, rows.learnt(chosen, log_probs.shape[1]), label)
             bar.update(int(generated[chosen[unscored[chosen]]].sum()))
             if time.monotonic() - saved >= _SAVE_SECONDS:
                 _write([wanted[i] for i in todo], [kept[i] for i in todo])
@@ -131,22 +130,17 @@ def _at_samplers_and_top(logits: jax.Array, ids: jax.Array, knobs: tuple[dict[st
     return _at_samplers(logits, ids, knobs)[0], logits.argmax(axis=-1).astype(np.int32)
 
 
-def _generated(width: int, prompt_lengths: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """bool [row, width]: the tokens after the prompt, where entry j is of token j + 1."""
-    at = np.arange(width)
-    return (at >= np.maximum(prompt_lengths, 1)[:, None] - 1) & (at < lengths[:, None] - 1)
-
-
-def _agreement(top_ids, others: Sequence[np.ndarray], prompt_lengths, lengths) -> np.ndarray:
-    inside = _generated(top_ids.shape[1], prompt_lengths, lengths)
+def _agreement(top_ids, others: Sequence[np.ndarray], inside: np.ndarray) -> np.ndarray:
     return np.array(
         [(row[mask] == other).sum() for row, mask, other in zip(top_ids, inside, others, strict=True)], float
     )
 
 
-def _add(scores: Scores, chosen, log_probs, top, agreement, prompt_lengths, lengths, label: str) -> None:
-    """Adds a batch to the scores, in place; entry j of log_probs and top [row, position] is of token j + 1."""
-    inside = _generated(log_probs.shape[1], prompt_lengths, lengths)
+def _add(scores: Scores, chosen, log_probs, top, agreement, inside: np.ndarray, label: str) -> None:
+    """Adds a batch to the scores, in place.
+
+    Entry j of log_probs, top and inside [row, position] is of token j + 1; `inside` says which are scored.
+    """
     # exactly rounded sums, so that padding and the order of rows do not enter
     sums = np.array([math.fsum(row[mask].tolist()) for row, mask in zip(log_probs, inside, strict=True)])
     if np.isnan(sums).any():
@@ -209,7 +203,7 @@ def likeliest_ids(
     Raises: RunError where the file is damaged.
     """
     tokens, lengths = corpus_lib.padded(rows)
-    ends = np.cumsum(lengths - rows.prompt_length)
+    ends = np.cumsum(rows.num_learnt)
     # -1 is not an id: it marks the tokens that are still to do.
     text, ids = json.dumps(key, sort_keys=True), np.full(ends[-1], -1, np.int32)
     if path.exists():
@@ -235,7 +229,7 @@ def likeliest_ids(
                 model, tokens[chosen], lengths[chosen], _at_samplers_and_top, (), batch_tokens=batch_tokens,
                 compute=compute, mesh=mesh,
             )  # fmt: skip
-            inside = _generated(top_ids.shape[1], rows.prompt_length[chosen], lengths[chosen])
+            inside = rows.learnt(chosen, top_ids.shape[1])
             for i, row, mask in zip(chosen, top_ids, inside, strict=True):
                 ids[ends[i] - mask.sum() : ends[i]] = row[mask]
             bar.update(int(inside.sum()))

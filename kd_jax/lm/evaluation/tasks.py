@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kd_jax.lm.corpus import Corpus, Rows, compatibility
+from kd_jax.lm.corpus import Corpus, Rows, compatibility, prompt_files
 from kd_jax.lm.decode import WHOLE, SamplerSpec
 from kd_jax.lm.evaluation import metric_rows
 from kd_jax.lm.evaluation.lazy_models import LazyModel
@@ -28,12 +28,14 @@ class Data(NamedTuple):
         settings: of their corpus.
         fingerprint: of the rows.
         from_p_star: drawn from p* itself; else data, which p* has to score.
+        prompts: different prompts of the rows, where they have their own; samples answer these.
     """
 
     rows: Rows
     settings: dict[str, Any]
     fingerprint: str
     from_p_star: bool
+    prompts: list[list[int]] | None = None
 
 
 class Plan(NamedTuple):
@@ -83,27 +85,29 @@ def home(folder: str | os.PathLike, name: str, sampler: SamplerSpec = WHOLE) -> 
 
 def sampling_settings(
     model: LazyModel, source: str, prompt_ids: list[int], max_length: int, num_samples: int, seed: int,
-    sampler: SamplerSpec, spec: EvaluationSpec,
+    sampler: SamplerSpec, spec: EvaluationSpec, prompts: list[list[int]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The settings of a corpus of samples of the model (see kd_jax.lm.corpus).
 
     Args:
         model: that is sampled.
         source: its name, for the manifest.
-        prompt_ids: what each sample begins with.
+        prompt_ids: what all samples begin with, where there are no prompts.
         max_length: ids of the longest sample.
         num_samples: rows of the corpus.
         seed: of the samples, any integer.
         sampler: how tokens are drawn.
-        spec: has the dtype and the batch size.
+        spec: has the dtype and the batch size, and how many samples each of the prompts has.
+        prompts: that differ.
     """
+    own = {} if prompts is None else prompt_files.settings(prompts, spec.samples_per_prompt)
     return {
         "source": source, "model_fingerprint": model.fingerprint,
         "tokenizer_fingerprint": compatibility.tokenizer_fingerprint(model.metadata), "dtype": spec.dtype,
         "prompt": None, "prompt_ids": prompt_ids, "eos_ids": sorted(model.metadata.eos_ids), **sampler.knobs(),
         # Seeds of samples are 32 bits wide.
         "seed": seed % 2**32, "max_length": max_length, "num_samples": num_samples,
-        "shard_size": max(_SHARD_ROWS, _SHARD_BATCHES * spec.batch_size),
+        "shard_size": max(_SHARD_ROWS, _SHARD_BATCHES * spec.batch_size), **own,
     }  # fmt: skip
 
 
@@ -128,7 +132,14 @@ def read_data(p_star: LazyModel, validation: Corpus, spec: EvaluationSpec) -> Da
     rows = validation.rows(0, count)
     if rows.prompt_length.min() < 1:
         raise ValueError(f"{label} has rows without a prompt, whose first token no model can score")
-    return Data(rows, settings, fingerprint(validation, count), from_p_star)
+    prompts = None
+    if compatibility.has_own_prompts(validation):
+        prompts = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_files.of_rows(rows)))]
+        if spec.num_samples > len(prompts) * spec.samples_per_prompt:
+            raise ValueError(
+                f"{label} has {len(prompts)} prompts: num_samples={spec.num_samples} needs a larger samples_per_prompt"
+            )
+    return Data(rows, settings, fingerprint(validation, count), from_p_star, prompts)
 
 
 def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: SamplerSpec) -> Task:
@@ -143,7 +154,7 @@ def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: Sa
     if entry.samples is None:
         drawn = sampling_settings(
             model, _source(entry, name), data.settings["prompt_ids"], data.settings["max_length"], spec.num_samples,
-            spec.seed + (entry.seed or 0) + TEACHERS_APART * (entry.teacher or 0), sampler, spec,
+            spec.seed + (entry.seed or 0) + TEACHERS_APART * (entry.teacher or 0), sampler, spec, data.prompts,
         )  # fmt: skip
         # where the model is from and how rows lie in files change what is drawn by rounding only
         samples = {key: value for key, value in drawn.items() if key not in ("source", "shard_size")}

@@ -70,7 +70,7 @@ def _samples(plan: Plan, model: LazyModel, task: Task) -> Corpus:
     label = f"{task.name}: samples" + ("" if task.sampler == WHOLE else f" at {task.sampler.label}")
     return to_corpus.sample(
         model.load, task.home / "samples", task.drawn, command=f"evaluation of {task.name}", label=label,
-        batch_size=plan.spec.batch_size, **plan.run,
+        prompts=plan.data.prompts, batch_size=plan.spec.batch_size, **plan.run,
     )  # fmt: skip
 
 
@@ -124,7 +124,7 @@ def _num_points(plan: Plan) -> int:
 
 def _embeddings(plan: Plan, path: Path, data: Data, size: int, label: str) -> np.ndarray:
     """Those of the first `size` rows."""
-    rows = data.rows._replace(**{name: column[:size] for name, column in data.rows._asdict().items()})
+    rows = data.rows._replace(**{n: column[:size] for n, column in data.rows._asdict().items() if column is not None})
     key = _scores_key(plan, plan.embedder, data) | {"num_rows": size}
     return embeddings.mean_hidden_states(
         path, key, plan.embedder.load, rows, plan.p_star.metadata.tokenizer, label=label,

@@ -32,6 +32,7 @@ from kd_jax.lm.experiment.specs import (
     make_mesh,
     planned_shape,
 )
+from kd_jax.lm.instruct import prompts
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.parallel import distributed
 from kd_jax.parallel.devices import Target
@@ -117,8 +118,8 @@ def plan(spec: LmSpec, identity: str) -> list[Stage]:
     chain = []
     for teacher in range(spec.teachers):
         # of data, no two corpora share a document: each begins where the one before ends
-        first = spec.num_recall + teacher * size if teacher else 0
-        chain.append(_p_star_corpus(spec, identity, of_teacher(TRAIN, teacher), size, _TRAIN + _APART * teacher, first))
+        name, first = of_teacher(TRAIN, teacher), spec.first_row(teacher)
+        chain.append(_p_star_corpus(spec, identity, name, size, _TRAIN + _APART * teacher, first))
         if teacher == 0:
             chain.append(_p_star_corpus(spec, identity, "p_star/validation", spec.num_recall, _VALIDATION, size))
         chain += _from_teacher(spec, teacher)
@@ -147,7 +148,7 @@ def _from_teacher(spec: LmSpec, teacher: int) -> list[Stage]:
 
 def _p_star_corpus(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: int, first: int) -> Stage:
     """A corpus of p*'s samples, or of data from the document `first` on."""
-    settings = _sampling(spec, num_samples, SamplerSpec(), purpose) | {
+    settings = _sampling(spec, num_samples, SamplerSpec(), purpose, first) | {
         "p_star": to_dict(spec.p_star), "identity": identity,
     }  # fmt: skip
     if spec.data.source:
@@ -159,7 +160,7 @@ def _p_star_corpus(spec: LmSpec, identity: str, name: str, num_samples: int, pur
         weights.save_about(model, folder)
         if spec.data.source:
             return _ingest(spec, folder, first, num_samples)
-        return _sample(spec, model, folder, settings, name)
+        return _sample(spec, model, folder, settings, name, first)
 
     shape = PRESETS.get(spec.p_star.architecture)
     return Stage(name, settings, (), work, cost.sampling(spec, shape, num_samples))
@@ -167,12 +168,13 @@ def _p_star_corpus(spec: LmSpec, identity: str, name: str, num_samples: int, pur
 
 def _teacher_corpus(spec: LmSpec, sampler: SamplerSpec, teacher: int) -> Stage:
     # every sampler gets the same random numbers: differences between them are less noisy
-    settings = _sampling(spec, spec.num_train + spec.num_validation, sampler, _SAMPLES + _APART * teacher)
+    size, first = spec.num_train + spec.num_validation, spec.first_row(teacher)
+    settings = _sampling(spec, size, sampler, _SAMPLES + _APART * teacher, first)
     name = of_teacher(arms_lib.samples_stage(sampler), teacher)
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh), teacher)
-        return _sample(spec, model, folder, settings, name)
+        return _sample(spec, model, folder, settings, name, first)
 
     price = cost.sampling(spec, planned_shape(spec, "teacher"), settings["num_samples"])
     return Stage(name, settings | roles.teacher_identity(spec), roles.teacher_inputs(spec, teacher), work, price)
@@ -298,29 +300,29 @@ def _distillation(spec: LmSpec, arm: Arm, inputs: dict[str, Path], number: int) 
     return distill.Distillation(arm.distill, teacher, compute)
 
 
-def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int) -> dict[str, Any]:
+def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int, first: int) -> dict[str, Any]:
     """The settings of a corpus of samples; settings of the sampler that are off are left out."""
     s = spec.sampling
-    return {
+    return prompts.settings(s, first) | {
         "prompt": s.prompt, "prompt_ids": list(s.prompt_ids), "max_length": s.max_length, "shard_size": s.shard_size,
         "num_samples": num_samples, "seed": spec.seed + purpose, "dtype": s.dtype,
         **{name: value for name, value in sampler.knobs().items() if value is not None},
     }  # fmt: skip
 
 
-def _sample(spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str) -> dict[str, Any]:
+def _sample(spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str, first: int) -> dict:
     """Samples the corpus of a stage; returns its counts and its entropy in nats per token."""
     tokenizer = model.tokenizer
+    prompt, chosen = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"])
     names = ("max_length", "shard_size", "num_samples", "seed", "dtype")
     corpus_settings = {name: settings[name] for name in names} | SamplerSpec.of(settings).knobs()
     corpus_settings |= {
         "source": label, "model_fingerprint": weights.fingerprint(model.params),
         "tokenizer_fingerprint": None if tokenizer is None else tokenizer.fingerprint,
-        "prompt": settings["prompt"] or None, "eos_ids": sorted(model.eos_ids),
-        "prompt_ids": settings["prompt_ids"] or tokenizer.encode(settings["prompt"]),
+        "eos_ids": sorted(model.eos_ids), **prompt,
     }  # fmt: skip
     corpus = to_corpus.sample(
-        model, folder / "corpus", corpus_settings, command=f"stage {label}", label=label,
+        model, folder / "corpus", corpus_settings, command=f"stage {label}", label=label, prompts=chosen,
         batch_size=spec.sampling.batch_size, compute=Compute(dtype=settings["dtype"]), mesh=make_mesh(spec.mesh),
     )  # fmt: skip
     # From the log-probabilities that sampling has kept: nothing is scored again.

@@ -16,6 +16,7 @@ from kd_jax.lm.corpus import compatibility, documents
 from kd_jax.lm.experiment import knobs
 from kd_jax.lm.experiment.arms import arms
 from kd_jax.lm.experiment.specs import LmSpec, architecture, make_mesh, planned_shape
+from kd_jax.lm.instruct import prompts
 from kd_jax.lm.model import PRESETS, Architecture, Model, frozen
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs import trackers
@@ -35,6 +36,11 @@ def check(spec: LmSpec) -> None:
                 f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "
                 f"config.sampling.max_length={spec.sampling.max_length}"
             )
+    if spec.sampling.prompts and spec.num_samples > spec.num_recall * spec.evaluation.samples_per_prompt:
+        raise ValueError(
+            f"config.num_samples={spec.num_samples} is above num_recall={spec.num_recall} prompts with "
+            f"config.evaluation.samples_per_prompt={spec.evaluation.samples_per_prompt} samples each"
+        )
     names = [arm.name for arm in groups]
     _check_names(spec, names)
     knobs.check(spec.frontier, names)
@@ -99,6 +105,11 @@ def check_sources(spec: LmSpec) -> None:
 
 
 def _check_prompt(spec: LmSpec, p_star: Model) -> None:
+    if spec.sampling.prompts:
+        prompts.settings(spec.sampling, 0)
+        if spec.p_star.source and p_star.tokenizer is None:
+            raise ValueError("config.sampling.prompts needs a tokenizer, which p* does not have")
+        return
     ids, text = spec.sampling.prompt_ids, spec.sampling.prompt
     if not ids and p_star.tokenizer is None:
         raise ValueError(f"config.sampling.prompt={text!r} needs a tokenizer, which p* does not have; set prompt_ids")

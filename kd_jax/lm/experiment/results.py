@@ -18,6 +18,7 @@ from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import roles
 from kd_jax.lm.experiment.arms import Arm, of_teacher, samples_stage
 from kd_jax.lm.experiment.specs import LmSpec, make_mesh
+from kd_jax.lm.instruct import pass_rate
 from kd_jax.lm.model import Model
 from kd_jax.lm.training.log import ROW
 from kd_jax.parallel import distributed
@@ -93,6 +94,17 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         batch_size=spec.sampling.batch_size,
     )  # fmt: skip
     rows = evaluation.evaluate(p_star, entries, validation, settings, folder / "evaluation", make_mesh(spec.mesh))
+    if spec.instruct.num_test:
+        # Students alone: a teacher that is p* has p*'s answers, and another one costs as much as p* itself.
+        students = {name: model.entry for name, model in models.items() if model.arm is not None}
+        lazy = evaluation.LazyModel(p_star, spec.sampling.dtype, make_mesh(spec.mesh), folder / "evaluation")
+        checked, answers = pass_rate.evaluate(
+            spec.instruct, lazy, students, settings, folder / "evaluation", max_length=spec.sampling.max_length,
+            mesh=make_mesh(spec.mesh),
+        )  # fmt: skip
+        rows = [*rows, *checked]
+        if distributed.leads():
+            write_rows(folder / "answers.jsonl", answers)
     # Process 0 alone writes the rows; the manifest's entries go to all.
     gather = functools.partial(_gather, spec, folder, chain, rows, models, p_star, validation)
     return distributed.once(gather, "gathering the rows")
@@ -101,6 +113,8 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
 def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dict[str, Evaluated]:
     """Every teacher with each sampler whose text students learn; plain teachers if they learn none of it."""
     samplers = dict.fromkeys(arm.sampler for arm in arms_lib.arms(spec) if arm.sampler is not None)
+    if spec.sampling.prompts:
+        samplers = {}  # the teachers' corpora answer the prompts of training, and not those of the validation rows
     models = {}
     for teacher in range(spec.teachers):
         source = spec.teacher.source or folders[of_teacher("teacher", teacher)]
@@ -135,11 +149,12 @@ def _gather(
     """Writes metrics.jsonl and samples.jsonl of the run; returns what the manifest says of its stages."""
     folders = stages.folders(folder, chain)
     # What a model learnt from is joined here: the evaluation knows models by name only.
-    rows = [row | learnt_from(models[row["name"]], folders) for row in rows]
+    checked = [row for row in rows if row["kind"] == "instruct"]
+    rows = [row | learnt_from(models[row["name"]], folders) for row in rows if row["kind"] == "evaluation"]
     _write_recall(folder, rows, validation, spec.num_recall)
     seconds = evaluation.seconds(folder / "evaluation", models)
     training_rows = [read_rows(home / "metrics.jsonl") for _, home in trained(chain, folders)]
-    rows = [*rows, *sum(training_rows, []), *stage_rows(chain, folders, seconds)]
+    rows = [*rows, *checked, *sum(training_rows, []), *stage_rows(chain, folders, seconds)]
     write_rows(folder / "metrics.jsonl", rows)
     write_rows(folder / "samples.jsonl", sample_rows(spec, p_star, models, validation, folder))
     records = []

@@ -12,6 +12,7 @@ from kd_jax.lm import weights
 from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.evaluation import MeasureSpec
 from kd_jax.lm.experiment.knobs import ContrastSpec, FrontierSpec
+from kd_jax.lm.instruct.pass_rate import InstructSpec
 from kd_jax.lm.model import PRESETS, Architecture, Compute, Model, depth, lora
 from kd_jax.lm.model.frozen import Part
 from kd_jax.lm.training.recipe import TrainSpec
@@ -55,6 +56,10 @@ class SamplingSpec:
 
     prompt: str = setting("The", "text that every sample begins with")
     prompt_ids: tuple[int, ...] = setting((), "its token ids, in place of the text", at_least=0)
+    prompts: tuple[str, ...] = setting(
+        (), "prompts that differ, in place of one for all: files, packages, or templates (kd_jax.lm.instruct.prompts)"
+    )
+    prompts_column: str = setting("", "their column in files; empty for messages, prompt, instruction or text")
     max_length: int = setting(48, "tokens of a sample at most, prompt included", at_least=2)
     batch_size: int = setting(64, "samples drawn side by side", at_least=1)
     shard_size: int = setting(1024, "samples of a file", at_least=1)
@@ -168,6 +173,7 @@ class LmSpec:
     frontier: FrontierSpec = setting(FrontierSpec(), "knobs of selectivity that are compared")
     teacher: TeacherSpec = setting(TeacherSpec(), "the teacher")
     student: StudentSpec = setting(StudentSpec(), "the students")
+    instruct: InstructSpec = setting(InstructSpec(), "instructions with answers that are checked")
     train: TrainSpec = setting(TrainSpec(), "how models are trained")
     compute: ComputeSpec = setting(ComputeSpec(), "how models are run in training")
     mesh: MeshSpec = setting(MeshSpec(), "how devices are arranged")
@@ -184,6 +190,8 @@ class LmSpec:
                 "data.source needs p_star.source (the model that scores samples and has the tokenizer) and "
                 "sampling.prompt_ids (what each row, and each sample, begins with: BOS, for instance)"
             )
+        if self.data.source and self.sampling.prompts:
+            raise ValueError("sampling.prompts has no effect: the rows of data.source have their own")
         for role in ("teacher", "student"):
             _check_shape(getattr(self, role), role)
             _check_part(self.part_of(role), getattr(self, role), role)
@@ -192,6 +200,10 @@ class LmSpec:
                 raise ValueError(f"train.batch_size={batch_size} of the {role} is above num_train={self.num_train}")
         # Its own checks, before the run begins.
         Compute(**vars(self.compute))
+
+    def first_row(self, teacher: int) -> int:
+        """Where a teacher's corpus of p* begins in the order of documents, or of prompts, that no two corpora share."""
+        return self.num_recall + teacher * (self.num_train + self.num_validation) if teacher else 0
 
     def train_of(self, role: str) -> TrainSpec:
         """How the teacher, or a student, is trained."""

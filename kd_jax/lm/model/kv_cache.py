@@ -186,6 +186,39 @@ def open_pages(pages: Pages, positions: jax.Array) -> Pages:
     return pages._replace(owner=owner, order=order, table=table)
 
 
+def fill(pages: Pages, cache: Cache, rows: jax.Array, slots: jax.Array) -> Pages:
+    """Copies rows of a cache into the pages of slots, as far as the slots have pages (see `open_pages`).
+
+    Args:
+        cache: of [group * row]; its length is a multiple of PAGE.
+        rows, slots: int [group, copy], which of the group's rows, and to which slot; the number of slots for none.
+    """
+    groups, count = len(pages.table), cache.length // PAGE
+    # a slot that does not exist has no pages, and what goes to no page is dropped
+    to = jax.vmap(lambda table, at: jnp.take(table, at, axis=0, mode="fill", fill_value=pages.num_pages))
+    to = to(pages.table, slots)[:, :, :count].reshape(groups, -1)
+
+    def copy(pool, parts):  # parts: [group * row, page of the row, ...]
+        parts = parts.reshape(groups, -1, *parts.shape[1:])
+
+        def one(pool, parts, rows, to):
+            chosen = parts[rows]
+            return pool.at[to].set(chosen.reshape(-1, *chosen.shape[2:]), mode="drop")
+
+        return jax.vmap(one)(pool, parts, rows, to)
+
+    def keys(row):
+        return row.reshape(*row.shape[:3], count, PAGE).transpose(0, 3, 1, 2, 4)
+
+    def values(row):
+        return row.reshape(*row.shape[:2], count, PAGE, row.shape[3]).transpose(0, 2, 1, 3, 4)
+
+    return pages._replace(
+        keys=tuple(copy(pool, keys(row)) for pool, row in zip(pages.keys, cache.keys, strict=True)),
+        values=tuple(copy(pool, values(row)) for pool, row in zip(pages.values, cache.values, strict=True)),
+    )
+
+
 def release(pages: Pages, done: jax.Array, keep: jax.Array) -> Pages:
     """Frees the pages of the slots that are done, bool [group * slot], except the first `keep` of each slot.
 

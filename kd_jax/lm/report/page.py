@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 from matplotlib.figure import Figure
 
 from kd_jax.lm.experiment import knobs
+from kd_jax.lm.instruct import page as instruct_page
 from kd_jax.lm.report import (
     about_run,
     comparison,
@@ -88,6 +89,7 @@ TEMPLATE = """{% if preregistered %}<p class="lead"><strong>{{ preregistered }}<
 {% endfor %}</tbody></table></div>
 <p class="note">A column is one model, of the seed named; a row is one index. Special tokens are shaded; “cut” marks a
 text that reached the longest length allowed before it ended.</p>{% endif %}
+{{ INSTRUCT }}
 {% for table in tables %}{{ section(table) }}
 {% endfor %}
 {% if "curves" in images %}<h2>Against {% if "divergences" in images %}tau and {% endif %}the teacher's entropy</h2>
@@ -164,9 +166,9 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
     tables.save([*shown, cost], folder)
     html = page.render(
-        TEMPLATE,
+        TEMPLATE.replace("{{ INSTRUCT }}", instruct_page.TEMPLATE),
         folder=folder,
-        style=STYLE,
+        style=STYLE + instruct_page.STYLE,
         title=TITLE if frontier_config is None else KNOBS_TITLE,
         preregistered=run.preregistered,
         finding=finding(run.groups, run.curves, run.standings),
@@ -176,6 +178,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         captions=captions,
         beside=beside,
         samples=samples_lib.side_by_side(samples),
+        instruct=instruct_page.read(folder, run.rows, run.config.get("instruct")),
         tables=shown,
         definitions=about_run.definitions(run.groups),
         missing=about_run.missing(run.rows, run.groups, samples) + frontier.missing(frontier_config, run.curves),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from kd_jax.lm.corpus import Corpus, batches
+from kd_jax.lm.corpus import Corpus, batches, compatibility
 from kd_jax.lm.corpus.batches import Layout, Sequences, Updates
 from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.distill.rollouts import Rollouts
@@ -58,13 +58,14 @@ def prepare(
     updates = Updates(train, layout, member.seed, spec.epochs)
     if not on_policy:
         return Data(updates, validation, None)
-    prompts = train
-    if member.prompts is not None and distill.prompt_length:
+    prompts, own_prompts = train, compatibility.has_own_prompts(member.corpus)
+    if member.prompts is not None and (distill.prompt_length or own_prompts):
         # Their training rows: rows that are held out of training begin no sample either.
         prompts = _split(member.prompts, member)[0]
     rollouts = Rollouts(
-        spec=distill, student=model, layout=layout, seed=member.seed, prompt_ids=corpus_settings["prompt_ids"],
-        prompts=prompts, max_length=corpus_settings["max_length"], compute=compute, mesh=mesh,
+        spec=distill, student=model, layout=layout, seed=member.seed, prompts=prompts,
+        prompt_ids=[] if own_prompts else corpus_settings["prompt_ids"], max_length=corpus_settings["max_length"],
+        compute=compute, mesh=mesh,
     )  # fmt: skip
     return Data(updates, validation, rollouts)
 

@@ -213,6 +213,16 @@ np.testing.assert_allclose(samples.utilisation, (one["lengths"] - 1).sum() / (9 
 for name in ("tokens", "lengths", "finished"):
     np.testing.assert_array_equal(getattr(samples, name), one[name], err_msg=str(sizes))
 print("same with fewer slots", *sizes)
+
+# Prompts that differ: four slots in each of two groups, so that samples begin in turns.
+prompts = [[3, 100, 159, 5, 0], [7], list(range(20, 100))]
+alone = here.run(here.small(), prompts, 12, samples_per_prompt=4, max_length=110)
+sizes = (2, 2, 2)
+mesh = mesh_lib.make(*sizes)
+params = jax.device_put(here.small().params, mesh_lib.shardings(model.logical_axes(here.SMALL), params, mesh))
+of = here.small()._replace(params=params)
+here.assert_same(here.run(of, prompts, 12, samples_per_prompt=4, max_length=110, mesh=mesh), alone)
+print("same answers", *sizes)
 """
 
 
@@ -226,7 +236,7 @@ def test_sample_does_not_depend_on_the_devices(tmp_path):
         [sys.executable, "-c", DEVICES, tmp_path / "one.npz"], env=os.environ | flags, capture_output=True, text=True,
         timeout=900, cwd=pathlib.Path(__file__).parents[3],
     )  # fmt: skip
-    lines = ["same 8 1 1", "same 2 2 2", "same 4 1 2", "same with fewer slots 2 1 4"]
+    lines = ["same 8 1 1", "same 2 2 2", "same 4 1 2", "same with fewer slots 2 1 4", "same answers 2 2 2"]
     assert done.stdout.splitlines() == lines, done.stderr
 
 
@@ -410,10 +420,10 @@ def test_slots_become_fewer_when_no_more_samples_start(slots_held):
     prompts = [[(5 - count) % 24] for count in steps]
     samples = run(chain(COUNT_UP, eos_ids=(5,)), prompts, 34, batch_size=32, max_length=50)
     assert (samples.lengths - 1).tolist() == steps and samples.finished.all()
-    # 32 run for 4 steps, when 16 of them end and the last two begin: 18, known after a step. 8 end after 10 steps and 8
-    # after 20, when there are 10 and 2; the last two after 4 + 23.
-    assert slots_held == [32] * 5 + [24] * 5 + [12] * 10 + [8] * 7 and samples.steps == 27
-    np.testing.assert_allclose(samples.utilisation, sum(steps) / (5 * 32 + 5 * 24 + 10 * 12 + 7 * 8), rtol=1e-9)
+    # 32 run for 4 steps, when 16 of them end and the last two begin: 18 are left. 8 end after 10 steps and 8 after 20,
+    # when there are 10 and 2; the last two after 4 + 23.
+    assert slots_held == [32] * 4 + [24] * 6 + [12] * 10 + [8] * 7 and samples.steps == 27
+    np.testing.assert_allclose(samples.utilisation, sum(steps) / (4 * 32 + 6 * 24 + 10 * 12 + 7 * 8), rtol=1e-9)
 
 
 @pytest.mark.slow

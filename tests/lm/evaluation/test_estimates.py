@@ -62,7 +62,7 @@ def test_a_difference_has_the_errors_of_both():
     random = np.random.default_rng(3)
     sets = [(random.normal(size=40), random.integers(1, 9, 40)) for _ in range(2)]
     (a, a_se), (b, b_se) = (estimates.per_token(*pair) for pair in sets)
-    assert estimates.difference(*sets[0], *sets[1]) == (a - b, pytest.approx(math.hypot(a_se, b_se)))
+    assert estimates.difference(sets[0], sets[1]) == (a - b, pytest.approx(math.hypot(a_se, b_se)))
 
 
 def test_calibration_error_by_hand():

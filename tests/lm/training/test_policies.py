@@ -152,6 +152,26 @@ def rollouts(prompts, seed=5, **how):
     )
 
 
+def test_rollouts_answer_the_prompts_of_their_rows():
+    class Rows:  # of prompts of their own; the last row has nothing after its prompt but an EOS
+        prompt_lengths = np.array([1, 2, 4, 3])
+
+        def __len__(self):
+            return 4
+
+        def tokens(self, rows):
+            return [np.arange(10 * row, 10 * row + self.prompt_lengths[row] + 1) for row in rows]
+
+    made = Rollouts(
+        DistillSpec(policy="on_policy"), STUDENT, Layout(8, max_length=16), 5, [], Rows(), 16, COMPUTE
+    )  # fmt: skip
+    begun = made.prompts_of(3)
+    assert len(begun) == 8 and begun == made.prompts_of(3) != made.prompts_of(4)
+    assert {tuple(ids) for ids in begun} <= {(0,), (10, 11), (20, 21, 22, 23), (30, 31, 32)}
+    with pytest.raises(ValueError, match="a prompt of 4 ids"):
+        Rollouts(DistillSpec(policy="on_policy"), STUDENT, Layout(8, max_length=4), 5, [], Rows(), 4, COMPUTE)
+
+
 def often_ending():
     """A model that ends about a third of its sequences at each token."""
     params = tiny(3).params

@@ -1,0 +1,134 @@
+"""Prompts that models answer: from data files, or the beginnings of a corpus's rows, as token ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kd_jax.lm.corpus import documents, readers
+from kd_jax.lm.corpus.store import Rows
+from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.runs import cache
+
+# Columns that are looked for where none is named: conversations, then texts.
+COLUMNS = ("messages", "prompt", "instruction", "text")
+# What an instruction is about, where it is in a column of its own (Alpaca's form).
+_INPUT = "input"
+
+
+class Package(NamedTuple):
+    """A file of prompts in a source distribution on the package index (kd_jax.runs.cache.from_wheel)."""
+
+    name: str
+    size: int
+    sha256: str
+    licence: str
+
+
+PACKAGES = {
+    "pypi:llamafactory==0.9.5": Package(
+        "alpaca_en_demo.json", 859893, "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
+        "Apache 2.0; the instructions are Alpaca's, CC BY-NC 4.0",
+    ),
+}  # fmt: skip
+
+
+def locate(source: str | os.PathLike) -> str:
+    """The files of a source: those of a package in PACKAGES are fetched and verified, others are as they are.
+
+    Raises: RunError where the download fails or has another checksum.
+    """
+    package = PACKAGES.get(str(source))
+    if package is None:
+        return str(source)
+    return str(cache.from_wheel(str(source).removeprefix("pypi:"), *package, sdist=True))
+
+
+def identity(source: str | os.PathLike) -> str:
+    """A digest (hex) of the content of a source; nothing is fetched.
+
+    Raises: FileNotFoundError for a source that is not there.
+    """
+    package = PACKAGES.get(str(source))
+    return documents.identity(str(source)) if package is None else package.sha256
+
+
+def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = None) -> list[list[int]]:
+    """The prompts of data files as ids.
+
+    A text is what a user says, and a conversation is answered where it ends; a last turn of the assistant is left out.
+    Both are rendered by the tokenizer's chat template, up to the assistant's words. Without a template a text is the
+    prompt as it is.
+
+    Args:
+        source: a file, a glob of files or a folder of them (see documents.SOURCES), or one of PACKAGES.
+        tokenizer: of the model that answers.
+        column: with texts, or with lists of {"role", "content"}; by default the first of COLUMNS that is there.
+
+    Returns: ids of each row, in order.
+    Raises: ValueError, naming the row, for what is no prompt; FileNotFoundError or RunError for what cannot be read.
+    """
+    paths = documents.files(locate(source), split="train", subset=None)
+    names = readers.names(paths[0])
+    column = column or next((name for name in COLUMNS if name in names), COLUMNS[1])
+    documents.check_columns(str(source), paths, documents.Columns("text", (column,)))
+    columns = (column, _INPUT) if column == "instruction" and _INPUT in names else (column,)
+    prompts = []
+    for path in paths:
+        for number, (value, *more) in enumerate(readers.rows(path, columns)):
+            try:
+                text = "\n\n".join([value, *filter(None, more)]) if more else value
+                prompts.append(encode(text, tokenizer))
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}: {error}") from error
+    return prompts
+
+
+def encode(prompt: str | Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    """A prompt as ids: a text, or messages (a list, or the same as JSON); see `read`.
+
+    Raises: ValueError for an empty prompt, or messages that the template refuses.
+    """
+    messages = prompt
+    if isinstance(prompt, str):
+        is_json = prompt.lstrip().startswith('[{"')
+        messages = json.loads(prompt) if is_json else [{"role": "user", "content": prompt}]
+    if not messages or not all(isinstance(message.get("content"), str) for message in messages):
+        raise ValueError("a prompt is a text, or messages with a role and a content")
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if tokenizer.chat_template:
+        ids = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
+    elif len(messages) == 1:
+        ids = tokenizer.encode(messages[0]["content"])
+    else:
+        raise ValueError("the tokenizer has no chat template; without one, a prompt is one text")
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return ids
+
+
+def of_rows(rows: Rows) -> list[list[int]]:
+    """The prompts of a corpus's rows: the ids before what was generated, or before the assistant's first words."""
+    return [ids[:length].tolist() for ids, length in zip(rows.tokens, rows.prompt_length, strict=True)]
+
+
+def fingerprint(prompts: Sequence[Sequence[int]]) -> str:
+    """A SHA-256 (hex) of the prompts in their order."""
+    digest = hashlib.sha256()
+    for ids in prompts:
+        digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, "<i4").tobytes())
+    return digest.hexdigest()
+
+
+def settings(prompts: Sequence[Sequence[int]], samples_per_prompt: int) -> dict[str, Any]:
+    """The settings of a corpus of samples that say which prompts they have (manifest.SampleSpec)."""
+    return {
+        "prompt": None, "prompt_ids": [], "prompts_fingerprint": fingerprint(prompts),
+        "samples_per_prompt": samples_per_prompt,
+    }  # fmt: skip

@@ -1,0 +1,96 @@
+"""The prompts of a run: which ones its models learn to answer, and which ones they are measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kd_jax.lm.corpus import prompt_files
+from kd_jax.lm.instruct.templates import INSTRUCTIONS, every
+
+# The source of prompts that stands for our own templates: those of the split "train".
+TEMPLATES = "templates"
+
+
+class Bytes:
+    """Stands in for the tokenizer of a random p*, which has none: a text's bytes are its ids."""
+
+    chat_template = None
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of a text."""
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; those that are no bytes, or no text, are shown as such."""
+        return bytes(int(i) if i < 256 else 63 for i in ids).decode(errors="replace")
+
+
+def load(sampling: Any, tokenizer: Any, *, seed: int, needed: int) -> list[list[int]]:
+    """The different prompts of config.sampling as ids, in an order by the seed.
+
+    Those that leave less than a quarter of max_length for an answer are left out.
+
+    Args:
+        sampling: with `prompts` (sources, see prompt_files.read, or TEMPLATES), `prompts_column` and `max_length`.
+        tokenizer: of the model that answers; None for one of random weights.
+        seed: of the order.
+        needed: how many there have to be.
+
+    Raises: ValueError where there are fewer; and as prompt_files.read.
+    """
+    tokenizer = tokenizer or Bytes()
+    prompts = []
+    for source in sampling.prompts:
+        if source == TEMPLATES:
+            prompts += [prompt_files.encode(one.prompt, tokenizer) for one in every("train")]
+        else:
+            prompts += prompt_files.read(source, tokenizer, sampling.prompts_column or None)
+    # no prompt is trained on and measured with, so each one counts once
+    different = [list(ids) for ids in dict.fromkeys(map(tuple, prompts)) if len(ids) <= 3 * sampling.max_length // 4]
+    if len(different) < needed:
+        raise ValueError(
+            f"config.sampling.prompts gives {len(different)} different prompts with room for an answer; num_train, "
+            f"num_validation and num_recall together need {needed}"
+        )
+    order = np.argsort(np.random.Philox(seed).random_raw(len(different)), kind="stable")
+    return [different[i] for i in order]
+
+
+def of_corpus(
+    spec: Any, tokenizer: Any, first: int, count: int
+) -> tuple[dict[str, Any], list[list[int]] | None]:  # fmt: skip
+    """The settings of a corpus of samples that say what its rows begin with, and its prompts where they differ.
+
+    Args:
+        spec: of the run (kd_jax.lm.experiment.specs.LmSpec).
+        tokenizer: of the model that is sampled, or None.
+        first, count: which of the run's prompts; one sample answers each.
+
+    Raises: as `load`.
+    """
+    sampling = spec.sampling
+    if not sampling.prompts:
+        ids = list(sampling.prompt_ids) or tokenizer.encode(sampling.prompt)
+        return {"prompt": sampling.prompt or None, "prompt_ids": ids}, None
+    # p*'s corpora of all teachers and the validation rows have prompts of their own
+    needed = spec.teachers * (spec.num_train + spec.num_validation) + spec.num_recall
+    chosen = load(sampling, tokenizer, seed=spec.seed, needed=needed)[first : first + count]
+    return prompt_files.settings(chosen, samples_per_prompt=1), chosen
+
+
+def settings(sampling: Any, first: int) -> dict[str, Any]:
+    """What makes the prompts of a stage other ones, nothing where all samples begin alike; nothing is fetched.
+
+    Args:
+        sampling: see `load`.
+        first: the stage's first prompt.
+
+    Raises: FileNotFoundError for a source that is not there.
+    """
+    if not sampling.prompts:
+        return {}
+    content = [INSTRUCTIONS if source == TEMPLATES else prompt_files.identity(source) for source in sampling.prompts]
+    return {"prompts": content, "prompts_column": sampling.prompts_column, "first": first}

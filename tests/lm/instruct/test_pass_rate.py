@@ -1,0 +1,88 @@
+import math
+
+import numpy as np
+import pytest
+
+from kd_jax.lm.instruct import contrast, page, pass_rate
+from kd_jax.lm.instruct.pass_rate import Answers, InstructSpec
+
+
+def test_metrics_by_hand():
+    passed = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], bool)
+    tokens = [np.array(ids) for ids in ([1, 2, 3], [1, 2], [1, 2, 1, 2, 9], [4], [5], [6], [7], [8])]
+    row = pass_rate.metrics(
+        Answers([""] * 8, passed, tokens, np.array([True] * 6 + [False] * 2)), ["copy", "sort", "copy", "sort"]
+    )
+    assert row["pass_rate"] == 0.5 and row["best_of_n"] == 0.75 and row["samples_per_prompt"] == 2
+    # over instructions: their means are .5, 0, 1 and .5
+    assert row["pass_rate_se"] == pytest.approx(np.std([0.5, 0, 1, 0.5], ddof=1) / 2)
+    assert row["best_of_n_se"] == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
+    assert (row["pass_rate_copy"], row["pass_rate_sort"]) == (0.75, 0.25)
+    assert row["finished"] == 0.75 and row["length_mean"] == 15 / 8
+    assert row["distinct_2"] == pytest.approx(4 / 7)  # pairs 12 23, 12, 12 21 12 29
+
+
+def row(arm, split, tau, rate, variety, seed=0):
+    return {
+        "kind": "instruct", "name": f"{arm}/seed-{seed}", "arm": arm, "tau": None, "seed": seed, "split": split,
+        "sample_temperature": tau, "pass_rate": rate, "pass_rate_se": 0.1, "best_of_n": rate, "samples_per_prompt": 1,
+        "distinct_2": variety, "finished": 1.0, "length_mean": 9.0,
+    }  # fmt: skip
+
+
+ROWS = [
+    row("direct", "validation", 1.0, 0.2, 0.9), row("direct", "validation", 0.6, 0.4, 0.5),
+    # the test split would choose otherwise
+    row("direct", "test", 1.0, 0.9, 0.9), row("direct", "test", 0.6, 0.3, 0.55),
+    row("sharp", "test", 1.0, 0.3, 0.8), row("sharp", "test", 0.8, 0.5, 0.6), row("sharp", "test", 0.6, 0.7, 0.5),
+]  # fmt: skip
+
+
+def test_contrast_by_hand():
+    out = contrast.at_equal_variety(ROWS, arm="sharp", control="direct")
+    # direct at 0.6 has distinct-2 .55: half way between sharp's .5 and .6, so .6 against .3
+    assert out["difference"] == pytest.approx(0.3) and (out["pairs"], out["outside"]) == ([(0, 0)], [])
+    assert out["low"] is None
+    again = [{**one, "seed": 1, "pass_rate": one["pass_rate"] - 0.2 * (one["arm"] == "sharp")} for one in ROWS]
+    out = contrast.at_equal_variety([*ROWS, *again], arm="sharp", control="direct")
+    assert out["difference"] == pytest.approx(0.2) and out["pairs"] == [(0, 0), (0, 1)]
+    # the 0.975 quantile of t with one degree of freedom is 12.706
+    assert out["high"] - out["difference"] == pytest.approx(12.706 * 0.1, rel=1e-3)
+    varied = [{**one, "distinct_2": 0.99} if one["arm"] == "direct" else one for one in ROWS]
+    out = contrast.at_equal_variety(varied, arm="sharp", control="direct")
+    assert out["difference"] is None and out["outside"] == [(0, 0)]
+
+
+def answer(name, arm, seed, tau, index, passed):
+    return {
+        "name": name, "arm": arm, "tau": None, "seed": seed, "sample_temperature": tau, "index": index,
+        "prompt": f"prompt {index}", "task": "copy", "answer": f"{name} says {index} at {tau}", "passed": passed,
+        "split": "test",
+    }  # fmt: skip
+
+
+def test_answers_side_by_side(tmp_path):
+    rows = [
+        answer(name, arm, seed, tau, index, index == 0)
+        for name, arm, seed in [("p_star", "p_star", None), *((f"direct/seed-{n}", "direct", n) for n in (1, 0))]
+        for tau in (1.0, 0.6)
+        for index in range(2)
+    ]  # fmt: skip
+    shown = page.side_by_side(rows)
+    assert shown["columns"] == ["p* at 0.6", "direct at 0.6"]
+    assert [prompt for prompt, _ in shown["prompts"]] == ["prompt 0", "prompt 1"]
+    assert [cell["answer"] for cell in shown["prompts"][1][1]] == [
+        "p_star says 1 at 0.6",
+        "direct/seed-0 says 1 at 0.6",
+    ]
+    assert [cell["passed"] for _, cells in shown["prompts"] for cell in cells] == [True, True, False, False]
+    read = page.read(tmp_path, ROWS, {"arm": "sharp", "control": "direct"})
+    assert len(read["rates"]) == 7 and "+0.300, 1 pairs of students." in read["contrast"] and not read["prompts"]
+    assert page.read(tmp_path, [], {"arm": "sharp", "control": "direct"})["contrast"] == ""
+
+
+def test_settings_that_cannot_work():
+    with pytest.raises(ValueError, match="both are needed"):
+        InstructSpec(num_test=3)
+    with pytest.raises(ValueError, match="'validation' has 50 instructions, not 51"):
+        InstructSpec(num_test=3, num_validation=51)
