@@ -93,7 +93,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 def _named(models: Sequence[str]) -> dict[str, str]:
     named = {}
     for word in models:
-        # "==" is of a package's version, and a path that is there is a path whatever it looks like
+        # "==" belongs to a package's version; an existing path is a path, also with "=" in it.
         match = None if Path(word).expanduser().exists() else re.fullmatch(r"([^=:]+)=(?!=)(.+)", word)
         name, source = match.groups() if match else (Path(word).expanduser().absolute().name, word)
         if match is None and word.startswith("pypi:"):

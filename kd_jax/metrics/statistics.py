@@ -96,7 +96,7 @@ def two_way(values: np.ndarray, confidence: float = 0.95) -> Interval:
 
 
 def _dof(quantile: float, confidence: float, one: float, other: float) -> float:
-    """Degrees of freedom, between those of the parts, of the t distribution with this quantile."""
+    """The degrees of freedom of the t distribution with this quantile; they lie between those of the parts."""
     low, high = min(one, other), max(one, other)
     miss = lambda dof: stats.t.ppf((1 + confidence) / 2, dof) - quantile  # noqa: E731
     return optimize.brentq(miss, low, high) if miss(low) > 0 > miss(high) else low if miss(low) <= 0 else high

@@ -28,7 +28,7 @@ class Knob(NamedTuple):
     """A knob and its students.
 
     Attributes:
-        name: as it is called in text, with what its values go over in the legend.
+        name: as text calls it; the legend adds the range of its values.
         values: the settings, as text, in order.
         metrics: name -> [setting, seed]; at least precision, recall and teacher_entropy (of the teacher's own samples
             under it, nats).

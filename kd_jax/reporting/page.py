@@ -66,7 +66,7 @@ class Beside(NamedTuple):
         title: what the run is.
         image: its frontier, a PNG in base64.
         slopes: name and value, as text, of each slope.
-        note: what the slopes are of.
+        note: the unit of the slopes.
     """
 
     title: str
@@ -96,7 +96,7 @@ def render(template: str, *, folder: Path, style: str = "", **values: Any) -> st
 
 
 def _with_contents(html: str) -> str:
-    """The page with an anchor at each heading, and links to them in its empty <nav>; as it is without one."""
+    """The page with an anchor at each heading, and links to them in its empty <nav>; unchanged without one."""
     if "<nav></nav>" not in html:
         return html
     anchors: dict[str, str] = {}

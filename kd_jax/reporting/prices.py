@@ -4,7 +4,7 @@ A knob (tau, top-p, a divergence, ...) has a curve: precision and recall at each
 every other knob. Gain is the rise in precision and loss the fall in recall, both from a reference student of the same
 seeds. Curves are compared at equal gain, pair by pair of seeds; the price is loss / gain.
 
-Every p-value is of a t test over seeds, with Holm's correction for all the comparisons that were made.
+Every p-value comes from a t test over seeds, with Holm's correction for all the comparisons that were made.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Match(NamedTuple):
     Attributes:
         way, gain: which; the gain in precision over the reference, nats.
         difference: its interval over seeds, nats; None where the control does not reach the gain.
-        p_value: adjusted for all comparisons but the preregistered one, whose p-value is as it is.
+        p_value: adjusted for all comparisons but the preregistered one, which is not adjusted.
     """
 
     way: str

@@ -27,7 +27,7 @@ def check(row: Mapping[str, Any], where: str, kinds: Mapping[str, str]) -> None:
 
 
 def is_kind(value: Any, kind: str) -> bool:
-    """Whether a value of a row is of one of the kinds above."""
+    """Whether a value of a row has this kind, one of those above."""
     if kind == TEXT:
         return isinstance(value, str)
     # A bool is an int to Python.

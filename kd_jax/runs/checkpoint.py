@@ -209,7 +209,7 @@ def _naming(folder: Path, *, reading: bool = False) -> Iterator[None]:
     """An error in the block becomes one that names the folder: the operating system's, with its number, or damage.
 
     Args:
-        reading: whatever is neither full nor forbidden is then damage; else other errors stay as they are.
+        reading: an error that is neither a full disk nor a missing permission means damage; else it is left alone.
     """
     try:
         yield

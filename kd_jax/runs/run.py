@@ -100,7 +100,7 @@ class Stop:
         return self
 
     def __exit__(self, *_) -> None:
-        # The handlers of before come back, whatever they were.
+        # The earlier handlers come back, whatever they were.
         for name, handler in self._before.items():
             signal.signal(name, handler)
 

@@ -293,7 +293,7 @@ def _optional(hint: Any) -> tuple[Any, bool]:
 
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
-    """The value as its declared type; ValueError where it is of another."""
+    """The value in its declared type; ValueError where it has another."""
     hint, optional = _optional(hint)
     if value is None and optional:
         return None

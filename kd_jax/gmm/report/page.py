@@ -92,7 +92,7 @@ def write(folder: str | Path) -> Path:
         "curves": figures.curves(students),
     }
     arrays = folder / "checkpoints" / "panels.npz"
-    # Contours are of two dimensions; runs in more have no panels.
+    # Contours need two dimensions: runs in more have no panels.
     if arrays.is_file():
         try:
             drawn["panels"] = figures.panels(_panels(arrays))

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
         tokens: int32 ids; 0 is padding where segments is 0.
         segments: int32; 0 in padding, else 1, 2, ... for the sequences of a row.
         positions: int32, from 0 in each sequence.
-        mask: bool; whether the token AFTER this one is learnt: it is of the same sequence and not of the prompt.
+        mask: bool; whether the token AFTER this one is learnt: it belongs to the same sequence and not to the prompt.
         targets: Targets of these positions, or None; 0 outside of the mask.
     """
 

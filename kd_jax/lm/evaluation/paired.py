@@ -42,11 +42,11 @@ def difference(
 ) -> Interval:  # fmt: skip
     """How much more of a quantity models have than others, in nats per sequence.
 
-    Recall is of the same rows under all models: both seeds and sequences are random, the two-way interval's case.
+    Recall is measured on the same rows for all models: both seeds and sequences are random, the two-way case.
     Samples are each model's own: a seed's mean is one value.
 
     Args:
-        one, other: names of models, in the order of their seeds; pairs are of one seed.
+        one, other: names of models, in the order of their seeds; pairs share a seed.
         quantity: as in `sequence_values`.
         samplers: how `one` and `other` were sampled.
     Returns: the interval of the mean of one - other. With one seed it is over sequences alone.

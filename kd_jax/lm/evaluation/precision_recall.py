@@ -1,4 +1,4 @@
-"""Precision and recall of models against p*, with what goes with them: a row for each model and way of sampling it.
+"""Precision, recall and further metrics of models against p*: a row for each model and way of sampling it.
 
     precision = E_{x ~ model}[log p*(x)]    on samples of the model, drawn for this or given
     recall    = E_{x ~ p*}[log model(x)]    on the rows of a validation corpus

@@ -91,7 +91,7 @@ def missing(rows: list[dict], groups: list[Group], samples: list[dict]) -> list[
 
 
 def _identity(row: dict) -> tuple:
-    """Which trained model a row is of; each teacher is evaluated at several values of tau."""
+    """The trained model that a row belongs to; each teacher is evaluated at several values of tau."""
     student = units.student(row)
     return ("teacher", student[0]) if row["arm"] == "teacher" else (row["arm"], row.get("tau"), *student)
 

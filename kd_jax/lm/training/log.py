@@ -68,7 +68,7 @@ class Log:
             speed, share = (tokens - self._previous[0]) / seconds, (rollouts - self._previous[2]) / seconds
         self._previous = tokens, now, rollouts
         values = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "learning_rate": metrics.learning_rate}
-        # The share is of the FLOPs that the device can do: the model FLOPs utilisation (MFU).
+        # The share of the FLOPs that the device can do is the model FLOPs utilisation (MFU).
         values |= {"tokens_per_second": speed, "share_of_ceiling": speed and speed / self._ceiling}
         if on_policy is not None:
             values |= {"on_policy": on_policy, "share_of_rollouts": share}

@@ -114,7 +114,7 @@ class Session:
             optimizer: optax's, for the shape of its state.
         Raises: RunError for a checkpoint of another training.
         """
-        # Later checkpoints are of updates that are about to be made again.
+        # The updates of later checkpoints are about to be made again.
         self.checkpoints.drop_after(first)
         if not first:
             layout = self.model.architecture, optimizer, self.mesh, self.part

@@ -79,7 +79,7 @@ def from_params(
     params: Any, architecture: Architecture, optimizer: optax.GradientTransformation, mesh: Mesh | None = None,
     part: Part = ALL,
 ) -> State:  # fmt: skip
-    """A state that starts from given weights, those of `part` that are trained.
+    """A state that starts from given weights: from those that `part` trains.
 
     They are copied, since an update donates the buffers of its state.
 

@@ -77,7 +77,7 @@ def open_file(path: Path) -> Stored:
     try:
         tokens = _tokenizer(file)
     except ValueError as error:
-        # Weights without a tokenizer are of use: token ids are the data.
+        # Weights without a tokenizer are useful too: the data are token ids.
         warnings.warn(f"{path}: the weights are loaded without the tokenizer: {error}", stacklevel=2)
         tokens = None
     return Stored(Model(architecture, {}, *ids, tokens), shapes, wanted, read)
