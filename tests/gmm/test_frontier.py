@@ -65,11 +65,13 @@ def test_students_of_the_experiment_are_the_same(found):
             np.testing.assert_allclose(found[other][name], theirs, rtol=1e-3, atol=1e-3, err_msg=str(other))
 
 
+@pytest.mark.slow
 def test_one_component_left_is_beta_without_end(found):
     same(found["top_k", 1], found["top_p", 0.2])
     same(found["top_k", 1], found["beta", 1e6])
 
 
+@pytest.mark.slow
 def test_reverse_kl_is_more_precise_and_covers_less(found):
     forward, reverse = found["jensen_shannon", 0.0], found["jensen_shannon", 1.0]
     assert (reverse["precision"] > forward["precision"] + 1).all() and (reverse["recall"] < forward["recall"] - 1).all()
@@ -77,6 +79,7 @@ def test_reverse_kl_is_more_precise_and_covers_less(found):
     assert max(scores["gradient_norm"].max() for scores in found.values() if "gradient_norm" in scores) < 0.05
 
 
+@pytest.mark.slow
 def test_seeds_stand_alone(found):
     others = scores(small(), [7, 2, 9])
     for student, all_scores in found.items():

@@ -137,6 +137,7 @@ def test_sample_does_not_depend_on_the_batch(batch_size):
     assert_same(run(small(), batch_size=batch_size), usual())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [1, 13])
 def test_samples_carry_on_where_they_stopped(first):
     assert_same(run(small(), first=first), rows_of(usual(), slice(first, None)))

@@ -299,6 +299,7 @@ def test_probability_zero_is_counted_and_makes_no_nan(tmp_path):
     assert math.isfinite(row["entropy"]) and math.isfinite(row["recall"])
 
 
+@pytest.mark.slow
 def test_weights_that_give_nan_stop_it(tmp_path):
     p_star, broken = random_model(0), random_model(1)
     validation = drawn(p_star, tmp_path / "data", 10)

@@ -188,7 +188,7 @@ def test_faults_of_arms(arm, changes, message):
 
 
 def test_rollouts_are_of_students_alone():
-    with pytest.raises(ValueError, match="config.train.together: gkd needs"):
+    with pytest.raises(ValueError, match="config.train.together: gkd trains its students one by one"):
         validate(with_arms({"train.together": 2}, **ARMS))
 
 

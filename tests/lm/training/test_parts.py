@@ -60,6 +60,7 @@ def test_only_the_part_changes(straight, start):
             np.testing.assert_array_equal(leaf[:2], start["layers"][name][:2])
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_the_part_alone(straight):
     kind, folder = straight
     steps = sorted((path for path in (folder / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: p.name)

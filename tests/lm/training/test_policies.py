@@ -247,6 +247,7 @@ def test_students_together_have_the_numbers_they_have_alone(corpora, tmp_path):
     np.testing.assert_allclose(run("together", chosen), alone, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_another_vocabulary_is_refused(corpora, tmp_path):
     def tokenizer(size, letter):
         return Tokenizer(tokenizers.Tokenizer(models.WordLevel({f"{letter}{i}": i for i in range(size)}, f"{letter}0")))
@@ -259,6 +260,7 @@ def test_another_vocabulary_is_refused(corpora, tmp_path):
             training.train(settings(), student, members, compute=COMPUTE, distillation=distillation)
 
 
+@pytest.mark.slow
 def test_faults(corpora, tmp_path):
     members = [Member(corpora[0][0], 8, 5, tmp_path / "t")]
 

@@ -85,7 +85,7 @@ def test_rope_theta_is_found_where_it_is(tmp_path):
     assert theta(rope_theta=100000) == 100000.0
     assert theta(rope_theta=..., rope_parameters=nested) == 100000.0
     assert theta(rope_theta=100000, rope_parameters=nested, rope_scaling=None) == 100000.0
-    with pytest.warns(UserWarning, match="no rope_theta.*default"):
+    with pytest.warns(UserWarning, match="neither rope_theta nor rope_parameters.*default"):
         assert weights.load(write_folder(tmp_path, rope_theta=...)).architecture.rope_theta == 10000.0
     assert theta(rope_parameters=nested) == 100000.0
     for changes, message in (
