@@ -3,11 +3,13 @@
 python -m benchmarks.prompts                       (SmolLM2-135M's shape; 256 prompts of 200 ids, 48 new ones each)
 python -m benchmarks.prompts --peer                (transformers too)
 
-EOS is off, so that every answer has all of its tokens. A first run, of the same size, warms up and is not counted.
+EOS is off, so that every answer has all of its tokens. A first run, of the same size, warms up and is not counted. CPU
+seconds are those of all cores: on a machine with other work they say more than the time that passed.
 """
 
 import argparse
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -33,29 +35,34 @@ def main() -> None:
         report("transformers", transformers(args, shape, ids), args)
 
 
-def report(name: str, seconds: float, args: argparse.Namespace) -> None:
-    new = args.prompts * args.new
-    print(
-        f"{name}: {seconds:.1f} s, {new / seconds:.0f} new tokens/s, {args.prompts / seconds:.2f} answers/s", flush=True
-    )
+def report(name: str, took: tuple[float, float], args: argparse.Namespace) -> None:
+    seconds, cpu = took
+    rate, answers = args.prompts * args.new / seconds, args.prompts / seconds
+    print(f"{name}: {seconds:.1f} s, {rate:.0f} new tokens/s, {answers:.2f} answers/s; {cpu:.1f} CPU s", flush=True)
 
 
-def ours(args: argparse.Namespace, shape: model_lib.Architecture, ids: np.ndarray) -> float:
+def timed(run: Callable[[], None]) -> tuple[float, float]:
+    """Seconds that pass and CPU seconds, of a second run."""
+    run()
+    start, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def ours(args: argparse.Namespace, shape: model_lib.Architecture, ids: np.ndarray) -> tuple[float, float]:
     model = model_lib.Model(shape, jax.jit(model_lib.init, static_argnums=1)(jax.random.key(0), shape))
     length = args.length + args.new
 
-    def run(count: int) -> None:
-        prompts = ids[:count].tolist()
-        _, lengths, _ = decode.generate(model, prompts, count, max_length=length, batch_size=args.batch_size)
+    def run() -> None:
+        _, lengths, _ = decode.generate(
+            model, ids.tolist(), args.prompts, max_length=length, batch_size=args.batch_size
+        )
         assert (lengths == length).all()
 
-    run(args.prompts)
-    start = time.perf_counter()
-    run(args.prompts)
-    return time.perf_counter() - start
+    return timed(run)
 
 
-def transformers(args: argparse.Namespace, shape: model_lib.Architecture, ids: np.ndarray) -> float:
+def transformers(args: argparse.Namespace, shape: model_lib.Architecture, ids: np.ndarray) -> tuple[float, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,18 +74,15 @@ def transformers(args: argparse.Namespace, shape: model_lib.Architecture, ids: n
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
 
-    def run(count: int) -> None:
-        for first in range(0, count, args.batch_size):
+    def run() -> None:
+        for first in range(0, args.prompts, args.batch_size):
             batch = torch.tensor(ids[first : first + args.batch_size])
             model.generate(
                 batch, attention_mask=torch.ones_like(batch), do_sample=True, max_new_tokens=args.new,
                 min_new_tokens=args.new,
             )  # fmt: skip
 
-    run(min(8, args.prompts))
-    start = time.perf_counter()
-    run(args.prompts)
-    return time.perf_counter() - start
+    return timed(run)
 
 
 if __name__ == "__main__":
