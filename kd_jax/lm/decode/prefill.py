@@ -153,10 +153,10 @@ def start(
 
 
 def _bucket(length: int) -> int:
-    """A few numbers of ids, as each is a compiled program: 0, 16, 24, 32, 48, 64, ... 512, 1024, 1536, ..."""
+    """A few numbers of ids, as each is a compiled program: 0, 32, 48, 64, 96, ... 512, 1024, 1536, ..."""
     if length > _CHUNK:
         return -(-length // _CHUNK) * _CHUNK
-    size = 16 if length > 0 else 0
+    size = 32 if length > 0 else 0
     while size < length:
         size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
     return size
