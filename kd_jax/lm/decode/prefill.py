@@ -192,6 +192,7 @@ def _begin(
     if new:
         rows = len(starts.lengths)
         length = -(-((common.length if common is not None else 0) + new) // PAGE) * PAGE
+        length = min(length, state.cache.length)  # rounded up twice: no prompt is longer than a slot
         cache = model_lib.empty_cache(architecture, rows, length, jnp.dtype(compute.dtype))
         if common is not None:
             cache = jax.tree.map(
