@@ -106,6 +106,7 @@ class Queue:
             number: dict[int, int] = {}  # the row of each prompt
             for place, free in enumerate(np.flatnonzero(idle[group])[: self.at_once]):
                 prompt = None if self.left == 0 else int(self._prompt_of[self._next])
+                # All rows of this batch have their prompt: another one waits for the next batch.
                 if prompt is None or (prompt not in number and len(number) == self.num_rows):
                     break
                 row = number.setdefault(prompt, len(number))
@@ -183,6 +184,7 @@ def _spread(starts: Starts, compute: Compute) -> Starts:
     )
 
 
+# The state is donated: the pages, its largest arrays, are then written in place.
 @functools.partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=0)
 def _begin(
     state: State, params, common: Cache | None, starts: Starts, num_common: jax.Array, new: int,
@@ -205,6 +207,7 @@ def _begin(
         cache = _extend(params, cache, starts, num_common, new, architecture, compute)
         state = state._replace(cache=_fill(state.cache, cache, starts))
     state = _occupy(state, starts)
+    # Laid out as before, or the loop would be compiled again for another layout.
     return state if compute.mesh is None else jax.lax.with_sharding_constraint(
         state, slots_lib.shardings(state, compute.mesh)
     )  # fmt: skip

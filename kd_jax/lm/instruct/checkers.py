@@ -16,6 +16,7 @@ _NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen twenty"
 ).split()
+# Apostrophes and hyphens inside a word belong to it: don't, t-shirt.
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 # What a list puts before an item: "1.", "2)", "-", "*", and between items.
 _BULLET = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s+")
@@ -34,6 +35,7 @@ def names_three(answer: str, members: Sequence[str]) -> bool:
     are not looked at: a sentence around the three is right, and two members with a thing that is none are wrong.
     """
     said = words(answer)
+    # With spaces around it a word is found whole: "cat" is not in "cattle".
     text = " " + " ".join(said) + " "
     named = {
         member
@@ -99,6 +101,7 @@ def is_copy(answer: str, text: str) -> bool:
 
     def bare(text: str) -> str:
         text = text.strip()
+        # The full stop may stand before or after the closing quotation mark.
         if text.endswith(('".', "'.", "”.", "’.")):
             text = text[:-1]
         if len(text) > 1 and (text[0], text[-1]) in {('"', '"'), ("'", "'"), ("“", "”"), ("‘", "’")}:

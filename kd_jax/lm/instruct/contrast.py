@@ -32,8 +32,10 @@ def at_equal_variety(
     differences, pairs, outside = [], [], []
     for pair in sorted({_pair(row) for row in rows if row["arm"] == control}):
         chosen = _of(rows, control, pair, "validation")
+        # Of equal pass rates the higher temperature, which is the more varied.
         best = max(chosen, key=lambda row: (row["pass_rate"], row["sample_temperature"]))["sample_temperature"]
         (mark,) = (row for row in _of(rows, control, pair, "test") if row["sample_temperature"] == best)
+        # np.interp needs a rising axis.
         curve = sorted(_of(rows, arm, pair, "test"), key=lambda row: row["distinct_2"])
         variety = [row["distinct_2"] for row in curve]
         if not curve or not variety[0] <= mark["distinct_2"] <= variety[-1]:

@@ -87,8 +87,10 @@ def every(split: str, *, seed: int = 0) -> list[Instruction]:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
     each = [list(_kind(kind, split, seed)) for kind in WORDINGS]
     for number, several in enumerate(each):
+        # A generator for each kind: a kind that gets more instructions leaves the order of the others alone.
         order = np.random.default_rng((seed, SPLITS.index(split), number)).permutation(len(several))
         several[:] = [several[i] for i in order]
+    # In turn, so that any first part has about as many of each kind.
     return [one for row in itertools.zip_longest(*each) for one in row if one is not None]
 
 
