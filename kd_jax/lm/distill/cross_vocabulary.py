@@ -86,7 +86,7 @@ def pair(
             raise ValueError(f"row {number}: {error}") from error
         aligned.append(sides)
         whole = np.full(len(sides[0].first), -1, np.int32)
-        # a span that is one token of a model is a shared token if that token is shared
+        # A span that is one token of a model is a shared token if that token is shared.
         for side, row, known in zip(sides, rows, ids_of, strict=True):
             for span in np.flatnonzero(side.length == 1):
                 whole[span] = known.get(int(row[side.first[span]]), whole[span])
@@ -150,10 +150,10 @@ def linear_aligned_divergence(
             divergence, teacher, student, shared, whole, temperature=temperature, parameter=parameter
         )
 
-    # Spans are compared one by one, so rows do not matter any more.
+    # Spans of all rows in one line: rows have different numbers of them, and chunks are then equally full.
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (starts, jnp.asarray(pair.whole)))
     size, pieces = head.cut(flat, flat[1].shape, chunk)
-    # a span is projected again in the backward pass: kept logits would be [spans, vocab] of both models
+    # A span is projected again in the backward pass: kept logits would be [spans, vocab] of both models
     values = head.join(jax.lax.map(jax.checkpoint(compare), pieces), size, 0)
     return losses.masked_mean(temperature**2 * values, jnp.asarray(pair.mask).reshape(-1))
 
@@ -169,7 +169,7 @@ def _starts(hidden, weight, text: Text, temperature, softcap, chunk):
 
     size, pieces = head.cut((hidden[:, :-1], tokens[:, 1:]), tokens[:, 1:].shape, chunk)
     of_token = head.join(jax.lax.map(jax.checkpoint(log_prob), pieces), size, 1)
-    # sums over spans as differences of running sums would lose digits: positions are added up by their span instead
+    # Each span adds up its own positions: differences of running sums would lose digits.
     position = jnp.arange(1, tokens.shape[1])
     later = (position > first[..., None]) & (position < (first + length)[..., None])
     of_later = jnp.where(later, of_token[:, None], 0).sum(axis=-1)

@@ -64,6 +64,7 @@ def logical_axes(architecture: Architecture, part: Part = ALL) -> tuple[Any, Any
         return axes, None
     # The trained and the kept part have the layout of the weights that they come from.
     flat = _flat(axes)
+    # A stack that is cut in two has the same axes in both parts: layers are never split over devices.
     shapes = jax.eval_shape(lambda params: cut(params, architecture, part), architecture_lib.abstract(architecture))
     trained, kept = ({name: flat[name] for name in some} for some in shapes)
     return trained, kept
@@ -76,6 +77,7 @@ def attached(trained: Any, kept: Any, architecture: Architecture, part: Part) ->
     return join(trained, kept, frozen_layers(part.frozen, architecture)) if part.frozen else trained
 
 
+# Compiled, so that the float32 product of a large stack is not kept beside the sum. What only passes through is shared.
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def merged(trained: Any, kept: Any, architecture: Architecture, part: Part) -> Any:
     """The whole model as the usual tree of weights."""

@@ -92,6 +92,7 @@ def of_part(loss: Loss, architecture: Architecture, part: Part) -> Loss:
     if part.is_all:
         return loss
 
+    # The frozen weights are no first argument, so nothing is differentiated with respect to them.
     def loss_of_part(trained: Any, batch: Batch, guide: tuple[Any, Any]):
         kept, guide_of_loss = guide
         return loss(frozen.attached(trained, kept, architecture, part), batch, guide_of_loss)
