@@ -43,6 +43,7 @@ class SampleSpec:
     num_samples: int = setting(1, "rows; the only setting that may grow", at_least=1)
     shard_size: int = setting(1024, "rows of a file", at_least=1)
     teacher: dict[str, Any] | None = setting(None, "of recorded top-k columns (kd_jax.lm.distill.recorded_top_k)")
+    selection: str | None = setting(None, "which of more samples were chosen (kd_jax.lm.decode.chosen_text)")
 
 
 @spec
@@ -79,7 +80,7 @@ KINDS = {"samples": SampleSpec, "data": DataSpec}
 # fingerprint of a corpus does not change with a new setting.
 LATER = {
     "min_p": None, "special_tokens": True, "whole_files": False, "messages_column": None, "prompt_column": None,
-    "response_column": None, "prompts_fingerprint": None, "samples_per_prompt": None,
+    "response_column": None, "prompts_fingerprint": None, "samples_per_prompt": None, "selection": None,
 }  # fmt: skip
 SETTINGS, DATA_SETTINGS = (
     tuple(field.name for field in dataclasses.fields(kind) if field.name not in (*LATER, "teacher"))

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from kd_jax import fused, losses
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus.batches import Batch
+from kd_jax.lm.decode import chosen_text
 from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.distill import recorded_top_k
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
@@ -54,6 +55,14 @@ class DistillSpec:
     data: str = setting("p_star", "text that is learnt from: p*'s, the teacher's samples, or both", one_of=DATA)
     mix: float = setting(0.5, "share of the teacher's samples where data is mix", at_least=0.0, at_most=1.0)
     sampler: SamplerSpec = setting(SamplerSpec(), "how the teacher is sampled")
+    text_rows: int = setting(0, "sequence: rows of the teacher's text; 0 for config.num_train", at_least=0)
+    text_choice: str = setting("all", "sequence: which samples are that text", one_of=chosen_text.CHOICES)
+    text_share: float = setting(
+        1.0,
+        "of the samples that are chosen, or, where they are repeated, of the rows that differ",
+        above=0.0,
+        at_most=1.0,
+    )
     on_policy_fraction: float = setting(
         0.5, "lambda: probability that an update learns from the student's own samples", at_least=0.0, at_most=1.0
     )
@@ -70,6 +79,8 @@ class DistillSpec:
     def __post_init__(self):
         if self.parameter is not None and self.divergence not in losses.PARAMETER:
             raise ValueError(f"parameter={self.parameter}: {self.divergence} has none")
+        if (self.text_choice == "all") != (self.text_share == 1.0):
+            raise ValueError(f"text_share={self.text_share} does not go with text_choice={self.text_choice!r}")
         try:
             losses.checked_parameter(self.divergence, self.parameter)
         except ValueError as error:

@@ -12,6 +12,7 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
+from kd_jax.lm.decode.chosen_text import Text
 from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.experiment.specs import LmSpec
@@ -25,11 +26,14 @@ _OWN = ("on_policy_fraction", "prompt_length", "student_sample_temperature")
 _RECORDED = ("record_top_k", "log_prob_format", "teacher_dtype")
 # By policy, the settings that decide what a student learns; the sampler too where it learns the teacher's text.
 _KNOBS = {
-    "sequence": (),
+    "sequence": ("text_rows", "text_choice", "text_share"),
     "online": (*_LOSS, "data", "mix", "teacher_dtype"),
     "on_policy": (*_LOSS, "data", "mix", "teacher_dtype", *_OWN),
     "offline": (*_LOSS, "data", "mix", "tail", *_RECORDED),
 }
+
+
+_DEFAULT = DistillSpec()
 
 
 class Recording(NamedTuple):
@@ -54,6 +58,7 @@ class Arm(NamedTuple):
         kind: what rows call it: "direct", "distilled" (by config.taus), or the name.
         policy: one of kd_jax.lm.distill.loss.POLICIES; "sequence" for all that learn text alone.
         sampler: how the teacher's text was sampled; None where none is learnt.
+        text: which of the teacher's samples are learnt.
         p_star: whether p*'s text is learnt.
         distill: how the teacher's distribution is learnt; None where text alone is.
         knobs: the settings by which it differs from other arms, for rows and for the stages of its students.
@@ -63,6 +68,7 @@ class Arm(NamedTuple):
     kind: str
     policy: str = "sequence"
     sampler: SamplerSpec | None = None
+    text: Text = Text()
     p_star: bool = False
     distill: DistillSpec | None = None
     knobs: dict[str, Any] = {}
@@ -75,7 +81,7 @@ class Arm(NamedTuple):
     @property
     def texts(self) -> tuple[str, ...]:
         """The stages whose corpora are learnt from; p*'s first, if there are two."""
-        return (TRAIN,) * self.p_star + (() if self.sampler is None else (samples_stage(self.sampler),))
+        return (TRAIN,) * self.p_star + (() if self.sampler is None else (samples_stage(self.sampler, self.text),))
 
     @property
     def recording(self) -> Recording | None:
@@ -111,9 +117,15 @@ def of_teacher(stage: str, teacher: int) -> str:
     return "/".join([group, f"teacher-{teacher}", *rest])
 
 
-def samples_stage(sampler: SamplerSpec) -> str:
-    """The stage that samples the teacher."""
-    return f"samples/{sampler.label}"
+def samples_stage(sampler: SamplerSpec, text: Text) -> str:
+    """The stage that samples the teacher, or that chooses a text among its samples."""
+    return f"samples/{sampler.label}" + (f"-{text.label}" if text.label else "")
+
+
+def samples_of(spec: LmSpec, arm: Arm) -> str:
+    """The stage that samples the teacher for an arm."""
+    rows = arm.text.num_samples(spec.num_train, spec.num_validation) - spec.num_validation
+    return samples_stage(arm.sampler, Text(rows=0 if rows == spec.num_train else rows))
 
 
 def arms(spec: LmSpec) -> list[Arm]:
@@ -129,16 +141,16 @@ def arms(spec: LmSpec) -> list[Arm]:
             # Names become folders, and must not be those of stages that config.taus makes.
             if name in _TAKEN or not re.fullmatch(r"[\w.@+-]+", name) or name.startswith(("tau-", "top_k-")):
                 raise ValueError(f"config.arms: {name!r} cannot name an arm")
-            named.append(_changed_arm(spec.distill, name, dict(changes)))
+            named.append(_changed_arm(spec, name, dict(changes)))
     elif spec.distill.policy != "sequence":
         # without named arms, config.distill itself is one
-        named.append(_arm(spec.distill.policy, spec.distill))
+        named.append(_arm(spec.distill.policy, spec.distill, spec.num_train))
     _check_effect(spec.distill, [arm for arm in named if arm.kind not in ("direct", "distilled")])
     return named
 
 
-def _changed_arm(base: DistillSpec, name: str, changes: dict[str, Any]) -> Arm:
-    label = f"config.arms.{name}"
+def _changed_arm(spec: LmSpec, name: str, changes: dict[str, Any]) -> Arm:
+    base, label = spec.distill, f"config.arms.{name}"
     values = to_dict(base)
     if isinstance(changes.get("sampler"), dict):
         # Merged like all other settings: an arm names only what differs.
@@ -148,18 +160,22 @@ def _changed_arm(base: DistillSpec, name: str, changes: dict[str, Any]) -> Arm:
     for key in changes:
         if key not in used and getattr(distill, key) != getattr(base, key):
             raise ValueError(f"{label}.{key} has no effect with policy={distill.policy!r} and data={distill.data!r}")
-    return _arm(name, distill)
+    return _arm(name, distill, spec.num_train)
 
 
-def _arm(name: str, distill: DistillSpec) -> Arm:
+def _arm(name: str, distill: DistillSpec, num_train: int) -> Arm:
     policy = distill.policy
     # Text alone of p* would be the direct arm.
     data = "samples" if policy == "sequence" else distill.data
     knobs = {key: getattr(distill, key) for key in _KNOBS[policy] if key != "mix" or data == "mix"}
     if distill.teacher_temperature is None:  # off: left out of rows and of keys
         knobs.pop("teacher_temperature", None)
+    text = Text()
+    if policy == "sequence":
+        text = Text(distill.text_rows if distill.text_rows != num_train else 0, distill.text_choice, distill.text_share)
+        knobs = {key: value for key, value in knobs.items() if value != getattr(_DEFAULT, key)}
     return Arm(
-        name, name, policy, sampler=None if data == "p_star" else distill.sampler, p_star=data != "samples",
+        name, name, policy, sampler=None if data == "p_star" else distill.sampler, text=text, p_star=data != "samples",
         distill=None if policy == "sequence" else distill, knobs={"policy": policy} | knobs,
     )  # fmt: skip
 

@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from kd_jax.lm import corpus as corpus_lib
-from kd_jax.lm import evaluation, training, weights
-from kd_jax.lm.corpus import documents, ingest
-from kd_jax.lm.decode import to_corpus
-from kd_jax.lm.decode.next_token import SamplerSpec
+from kd_jax.lm import training, weights
 from kd_jax.lm.distill import loss as distill
-from kd_jax.lm.distill import recorded_top_k
-from kd_jax.lm.evaluation import estimates
 from kd_jax.lm.experiment import arms as arms_lib
-from kd_jax.lm.experiment import checks, cost, planning, results, roles
-from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording, of_teacher
+from kd_jax.lm.experiment import checks, corpora, cost, planning, results, roles
+from kd_jax.lm.experiment.arms import TRAIN, Arm, of_teacher
+from kd_jax.lm.experiment.corpora import APART, STUDENT_SEED, TEACHER_SEED
 from kd_jax.lm.experiment.results import Student
 from kd_jax.lm.experiment.specs import (
     LmSpec,
@@ -32,8 +28,7 @@ from kd_jax.lm.experiment.specs import (
     make_mesh,
     planned_shape,
 )
-from kd_jax.lm.instruct import prompts
-from kd_jax.lm.model import PRESETS, Compute, Model
+from kd_jax.lm.model import PRESETS, Compute
 from kd_jax.parallel import distributed
 from kd_jax.parallel.devices import Target
 from kd_jax.runs import cache, stages
@@ -43,11 +38,6 @@ from kd_jax.runs.stages import Stage
 from kd_jax.storage.errors import RunError
 
 Spec = LmSpec
-# What a random number is for: seeds of corpora and models are config.seed plus one of these, far apart. 6 million
-# belongs to the evaluation (results.py).
-_TRAIN, _VALIDATION, _TEACHER, _SAMPLES, _STUDENT = (1_000_000 * i for i in range(1, 6))
-# Between the purposes of one teacher and those of the next.
-_APART = evaluation.TEACHERS_APART
 
 
 def validate(spec: LmSpec) -> None:
@@ -114,14 +104,11 @@ def plan(spec: LmSpec, identity: str) -> list[Stage]:
     Args:
         identity: the fingerprint of p*'s weights.
     """
-    size = spec.num_train + spec.num_validation
     chain = []
     for teacher in range(spec.teachers):
-        # of data, no two corpora share a document: each begins where the one before ends
-        name, first = of_teacher(TRAIN, teacher), spec.first_row(teacher)
-        chain.append(_p_star_corpus(spec, identity, name, size, _TRAIN + _APART * teacher, first))
+        chain.append(corpora.p_star(spec, identity, teacher))
         if teacher == 0:
-            chain.append(_p_star_corpus(spec, identity, "p_star/validation", spec.num_recall, _VALIDATION, size))
+            chain.append(corpora.validation(spec, identity))
         chain += _from_teacher(spec, teacher)
     return chain
 
@@ -131,77 +118,21 @@ def _from_teacher(spec: LmSpec, teacher: int) -> list[Stage]:
     chain = []
     if not spec.teacher.source:
         name = of_teacher("teacher", teacher)
-        model = Student(name, Arm("teacher", "teacher", p_star=True), None, _TEACHER + _APART * teacher, teacher)
+        model = Student(name, Arm("teacher", "teacher", p_star=True), None, TEACHER_SEED + APART * teacher, teacher)
         chain.append(_training(spec, name, spec.teacher, [model]))
     for arm in arms_lib.arms(spec):
         # Arms that learn the same text, or the same recording, share its stage.
         names = {stage.name for stage in chain}
-        if arm.sampler is not None and of_teacher(arms_lib.samples_stage(arm.sampler), teacher) not in names:
-            chain.append(_teacher_corpus(spec, arm.sampler, teacher))
+        if arm.sampler is not None and of_teacher(arms_lib.samples_of(spec, arm), teacher) not in names:
+            chain.append(corpora.samples(spec, arm, teacher))
+        if arm.text.choice != "all" and of_teacher(arm.texts[-1], teacher) not in names:
+            chain.append(corpora.chosen(spec, arm, teacher))
         # A corpus with a recorded teacher is a stage of its own, after the stage of its text.
         for text, corpus in zip(arm.texts, arm.corpora, strict=True):
             if corpus != text and of_teacher(corpus, teacher) not in names:
-                chain.append(_recorded(spec, arm.recording, text, teacher))
+                chain.append(corpora.recorded(spec, arm.recording, text, teacher))
         chain += _students(spec, arm, teacher)
     return chain
-
-
-def _p_star_corpus(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: int, first: int) -> Stage:
-    """A corpus of p*'s samples, or of data from the document `first` on."""
-    settings = _sampling(spec, num_samples, SamplerSpec(), purpose, first) | {
-        "p_star": to_dict(spec.p_star), "identity": identity,
-    }  # fmt: skip
-    if spec.data.source:
-        settings |= {"data": to_dict(spec.data), "data_identity": documents.identity(spec.data.source), "first": first}
-
-    def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
-        model = roles.p_star(spec)
-        # Later stages read p*'s ids, tokenizer and shape here, without loading its weights.
-        weights.save_about(model, folder)
-        if spec.data.source:
-            return _ingest(spec, folder, first, num_samples)
-        return _sample(spec, model, folder, settings, name, first)
-
-    shape = PRESETS.get(spec.p_star.architecture)
-    return Stage(name, settings, (), work, cost.sampling(spec, shape, num_samples))
-
-
-def _teacher_corpus(spec: LmSpec, sampler: SamplerSpec, teacher: int) -> Stage:
-    # every sampler gets the same random numbers: differences between them are less noisy
-    size, first = spec.num_train + spec.num_validation, spec.first_row(teacher)
-    settings = _sampling(spec, size, sampler, _SAMPLES + _APART * teacher, first)
-    name = of_teacher(arms_lib.samples_stage(sampler), teacher)
-
-    def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
-        model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh), teacher)
-        return _sample(spec, model, folder, settings, name, first)
-
-    price = cost.sampling(spec, planned_shape(spec, "teacher"), settings["num_samples"])
-    return Stage(name, settings | roles.teacher_identity(spec), roles.teacher_inputs(spec, teacher), work, price)
-
-
-def _recorded(spec: LmSpec, recording: Recording, text: str, teacher: int) -> Stage:
-    """A corpus once more, with the teacher's most probable tokens at each position."""
-    settings = recording._asdict() | roles.teacher_identity(spec)
-    name, dtype = of_teacher(recording.name(text), teacher), recording.teacher_dtype
-    text = of_teacher(text, teacher)
-
-    def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
-        # The mesh that the teacher would have in online distillation, too.
-        mesh = make_mesh(spec.teacher_mesh)
-        model, source = roles.teacher(spec, inputs, dtype, mesh, teacher), corpus_lib.open(inputs[text] / "corpus")
-        teacher_settings = recorded_top_k.settings(
-            model, spec.teacher.source or "teacher", recording.top_k, recording.log_prob_format, dtype,
-            corpus_lib.fingerprint(source),
-        )  # fmt: skip
-        corpus = recorded_top_k.score_corpus(
-            source, folder / "corpus", model, teacher_settings, command=f"stage {name}", label=name,
-            compute=Compute(dtype=dtype), mesh=mesh,
-        )  # fmt: skip
-        return {**corpus.manifest["counts"], "entropy": None, "entropy_se": None}
-
-    price = cost.scoring(spec, planned_shape(spec, "teacher"), recording.top_k)
-    return Stage(name, settings, (text, *roles.teacher_inputs(spec, teacher)), work, price)
 
 
 def _students(spec: LmSpec, arm: Arm, teacher: int) -> list[Stage]:
@@ -209,7 +140,7 @@ def _students(spec: LmSpec, arm: Arm, teacher: int) -> list[Stage]:
     # a seed has one start and one order of the data, whatever the arm: differences between arms are less noisy
     folder = of_teacher(arm.name, teacher)
     students = [
-        Student(f"{folder}/seed-{seed}", arm, seed, _STUDENT + _APART * teacher + seed, teacher)
+        Student(f"{folder}/seed-{seed}", arm, seed, STUDENT_SEED + APART * teacher + seed, teacher)
         for seed in range(spec.seeds)
     ]
     # Only students of one arm share a program: their loss has to be the same.
@@ -298,53 +229,3 @@ def _distillation(spec: LmSpec, arm: Arm, inputs: dict[str, Path], number: int) 
     # A teacher has no backward pass, so there is nothing to recompute in it.
     compute = Compute(**{**vars(spec.compute), "dtype": dtype, "remat": False})
     return distill.Distillation(arm.distill, teacher, compute)
-
-
-def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int, first: int) -> dict[str, Any]:
-    """The settings of a corpus of samples; settings of the sampler that are off are left out."""
-    s = spec.sampling
-    return prompts.settings(s, first) | {
-        "prompt": s.prompt, "prompt_ids": list(s.prompt_ids), "max_length": s.max_length, "shard_size": s.shard_size,
-        "num_samples": num_samples, "seed": spec.seed + purpose, "dtype": s.dtype,
-        **{name: value for name, value in sampler.knobs().items() if value is not None},
-    }  # fmt: skip
-
-
-def _sample(spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str, first: int) -> dict:
-    """Samples the corpus of a stage; returns its counts and its entropy in nats per token."""
-    tokenizer = model.tokenizer
-    prompt, chosen = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"])
-    names = ("max_length", "shard_size", "num_samples", "seed", "dtype")
-    corpus_settings = {name: settings[name] for name in names} | SamplerSpec.of(settings).knobs()
-    corpus_settings |= {
-        "source": label, "model_fingerprint": weights.fingerprint(model.params),
-        "tokenizer_fingerprint": None if tokenizer is None else tokenizer.fingerprint,
-        "eos_ids": sorted(model.eos_ids), **prompt,
-    }  # fmt: skip
-    corpus = to_corpus.sample(
-        model, folder / "corpus", corpus_settings, command=f"stage {label}", label=label, prompts=chosen,
-        batch_size=spec.sampling.batch_size, compute=Compute(dtype=settings["dtype"]), mesh=make_mesh(spec.mesh),
-    )  # fmt: skip
-    # From the log-probabilities that sampling has kept: nothing is scored again.
-    entropy, entropy_se = estimates.corpus_entropy(corpus)
-    return {**corpus.manifest["counts"], "entropy": entropy, "entropy_se": entropy_se}
-
-
-def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[str, Any]:
-    """Rows of the data set as the corpus of a stage; their entropy is unknown."""
-    data = spec.data
-
-    def read() -> dict[str, Any]:
-        # One process reads and tokenises for all.
-        corpus = ingest.from_dataset(
-            data.source, folder / "corpus", spec.p_star.source, split=data.split, first=first,
-            num_samples=num_samples, text_column=data.text_column or None, ids_column=data.ids_column or None,
-            messages_column=data.messages_column or None, prompt_column=data.prompt_column or None,
-            response_column=data.response_column or None, special_tokens=data.special_tokens,
-            whole_files=data.whole_files, eos=True if data.eos_id is None else data.eos_id,
-            seed=spec.seed, max_length=spec.sampling.max_length, prompt_ids=spec.sampling.prompt_ids,
-            shard_size=spec.sampling.shard_size,
-        )  # fmt: skip
-        return corpus.manifest["counts"]
-
-    return {**distributed.once(read, f"reading {data.source}"), "entropy": None, "entropy_se": None}

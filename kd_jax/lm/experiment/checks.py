@@ -12,8 +12,9 @@ import jax
 
 from kd_jax.lm import evaluation, weights
 from kd_jax.lm import model as model_lib
-from kd_jax.lm.corpus import compatibility, documents
-from kd_jax.lm.experiment import knobs
+from kd_jax.lm.corpus import compatibility
+from kd_jax.lm.decode.chosen_text import Text
+from kd_jax.lm.experiment import corpora, knobs
 from kd_jax.lm.experiment.arms import arms
 from kd_jax.lm.experiment.specs import LmSpec, architecture, make_mesh, planned_shape
 from kd_jax.lm.instruct import prompts
@@ -31,6 +32,8 @@ def check(spec: LmSpec) -> None:
     for arm in groups:
         if arm.policy == "on_policy" and spec.train_of("student").together > 1:
             raise ValueError(f"config.train.together: {arm.name} trains its students one by one; set it to 1")
+        if spec.sampling.prompts and arm.text != Text():
+            raise ValueError(f"{arm.name}: text_rows and text_choice need one prompt for all (config.sampling.prompts)")
         if arm.distill is not None and arm.distill.prompt_length >= spec.sampling.max_length:
             raise ValueError(
                 f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "
@@ -101,7 +104,7 @@ def check_sources(spec: LmSpec) -> None:
     # Without models: the temperatures, and the model that embeds.
     evaluation.check(p_star, {}, evaluation.EvaluationSpec(**vars(spec.evaluation)), length)
     if spec.data.source:
-        documents.identity(spec.data.source)
+        corpora.data_identity(spec.data.source)
 
 
 def _check_prompt(spec: LmSpec, p_star: Model) -> None:

@@ -81,7 +81,8 @@ def training(
         part: what of a model is trained. Operations are counted as if it were all: an upper bound.
     """
     train, length = train or spec.train, spec.sampling.max_length
-    tokens = count * spec.num_train * length * train.epochs
+    rows = spec.num_train if arm is None else arm.text.rows or spec.num_train
+    tokens = count * rows * length * train.epochs
     validated = count * spec.num_validation * length * train.validations
     # An update is 3 forward passes' worth. A rollout is one more, at the slower rate of sampling.
     rollouts = 0.0 if arm is None else arm.rollouts
@@ -91,7 +92,7 @@ def training(
     )
     if shape is None:
         return cost
-    updates = spec.num_train * train.epochs // train.batch_size
+    updates = rows * train.epochs // train.batch_size
     saves = train.validations + (updates // train.save_every if train.save_every else 0)
     # Validation is a forward pass; its tokens are not among those learnt from.
     extra = flops.forward_flops(shape, length) * validated
@@ -103,6 +104,11 @@ def training(
     model = 4 * shape.num_parameters
     disk = count * (model + checkpoint * (train.keep + 1) * train.keep_checkpoints)
     return cost._replace(flops=cost.flops + extra, disk=disk, written=count * (saves * checkpoint + model))
+
+
+def copying(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost:
+    """The cost of choosing among samples that are there: disk space, and next to no time."""
+    return sampling(spec, shape, num_samples)._replace(tokens=0, flops=0.0)
 
 
 def scoring(spec: LmSpec, shape: Architecture | None, top_k: int) -> Cost:

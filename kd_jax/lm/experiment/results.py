@@ -12,11 +12,12 @@ import numpy as np
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import evaluation
 from kd_jax.lm.corpus import Corpus
+from kd_jax.lm.decode.chosen_text import Text
 from kd_jax.lm.decode.next_token import SamplerSpec
-from kd_jax.lm.evaluation import Entry, paired
+from kd_jax.lm.evaluation import Entry, embedding_map, paired
 from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import roles
-from kd_jax.lm.experiment.arms import Arm, of_teacher, samples_stage
+from kd_jax.lm.experiment.arms import Arm, of_teacher
 from kd_jax.lm.experiment.specs import LmSpec, make_mesh
 from kd_jax.lm.instruct import pass_rate
 from kd_jax.lm.model import Model
@@ -55,13 +56,13 @@ class Evaluated(NamedTuple):
     Attributes:
         entry: see kd_jax.lm.evaluation.
         arm: of a student; None for the teacher.
-        sampler: of a teacher.
+        samples: the stage of a teacher's samples.
         home: the folder of a student's training.
     """
 
     entry: Entry
     arm: Arm | None = None
-    sampler: SamplerSpec | None = None
+    samples: str | None = None
     home: Path | None = None
 
 
@@ -112,6 +113,13 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
 
 def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dict[str, Evaluated]:
     """Every teacher with each sampler whose text students learn; plain teachers if they learn none of it."""
+    stage_of: dict[SamplerSpec, str] = {}
+    # Where arms learn several amounts of one sampler's text, the largest corpus has rows enough.
+    size = functools.partial(Text.num_samples, num_train=spec.num_train, num_validation=spec.num_validation)
+    for arm in sorted(arms_lib.arms(spec), key=lambda arm: -size(arm.text)):
+        if arm.sampler is not None:
+            stage_of.setdefault(arm.sampler, arms_lib.samples_of(spec, arm))
+    # in the order of the arms
     samplers = dict.fromkeys(arm.sampler for arm in arms_lib.arms(spec) if arm.sampler is not None)
     if spec.sampling.prompts:
         samplers = {}  # the teachers' corpora answer the prompts of training, and not those of the validation rows
@@ -121,12 +129,13 @@ def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dic
         for sampler in samplers:
             arm = f"teacher/{sampler.label}"
             truncated = any(value is not None for key, value in sampler.knobs().items() if key != "sample_temperature")
-            samples = corpus_lib.open(folders[of_teacher(samples_stage(sampler), teacher)] / "corpus")
+            stage = of_teacher(stage_of[sampler], teacher)
+            samples = corpus_lib.open(folders[stage] / "corpus")
             # tau alone would not tell a truncated teacher from the plain one.
             entry = Entry(
                 source, arm if truncated else "teacher", sampler.sample_temperature, None, samples, teacher=teacher
             )
-            models[of_teacher(arm, teacher)] = Evaluated(entry, sampler=sampler)
+            models[of_teacher(arm, teacher)] = Evaluated(entry, samples=stage)
         if not samplers and (teacher == 0 or not spec.teacher.source):
             # A teacher that is p* has samples already: those that recall is measured on.
             is_p_star = source == spec.p_star.source and spec.num_samples <= spec.num_recall
@@ -157,6 +166,13 @@ def _gather(
     rows = [*rows, *checked, *sum(training_rows, []), *stage_rows(chain, folders, seconds)]
     write_rows(folder / "metrics.jsonl", rows)
     write_rows(folder / "samples.jsonl", sample_rows(spec, p_star, models, validation, folder))
+    if spec.evaluation.embedding_model:
+        corpora = {"p*": (Entry(p_star, arm="p_star"), validation)} | {
+            name: (model.entry, corpus_lib.open(folder / "evaluation" / name / "samples"))
+            for name, model in models.items() if (model.entry.teacher, model.entry.seed) == (0, 0)
+        }  # fmt: skip
+        show = functools.partial(_shown, p_star)
+        write_rows(folder / "embedding_map.jsonl", embedding_map.rows(folder / "evaluation", corpora, show, spec.seed))
     records = []
     for stage in chain:
         record = stages.about(folders[stage.name])
@@ -240,11 +256,9 @@ def learnt_from(model: Evaluated, folders: dict[str, Path]) -> dict[str, Any]:
         model: a student or the teacher.
         folders: of the stages, by name.
     """
-    arm, sampler = model.arm, model.sampler
+    arm = model.arm
     if arm is None:  # the teacher
-        if sampler is None:
-            return {}
-        return _text_entropy(folders[of_teacher(samples_stage(sampler), model.entry.teacher)])
+        return {} if model.samples is None else _text_entropy(folders[model.samples])
     settings = {**arm.knobs, **({} if arm.sampler is None else arm.sampler.knobs())}
     if arm.distill is not None:
         # Logged by the validation that chose the checkpoint.
@@ -274,13 +288,16 @@ def sample_rows(
         # As many of each, so that the columns of the page are equally long.
         samples = corpus.rows(0, min(count, spec.num_samples, spec.num_recall))
         for i, ids in enumerate(samples.tokens):
-            text = " ".join(map(str, ids)) if p_star.tokenizer is None else p_star.tokenizer.decode(ids)
             rows.append({
                 "name": name, "arm": entry.arm, "tau": entry.tau, "teacher": entry.teacher, "seed": entry.seed,
-                "index": int(samples.index[i]), "text": text, "finished": bool(samples.finished[i]),
+                "index": int(samples.index[i]), "text": _shown(p_star, ids), "finished": bool(samples.finished[i]),
                 "length": int(samples.length[i]),
             })  # fmt: skip
     return rows
+
+
+def _shown(p_star: Model, ids: np.ndarray) -> str:
+    return " ".join(map(str, ids)) if p_star.tokenizer is None else p_star.tokenizer.decode(ids)
 
 
 def _text_entropy(folder: Path) -> dict[str, Any]:

@@ -72,7 +72,8 @@ def learns(row: dict[str, Any]) -> str:
     settings = row.get("distill") or {}
     policy = settings.get("policy", "sequence")
     if policy == "sequence":
-        return "the teacher's text" + _sampled(settings or {"sample_temperature": row.get("tau")})
+        sampled = _sampled(settings or {"sample_temperature": row.get("tau")})
+        return f"{_text(settings)}{sampled}"
     parts = [loss_name(settings)]
     for key, words in (("loss_temperature", "loss temperature"), ("teacher_temperature", "teacher temperature")):
         # 1 is the model's own distribution, and needs no words.
@@ -87,6 +88,19 @@ def learns(row: dict[str, Any]) -> str:
         count = "" if settings.get("record_top_k") is None else f"{settings['record_top_k']:g} "
         parts.append(f"recorded of the teacher's {count}most probable tokens (tail: {settings.get('tail')})")
     return f"{', '.join(parts)}; on {text}"
+
+
+def _text(settings: dict[str, Any]) -> str:
+    """Which of the teacher's samples are learnt."""
+    rows, share = settings.get("text_rows"), settings.get("text_share")
+    text = "the teacher's text" if not rows else f"{rows:,} rows of the teacher's text"
+    if share is None:
+        return text
+    words = {
+        "likeliest": f"the likeliest {share:.3g} of {text}", "least_likely": f"the least likely {share:.3g} of {text}",
+        "repeated": f"{text}, of which {share:.3g} differ",
+    }  # fmt: skip
+    return words.get(settings.get("text_choice"), text)
 
 
 def _sampled(settings: dict[str, Any]) -> str:

@@ -280,6 +280,30 @@ def curves(groups: list[Group]) -> Figure:
     return figure
 
 
+def embedding_map(rows: list[dict]) -> Figure:
+    """Embeddings of p*'s texts and of each model's in the plane, a panel a model, on the same axes.
+
+    Args:
+        rows: of the run's embedding_map.jsonl; where it has UMAP's coordinates, a second row of panels shows them.
+    """
+    names = list(dict.fromkeys(row["name"] for row in rows if row["arm"] != "p_star"))
+    axes_of = [("x", "y")] + [("umap_x", "umap_y")] * ("umap_x" in rows[0])
+    figure = canvas(3.0 * len(names), 3.1 * len(axes_of))
+    grid = figure.subplots(len(axes_of), len(names), sharex="row", sharey="row", squeeze=False)
+    for line, (x, y) in zip(grid, axes_of, strict=True):
+        for axes, name in zip(line, names, strict=True):
+            for colour, members in ((("0.6"), [r for r in rows if r["arm"] == "p_star"]),
+                                    (DISTILLED, [r for r in rows if r["name"] == name])):  # fmt: skip
+                axes.scatter(
+                    [r[x] for r in members], [r[y] for r in members], s=8, color=colour, alpha=0.6, linewidths=0
+                )
+            axes.set_title(plain(name), fontsize=9)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        line[0].set_ylabel("principal components" if x == "x" else "UMAP")
+    return figure
+
+
 def divergences(groups: list[Group]) -> Figure | None:
     """Both Kullback-Leibler divergences between student and p* against tau; None without students of config.taus."""
     if not split(groups)[0]:

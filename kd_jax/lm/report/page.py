@@ -66,6 +66,8 @@ STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > di
 .special { color: var(--link); background: var(--shade); border-radius: 3px; }
 .cut { color: var(--warn); font-style: italic; }
 summary { cursor: pointer; }
+.map svg { background: var(--shade); } .map circle { fill: #999; fill-opacity: .45; }
+.map .own { fill: var(--link); fill-opacity: .8; } .map circle:hover { fill: var(--warn); }
 """
 TEMPLATE = """{% if preregistered %}<p class="lead"><strong>{{ preregistered }}</strong></p>
 {% endif %}<p class="lead"><strong>{{ finding }}</strong></p>
@@ -90,6 +92,14 @@ TEMPLATE = """{% if preregistered %}<p class="lead"><strong>{{ preregistered }}<
 <p class="note">A column is one model, of the seed named; a row is one index. Special tokens are shaded; “cut” marks a
 text that reached the longest length allowed before it ended.</p>{% endif %}
 {{ INSTRUCT }}
+{% if map %}<h2>Where the texts lie</h2>
+<div class="beside map">{% for panel in map %}<div><h3>{{ panel.label }}</h3>
+<svg width="{{ panel.size }}" height="{{ panel.size }}" role="img" aria-label="embeddings of {{ panel.label }}">
+{% for kind in ("real", "own") %}{% for x, y, text in panel[kind] %}<circle class="{{ kind }}" cx="{{ x }}"
+cy="{{ y }}" r="3"><title>{{ text }}</title></circle>{% endfor %}{% endfor %}</svg></div>{% endfor %}</div>
+<p class="note">Mean hidden states of texts on the two directions in which p*'s vary most ({{ map_share }} of their
+variance), the same axes in all panels: p*'s in grey, the model's in colour. Each point's text shows under the pointer.
+</p>{% endif %}
 {% for table in tables %}{{ section(table) }}
 {% endfor %}
 {% if "curves" in images %}<h2>Against {% if "divergences" in images %}tau and {% endif %}the teacher's entropy</h2>
@@ -156,11 +166,13 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     """
     folder = Path(folder)
     run = _read(folder)
-    samples = samples_lib.read(folder / "samples.jsonl")
+    samples, places = samples_lib.read(folder / "samples.jsonl"), samples_lib.read_map(folder / "embedding_map.jsonl")
     frontier_config = _named(knobs.read, run.config, folder / "config.json")
     section = frontier.section(frontier_config, run.curves, run.smoke is not None)
     # What a run has no values for is left out, so that a page can be made at any time.
     drawn, captions = _figures(run), about_run.captions(run.groups)
+    if places:  # in figures/ only: the page has the interactive one
+        page.embed({"embedding_map": figures.embedding_map(places)}, folder)
     if section is not None:
         drawn["frontier"], captions["frontier"] = section.figure, section.caption
     shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
@@ -179,6 +191,8 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         beside=beside,
         samples=samples_lib.side_by_side(samples),
         instruct=instruct_page.read(folder, run.rows, run.config.get("instruct")),
+        map=samples_lib.map_panels(places),
+        map_share=f"{places[0].get('share', math.nan):.0%}" if places else "",
         tables=shown,
         definitions=about_run.definitions(run.groups),
         missing=about_run.missing(run.rows, run.groups, samples) + frontier.missing(frontier_config, run.curves),

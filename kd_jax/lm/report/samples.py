@@ -54,6 +54,39 @@ def side_by_side(rows: list[dict]) -> dict[str, Any]:
     return {"head": head, "rows": lines}
 
 
+def read_map(path: Path) -> list[dict]:
+    """The rows of an embedding_map.jsonl; none where there is no file. Raises ValueError, naming file and row."""
+    rows = files.read_rows(path)
+    for index, row in enumerate(rows, start=1):
+        row_kinds.check(row, f"{path}, row {index}", FIELDS | dict.fromkeys(("x", "y"), row_kinds.FINITE))
+        if not {"name", "arm", "text", "x", "y"} <= row.keys():
+            raise ValueError(f"{path}, row {index}: not a row of a map of embeddings")
+    return rows
+
+
+def map_panels(rows: list[dict], size: int = 300) -> list[dict[str, Any]]:
+    """A panel for each model: p*'s texts and the model's as points on the same axes, in pixels, with their texts."""
+    by_name: dict[str, list[dict]] = {}
+    for row in rows:
+        by_name.setdefault(row["name"], []).append(row)
+    if not rows:
+        return []
+    low = {axis: min(row[axis] for row in rows) for axis in "xy"}
+    span = max(max(row[axis] for row in rows) - low[axis] for axis in "xy") or 1.0
+
+    def points(members: list[dict]) -> list[tuple[float, float, str]]:
+        # SVG counts y from the top
+        place = lambda row, axis: round(8 + (size - 16) * (row[axis] - low[axis]) / span, 1)  # noqa: E731
+        return [(place(row, "x"), size - place(row, "y"), row["text"].translate(CONTROL)) for row in members]
+
+    real = points([row for row in rows if row["arm"] == "p_star"])
+    return [
+        {"label": summary.label(*summary.group_key({"seed": 0, **members[0]})), "size": size, "real": real,
+         "own": points(members)}
+        for members in by_name.values() if members[0]["arm"] != "p_star"
+    ]  # fmt: skip
+
+
 def _text(row: dict) -> dict[str, Any]:
     """A sample's text in pieces, special tokens apart, and the mark of a text that was cut."""
     text = row["text"].translate(CONTROL)

@@ -36,9 +36,9 @@ FIELDS = (
     | dict.fromkeys((*(f"{name}_se" for name in METRICS), "length_sd"), row_kinds.FROM_ZERO)
     | dict.fromkeys(("step", "tokens", "seconds", "num_samples", "num_recall"), row_kinds.SIZE)
 )
-DISTILL_FIELDS = dict.fromkeys(("policy", "divergence", "data", "tail"), row_kinds.TEXT) | dict.fromkeys(
+DISTILL_FIELDS = dict.fromkeys(("policy", "divergence", "data", "tail", "text_choice"), row_kinds.TEXT) | dict.fromkeys(
     ("parameter", "loss_temperature", "teacher_temperature", "hard_weight", "on_policy_fraction", "record_top_k",
-     "sample_temperature", "top_k", "top_p", "min_p"),
+     "sample_temperature", "top_k", "top_p", "min_p", "text_rows", "text_share"),
     row_kinds.NUMBER,
 )  # fmt: skip
 _NEEDED = {

@@ -12,7 +12,17 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
-from configs import lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick
+from benchmarks import lm_capacity as benchmark
+from configs import (
+    lm_capacity,
+    lm_frontier,
+    lm_laptop,
+    lm_logits_laptop,
+    lm_paper,
+    lm_paper_quick,
+    lm_prose_laptop,
+    lm_text,
+)
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import weights
 from kd_jax.lm.experiment import arms, chain
@@ -166,7 +176,35 @@ def test_a_changed_knob_redoes_its_arm():
     assert changed({"distill.rollout_batch_size": 3, "teacher_mesh.data": 1}) == set()
 
 
+def test_amounts_and_choices_of_the_teachers_text():
+    texts = {
+        "more": {"text_rows": 192, "sampler": {"sample_temperature": 0.5}},
+        "usual": {"text_rows": 96},
+        "least": {"text_choice": "least_likely", "text_share": 0.5},
+        "again": {"text_choice": "repeated", "text_share": 0.25, "text_rows": 384},
+    }
+    config = with_arms({"taus": (1.0,)}, **{name: {"policy": "sequence", **text} for name, text in texts.items()})
+    planned = {stage.name: stage for stage in chain.plan(freeze(LmSpec, config), "p*")}
+    drawn = {name: stage.settings for name, stage in planned.items() if name.startswith("samples")}
+    assert {name: settings["num_samples"] for name, settings in drawn.items() if "num_samples" in settings} == {
+        "samples/tau-1": 96 + 16, "samples/tau-0.5-rows-192": 192 + 16, "samples/tau-1-rows-208": 2 * (96 + 16),
+    }  # fmt: skip
+    inputs = {name: stage.inputs[-1] for name, stage in planned.items() if name.endswith("seed-0")}
+    assert inputs["more/seed-0"] == "samples/tau-0.5-rows-192" and inputs["usual/seed-0"] == "samples/tau-1"
+    assert inputs["least/seed-0"] == "samples/tau-1-least_likely-0.5"
+    assert planned["samples/tau-1-least_likely-0.5"].inputs == ("samples/tau-1-rows-208",)
+    # 96 rows differ, 16 choose the checkpoint: as many as the usual text has
+    assert planned["samples/tau-1-rows-384-repeated-0.25"].inputs == ("samples/tau-1",)
+    assert planned["more/seed-0"].cost.tokens == 2 * planned["usual/seed-0"].cost.tokens
+    found = {arm.name: arm for arm in arms.arms(freeze(LmSpec, config))}
+    assert found["least"].knobs == {"policy": "sequence", "text_choice": "least_likely", "text_share": 0.5}
+    assert found["tau-1"].knobs == {}
+
+
 @pytest.mark.parametrize("arm, changes, message", [
+    ("a", {"policy": "sequence", "text_choice": "likeliest"}, "a.text_share=1.0 does not go with text_choice='likel"),
+    ("a", {"policy": "sequence", "text_share": 0.5}, "config.arms.a.text_share=0.5 does not go with text_choice='all'"),
+    ("a", {"policy": "online", "text_rows": 5}, "config.arms.a.text_rows has no effect with policy='online'"),
     ("teacher", {"policy": "online"}, "'teacher' cannot name an arm"),
     ("tau-1", {"policy": "online"}, "'tau-1' cannot name an arm"),
     ("a", {"policy": "onlin"}, "config.arms.a.policy='onlin'"),
@@ -213,9 +251,28 @@ def test_faults_before_any_work(changes, message):
         validate(config)
 
 
-@pytest.mark.parametrize("module", [lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick])
+@pytest.mark.parametrize("module", [
+    lm_capacity, lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick, lm_prose_laptop, lm_text,
+])  # fmt: skip
 def test_configs_are_valid(module):
     validate(module.get_config())
+
+
+def test_the_papers_students_learn_for_one_epoch_and_its_scripts_for_five():
+    epochs = {arg: freeze(LmSpec, lm_paper.get_config(arg)) for arg in ("", "scripts")}
+    trained = {arg: (spec.train_of("teacher").epochs, spec.train_of("student").epochs) for arg, spec in epochs.items()}
+    assert trained == {"": (5, 1), "scripts": (5, 5)}
+
+
+def test_the_grid_of_capacities():
+    spec = freeze(LmSpec, lm_capacity.get_config("small-large,smoke"))
+    assert (spec.teacher.width, spec.student.width) == (64, 256)
+    rows = [
+        {"teacher": teacher, "student": student, "recall_difference": None if teacher == student else -0.123,
+         "error": 0.0456} for teacher in "ab" for student in "ab"
+    ]  # fmt: skip
+    lines = benchmark.table(rows, ["a", "b"]).splitlines()[1:]
+    assert [line.split("  ")[-1].strip() for line in lines] == ["b", "-0.123 ± 0.046", "not reached"]
 
 
 @pytest.mark.slow

@@ -399,3 +399,34 @@ def test_figures_hold_the_numbers():
     chosen = sorted(r["loss"] for r in rows if r["kind"] == "validation" and r["chosen"])
     assert sorted(y for x, y in markers if x == pytest.approx(0.3)) == pytest.approx(chosen)
     assert panels[0].get_xlabel() == "tokens trained on (millions)"
+
+
+def test_map_of_embeddings(tmp_path, undrawn):
+    """A panel for each model, p*'s points in all of them, texts escaped."""
+    folder, rng = make_run(tmp_path / "run", make_rows(seeds=1)), np.random.default_rng(0)
+    rows = [
+        {"name": name, "arm": arm, "tau": tau, "index": i, "share": 0.42, "x": rng.normal(), "y": rng.normal(),
+         "text": f"<b>{name} & {i}"}
+        for name, arm, tau in (("p*", "p_star", None), ("direct/seed-0", "direct", None), ("a", "distilled", 0.8))
+        for i in range(4)
+    ]  # fmt: skip
+    (folder / "embedding_map.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = report.write(folder).read_text(encoding="utf-8")
+    assert source.count("<svg width") == 2 and source.count('<circle class="real"') == 2 * 4
+    assert source.count("<title>&lt;b&gt;direct/seed-0 &amp; 3</title>") == 1 and "(42% of their" in source
+    (folder / "embedding_map.jsonl").write_text(json.dumps(rows[0] | {"x": "a"}) + "\n")
+    with pytest.raises(ValueError, match="embedding_map.jsonl, row 1"):
+        report.write(folder)
+    assert figures.embedding_map([row | {"umap_x": 0.0, "umap_y": 1.0} for row in rows]).axes[3].get_title() == "a"
+
+
+def test_the_preregistered_comparison_comes_first(tmp_path, undrawn):
+    folder = make_run(tmp_path / "run", make_rows(seeds=3))
+    config = {"experiment": "lm", "contrast": {"arm": "tau-0.8", "at_equal_precision": False, "metric": "precision"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    first = report.result(folder)[0]
+    assert first.startswith("Preregistered comparison: precision of tau = 0.8 minus that of direct is ")
+    assert "t with 2 degrees of freedom" in first
+    source = report.write(folder).read_text(encoding="utf-8")
+    leads = re.findall(r'<p class="lead"><strong>(.*?)</strong>', source)
+    assert len(leads) == 2 and html.unescape(leads[0]) == first

@@ -1,0 +1,35 @@
+"""How much of the teacher's text, and which of it: is distillation's gain one of amount, of entropy, or of likely text?
+
+    python -m kd_jax.train --config configs/lm_text.py --workdir runs/text
+    python -m kd_jax.train --config configs/lm_text.py:smoke --workdir runs/text_smoke    (tiny random p*, minutes)
+
+The teacher's text at tau = 0.8 in 1, 2, 4, 8 and 16 times as many rows as p*'s corpus has, for as many epochs: a
+teacher can write without end. Beside it three controls that change the entropy of the teacher's own text (tau = 1): the
+likeliest tenth of its samples, the least likely tenth, and a tenth of the rows over and over. If what raises precision
+were a preference for likely text, the last two would not; if it were low entropy alone, all three would.
+
+The comparison named before the run: 16 times the text against the direct student cooled to equal precision.
+Cost: about two hours on two quiet cores, reckoned, not run.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import lm_laptop
+
+AMOUNTS = (2, 4, 8, 16)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = lm_laptop.get_config(arg)
+    config.arms = ConfigDict()
+    config.taus = (0.8, 1.0)
+    if not arg:
+        config.num_train, config.cooled_arms = 672, ("direct",)
+    for amount in AMOUNTS:
+        config.arms[f"x{amount}"] = ConfigDict(
+            {"policy": "sequence", "text_rows": amount * config.num_train, "sampler": {"sample_temperature": 0.8}}
+        )
+    for choice in ("likeliest", "least_likely", "repeated"):
+        config.arms[choice] = ConfigDict({"policy": "sequence", "text_choice": choice, "text_share": 0.1})
+    config.contrast.arm = f"x{AMOUNTS[-1]}"
+    return config

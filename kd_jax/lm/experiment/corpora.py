@@ -1,0 +1,183 @@
+"""The stages that make corpora: p*'s, the teacher's samples, text chosen among these, and recorded teachers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import evaluation, weights
+from kd_jax.lm.corpus import documents, ingest
+from kd_jax.lm.decode import chosen_text, to_corpus
+from kd_jax.lm.decode.next_token import SamplerSpec
+from kd_jax.lm.distill import recorded_top_k
+from kd_jax.lm.evaluation import estimates
+from kd_jax.lm.experiment import arms as arms_lib
+from kd_jax.lm.experiment import cost, roles
+from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording, of_teacher
+from kd_jax.lm.experiment.specs import LmSpec, make_mesh, planned_shape
+from kd_jax.lm.instruct import prompts
+from kd_jax.lm.model import PRESETS, Compute, Model
+from kd_jax.parallel import distributed
+from kd_jax.runs import packages
+from kd_jax.runs.settings import to_dict
+from kd_jax.runs.stages import Stage
+
+# What a random number is for: seeds of corpora and models are config.seed plus one of these, far apart. 6 million
+# belongs to the evaluation (results.py).
+TRAIN_SEED, VALIDATION_SEED, TEACHER_SEED, SAMPLES_SEED, STUDENT_SEED = (1_000_000 * i for i in range(1, 6))
+# Between the seeds of one teacher and those of the next.
+APART = evaluation.TEACHERS_APART
+
+
+def p_star(spec: LmSpec, identity: str, teacher: int) -> Stage:
+    """The corpus of p* that a teacher and its students learn from.
+
+    Args:
+        identity: the fingerprint of p*'s weights.
+        teacher: which of the run's teachers.
+    """
+    size, first = spec.num_train + spec.num_validation, spec.first_row(teacher)
+    # of data, no two corpora share a document: each begins where the one before ends
+    return _p_star(spec, identity, of_teacher(TRAIN, teacher), size, TRAIN_SEED + APART * teacher, first)
+
+
+def validation(spec: LmSpec, identity: str) -> Stage:
+    """The corpus of p* that recall is measured on."""
+    after = spec.num_train + spec.num_validation
+    return _p_star(spec, identity, "p_star/validation", spec.num_recall, VALIDATION_SEED, after)
+
+
+def data_identity(source: str) -> str:
+    """A digest of the data's content; of a package of texts that of its archive, which is not fetched."""
+    known = packages.PACKAGES.get(source)
+    return documents.identity(packages.locate(source)) if known is None else known.sha256
+
+
+def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: int, first: int) -> Stage:
+    """A corpus of p*'s samples, or of data from the document `first` on."""
+    settings = _sampling(spec, num_samples, SamplerSpec(), purpose, first) | {
+        "p_star": to_dict(spec.p_star), "identity": identity,
+    }  # fmt: skip
+    if spec.data.source:
+        settings |= {"data": to_dict(spec.data), "data_identity": data_identity(spec.data.source), "first": first}
+
+    def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
+        model = roles.p_star(spec)
+        # Later stages read p*'s ids, tokenizer and shape here, without loading its weights.
+        weights.save_about(model, folder)
+        if spec.data.source:
+            return _ingest(spec, folder, first, num_samples)
+        return _sample(spec, model, folder, settings, name, first)
+
+    shape = PRESETS.get(spec.p_star.architecture)
+    return Stage(name, settings, (), work, cost.sampling(spec, shape, num_samples))
+
+
+def samples(spec: LmSpec, arm: Arm, teacher: int) -> Stage:
+    """The samples of a teacher that an arm's text is made of."""
+    # Every sampler gets the same random numbers: differences between them are less noisy. And row i is the same
+    # whatever the number of rows: more text begins with less.
+    count, first = arm.text.num_samples(spec.num_train, spec.num_validation), spec.first_row(teacher)
+    settings = _sampling(spec, count, arm.sampler, SAMPLES_SEED + APART * teacher, first)
+    name = of_teacher(arms_lib.samples_of(spec, arm), teacher)
+
+    def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh), teacher)
+        return _sample(spec, model, folder, settings, name, first)
+
+    price = cost.sampling(spec, planned_shape(spec, "teacher"), settings["num_samples"])
+    return Stage(name, settings | roles.teacher_identity(spec), roles.teacher_inputs(spec, teacher), work, price)
+
+
+def chosen(spec: LmSpec, arm: Arm, teacher: int) -> Stage:
+    """The text of an arm that learns a part of a teacher's samples."""
+    source, name = of_teacher(arms_lib.samples_of(spec, arm), teacher), of_teacher(arm.texts[-1], teacher)
+    rows = arm.text.rows or spec.num_train
+    settings = {**arm.text._asdict(), "rows": rows, "num_validation": spec.num_validation}
+
+    def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        corpus, surprise, tokens = chosen_text.write(
+            corpus_lib.open(inputs[source] / "corpus"), folder / "corpus", arm.text, num_train=rows,
+            num_validation=spec.num_validation, command=f"stage {name}", label=name,
+        )  # fmt: skip
+        entropy, entropy_se = estimates.per_token(surprise, tokens)
+        return {**corpus.manifest["counts"], "entropy": entropy, "entropy_se": entropy_se}
+
+    price = cost.copying(spec, planned_shape(spec, "teacher"), rows + spec.num_validation)
+    return Stage(name, settings, (source,), work, price)
+
+
+def recorded(spec: LmSpec, recording: Recording, text: str, teacher: int) -> Stage:
+    """A corpus once more, with the teacher's most probable tokens at each position."""
+    settings = recording._asdict() | roles.teacher_identity(spec)
+    name, dtype = of_teacher(recording.name(text), teacher), recording.teacher_dtype
+    text = of_teacher(text, teacher)
+
+    def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        # The mesh that the teacher would have in online distillation, too.
+        mesh = make_mesh(spec.teacher_mesh)
+        model, source = roles.teacher(spec, inputs, dtype, mesh, teacher), corpus_lib.open(inputs[text] / "corpus")
+        teacher_settings = recorded_top_k.settings(
+            model, spec.teacher.source or "teacher", recording.top_k, recording.log_prob_format, dtype,
+            corpus_lib.fingerprint(source),
+        )  # fmt: skip
+        corpus = recorded_top_k.score_corpus(
+            source, folder / "corpus", model, teacher_settings, command=f"stage {name}", label=name,
+            compute=Compute(dtype=dtype), mesh=mesh,
+        )  # fmt: skip
+        return {**corpus.manifest["counts"], "entropy": None, "entropy_se": None}
+
+    price = cost.scoring(spec, planned_shape(spec, "teacher"), recording.top_k)
+    return Stage(name, settings, (text, *roles.teacher_inputs(spec, teacher)), work, price)
+
+
+def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int, first: int) -> dict[str, Any]:
+    """The settings of a corpus of samples; settings of the sampler that are off are left out."""
+    s = spec.sampling
+    return prompts.settings(s, first) | {
+        "prompt": s.prompt, "prompt_ids": list(s.prompt_ids), "max_length": s.max_length, "shard_size": s.shard_size,
+        "num_samples": num_samples, "seed": spec.seed + purpose, "dtype": s.dtype,
+        **{name: value for name, value in sampler.knobs().items() if value is not None},
+    }  # fmt: skip
+
+
+def _sample(spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str, first: int) -> dict:
+    """Samples the corpus of a stage; returns its counts and its entropy in nats per token."""
+    tokenizer = model.tokenizer
+    prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"])
+    names = ("max_length", "shard_size", "num_samples", "seed", "dtype")
+    corpus_settings = {name: settings[name] for name in names} | SamplerSpec.of(settings).knobs()
+    corpus_settings |= {
+        "source": label, "model_fingerprint": weights.fingerprint(model.params),
+        "tokenizer_fingerprint": None if tokenizer is None else tokenizer.fingerprint,
+        "eos_ids": sorted(model.eos_ids), **prompt,
+    }  # fmt: skip
+    corpus = to_corpus.sample(
+        model, folder / "corpus", corpus_settings, command=f"stage {label}", label=label,
+        prompts=chosen_prompts, batch_size=spec.sampling.batch_size, compute=Compute(dtype=settings["dtype"]),
+        mesh=make_mesh(spec.mesh),
+    )  # fmt: skip
+    # From the log-probabilities that sampling has kept: nothing is scored again.
+    entropy, entropy_se = estimates.corpus_entropy(corpus)
+    return {**corpus.manifest["counts"], "entropy": entropy, "entropy_se": entropy_se}
+
+
+def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[str, Any]:
+    """Rows of the data set as the corpus of a stage; their entropy is unknown."""
+    data = spec.data
+
+    def read() -> dict[str, Any]:
+        # One process reads and tokenises for all.
+        corpus = ingest.from_dataset(
+            packages.locate(data.source), folder / "corpus", spec.p_star.source, split=data.split, first=first,
+            num_samples=num_samples, text_column=data.text_column or None, ids_column=data.ids_column or None,
+            messages_column=data.messages_column or None, prompt_column=data.prompt_column or None,
+            response_column=data.response_column or None, special_tokens=data.special_tokens,
+            whole_files=data.whole_files, eos=True if data.eos_id is None else data.eos_id,
+            seed=spec.seed, max_length=spec.sampling.max_length, prompt_ids=spec.sampling.prompt_ids,
+            shard_size=spec.sampling.shard_size,
+        )  # fmt: skip
+        return corpus.manifest["counts"]
+
+    return {**distributed.once(read, f"reading {data.source}"), "entropy": None, "entropy_se": None}
