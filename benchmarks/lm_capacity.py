@@ -32,8 +32,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--smoke", action="store_true")
     args, flags = parser.parse_known_args(argv)
     rows = []
-    for teacher in args.sizes:
-        for student in args.sizes:
+    for student in args.sizes:
+        # Direct students have no teacher: trained and evaluated once, they serve all cells of their size.
+        for teacher in args.sizes:
             folder = args.workdir / "cells" / f"{teacher}-{student}"
             if not (folder / "report.html").exists():
                 name = f"configs/lm_capacity.py:{teacher}-{student}{',smoke' * args.smoke}"

