@@ -187,14 +187,14 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
         start = roles.start(spec, role, distillation and distillation.teacher)
         # of a shallower copy, adapters would be of a model that is nowhere
         base = "" if shape.layers_kept else shape.start
-        corpora = [corpus_lib.open(inputs[text] / "corpus") for text in texts]
+        learnt = [corpus_lib.open(inputs[text] / "corpus") for text in texts]
         members = [
             training.Member(
-                corpus=corpora[0], num_validation=spec.num_validation, seed=spec.seed + student.purpose,
+                corpus=learnt[0], num_validation=spec.num_validation, seed=spec.seed + student.purpose,
                 folder=results.home(folder, students, student), name=student.name,
                 tags={"arm": arm.kind, "tau": arm.tau, "teacher": teacher, "seed": student.seed},
                 # p*'s text comes first (Arm.texts), the teacher's second.
-                mixed=corpora[1] if len(corpora) > 1 else None,
+                mixed=learnt[1] if len(learnt) > 1 else None,
                 prompts=corpus_lib.open(inputs[p_star_text] / "corpus"), start=start,
                 base=base,
             )
