@@ -143,6 +143,12 @@ def pretend(devices: Devices) -> None:
     jax.config.update("jax_num_cpu_devices", devices.count)
 
 
+def memory() -> float:
+    """Bytes of one of this process's devices, as far as JAX may take them; of a CPU, those of the machine."""
+    limits = jax.local_devices()[0].memory_stats() or {}
+    return limits.get("bytes_limit", _this_machine().memory * GIB)
+
+
 def _this_machine() -> Chip:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     # Rates of a CPU are measured (kd_jax.lm.model.flops.ceiling), not looked up.

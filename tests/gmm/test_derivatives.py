@@ -13,8 +13,9 @@ import pytest
 from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
-from kd_jax.gmm import em, gradient_fit
+from kd_jax.gmm import em, experiment, frontier, gradient_fit
 from kd_jax.gmm.mixture import Mixture, log_prob
+from kd_jax.gmm.specs import GmmFrontierSpec, GmmSpec
 
 ROOT = Path(__file__).parents[2]
 X = np.array([0.3, -0.4])
@@ -97,6 +98,20 @@ def test_every_matrix_product_of_a_density_or_fit_states_its_precision(dim, full
     found = products(log_prob, mixture, x) + products(jax.grad(lambda m: log_prob(m, x).sum()), mixture)
     found += products(lambda x: em.fit(jax.random.key(0), x, 3, covariance_type=kind), x)
     assert found and all("precision = [HIGHEST, HIGHEST]" in product for product in found)
+
+
+@pytest.mark.slow
+def test_every_matrix_product_of_a_whole_experiment_states_its_precision():
+    """Of all that a run computes, its scores and entropies included."""
+    small = {"dim": 8, "num_data": 20, "num_distill": 30, "num_precision": 40, "num_recall": 40, "seeds": 2}
+    spec, other = GmmSpec(**small, covariance_type="full"), GmmFrontierSpec(**small, num_draws=16, num_updates=3)
+    seeds = np.arange(2, dtype=np.uint32)
+    lowered = [
+        experiment._sweep.lower(experiment.base_of(spec), seeds, experiment.numbers_of(spec)),
+        frontier._jitted.lower(frontier.program_of(other), seeds, frontier.numbers_of(other)),
+    ]
+    found = [re.findall(r"stablehlo\.dot_general.*", program.as_text()) for program in lowered]
+    assert all(found) and all("precision = [HIGHEST, HIGHEST]" in product for product in sum(found, []))
 
 
 X64 = """

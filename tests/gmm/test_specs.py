@@ -3,6 +3,8 @@
 import pytest
 
 from configs import gmm, gmm_frontier, gmm_wide
+from kd_jax import train
+from kd_jax.gmm import experiment, frontier
 from kd_jax.gmm.specs import GmmFrontierSpec, GmmSpec
 from kd_jax.runs.settings import describe, freeze
 
@@ -53,3 +55,31 @@ def test_every_config_freezes_and_every_setting_says_what_it_is():
         freeze(GmmFrontierSpec, gmm_frontier.get_config(arg))
     for kind in (GmmSpec, GmmFrontierSpec):
         assert all(setting.meaning for setting in describe(kind))
+
+
+# What several settings rule out together; the range of each one alone is with its declaration.
+@pytest.mark.parametrize(
+    "config, flags, text",
+    [
+        ("gmm", {"beta_min": 2, "beta_max": 1}, "beta_min=2.0 must not be above beta_max=1.0"),
+        ("gmm", {"num_data": 3}, "num_data=3 points are fewer than 4 components"),
+        ("gmm", {"num_distill": 3, "student_components": 4}, "num_distill=3 points are fewer than 4 components"),
+        ("gmm", {"vary.num_data": "(2,)"}, "num_data=2 points are fewer than 4 components"),
+        ("gmm", {"vary.grid": "(200,)"}, "num_data=100 points are fewer than 200 components"),
+        ("gmm", {"sample_temperatures": "(0.9,)"}, "must contain 1.0"),
+        ("gmm", {"seed": 2**32 - 1, "seeds": 2}, "must be at most 2**32"),
+        ("gmm_frontier", {"covariance_type": "full"}, "fits by gradient are diagonal"),
+        ("gmm_frontier", {"knobs.top_k": "(5,)"}, "knobs.top_k=(5,) must be at most 4"),
+        ("gmm_frontier", {"knobs.jensen_shannon": "()", "knobs.skew_forward_kl": "()", "knobs.skew_reverse_kl": "()"},
+         "at least one divergence"),
+        ("gmm_frontier", {"teacher_components": 101, "num_data": 100}, "num_data=100 points are fewer"),
+    ],
+)  # fmt: skip
+def test_a_run_that_cannot_be_ends_at_the_door(config, flags, text, tmp_path, monkeypatch, capsys):
+    for module in (experiment, frontier):
+        monkeypatch.setattr(module, "run", lambda *_: pytest.fail("the run has begun"))
+    words = [f"--config.{name}={value}" for name, value in flags.items()]
+    assert train.main(["train", f"--config=configs/{config}.py", f"--workdir={tmp_path / 'w'}", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and text in error and error.count("\n") == 1
+    assert not (tmp_path / "w").exists()

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from kd_jax.lm import decode, score
 from kd_jax.lm import model as model_lib
-from kd_jax.lm import score
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.distill import loss as distill
-from kd_jax.lm.model import Architecture, Model
+from kd_jax.lm.model import Architecture, Compute, Model
 
 SHAPE = Architecture(
     vocab_size=4, hidden_size=24, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2,
@@ -68,6 +68,25 @@ def test_the_first_token_the_prefix_and_short_texts():  # L04
         assert mask.sum() == count and log_probs.sum() == pytest.approx(total, abs=1e-5)
     log_probs, mask = score.log_prob(uniform, tokens, np.array([1]))
     assert not mask.any() and not log_probs.any()
+
+
+def test_the_end_counts_where_it_came():  # L05
+    prompt, first, second, end = 0, 1, 2, 3
+    probabilities = np.full((4, 4), 0.25)
+    for token, following, log_prob in ((prompt, first, -1.0), (first, second, -2.0), (second, end, -0.5)):
+        probabilities[token] = (1 - np.exp(log_prob)) / 3
+        probabilities[token, following] = np.exp(log_prob)
+    model = after(np.log(probabilities))._replace(eos_ids=(end,))
+    completions = {4: ([first, second, end], -3.5, True), 3: ([first, second], -3.0, False)}
+    for max_length, (completion, total, finished) in completions.items():
+        samples = next(iter(decode.stream(model, [prompt], 400, max_length=max_length, batch_size=400)))
+        log_probs, mask = score.log_prob(model, samples.tokens, samples.lengths)
+        lengths = samples.lengths
+        ours = [ids[1:n].tolist() == completion for ids, n in zip(samples.tokens, lengths, strict=True)]
+        assert sum(ours) >= 5 and (mask[ours].sum(axis=1) == len(completion)).all()
+        np.testing.assert_allclose(log_probs[ours].sum(axis=1), total, atol=1e-5)
+        np.testing.assert_allclose(samples.log_probs[ours].sum(axis=1), total, atol=1e-5)
+        assert (samples.finished[ours] == finished).all()
 
 
 @pytest.mark.slow
@@ -153,3 +172,31 @@ def test_tokens_at_once_grow_with_what_rows_are_split_over():
     assert score.tokens_at_once() == 4096 and score.tokens_at_once(each=100) == 100
     ((chosen, shape),) = score.batches(np.array([5, 30, 9]), 96)
     assert chosen.tolist() == [1, 2, 0] and shape == (3, 32)
+
+
+def products(lowered):
+    return [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+
+
+@pytest.mark.parametrize("architecture", [TINY, dataclasses.replace(TINY, num_key_value_heads=1)])
+def test_every_product_of_a_density_is_float32_on_every_device(architecture):
+    # a GPU or TPU would take fewer bits unless asked; a CPU shows no difference, so the programs are read
+    model = Model(architecture, model_lib.abstract(architecture), eos_ids=(2,))
+    tokens = jax.ShapeDtypeStruct((2, 16), np.int32)
+    found = {
+        "scores": products(score.lower(model, tokens, Compute())),
+        "samples": products(decode.lower(model, 1, max_length=16, batch_size=4)),
+        "gradients": products(
+            jax.jit(jax.grad(lambda params: distill.cross_entropy(architecture, Compute())(params, batch_of(), None)[0]
+                             .mean)).lower(model.params)
+        ),
+    }  # fmt: skip
+    for name, lines in found.items():
+        assert lines and all("precision = [HIGHEST, HIGHEST]" in line for line in lines), name
+
+
+def batch_of():
+    """Two rows as a part of an update's batch."""
+    layout = batches.Layout(2, max_length=12)
+    whole = batches.arrange([np.arange(12, dtype=np.int32)] * 2, np.array([1, 1]), layout)
+    return jax.tree.map(lambda leaf: leaf[0], whole)

@@ -29,13 +29,19 @@ class Conversation(NamedTuple):
     learnt: np.ndarray
 
 
-def encode(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> Conversation:
+def encode(
+    messages: Sequence[dict[str, Any]], tokenizer: Tokenizer, eos_ids: Sequence[int] | None = None
+) -> Conversation:
     """Encodes a conversation; what comes after the assistant's last turn is left out.
+
+    A conversation ends with the special token that closes the last turn, or with EOS where the template closes it with
+    none: a model would not learn to stop.
 
     Args:
         messages: each with "role" and "content". Without a chat template, one turn of a user and one of the assistant:
-            their texts and EOS.
+            their texts.
         tokenizer: with the chat template.
+        eos_ids: the EOS, or none; by default the tokenizer's.
 
     Returns: the conversation.
     Raises: ValueError for messages without a turn of the assistant, or that the template refuses.
@@ -45,8 +51,10 @@ def encode(messages: Sequence[dict[str, Any]], tokenizer: Tokenizer) -> Conversa
         raise ValueError("the assistant has no turn, or some content is not text")
     pieces = _pieces(messages, turns, tokenizer) if tokenizer.chat_template else list(_plain(messages, turns))
     ids, learnt = _encode(pieces, tokenizer)
-    if not tokenizer.chat_template and tokenizer.eos_id is not None:
-        ids, learnt = [*ids, tokenizer.eos_id], [*learnt, True]
+    if eos_ids is None:
+        eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    if not tokenizer.is_special(ids[-1]):
+        ids, learnt = [*ids, *eos_ids], [*learnt, *[True] * len(eos_ids)]
     return Conversation(np.array(ids, np.int32), np.array(learnt, bool))
 
 

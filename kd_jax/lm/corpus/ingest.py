@@ -119,6 +119,20 @@ def from_dataset(
             )
 
 
+def check_source(
+    source: str | os.PathLike, *, split: str = "train", subset: str | None = None, text_column: str | None = None,
+    ids_column: str | None = None, messages_column: str | None = None, prompt_column: str | None = None,
+    response_column: str | None = None, whole_files: bool = False,
+) -> None:  # fmt: skip
+    """What `from_dataset` finds wrong with these arguments before it reads the data; errors are its own."""
+    columns = _columns({
+        "text_column": text_column, "ids_column": ids_column, "messages_column": messages_column,
+        "prompt_column": prompt_column, "response_column": response_column, "whole_files": whole_files, "max_length": 0,
+    })  # fmt: skip
+    source = _absolute(source)
+    documents.check_columns(source, documents.files(source, split=split, subset=subset), columns)
+
+
 def _absolute(source: str | os.PathLike) -> str:
     """The absolute path of a source that exists here; any other source unchanged."""
     path = Path(source).expanduser()
@@ -261,12 +275,13 @@ def _row(index: int, ids: list[int], settings: dict[str, Any]) -> dict[str, Any]
 
 def _conversation(index: int, messages: str, tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, Any]:
     """A conversation as a row of kd_jax.lm.corpus.SCHEMA, with its loss mask."""
-    ids, learnt = conversations.encode(json.loads(messages), tokenizer)
+    ids, learnt = conversations.encode(json.loads(messages), tokenizer, settings["eos_ids"])
     max_length = settings["max_length"]
     tokens, mask = ids[:max_length], learnt[:max_length]
     return {
         # up to the assistant's first id; the mask says what is learnt after it
         # argmax of a mask is its first True.
         "index": index, "tokens": tokens, "length": len(tokens), "prompt_length": max(1, int(mask.argmax())),
-        "finished": len(ids) <= max_length, "log_prob": None, "sample_log_prob": None, shards.LOSS_MASK: mask,
+        "finished": bool(settings["eos_ids"]) and len(ids) <= max_length, "log_prob": None, "sample_log_prob": None,
+        shards.LOSS_MASK: mask,
     }  # fmt: skip

@@ -64,6 +64,7 @@ def run(
     # One process looks, so that all of them go on or stop together.
     distributed.once(lambda: checks.check_sources(spec), "checking models and data")
     chain = plan(spec, roles.p_star_identity(spec))
+    distributed.once(lambda: checks.check_room(spec, folder, chain, only), "checking disk and memory")
     cache.enable_compilation_cache()
     groups = {stage.group for stage in chain}
     unknown = set(only) - groups - {"evaluation"}
@@ -94,6 +95,7 @@ def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
 
     if target is None:
         cost.show(spec.compute.dtype, costs, finished)
+        checks.show_room(spec, folder, chain)
     else:
         planning.show(spec, costs, finished, target)
 

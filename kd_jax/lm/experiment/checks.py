@@ -1,26 +1,34 @@
 """Everything that is checked before the first stage of a run, in --dry_run too.
 
 What one setting may be is declared with it (kd_jax.runs.settings). Here is what depends on several settings (`check`),
-and on the models and data that the config names (`check_sources`).
+on the models and data that the config names (`check_sources`), and on the disk and memory there are (`check_room`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from kd_jax.lm import evaluation, weights
 from kd_jax.lm import model as model_lib
-from kd_jax.lm.corpus import compatibility
+from kd_jax.lm.corpus import compatibility, ingest
 from kd_jax.lm.decode.chosen_text import Text
-from kd_jax.lm.experiment import corpora, knobs
+from kd_jax.lm.experiment import knobs
 from kd_jax.lm.experiment.arms import arms
-from kd_jax.lm.experiment.specs import LmSpec, architecture, make_mesh, planned_shape
+from kd_jax.lm.experiment.specs import LmSpec, architecture, make_mesh
 from kd_jax.lm.instruct import prompts
 from kd_jax.lm.model import PRESETS, Architecture, Model, frozen
+from kd_jax.parallel import devices
 from kd_jax.parallel import mesh as mesh_lib
-from kd_jax.runs import trackers
+from kd_jax.parallel.devices import GIB
+from kd_jax.runs import packages, stages, trackers
+from kd_jax.runs.stages import Stage
+from kd_jax.storage.errors import RunError
 
 
 def check(spec: LmSpec) -> None:
@@ -49,7 +57,7 @@ def check(spec: LmSpec) -> None:
     knobs.check(spec.frontier, names)
     for role in ("teacher", "student"):
         trackers.check(spec.train_of(role).trackers)
-    _check_meshes(spec, any(arm.distill is not None for arm in groups))
+    _check_meshes(spec, None if spec.p_star.source else PRESETS[spec.p_star.architecture])
 
 
 def _check_names(spec: LmSpec, names: list[str]) -> None:
@@ -81,7 +89,9 @@ def check_sources(spec: LmSpec) -> None:
             or EOS, too few positions);
         a model that training starts from: the same, or a frozen pattern that matches none of its weights;
         the model that embeds samples: a source that cannot be opened, or that cannot read p*'s ids;
-        the data: a source that cannot be opened.
+        the data: a source that cannot be opened, or lacks the split or a column; an EOS that is not one of p*'s;
+        every model: a shape that cannot be split over its mesh;
+        an arm: more recorded tokens than p* has ids.
     """
     length = spec.sampling.max_length
     # Without a source p* has random weights, and id 0 ends its sequences (see roles).
@@ -104,7 +114,78 @@ def check_sources(spec: LmSpec) -> None:
     # Without models: the temperatures, and the model that embeds.
     evaluation.check(p_star, {}, evaluation.EvaluationSpec(**vars(spec.evaluation)), length)
     if spec.data.source:
-        corpora.data_identity(spec.data.source)
+        _check_data(spec, p_star)
+    if spec.p_star.source:
+        _check_meshes(spec, p_star.architecture)
+    for arm in arms(spec):
+        if arm.recording is not None and arm.recording.top_k > p_star.num_tokens:
+            raise ValueError(f"{arm.name}: record_top_k={arm.recording.top_k}, and p* has {p_star.num_tokens} ids")
+
+
+def check_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequence[str] = ()) -> None:
+    """Raises RunError where the stages that are left certainly do not fit, on the disk or in a device's memory.
+
+    Only what is certain counts: weights, moments and gradients, not corpora and activations. Of a stage whose shape is
+    unknown nothing is certain.
+
+    Args:
+        spec: of the run.
+        folder: of the run; it need not exist.
+        chain: the stages, inputs first, whose `cost` is a Cost.
+        only: groups of stages that are run; by default all.
+    """
+    folders, chosen = stages.folders(folder, chain), [stage for stage in chain if not only or stage.group in only]
+    left = [stage for stage in chosen if stage.cost.shape is not None and not stages.finished(folders[stage.name])]
+    trainings = [stage.cost for stage in left if stage.cost.kind == "training"]
+    # While a training runs, there is a checkpoint more than it keeps.
+    saved = [cost.checkpoint * (cost.train.keep + 1) for cost in trainings]
+    needed = sum(cost.disk for cost in trainings) + max(saved, default=0)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise RunError(f"models and checkpoints need {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free")
+    memory, mesh = devices.memory(), make_mesh(spec.mesh)
+    split = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
+    for name, cost in ((stage.name, stage.cost) for stage in left):
+        if cost.kind == "training":
+            # The gradient is as large as the weights in the checkpoint, which are those that are trained.
+            what, size = "weights, gradient and moments", 4 * cost.count * cost.shape.num_parameters + cost.checkpoint
+        elif cost.kind == "sampling":
+            what, size = "weights", jnp.dtype(spec.sampling.dtype).itemsize * cost.shape.num_parameters
+        else:
+            continue
+        if size / split > memory:
+            raise RunError(
+                f"{name} needs {size / split / GIB:.1f} GiB a device for {what} alone, and there are "
+                f"{memory / GIB:.1f}: raise config.mesh.fsdp or tensor"
+            )
+
+
+def show_room(spec: LmSpec, folder: Path, chain: Sequence[Stage]) -> None:
+    """Prints what `check_room` would raise here. A plan may be for another machine, so it is no error."""
+    try:
+        check_room(spec, folder, chain)
+    except RunError as error:
+        print(f"not on this machine: {error}")
+
+
+def _check_data(spec: LmSpec, p_star: Model) -> None:
+    data = spec.data
+    # What a package of texts holds is known, and a plan does not fetch it.
+    if data.source not in packages.PACKAGES:
+        ingest.check_source(
+            data.source, split=data.split, text_column=data.text_column or None, ids_column=data.ids_column or None,
+            messages_column=data.messages_column or None, prompt_column=data.prompt_column or None,
+            response_column=data.response_column or None, whole_files=data.whole_files,
+        )  # fmt: skip
+    if p_star.tokenizer is None:
+        raise ValueError("config.p_star has no tokenizer, and the data's ids have to be its tokens")
+    eos_id = p_star.tokenizer.eos_id if data.eos_id is None else data.eos_id
+    if eos_id not in p_star.eos_ids:
+        raise ValueError(
+            f"documents would end with id {eos_id}, p* ends a sequence with {sorted(p_star.eos_ids)}: set "
+            "config.data.eos_id to one of them"
+        )
 
 
 def _check_prompt(spec: LmSpec, p_star: Model) -> None:
@@ -126,24 +207,23 @@ def _check_prompt(spec: LmSpec, p_star: Model) -> None:
         raise ValueError(f"config.sampling.prompt_ids has {max(ids)}; the ids of p* end at {p_star.num_tokens - 1}")
 
 
-def _check_meshes(spec: LmSpec, distilled: bool) -> None:
-    """That each model whose shape the config says can be split over the mesh that it will lie on."""
+def _check_meshes(spec: LmSpec, p_star: Architecture | None) -> None:
+    """That each model can be split over the mesh that it will lie on; p_star is None until its source is opened."""
     mesh, teacher_mesh = make_mesh(spec.mesh), make_mesh(spec.teacher_mesh)
-    if not spec.p_star.source:
-        _check_split(PRESETS[spec.p_star.architecture], mesh, "config.p_star.architecture", "config.mesh")
-    _check_split(_any_shape(spec, "student", mesh), mesh, "config.student", "config.mesh")
-    if not spec.teacher.source:
-        _check_split(_any_shape(spec, "teacher", mesh), mesh, "config.teacher", "config.mesh")
-        if distilled:
-            shape = _any_shape(spec, "teacher", teacher_mesh)
-            _check_split(shape, teacher_mesh, "config.teacher", "config.teacher_mesh")
-
-
-def _any_shape(spec: LmSpec, role: str, mesh: jax.sharding.Mesh | None) -> Architecture:
-    """The shape of a role; while p*'s vocabulary is unknown, with one that can be split."""
-    known = None if spec.p_star.source else planned_shape(spec, role)
-    size = 1 if mesh is None else mesh.size
-    return known or dataclasses.replace(architecture(getattr(spec, role), PRESETS["tiny"], role), vocab_size=size)
+    if p_star is not None:
+        _check_split(p_star, mesh, "config.p_star", "config.mesh")
+    # while p*'s vocabulary is unknown, one that can be split
+    known = p_star or dataclasses.replace(PRESETS["tiny"], vocab_size=1 if mesh is None else mesh.size)
+    _check_split(architecture(spec.student, known, "student"), mesh, "config.student", "config.mesh")
+    if spec.teacher.source and p_star is None:
+        return
+    source = spec.teacher.source
+    teacher = weights.describe(source).architecture if source else architecture(spec.teacher, known, "teacher")
+    _check_split(teacher, mesh, "config.teacher", "config.mesh")
+    if any(arm.distill is not None for arm in arms(spec)):
+        if p_star is None and teacher_mesh is not None:
+            teacher = dataclasses.replace(teacher, vocab_size=teacher_mesh.size)
+        _check_split(teacher, teacher_mesh, "config.teacher", "config.teacher_mesh")
 
 
 def _check_split(shape: Architecture, mesh: jax.sharding.Mesh | None, label: str, mesh_label: str) -> None:

@@ -32,6 +32,7 @@ class Cost(NamedTuple):
         flops: floating-point operations; a multiplication and an addition are two.
         disk: bytes that stay on disk.
         written: bytes of checkpoints that are written.
+        checkpoint: bytes of one of them: float32 weights that are trained, and two moments.
         count: models that are trained by one program.
         teacher: that runs inside the updates, if one does.
         arm: of the students, if it is a training of students.
@@ -46,6 +47,7 @@ class Cost(NamedTuple):
     flops: float = math.nan
     disk: float = math.nan
     written: float = 0.0
+    checkpoint: float = 0.0
     count: int = 1
     teacher: Architecture | None = None
     arm: Arm | None = None
@@ -103,7 +105,10 @@ def training(
     checkpoint = 12 * sum(leaf.size for leaf in jax.tree.leaves(trained))
     model = 4 * shape.num_parameters
     disk = count * (model + checkpoint * (train.keep + 1) * train.keep_checkpoints)
-    return cost._replace(flops=cost.flops + extra, disk=disk, written=count * (saves * checkpoint + model))
+    return cost._replace(
+        flops=cost.flops + extra, disk=disk, written=count * (saves * checkpoint + model),
+        checkpoint=count * checkpoint,
+    )  # fmt: skip
 
 
 def copying(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost:

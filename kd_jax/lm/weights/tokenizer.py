@@ -275,6 +275,11 @@ class Tokenizer:
         for name in {*FILES, *OLDER_FILES} - {"tokenizer.json", "tokenizer_config.json"}:
             (folder / name).unlink(missing_ok=True)
 
+    def is_special(self, i: int) -> bool:
+        """Whether an id is a special token: BOS, EOS, the end of a turn, and the like."""
+        token = self.backend.get_added_tokens_decoder().get(i)
+        return i == self.eos_id or (token is not None and token.special)
+
     def lost_byte(self, text: str) -> int | None:
         """The first byte of a text that no token stands for, so that `encode` refuses it; None where there is none."""
         match = self._lost_bytes.search(text.encode())

@@ -66,6 +66,9 @@ def test_ids_are_those_of_transformers(smollm2, saved, name):
     for messages in ([SYSTEM, *TWO_TURNS], TWO_TURNS, TWO_TURNS[:2]):
         ids, learnt = conversations.encode(messages, tokenizer)
         theirs = saved.apply_chat_template(messages, tokenize=True, return_dict=False)
+        if name == "no marks":
+            assert (ids[-1], learnt[-1]) == (tokenizer.eos_id, True)
+            ids = ids[:-1]
         # after the end of the last turn there is nothing to learn
         tail = smollm2.decode(theirs[len(ids) :])
         assert theirs[: len(ids)] == ids.tolist() and not tail.strip()
@@ -105,6 +108,20 @@ def test_row_without_an_answer_is_named(tmp_path, messages, message):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=message):
         ingest.from_dataset(tmp_path / "d.jsonl", tmp_path / "c", SMOLLM2, max_length=64, messages_column="messages")
+
+
+@pytest.mark.parametrize("name, eos_ids, end", [
+    ("chatml", None, "<|im_end|>"), ("inst", None, "<|im_end|>"), ("no marks", None, "<|im_end|>"),
+    ("no marks", [0], "<|endoftext|>"), ("no marks", [], None), (None, None, "<|im_end|>"),
+    (None, [0], "<|endoftext|>"),
+])  # fmt: skip
+def test_the_end_of_the_last_turn_is_learnt_once(smollm2, name, eos_ids, end):
+    tokenizer = with_template(smollm2, None if name is None else TEMPLATES[name])
+    ids, learnt = conversations.encode(TWO_TURNS[:2], tokenizer, eos_ids)
+    if end is None:
+        assert tokenizer.decode(ids[-1:]) == "\n\n"
+    else:
+        assert tokenizer.decode(ids[-1:]) == end and learnt[-1] and not tokenizer.is_special(ids[-2])
 
 
 def test_template_that_rewrites_earlier_turns_is_refused(smollm2):

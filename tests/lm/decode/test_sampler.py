@@ -314,6 +314,19 @@ def test_prompts_of_several_ids():
     assert_log_probs_of_forward(several)
 
 
+def test_a_prompt_keeps_its_positions_beside_a_longer_one():  # S05
+    short, long = [7, 8, 9], list(range(7, 15))
+    options = {"num_samples": 2, "max_length": 24, "sample_temperature": 0, "batch_size": 2}
+    model_without_end = small()._replace(eos_ids=())
+    together = run(model_without_end, [short, long], **options)
+    assert_log_probs_of_forward(together)
+    for row, prompt in enumerate((short, long)):
+        alone = run(model_without_end, prompt, **options)
+        new = slice(len(prompt), len(prompt) + 16)
+        np.testing.assert_array_equal(together.tokens[row, new], alone.tokens[0, new])
+        np.testing.assert_allclose(together.log_probs[row, new], alone.log_probs[0, new], atol=1e-4)
+
+
 def test_longer_samples_begin_alike():
     longer = run(small(), max_length=40)
     assert (longer.lengths > 34).any()

@@ -1,10 +1,13 @@
 import itertools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kd_jax.lm.corpus import shards
+from kd_jax.lm.corpus import Arrival, create_or_resume, shards, write_rows
 from kd_jax.lm.evaluation import estimates
 
 
@@ -111,3 +114,38 @@ def test_the_entropy_of_a_corpus_reads_no_tokens(tmp_path, monkeypatch):
     expected = estimates.per_token(-rows.sample_log_prob, rows.length - rows.prompt_length)
     assert estimates.corpus_entropy(corpus) == expected
     assert columns == [["length", "prompt_length", "sample_log_prob"]] * 3
+
+
+ENTROPY = """
+import resource, sys
+from kd_jax.lm import corpus
+from kd_jax.lm.evaluation import estimates
+
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB
+before = peak()
+print(*estimates.corpus_entropy(corpus.open(sys.argv[1])), (peak() - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_the_entropy_of_a_large_corpus_takes_little_memory(tmp_path):  # N19
+    rows, length, block = 200_000, 512, 1000  # 390 MiB of ids
+    settings = {
+        "source": "m", "model_fingerprint": "a", "prompt_ids": [1], "eos_ids": [2], "max_length": length,
+        "num_samples": rows, "shard_size": 1000, "seed": 0,
+    }  # fmt: skip
+    tokens = np.random.default_rng(0).integers(3, 49152, (block, length), dtype=np.int32)
+    one = {"length": length, "prompt_length": 1, "finished": False, "log_prob": -1.0}
+    arrivals = (
+        Arrival([one | {"index": i + j, "tokens": tokens[j], "sample_log_prob": -511.0 * (j % 3)}
+                 for j in range(block)], block * length)
+        for i in range(0, rows, block)
+    )  # fmt: skip
+    write_rows(create_or_resume(tmp_path / "c", settings, command="test"), arrivals)
+    done = subprocess.run(
+        [sys.executable, "-c", ENTROPY, tmp_path / "c"], cwd=Path(__file__).parents[3], capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    entropy, error, mebibytes = map(float, done.stdout.split())
+    assert entropy == pytest.approx(np.mean(np.arange(block) % 3), rel=1e-12) and 0 < error < 0.01
+    assert mebibytes < 200

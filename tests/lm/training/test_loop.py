@@ -240,6 +240,27 @@ def test_a_second_training_of_a_kind_compiles_nothing(corpus, tmp_path):
     assert (used.misses, used.hits) == (2, 2)
 
 
+def test_an_update_is_compiled_once_for_each_shape(corpus, tmp_path, monkeypatch, caplog):
+    """Packed batches of several sizes, a training that is stopped and resumed, and one with another seed."""
+    loop._programs.cache_clear()
+    shapes, compiled = set(), loop.update_lib.compiled
+
+    def noting(*arguments):
+        update = compiled(*arguments)
+        return lambda state, batch, guide: shapes.add(batch.tokens.shape) or update(state, batch, guide)
+
+    monkeypatch.setattr(loop.update_lib, "compiled", noting)
+    packed = {"row_length": 16}
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "t", corpus, changes=packed, stop=StopAt(tmp_path / "t", 5))
+        train(tmp_path / "t", corpus, changes=packed)
+        train(tmp_path / "u", corpus, changes=packed, seed=6)
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(shapes) >= 2
+    assert sum("Finished XLA compilation of jit(update)" in line for line in lines) == len(shapes)
+
+
 def test_a_loss_beyond_what_exp_holds_is_logged(tmp_path):
     log = Log(tmp_path, {"name": "a"}, 0, 1, 1, (), tokens_at_ceiling=1.0, clock=Clock(), quiet=True)
     log.validation(1, {"loss": 800.0})
