@@ -117,7 +117,8 @@ def _arrivals(source: Corpus, places: np.ndarray, first: int, step: int) -> Iter
         part = places[start : start + step]
         low = int(part.min())
         rows = source.rows(low, int(part.max()) + 1)
-        columns = {name: [column[i - low] for i in part] for name, column in rows._asdict().items()}
+        given = {name: column for name, column in rows._asdict().items() if column is not None}
+        columns = {name: [column[i - low] for i in part] for name, column in given.items()}
         columns["index"] = list(range(start, start + len(part)))
         listed = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         yield Arrival(listed, 0)

@@ -10,9 +10,10 @@ from tests.lm.decode.test_sampler import SMALL, Model, model
 OPTIONS = {"max_length": 12, "seed": 7, "batch_size": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
-    [{"sample_temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.01}, pytest.param({}, marks=pytest.mark.slow)],
+    [{"sample_temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.01}, {}],
 )
 def test_samples_are_the_same(knobs):
     of = Model(SMALL, jax.jit(model.init, static_argnums=1)(jax.random.key(0), SMALL), eos_ids=(5, 6, 90))

@@ -45,7 +45,8 @@ def _forward(params, architecture, tokens, **options):
     return model.forward(params, architecture, tokens, **options)
 
 
-@pytest.mark.parametrize("name", ["gemma 3", pytest.param("smollm 3, window", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma 3", "smollm 3, window"])
 def test_cached_decode_is_the_full_forward_at_every_position(name, load):
     loaded, (tokens, _) = load(name), families.sequences(name)
     a, window = loaded.architecture, loaded.architecture.sliding_window
@@ -81,7 +82,8 @@ def test_packed_segments_and_blocks_are_separate_texts(name, load):
         np.testing.assert_allclose(part, row[:n], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["gemma 2", pytest.param("granite 3, biases", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma 2", "granite 3, biases"])
 def test_gradient_is_the_slope_of_the_loss(name, load):
     """Through blocked attention with caps and windows, and the fused loss with a cap on the logits."""
     loaded, (tokens, _) = load(name), families.sequences(name)
