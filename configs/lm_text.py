@@ -7,8 +7,8 @@ The teacher's text at tau = 0.8 in 1, 2, 4, 8 and 16 times as many rows as p*'s 
 teacher can write without end. Beside it three controls that change the entropy of the teacher's own text (tau = 1): the
 likeliest tenth of its samples, the least likely tenth, and a tenth of the rows over and over. If what raises precision
 were a preference for likely text, the last two would not; if it were low entropy alone, repetition would as well. The
-three have other entropies: the least likely tenth even a higher one than all samples (5.6 to 5.4 nats a token in a smoke
-run), the repeated tenth far less (0.2). So compare them by the measured entropy, not by name.
+three have other entropies: the least likely tenth even a higher one than all samples (5.6 to 5.4 nats a token in a
+smoke run), the repeated tenth far less (0.2). So compare them by the measured entropy, not by name.
 
 The comparison named before the run: 16 times the text against the direct student cooled to equal precision.
 Cost: about two hours on two quiet cores, reckoned, not run.

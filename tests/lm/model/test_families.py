@@ -245,13 +245,13 @@ WINDOWS = """
     wanted, mask = score.log_prob(alone, tokens, lengths)
     top = teacher_forward.jitted(alone, want="top_k", k=5)(tokens, lengths)
     drawn = decode.generate(alone._replace(eos_ids=()), [5, 7, 9], 8, max_length=40, seed=1, batch_size=4)
-    for sizes in ((2, 2, 1), (2, 1, 2)):
+    for sizes in ((2, 2, 1), (4, 1, 1)):  # a vocabulary of 97 ids cannot be split over tensor
         mesh = mesh_lib.make(*sizes)
         split = weights.load(sys.argv[1], mesh=mesh)
         found, _ = score.log_prob(split, tokens, lengths, mesh=mesh)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
         best = teacher_forward.over_mesh(alone, mesh, want="top_k", k=5)(tokens, lengths)
-        assert (best.ids == top.ids)[np.arange(40) < lengths[:, None]].all()
+        assert (np.asarray(best.ids) == np.asarray(top.ids))[np.arange(40) < lengths[:, None]].all()
         again = decode.generate(
             split._replace(eos_ids=()), [5, 7, 9], 8, max_length=40, seed=1, batch_size=4, mesh=mesh
         )
