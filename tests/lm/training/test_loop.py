@@ -240,6 +240,7 @@ def test_a_second_training_of_a_kind_compiles_nothing(corpus, tmp_path):
     assert (used.misses, used.hits) == (2, 2)
 
 
+@pytest.mark.slow
 def test_an_update_is_compiled_once_for_each_shape(corpus, tmp_path, monkeypatch, caplog):
     """Packed batches of several sizes, a training that is stopped and resumed, and one with another seed."""
     loop._programs.cache_clear()
