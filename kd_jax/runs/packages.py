@@ -36,7 +36,7 @@ PACKAGES = {
         "ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9", "PDDL 1.0 and CC0 1.0",
     ),
 }  # fmt: skip
-# An end of a sentence: not after a single letter, as in "U. S.", nor before a small one.
+# The end of a sentence: not after a single letter, as in "U. S.", and only before a capital letter.
 _END = re.compile(r"(?<=\w\w[.!?])[\"'”’)]*\s+(?=[A-Z\"'“‘])")
 
 

@@ -71,7 +71,8 @@ def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = N
         column: with texts, or with lists of {"role", "content"}; by default the first of COLUMNS that is there.
 
     Returns: ids of each row, in order.
-    Raises: ValueError, naming the row, for what is no prompt; FileNotFoundError or RunError for what cannot be read.
+    Raises: ValueError, naming the row, for one that is not a prompt; FileNotFoundError or RunError for a source that
+        cannot be read.
     """
     paths = documents.files(locate(source), split="train", subset=None)
     names = readers.names(paths[0])

@@ -43,13 +43,13 @@ class Text(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The part of a stage's name that tells this text from other texts of one sampler; empty for the usual."""
+        """What a stage's name says of the choice; empty where nothing is chosen."""
         parts = [f"rows-{self.rows}"] * (self.rows > 0)
         parts += [f"{self.choice}-{self.share:g}"] * (self.choice != "all")
         return "-".join(parts)
 
     def num_samples(self, num_train: int, num_validation: int) -> int:
-        """How many samples of the teacher it is made of, those that choose checkpoints included."""
+        """How many samples the teacher has to draw for it, validation rows included."""
         rows = self.rows or num_train
         if self.choice == "repeated":
             return self.distinct(rows) + num_validation

@@ -19,7 +19,7 @@ from kd_jax.lm.model import Model
 from kd_jax.losses import Shared, Start, head
 from kd_jax.metrics import Mean
 
-# The divergences of kd_jax.losses, aligned; and one that takes no notice of which token is which.
+# The divergences of kd_jax.losses over aligned spans, and the universal distance, which ignores token identities.
 UNIVERSAL = "universal"
 DIVERGENCES = (*losses.DIVERGENCES, UNIVERSAL)
 

@@ -1,7 +1,7 @@
 """The samples of a teacher with another vocabulary as a corpus in the student's ids.
 
-Text is in between, on the level of bytes. What a sample continues (the prompt) is given in the student's ids; the rest
-is encoded by itself, so that no token is partly prompt. What cannot be kept is counted in the manifest, `reencoded`.
+Samples are decoded to bytes and encoded again. The prompt is given in the student's ids, and the rest is encoded by
+itself, so that no token crosses their border. Bytes and rows that are lost are counted in the manifest (`reencoded`).
 """
 
 from __future__ import annotations

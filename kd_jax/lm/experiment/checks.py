@@ -173,11 +173,7 @@ def _check_data(spec: LmSpec, p_star: Model) -> None:
     data = spec.data
     # What a package of texts holds is known, and a plan does not fetch it.
     if data.source not in packages.PACKAGES:
-        ingest.check_source(
-            data.source, split=data.split, text_column=data.text_column or None, ids_column=data.ids_column or None,
-            messages_column=data.messages_column or None, prompt_column=data.prompt_column or None,
-            response_column=data.response_column or None, whole_files=data.whole_files,
-        )  # fmt: skip
+        ingest.check_source(data.source, **data.reading)
     if p_star.tokenizer is None:
         raise ValueError("config.p_star has no tokenizer, and the data's ids have to be its tokens")
     eos_id = p_star.tokenizer.eos_id if data.eos_id is None else data.eos_id

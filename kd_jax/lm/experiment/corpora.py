@@ -170,13 +170,10 @@ def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[st
     def read() -> dict[str, Any]:
         # One process reads and tokenises for all.
         corpus = ingest.from_dataset(
-            packages.locate(data.source), folder / "corpus", spec.p_star.source, split=data.split, first=first,
-            num_samples=num_samples, text_column=data.text_column or None, ids_column=data.ids_column or None,
-            messages_column=data.messages_column or None, prompt_column=data.prompt_column or None,
-            response_column=data.response_column or None, special_tokens=data.special_tokens,
-            whole_files=data.whole_files, eos=True if data.eos_id is None else data.eos_id,
-            seed=spec.seed, max_length=spec.sampling.max_length, prompt_ids=spec.sampling.prompt_ids,
-            shard_size=spec.sampling.shard_size,
+            packages.locate(data.source), folder / "corpus", spec.p_star.source, **data.reading, first=first,
+            num_samples=num_samples, special_tokens=data.special_tokens,
+            eos=True if data.eos_id is None else data.eos_id, seed=spec.seed, max_length=spec.sampling.max_length,
+            prompt_ids=spec.sampling.prompt_ids, shard_size=spec.sampling.shard_size,
         )  # fmt: skip
         return corpus.manifest["counts"]
 

@@ -190,14 +190,14 @@ def _write_recall(folder: Path, rows: list[dict[str, Any]], validation: Corpus, 
     """
     kept = [row for row in rows if row["seed"] is not None]
     samplers = [SamplerSpec(sample_temperature=row["sample_temperature"]) for row in kept]
-    columns = validation.columns("length", "prompt_length")
     log_probs = [
         paired.sequence_values(folder / "evaluation", row["name"], "recall", sampler)
         for row, sampler in zip(kept, samplers, strict=True)
     ]
     with replacing(folder / "recall.npz") as file:
         np.savez(
-            file, tokens=(columns["length"] - columns["prompt_length"])[:num_recall],
+            # Of a conversation only the assistant's tokens are scored.
+            file, tokens=validation.rows(0, num_recall).num_learnt,
             name=np.array([row["name"] for row in kept]),
             sample_temperature=np.array([row["sample_temperature"] for row in kept]),
             log_prob=np.array(log_probs, np.float32),

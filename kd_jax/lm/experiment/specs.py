@@ -49,6 +49,13 @@ class DataSpec:
     whole_files: bool = setting(False, "a .txt file is one document; else each line is")
     eos_id: int | None = setting(None, "id that ends a document; none is the tokenizer's EOS", at_least=0)
 
+    @property
+    def reading(self) -> dict[str, Any]:
+        """What `ingest.check_source` and `ingest.from_dataset` take of these settings, by argument."""
+        columns = ("text_column", "ids_column", "messages_column", "prompt_column", "response_column")
+        named = {name: getattr(self, name) or None for name in columns}
+        return {"split": self.split, "whole_files": self.whole_files, **named}
+
 
 @spec
 class SamplingSpec:

@@ -31,8 +31,8 @@ def words(text: str) -> list[str]:
 def names_three(answer: str, members: Sequence[str]) -> bool:
     """Whether exactly three different members of a category are named, in at most MAX_WORDS words.
 
-    A member counts in any letter case, with or without a plural's s or es, as whole words. Words that are no members
-    are not looked at: a sentence around the three is right, and two members with a thing that is none are wrong.
+    A member counts as a whole word, in any letter case, in the singular or the plural. Other words are ignored: three
+    members inside a sentence are right, and two members beside something else are wrong.
     """
     said = words(answer)
     # With spaces around it a word is found whole: "cat" is not in "cattle".
@@ -83,7 +83,7 @@ def is_list(answer: str, items: Sequence[str]) -> bool:
 def is_number(answer: str, number: int) -> bool:
     """Whether the number is the only one in an answer of at most MAX_WORDS words.
 
-    Numbers count in digits, and in words from zero to twenty ("one" too, where it is no number).
+    Numbers count in digits, and in words from zero to twenty; "one" always counts, also as a pronoun.
     """
     said = words(answer)
     numbers = [

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.metrics import statistics
+from kd_jax.reporting import units
 
 
 def at_equal_variety(
@@ -30,7 +31,7 @@ def at_equal_variety(
         extrapolated.
     """
     differences, pairs, outside = [], [], []
-    for pair in sorted({_pair(row) for row in rows if row["arm"] == control}):
+    for pair in sorted({units.student(row) for row in rows if row["arm"] == control}):
         chosen = _of(rows, control, pair, "validation")
         # Of equal pass rates the higher temperature, which is the more varied.
         best = max(chosen, key=lambda row: (row["pass_rate"], row["sample_temperature"]))["sample_temperature"]
@@ -52,9 +53,5 @@ def at_equal_variety(
     }  # fmt: skip
 
 
-def _pair(row: dict[str, Any]) -> tuple[int, int]:
-    return row.get("teacher") or 0, row["seed"] or 0
-
-
-def _of(rows: Sequence[dict[str, Any]], arm: str, pair: tuple[int, int], split: str) -> list[dict[str, Any]]:
-    return [row for row in rows if (row["arm"], _pair(row), row["split"]) == (arm, pair, split)]
+def _of(rows: Sequence[dict[str, Any]], arm: str, pair: units.Student, split: str) -> list[dict[str, Any]]:
+    return [row for row in rows if (row["arm"], units.student(row), row["split"]) == (arm, pair, split)]

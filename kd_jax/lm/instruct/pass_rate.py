@@ -4,7 +4,7 @@
     FOLDER/p_star/instruct/...             p*'s own, for comparison
 
 A corpus that is finished is not sampled again; rows and verdicts are computed anew from the corpora each time. The
-answers of all models to an instruction have the same random numbers, which makes differences between them less noisy.
+answers of all students of one seed have the same random numbers, which makes differences between arms less noisy.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Bytes:
         return list(text.encode())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; those that are no bytes, or no text, are shown as such."""
+        """The text of ids. An id above 255 shows as "?", and bytes that are not UTF-8 as U+FFFD."""
         return bytes(int(i) if i < 256 else 63 for i in ids).decode(errors="replace")
 
 
@@ -52,8 +52,8 @@ def load(sampling: Any, tokenizer: Any, *, seed: int, needed: int) -> list[list[
     different = [list(ids) for ids in dict.fromkeys(map(tuple, prompts)) if len(ids) <= 3 * sampling.max_length // 4]
     if len(different) < needed:
         raise ValueError(
-            f"config.sampling.prompts gives {len(different)} different prompts with room for an answer; num_train, "
-            f"num_validation and num_recall together need {needed}"
+            f"config.sampling.prompts has {len(different)} different prompts that leave room for an answer, and "
+            f"num_train, num_validation and num_recall need {needed}"
         )
     order = np.argsort(np.random.Philox(seed).random_raw(len(different)), kind="stable")
     return [different[i] for i in order]
@@ -82,7 +82,7 @@ def of_corpus(
 
 
 def settings(sampling: Any, first: int) -> dict[str, Any]:
-    """What makes the prompts of a stage other ones, nothing where all samples begin alike; nothing is fetched.
+    """The settings that decide a stage's prompts; none where all samples share one. Nothing is fetched.
 
     Args:
         sampling: see `load`.

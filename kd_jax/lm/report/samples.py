@@ -74,9 +74,11 @@ def map_panels(rows: list[dict], size: int = 300) -> list[dict[str, Any]]:
     low = {axis: min(row[axis] for row in rows) for axis in "xy"}
     span = max(max(row[axis] for row in rows) - low[axis] for axis in "xy") or 1.0
 
+    def place(row: dict, axis: str) -> float:
+        return round(8 + (size - 16) * (row[axis] - low[axis]) / span, 1)
+
     def points(members: list[dict]) -> list[tuple[float, float, str]]:
         # SVG counts y from the top
-        place = lambda row, axis: round(8 + (size - 16) * (row[axis] - low[axis]) / span, 1)  # noqa: E731
         return [(place(row, "x"), size - place(row, "y"), row["text"].translate(CONTROL)) for row in members]
 
     real = points([row for row in rows if row["arm"] == "p_star"])
