@@ -8,7 +8,7 @@ p*'s text (direct), on the teacher's text at two temperatures, and on its distri
 are also sampled at lower temperatures, which buys precision without a teacher. Whether sharpened text has more recall
 than that at equal precision is the comparison that was named before the run (config.contrast).
 
-Cost: about an hour on two quiet cores, reckoned from the rates of an earlier run (--dry_run).
+Cost: about an hour on two quiet cores, reckoned from the rates of an earlier run. Not run whole yet.
 """
 
 from ml_collections import ConfigDict
