@@ -10,6 +10,7 @@ COMMANDS = {
     "teacher": "record a teacher's likeliest tokens with a corpus",
     "evaluate": "precision, recall and more of models against p*",
     "report": "write the pages of run folders",
+    "compare": "put several runs on one page",
 }
 _USAGE = "\n".join(
     ["usage: kd-jax COMMAND [flags]; kd-jax COMMAND --help lists the flags", ""]

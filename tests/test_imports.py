@@ -24,7 +24,7 @@ FLOORS = (
     ("lm.experiment", "gmm.frontier"),
     ("lm.report", "gmm.report"),
     ("report",),
-    ("train", "evaluate", "sample", "teacher"),
+    ("train", "evaluate", "sample", "teacher", "compare"),
     ("__main__",),
 )
 FLOOR = {f"kd_jax.{wing}": number for number, floor in enumerate(FLOORS) for wing in floor}

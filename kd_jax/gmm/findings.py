@@ -13,7 +13,7 @@ import numpy as np
 from kd_jax.gmm.specs import GmmSpec
 from kd_jax.gmm.students import AXES, CHOICE, CONTROLS, COOLINGS, DIRECT, DISTILLED, PLAIN, Scores
 from kd_jax.metrics.statistics import Interval, show, t_interval
-from kd_jax.reporting import frontier_page, page, row_kinds
+from kd_jax.reporting import frontier_page, page, row_kinds, run_comparison
 from kd_jax.reporting.prices import Curve, Match, matches
 from kd_jax.runs.settings import freeze
 
@@ -192,3 +192,18 @@ def summary(folder: Path) -> list[str]:
     if spec.smoke:
         return [*lines, "a smoke run: no conclusions"]
     return [*lines, *filter(None, [contrast(compared(students, spec), spec)])]
+
+
+def comparable(folder: Path) -> run_comparison.Run:
+    """The students of the run's own setting, for a page of several runs.
+
+    Raises: FileNotFoundError, ValueError or RunError, naming the file, for a run that cannot be read.
+    """
+    spec, students = spec_of(folder), next(iter(load(folder).values()))
+    listed = [(Who(DIRECT), "direct", "direct"), (Who(PLAIN), "plain: teacher unchanged", "plain")]
+    listed += [(Who(DISTILLED, beta), f"beta = {beta:.3g}", "distilled") for beta in betas(students)]
+    listed += [(who, f"direct at {who.temperature:g}", "cooled") for who in temperatures(students, Who(DIRECT))]
+    return run_comparison.of_mixtures(
+        folder, [(label, kind, students[who]) for who, label, kind in listed if who in students],
+        first_seed=spec.seed, smoke=spec.smoke,
+    )  # fmt: skip

@@ -75,7 +75,7 @@ class Beside(NamedTuple):
     note: str
 
 
-def render(template: str, *, folder: Path, style: str = "", **values: Any) -> str:
+def render(template: str, *, folder: Path, style: str = "", command: str = "", **values: Any) -> str:
     """A whole page from the template of its body.
 
     The template has the macros `grid(head, rows)`, `figure(name, caption)` and `section(table)`, the latter for a
@@ -85,12 +85,13 @@ def render(template: str, *, folder: Path, style: str = "", **values: Any) -> st
         template: Jinja source of the body.
         folder: of the run, for the footer.
         style: CSS of this page alone.
+        command: what makes the page again; by default that of the folder's report.
         values: what the template names; at least `title` and `images` (name -> base64 PNG).
     Returns: the page's HTML.
     """
     source = _HEAD + style + _BODY + template + _TAIL
     # Escaped: names and samples come out of runs and may hold anything.
-    html = Environment(autoescape=True).from_string(source).render(footer=_footer(folder), **values)
+    html = Environment(autoescape=True).from_string(source).render(footer=_footer(folder, command), **values)
     # a sample's row can hold half of a surrogate pair, which UTF-8 cannot encode
     return _with_contents(html).encode("utf-8", "replace").decode("utf-8")
 
@@ -166,7 +167,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return files.read_json(path, ValueError) if path.is_file() else {}
 
 
-def _footer(folder: Path) -> list[tuple[str, str]]:
+def _footer(folder: Path, command: str) -> list[tuple[str, str]]:
     """The reproduction entries, as the manifest has them."""
 
     def text(value) -> str:
@@ -176,4 +177,4 @@ def _footer(folder: Path) -> list[tuple[str, str]]:
     # What it takes to make the run again.
     found = [(key, manifest[key]) for key in ("command", "versions", "device", "seed", "git_commit") if key in manifest]
     entries = [(key.replace("_", " "), text(value)) for key, value in found if value is not None]
-    return [*entries, ("report", f"python -m kd_jax.report {folder}")]
+    return [*entries, ("report", command or f"python -m kd_jax.report {folder}")]

@@ -74,3 +74,10 @@ def to_csv(table: Table) -> str:
     csv.writer(text, lineterminator="\n").writerows(zip(*columns, strict=True))
     # a name out of a run's folder can hold half of a surrogate pair, which UTF-8 cannot encode
     return text.getvalue().encode("utf-8", "replace").decode("utf-8")
+
+
+def to_text(table: Table) -> list[str]:
+    """A table as lines for a terminal, its columns aligned."""
+    cells = [[str(cell) for cell in line] for line in (table.head, *table.rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

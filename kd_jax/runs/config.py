@@ -77,8 +77,9 @@ def load(name: str) -> ConfigDict:
         if path not in names:
             raise ValueError(f"--config {name}: {path} is neither a file nor one of {', '.join(names)}")
         path = names[path]
-    # a config may begin with another one (`from configs import lm`), wherever it lies itself
-    sys.path.append(str(shipped.parent))
+    # A config may begin with another one (`from configs import lm`), wherever it lies itself. First on the path, as the
+    # folder that the command runs in may have a package `configs` of its own.
+    sys.path.insert(0, str(shipped.parent))
     try:
         # Not `import`: a config is any file, and need not be on the path or be named like a module.
         found = importlib.util.spec_from_file_location("kd_jax_config", path)

@@ -1,6 +1,9 @@
 """Configs from the command line: overrides by their declared types, flag files, names that were misspelt."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,3 +259,18 @@ def test_a_config_that_comes_with_the_package_is_found_by_name(tmp_path, monkeyp
     assert config_lib.load("mine.py").experiment == "gmm_frontier"
     with pytest.raises(ValueError, match="gm is neither a file nor one of gmm, gmm_frontier"):
         config_lib.load("gm")
+
+
+def test_a_package_called_configs_in_the_users_project_hides_nothing(tmp_path):
+    """In a process of its own, as in this one `configs` has been imported."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/__init__.py").write_text("")
+    (tmp_path / "configs/mine.py").write_text("from configs import gmm\nget_config = gmm.get_config\n")
+    (tmp_path / "configs/other.py").write_text("from configs import mine\nget_config = mine.get_config\n")
+    root = str(Path(config_lib.__file__).parents[2])
+    script = (
+        f"import sys; sys.path.append({root!r})\nfrom kd_jax.runs import config\n"
+        "print(config.load('configs/other.py:smoke').experiment, config.load('gmm_frontier').experiment)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["gmm", "gmm_frontier"], done.stderr

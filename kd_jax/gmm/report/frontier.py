@@ -10,7 +10,7 @@ from kd_jax.gmm.frontier import CHOICE, COOLED, DIRECT, PLAIN, TEACHERS
 from kd_jax.gmm.report.page import SMOKE
 from kd_jax.gmm.specs import DIVERGENCES, GmmFrontierSpec
 from kd_jax.metrics.statistics import show
-from kd_jax.reporting import frontier_page, page, row_kinds
+from kd_jax.reporting import frontier_page, page, row_kinds, run_comparison
 from kd_jax.reporting.frontier_page import Knob
 from kd_jax.reporting.page import mean_se, number
 from kd_jax.reporting.prices import Curve, Match, matches
@@ -232,3 +232,20 @@ def _knob(path: Path, name: str, settings: dict, seeds: list[int]) -> Knob:
         for column in METRICS
     }
     return Knob(NAMES[name], tuple("" if value is None else f"{value:g}" for value in settings), metrics)
+
+
+def comparable(folder: Path) -> run_comparison.Run:
+    """The students of the run, for a page of several runs.
+
+    Raises: FileNotFoundError, ValueError or RunError, naming the file, for a run that cannot be read.
+    """
+    config, knobs = folder / "config.json", _read(folder)
+    spec = freeze(GmmFrontierSpec, page.read_json(config), str(config))
+    kinds, listed = {DIRECT: "direct", COOLED[DIRECT]: "cooled"}, []
+    for name in sorted(knobs, key=lambda name: name != DIRECT):
+        for index, value in enumerate(knobs[name].values):
+            # A knob's values are settings; the others have none.
+            label = f"{knobs[name].name} = {value}" if value else knobs[name].name
+            metrics = {metric: values[index] for metric, values in knobs[name].metrics.items()}
+            listed.append((label, kinds.get(name, name), metrics))
+    return run_comparison.of_mixtures(folder, listed, first_seed=spec.seed, smoke=spec.smoke)

@@ -1,9 +1,15 @@
-"""Arms in words: the preregistered comparison, what students learn, and how they differ from the direct student."""
+"""Arms in words: the preregistered comparison, what students learn, and how they differ from the direct student.
+
+`comparable` has the students of a run for a page of several runs.
+"""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kd_jax.lm.experiment.knobs import ContrastSpec
 from kd_jax.lm.report import cooling, expectations, summary
@@ -11,7 +17,9 @@ from kd_jax.lm.report.cooling import Curve
 from kd_jax.lm.report.summary import Group
 from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
-from kd_jax.reporting import units
+from kd_jax.reporting import page, units
+from kd_jax.reporting.page import number
+from kd_jax.reporting.run_comparison import METRICS, Run, Student
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.runs.settings import freeze
 
@@ -154,3 +162,48 @@ def _contrast_amount(interval: Interval, metric: str, over: str) -> str:
         f"{amount} (95 % interval {interval.low:.3g} to {interval.high:.3g}, {dof}, p = {interval.p_value:.2g}; "
         f"over {over})"
     )
+
+
+def comparable(folder: Path) -> Run:
+    """The students of a run, for a page of several runs (kd_jax.reporting.run_comparison).
+
+    Raises: FileNotFoundError, ValueError or RunError, naming the file, for a run that cannot be read or has not been
+        evaluated yet.
+    """
+    rows, config = page.read_rows(folder), page.read_json(folder / "config.json")
+    manifest = page.read_json(folder / "manifest.json")
+    summary.check(rows, folder / "metrics.jsonl")
+    units.attach(rows, folder)
+    # Lower sample temperatures of the direct student alone: it is what every way of distilling is measured against.
+    students = [
+        _comparable(curve, temperature)
+        for curve in cooling.curves(rows).values()
+        for temperature in curve.temperatures
+        if temperature == 1.0 or curve.arm == "direct"
+    ]
+    if not students:
+        raise ValueError(f"{folder / 'metrics.jsonl'} has no evaluated students yet; finish the run first")
+    # The name of the stage's folder is a digest of all that its rows depend on.
+    stages = {stage["name"]: Path(stage["folder"]).name for stage in manifest.get("stages") or []}
+    smoke = summary.smoke_samples(summary.summarise(rows)) is not None
+    # The direct student first; then the order of the run's page.
+    students.sort(key=lambda student: student.kind != "direct")
+    return Run(
+        config, manifest, students, seeds=config.get("seed"), recall_rows=stages.get("p_star/validation"),
+        unit="nats per token", smoke=smoke,
+    )  # fmt: skip
+
+
+def _comparable(curve: Curve, temperature: float) -> Student:
+    by_student = curve.rows[temperature]
+    members = sorted(by_student)
+    rows = [by_student[member] for member in members]
+    # Settings of tau are one knob, which a line joins; any other arm is a point of its own.
+    kind = "distilled" if rows[0]["arm"] == "distilled" else curve.arm
+    label = curve.label
+    if temperature != 1.0:
+        kind, label = "cooled", f"{label} at {temperature:g}"
+    return Student(
+        label, kind, members, {name: np.array([number(row.get(name)) for row in rows]) for name in METRICS},
+        units.by_sequence(rows, "recall"), {name: number(rows[0].get(f"{name}_se")) for name in METRICS},
+    )  # fmt: skip
