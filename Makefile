@@ -1,4 +1,4 @@
-# make gmm | laptop | test | test-all | cluster | fuzz | parity | lint | bench | clean. The first one called builds .venv.
+# make gmm | laptop | test | test-all | cluster | fuzz | parity | lint | bench | docs | clean. The first one called builds .venv.
 # PYTHON=/path/to/python picks the interpreter; otherwise the first that really runs and is 3.11 to 3.13
 # (a version manager's shim can exist on PATH and still refuse to run, so each is tried).
 PYTHON ?=
@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-dev
 
-.PHONY: gmm laptop test test-all slow cluster fuzz parity lint bench clean
+.PHONY: gmm laptop test test-all slow cluster fuzz parity lint bench docs clean
 .DEFAULT_GOAL := test
 
 $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
@@ -78,6 +78,19 @@ bench: $(PEERS)
 	$(PY) -m benchmarks.kd_loss
 	$(PY) -m benchmarks.kd_loss --bf16
 	$(PY) -m benchmarks.kd_step
+
+DOCS := $(VENV)/.stamp-docs
+$(DOCS): $(STAMP) requirements-docs.txt
+	$(PY) -m pip install -q -r requirements-docs.txt
+	@touch $@
+
+# Fails where a link or an anchor leads nowhere. The pages open from disk; for their search, serve them:
+# .venv/bin/python -m http.server -d build/site
+docs: $(DOCS)
+	$(PY) -m docs.settings
+	$(PY) -m docs.pages
+	$(VENV)/bin/zensical build --clean --strict
+	@echo "open build/site/index.html"
 
 # Leaves runs/ alone: results are not build products.
 clean:
