@@ -180,14 +180,18 @@ def _check(model, tokens, lengths, prefix):
     return tokens, lengths
 
 
-def lower(model: Model, tokens: jax.ShapeDtypeStruct, compute: Compute) -> jax.stages.Lowered:
+def lower(
+    model: Model, tokens: jax.ShapeDtypeStruct, compute: Compute, platform: str | None = None
+) -> jax.stages.Lowered:
     """The program of `log_prob` for a batch of these tokens [row, position], for a plan; `model.params` are shapes.
 
     Args:
         model: with shapes in place of weights.
         compute: how it is run.
+        platform: "cuda", "tpu" or "cpu"; None for that of the devices.
     """
-    return _score.lower(model.params, model.architecture, tokens, (None,), model.num_tokens, _log_prob, compute)
+    traced = _score.trace(model.params, model.architecture, tokens, (None,), model.num_tokens, _log_prob, compute)
+    return traced.lower(lowering_platforms=platform and (platform,))
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "num_tokens", "function", "compute"))

@@ -1,7 +1,8 @@
 """Sampling from a model: any number of samples through a fixed number of slots."""
 
+from kd_jax.lm.decode.lowered import lower, lower_prompts
 from kd_jax.lm.decode.next_token import WHOLE, SamplerSpec
-from kd_jax.lm.decode.sampler import Samples, generate, lower, stream
+from kd_jax.lm.decode.sampler import Samples, generate, stream
 
 __all__ = [
     "WHOLE",
@@ -9,5 +10,6 @@ __all__ = [
     "Samples",
     "generate",
     "lower",
+    "lower_prompts",
     "stream",
 ]

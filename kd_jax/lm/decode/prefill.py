@@ -184,6 +184,29 @@ def _spread(starts: Starts, compute: Compute) -> Starts:
     )
 
 
+def lower(
+    state: State, params, longest: int, architecture: Architecture, compute: Compute, platform: str | None = None
+) -> jax.stages.Lowered:  # fmt: skip
+    """Lowers the program of `start` for a batch of prompts with nothing in common; nothing is run.
+
+    Args:
+        state, params: shapes, with their shardings.
+        longest: ids of the longest prompt.
+        platform: "cuda", "tpu" or "cpu"; None for that of the devices.
+    """
+    groups, slots = state.cache.table.shape[:2]
+    at_once = max(1, slots // _PARTS)
+    sizes = Starts((groups * at_once, state.cache.length), (groups * at_once,), *[(groups, at_once)] * 3)
+    starts = Starts(*(jax.ShapeDtypeStruct(size, jnp.int32) for size in sizes))
+    if compute.mesh is not None:
+        starts = jax.tree.map(
+            lambda leaf: leaf.update(sharding=mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), compute.mesh)),
+            starts,
+        )
+    traced = _begin.trace(state, params, None, starts, np.int32(0), _bucket(longest - 1), architecture, compute)
+    return traced.lower(lowering_platforms=platform and (platform,))
+
+
 # The state is donated: the pages, its largest arrays, are then written in place.
 @functools.partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=0)
 def _begin(

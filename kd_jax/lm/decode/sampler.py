@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,18 +21,16 @@ from jax.sharding import Mesh
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import prefill
 from kd_jax.lm.decode import slots as slots_lib
+from kd_jax.lm.decode import start as start_lib
 from kd_jax.lm.decode.next_token import WHOLE, SamplerSpec
 from kd_jax.lm.decode.slots import Rows, Settings, State
-from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model, kv_cache
-from kd_jax.lm.model.kv_cache import PAGE, Pages
+from kd_jax.lm.model import DEFAULT, Compute, Model
+from kd_jax.lm.model.kv_cache import PAGE
 from kd_jax.parallel import distributed
 from kd_jax.parallel import mesh as mesh_lib
 
 # A call of the device program takes about this long, so that progress is shown and Ctrl-C is answered.
 _SECONDS_PER_CALL = 1.0
-# FLOPs that take a CPU as long as loading one more compiled program from disk. An accelerator gains nothing from fewer
-# slots: a step there takes as long as reading the weights.
-_PROGRAM = 3e11
 
 
 class Samples(NamedTuple):
@@ -112,9 +110,9 @@ def stream(
     if samples_per_prompt is not None and not 0 < num_samples <= samples_per_prompt * len(prompts):
         raise ValueError(f"{len(prompts)} prompts with {samples_per_prompt} samples each are not {num_samples} samples")
     if samples_per_prompt is None and len(prompts) == 1:
-        settings = _settings(model, prompts[0], num_samples, max_length, _sampler(sampler, knobs), seed)
+        settings = start_lib.settings(model, prompts[0], num_samples, max_length, _sampler(sampler, knobs), seed)
     else:
-        settings = _settings(model, [0], num_samples, max_length, _sampler(sampler, knobs), seed)
+        settings = start_lib.settings(model, [0], num_samples, max_length, _sampler(sampler, knobs), seed)
         settings = settings._replace(refill=jnp.int32(1), samples_per_prompt=jnp.int32(samples_per_prompt or 0))
     return _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh)
 
@@ -124,7 +122,8 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
     if not left:
         return
     compute = dataclasses.replace(compute, mesh=mesh)
-    params = model_lib.unstack(model.params) if mesh is None else _laid_out(model.params, model.architecture, mesh)
+    params, architecture = model.params, model.architecture
+    params = model_lib.unstack(params) if mesh is None else start_lib.laid_out(params, architecture, mesh)
     each = int(settings.samples_per_prompt) or None
     state, settings, queue = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
     common = None if queue is None else prefill.common(params, queue, model.architecture, compute)
@@ -183,78 +182,6 @@ def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
     return prompts
 
 
-def _settings(model, prompt, num_samples, max_length, sampler: SamplerSpec, seed) -> Settings:
-    # A token costs about 2 FLOPs a parameter, so `worth` is in steps of a slot.
-    worth = _PROGRAM / (2 * model.architecture.num_parameters) if jax.default_backend() == "cpu" else np.inf
-    # The number of EOS ids is a shape: padded, one compiled program serves models with one to four of them.
-    eos = [*model.eos_ids, *[-1] * (-len(model.eos_ids) % 4)] or [-1] * 4
-    return Settings(
-        prompt=jnp.asarray(prompt, jnp.int32), start=jnp.int32(len(prompt) - 1), num_samples=jnp.int32(num_samples),
-        refill=jnp.int32(0), samples_per_prompt=jnp.int32(0), max_length=jnp.int32(max_length),
-        worth=jnp.int32(min(worth + 1, 2**31 - 1)), seed=jnp.uint32(seed), eos_ids=jnp.asarray(eos, jnp.int32),
-        num_tokens=jnp.int32(model.num_tokens), knobs=sampler.arrays(),
-    )  # fmt: skip
-
-
-def lower(
-    model: Model, prompt_length: int, *, max_length: int, batch_size: int, sampler: SamplerSpec = WHOLE,
-    compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
-) -> jax.stages.Lowered:  # fmt: skip
-    """Lowers the device program of `stream` for a plan of its memory; nothing is run. Every slot has all of its pages.
-
-    Args:
-        model: `model.params` are shapes, with shardings over the mesh if there is one.
-        prompt_length: ids of the one prompt that all samples share.
-        max_length, batch_size, sampler, mesh, knobs: as in `stream`.
-    """
-    devices = mesh_lib.batch_devices(mesh)
-    # As `_start` would: every device has the same number of slots.
-    slots = -(-batch_size // devices) * devices
-    width = -(-max_length // PAGE) * PAGE
-    compute = dataclasses.replace(compute, mesh=mesh)
-
-    def on(shardings, shapes):
-        return jax.tree.map(
-            lambda leaf, to: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=to), shapes, shardings
-        )
-
-    params = jax.eval_shape(model_lib.unstack, model.params)
-    if mesh is not None:
-        params = on(mesh_lib.shardings(_axes(model.architecture), params, mesh), params)
-
-    def of_prompt(params, prompt):
-        return _prefill(params, prompt, model.architecture, devices, slots // devices, width, 0, compute)
-
-    pages = jax.eval_shape(of_prompt, params, jax.ShapeDtypeStruct((prompt_length,), jnp.int32))
-    state = _empty(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0)
-    if mesh is not None:
-        state = on(slots_lib.shardings(state, mesh), state)
-    settings = _settings(model, [0] * prompt_length, 1, max_length, _sampler(sampler, knobs), 0)
-    return slots_lib.run.lower(state, params, settings, model.architecture, compute, 1)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _laid_out(params, architecture: Architecture, mesh: Mesh):
-    """The weights as the loop reads them: layer by layer, whole on each device but for what tensor splits.
-
-    Where fsdp splits weights, training gathers them for each layer; a sampling step has too few tokens for that.
-    """
-    return jax.tree.map(
-        lambda leaf, axes: mesh_lib.constrain(leaf, axes, mesh), model_lib.unstack(params), _axes(architecture)
-    )
-
-
-def _axes(architecture: Architecture) -> dict[str, Any]:
-    """Logical axes of the weights that `_laid_out` returns."""
-    axes = model_lib.logical_axes(architecture)
-
-    def whole(names):
-        return tuple(None if name == "embed" else name for name in names)
-
-    layer = {name: whole(names[1:]) for name, names in axes.pop("layers").items()}
-    return {name: whole(names) for name, names in axes.items()} | {"layers": (layer,) * architecture.num_hidden_layers}
-
-
 def _start(
     model, params, prompts, settings, first, batch_size, max_length, compute, mesh
 ) -> tuple[State, Settings, prefill.Queue | None]:
@@ -275,8 +202,8 @@ def _start(
         settings = settings._replace(refill=jnp.int32(queue.at_once))
         pages = -(-max(map(len, prompts)) // PAGE)
     prompt = np.asarray(settings.prompt)
-    cache = _prefill(params, prompt, model.architecture, devices, slots // devices, width, pages, compute)
-    state = _empty(cache, slots, width, first)
+    cache = start_lib.resident(params, prompt, model.architecture, devices, slots // devices, width, pages, compute)
+    state = start_lib.idle(cache, slots, width, first)
     # Committed to the parameters' devices, as what `run` returns is: otherwise the second call compiles again.
     where = next(iter(cache.owner.devices())) if mesh is None else slots_lib.shardings(state, mesh)
     if not distributed.several():
@@ -284,39 +211,6 @@ def _start(
     place = {True: jax.device_put, False: distributed.spread}  # arrays on devices; arrays that every host has
     state = jax.tree.map(lambda leaf, to: place[isinstance(leaf, jax.Array)](leaf, to), state, where)
     return state, settings, queue
-
-
-def _empty(cache: Pages, slots: int, width: int, first: int) -> State:
-    groups, each = cache.table.shape[:2]
-    return State(
-        cache=cache, slots=_rows(width, slots), active=np.zeros(slots, bool),
-        done=_rows(width, groups, slots_lib.DONE * each), num_done=np.zeros(groups, np.int32),
-        next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
-    )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6, 7))
-def _prefill(
-    params, prompt, architecture: Architecture, groups: int, slots: int, length: int, pages: int, compute: Compute
-) -> Pages:  # fmt: skip
-    """A pool whose slots all hold this prompt, but for its last token, which the first step writes.
-
-    Each slot has room for `pages` pages more, and for one that the first step opens.
-    """
-    kept = slots_lib.prompt_pages(len(prompt) - 1)
-    cache = model_lib.empty_cache(architecture, 1, kept * PAGE, jnp.dtype(compute.dtype))
-    if len(prompt) > 1:
-        positions = jnp.arange(len(prompt))[None]
-        _, cache = model_lib.extend(params, architecture, cache, prompt[None], positions, compute=compute)
-    return kv_cache.paged(cache, groups, slots, slots * min(kept + pages + 1, length // PAGE), length)
-
-
-def _rows(length: int, *rows: int) -> Rows:
-    def zeros(dtype, *shape):
-        return np.zeros((*rows, *shape), dtype)  # an array each: donated buffers must not be shared
-
-    wide = zeros(np.int32, length), zeros(np.float32, length), zeros(np.float32, length)
-    return Rows(zeros(np.int32), *wide, zeros(np.int32), zeros(bool))
 
 
 def _collect(state: State) -> tuple[State, Rows]:
