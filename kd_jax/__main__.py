@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": "run an experiment, or resume it",
+    "sweep": "run an experiment for every combination of the values listed",
     "sample": "sample a corpus from a model, or show one",
     "teacher": "record a teacher's likeliest tokens with a corpus",
     "evaluate": "precision, recall and more of models against p*",

@@ -6,6 +6,7 @@ each other; launch/ has scripts that start them). FOLDER is then on a file syste
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -65,7 +66,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    args = config_lib.parse(words, _parser(), _spec)
+    args = config_lib.parse(words, _parser(), spec_of)
     if not args.workdir:
         raise ValueError("--workdir is missing (for example --workdir runs/gmm)")
     if args.device and not args.dry_run:
@@ -86,13 +87,13 @@ def _experiment(config: ConfigDict) -> Any:
     return importlib.import_module(EXPERIMENTS[name])
 
 
-def _spec(config: ConfigDict) -> type | None:
+def spec_of(config: ConfigDict) -> type | None:
     return getattr(_experiment(config), "Spec", None)
 
 
 def _freeze(config: ConfigDict) -> tuple[Any, dict[str, Any]]:
     """What the experiment's functions take, and what config.json holds."""
-    kind = _spec(config)
+    kind = spec_of(config)
     if kind is None:
         return config, config_lib.to_dict(config)
     # `experiment` says whose settings they are, and may or may not be one of them
@@ -119,38 +120,65 @@ def _dry_run(args: argparse.Namespace, experiment: Any, spec: Any) -> None:
 
 def _run(args: argparse.Namespace, argv: list[str]) -> None:
     start = time.perf_counter()
-    experiment = _experiment(args.config)
     if args.dry_run:
-        return _dry_run(args, experiment, _freeze(args.config)[0])
-    command_line.start_processes(args)
+        return _dry_run(args, _experiment(args.config), _freeze(args.config)[0])
     # Joined before anything asks JAX for its devices, as the checks of the settings do.
-    spec, plain = _freeze(args.config)
+    command_line.start_processes(args)
+    carry_out(args.config, args.workdir, argv, overwrite=args.overwrite, stages=args.stages, start=start)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError, naming the key, for settings that cannot work, before any work."""
+    _experiment(config).validate(_freeze(config)[0])
+
+
+def carry_out(
+    config: ConfigDict, workdir: str, argv: list[str], *, overwrite: bool = False, stages: Sequence[str] = (),
+    shared_stages: Path | None = None, start: float | None = None,
+) -> None:  # fmt: skip
+    """Runs an experiment in its folder from the config to the report, or resumes it.
+
+    Several processes have been joined before.
+
+    Args:
+        config: of the experiment.
+        workdir: the run folder.
+        argv: the command that makes this run, for its manifest.
+        overwrite: start the run again.
+        stages: of an experiment in stages, the groups to run; by default all.
+        shared_stages: a folder that has the stages of several runs; by default each run has its own.
+        start: when the command began, in seconds of time.perf_counter; by default now.
+    Raises: ValueError for settings that cannot work, before any work; what the experiment raises.
+    """
+    from kd_jax.runs import run as run_lib
+
+    start = time.perf_counter() if start is None else start
+    experiment, (spec, plain) = _experiment(config), _freeze(config)
     experiment.validate(spec)
-    with command_line.writing(args.workdir, argv):
-        _carry_out(args, argv, experiment, spec, plain, start)
+    staged = config.experiment in STAGED
+    with command_line.writing(workdir, argv):
+        run = _open(lambda: run_lib.open_run(workdir, plain, argv=argv, overwrite=overwrite, staged=staged))
+        if run.finished:
+            say(f"{run.folder}: finished, nothing left to do (--overwrite starts again)")
+            _say_result(experiment, run.folder)
+            return
+        if run.resumed:
+            say(f"{run.folder}: resuming")
+        if staged and shared_stages is not None:
+            _link_stages(run.folder, shared_stages)
+        _work(run, experiment, spec, {"only": tuple(stages)} if staged else {}, start)
 
 
-def _carry_out(
-    args: argparse.Namespace, argv: list[str], experiment: Any, spec: Any, plain: dict[str, Any], start: float
-) -> None:
-    """The run in its folder; `start` is when the command began, in seconds of time.perf_counter."""
+def _work(run: Any, experiment: Any, spec: Any, options: dict[str, Any], start: float) -> None:
+    """What is left to do of a run; `start` is when the command began, in seconds of time.perf_counter."""
     from kd_jax import report
     from kd_jax.parallel import distributed
     from kd_jax.runs import run as run_lib
 
-    staged = args.config.experiment in STAGED
-    run = _open(args, lambda: run_lib.open_run(args.workdir, plain, argv=argv, overwrite=args.overwrite, staged=staged))
-    if run.finished:
-        _say(f"{run.folder}: finished, nothing left to do (--overwrite starts again)")
-        _say_result(experiment, run.folder)
-        return
-    if run.resumed:
-        _say(f"{run.folder}: resuming")
-
     ready = time.perf_counter()
-    extra = experiment.run(spec, run.folder, **({"only": args.stages} if staged else {}))
-    if staged and extra is None:
-        _say(f"{run.folder}: stages {', '.join(args.stages)} are finished")
+    extra = experiment.run(spec, run.folder, **options)
+    if options and extra is None:
+        say(f"{run.folder}: stages {', '.join(options['only'])} are finished")
         return
     ran = time.perf_counter()
     # Process 0 draws; the others wait, as the run is not finished without its page.
@@ -160,11 +188,24 @@ def _carry_out(
     seconds = {"start": ready - start, "experiment": ran - ready, "report": done - ran, "total": done - start}
     if distributed.leads():
         run_lib.finish(run, **{**(extra or {}), "seconds": {key: round(value, 3) for key, value in seconds.items()}})
-    _say("time: " + ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items()))
+    say("time: " + ", ".join(f"{key} {value:.1f} s" for key, value in seconds.items()))
     _say_result(experiment, run.folder)
 
 
-def _open(args: argparse.Namespace, open_run: Callable[[], Any]) -> Any:
+def _link_stages(folder: Path, shared: Path) -> None:
+    """Makes the stages of a run those of a folder that other runs use as well; one that has its own keeps them."""
+    from kd_jax.parallel import distributed
+
+    def link() -> None:
+        shared.mkdir(parents=True, exist_ok=True)
+        if not (folder / "stages").exists():
+            # Relative, so that the folder of all runs can be moved.
+            (folder / "stages").symlink_to(os.path.relpath(shared, folder), target_is_directory=True)
+
+    distributed.once(link, "linking the stages")
+
+
+def _open(open_run: Callable[[], Any]) -> Any:
     """The run folder, which process 0 makes or opens for all. Raises RunError where another does not see it."""
     from kd_jax.parallel import distributed
     from kd_jax.runs import run as run_lib
@@ -184,7 +225,7 @@ def _open(args: argparse.Namespace, open_run: Callable[[], Any]) -> Any:
     return run
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Prints, once for all processes."""
     from kd_jax.parallel import distributed
 

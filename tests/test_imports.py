@@ -25,6 +25,7 @@ FLOORS = (
     ("lm.report", "gmm.report"),
     ("report",),
     ("train", "evaluate", "sample", "teacher", "compare"),
+    ("sweep",),
     ("__main__",),
 )
 FLOOR = {f"kd_jax.{wing}": number for number, floor in enumerate(FLOORS) for wing in floor}
@@ -131,7 +132,15 @@ def test_folders_and_files_are_of_a_size_that_can_be_seen():
 
 def test_one_name_is_one_thing():
     """Files of one name are the families' own forms of the same thing, or a door and the wing behind it."""
-    allowed = {"page", "figures", "frontier", "specs", "settings", "__init__"}  # lm/experiment/settings is to go
+    allowed = {
+        "sweep",
+        "page",
+        "figures",
+        "frontier",
+        "specs",
+        "settings",
+        "__init__",
+    }  # lm/experiment/settings is to go
     names = {}
     for path in ROOT.rglob("*.py"):
         names.setdefault(path.stem, []).append(str(path.relative_to(ROOT)))

@@ -35,15 +35,12 @@ def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], 
         "--config", metavar="CONFIG", help="a file, or a name such as gmm:smoke; with --help its settings are listed"
     )
     # The config is read first, since its settings are flags themselves.
-    first = Parser(add_help=False)
-    first.add_argument("--config")
-    # Without --help: argparse would print its text and exit before the settings are known.
-    chosen = first.parse_known_args([word for word in words if word not in ("--help", "-h")])[0].config
-    config = types = None
+    chosen = _chosen(words)
+    config = hints = None
     if chosen is not None:
         config = load(chosen)
-        types = _types(config, spec_of(config))
-        _add_settings(parser, config, types, spec_of(config))
+        hints = _types(config, spec_of(config))
+        _add_settings(parser, config, hints, spec_of(config))
     args, rest = parser.parse_known_args(words)
     for word in rest:
         if not word.startswith("--config."):
@@ -54,15 +51,38 @@ def parse(words: Sequence[str], parser: Parser, spec_of: Callable[[ConfigDict], 
     for word in rest:
         key, equals, text = word.removeprefix("--").partition("=")
         # names in a dict setting are the user's own
-        if not equals or not any(hint == dict[str, Any] and key.startswith(f"{name}.") for name, hint in types.items()):
+        if not equals or not any(hint == dict[str, Any] and key.startswith(f"{name}.") for name, hint in hints.items()):
             raise parser.unknown(word)
         given[key] = text
     for key, text in given.items():
-        _set(config, key.removeprefix("config."), settings.from_text(text, types.get(key, Any), f"--{key}"))
+        _set(config, key.removeprefix("config."), settings.from_text(text, hints.get(key, Any), f"--{key}"))
     # From here on a name that the config does not have is an error, not a new setting.
     config.lock()
     args.config = config
     return args
+
+
+def types(words: Sequence[str], spec_of: Callable[[ConfigDict], type | None]) -> dict[str, Any]:
+    """The type of each setting by its flag's name ("config.seed"), of the config that a command line names.
+
+    Args:
+        words: those after the program's name.
+        spec_of: as in `parse`.
+    Returns: {} without --config.
+    Raises: ValueError for a config that cannot be read.
+    """
+    chosen = _chosen(words)
+    if chosen is None:
+        return {}
+    config = load(chosen)
+    return _types(config, spec_of(config))
+
+
+def _chosen(words: Sequence[str]) -> str | None:
+    first = Parser(add_help=False)
+    first.add_argument("--config")
+    # Without --help: argparse would print its text and exit before the settings are known.
+    return first.parse_known_args([word for word in words if word not in ("--help", "-h")])[0].config
 
 
 def load(name: str) -> ConfigDict:
