@@ -124,8 +124,13 @@ def jax_side(name: str):
 
     def ours(hidden, head, teacher_hidden, teacher_head):
         return fused.linear_distillation(
-            hidden, head, teacher_hidden, teacher_head, None, jnp.ones(len(hidden), bool)
-        )[0].mean  # fmt: skip
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=teacher_hidden,
+            teacher_head=teacher_head,
+            labels=None,
+            mask=jnp.ones(len(hidden), bool),
+        )[0].mean
 
     step = jax.jit(jax.value_and_grad({"jax": dense, "kd_jax": ours}[name], (0, 1)))
 

@@ -32,7 +32,15 @@ def measure(teacher, student, tokens, lengths, mask, sizes, temperature=1.0):
     how = {"temperature": temperature, "num_tokens": student.num_tokens}
 
     def dense(hidden):
-        found, _ = fused.linear_distillation(hidden, head, theirs, model_lib.head(teacher.params), labels, mask, **how)
+        found, _ = fused.linear_distillation(
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=theirs,
+            teacher_head=model_lib.head(teacher.params),
+            labels=labels,
+            mask=mask,
+            **how,
+        )
         return found.mean
 
     wanted, wanted_gradient = jax.jit(jax.value_and_grad(dense))(hidden)
@@ -51,7 +59,15 @@ def measure(teacher, student, tokens, lengths, mask, sizes, temperature=1.0):
 
                 def loss(hidden, ids=ids, log_probs=log_probs, left=left, tail=tail):
                     return fused.linear_top_k_distillation(
-                        hidden, head, ids, log_probs, left, labels, mask, tail=tail, **how
+                        student_hidden=hidden,
+                        student_head=head,
+                        teacher_ids=ids,
+                        teacher_log_probs=log_probs,
+                        teacher_tail_log_prob=left,
+                        labels=labels,
+                        mask=mask,
+                        tail=tail,
+                        **how,
                     )[0].mean
 
                 value, gradient = jax.jit(jax.value_and_grad(loss))(hidden)

@@ -46,7 +46,7 @@ class Shared(NamedTuple):
     student: jax.Array
 
 
-def universal_distance(teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0) -> jax.Array:
+def universal_distance(*, teacher_logits: jax.Array, student_logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
     """sum |p - q| over probabilities sorted in descending order, the smaller vocabulary filled up with zeros.
 
     Args:
@@ -68,7 +68,7 @@ def universal_distance(teacher_logits: jax.Array, student_logits: jax.Array, *, 
 
 
 def aligned_divergence(
-    name: str, teacher: Start, student: Start, shared: Shared, whole: jax.Array, *, temperature: Scalar = 1.0,
+    name: str, *, teacher: Start, student: Start, shared: Shared, whole: jax.Array, temperature: Scalar = 1.0,
     parameter: Scalar | None = None,
 ) -> jax.Array:  # fmt: skip
     """The divergence of that name (a key of `DIVERGENCES`) between what the models expect at the start of spans.

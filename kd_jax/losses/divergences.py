@@ -40,7 +40,7 @@ _DETAILS = """
 
 
 def divergence(
-    name: str, teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
+    name: str, *, teacher_logits: jax.Array, student_logits: jax.Array, temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, num_tokens: int | None = None, parameter: Scalar | None = None,
 ) -> jax.Array:  # fmt: skip
     """The divergence of that name (a key of `DIVERGENCES`).
@@ -63,13 +63,13 @@ def _named(row: table.Divergence) -> Callable[..., jax.Array]:
     """A function for the divergence of one row, whose parameter has its usual name (beta or alpha)."""
 
     def function(
-        teacher_logits: jax.Array, student_logits: jax.Array, *, temperature: Scalar = 1.0,
+        *, teacher_logits: jax.Array, student_logits: jax.Array, temperature: Scalar = 1.0,
         teacher_temperature: Scalar | None = None, num_tokens: int | None = None, **own: Scalar,
     ) -> jax.Array:  # fmt: skip
         if row.parameter is not None:
             own["parameter"] = own.pop(row.parameter.name, None)
         return divergence(
-            row.name, teacher_logits, student_logits, temperature=temperature,
+            row.name, teacher_logits=teacher_logits, student_logits=student_logits, temperature=temperature,
             teacher_temperature=teacher_temperature, num_tokens=num_tokens, **own,
         )  # fmt: skip
 
@@ -118,7 +118,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, *, num_tokens: int | Non
 
 
 def distillation_loss(
-    teacher_logits: jax.Array, student_logits: jax.Array, labels: jax.Array | None, mask: jax.Array, *,
+    *, teacher_logits: jax.Array, student_logits: jax.Array, labels: jax.Array | None, mask: jax.Array,
     divergence: str = "forward_kl", temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
     parameter: Scalar | None = None, hard_weight: Scalar = 0.0, num_tokens: int | None = None,
 ) -> Mean:  # fmt: skip
@@ -149,7 +149,7 @@ def distillation_loss(
     teacher_logits = jax.lax.stop_gradient(jnp.where(mask[..., None], teacher_logits, 0))
     student_logits = jnp.where(mask[..., None], student_logits, 0)
     soft = _divergence(
-        divergence, teacher_logits, student_logits, temperature=temperature,
+        divergence, teacher_logits=teacher_logits, student_logits=student_logits, temperature=temperature,
         teacher_temperature=teacher_temperature, num_tokens=num_tokens, parameter=parameter,
     )  # fmt: skip
     # `weighted`, not a product: with hard_weight = 1 the divergence may be infinite, and 0 * inf is NaN.
@@ -161,7 +161,7 @@ def distillation_loss(
 
 
 def top_k_divergence(
-    teacher_log_probs: jax.Array, teacher_ids: jax.Array, student_logits: jax.Array, *,
+    *, teacher_ids: jax.Array, teacher_log_probs: jax.Array, student_logits: jax.Array,
     teacher_tail_log_prob: jax.Array | None = None, divergence: str = "forward_kl", temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, parameter: Scalar | None = None, tail: str = "bucket",
     num_tokens: int | None = None,
@@ -188,8 +188,8 @@ def top_k_divergence(
     teacher = top_k_teacher(teacher_log_probs, teacher_tail_log_prob, tail)
     student = top_k_student(student_logits, teacher_ids, tail)
     return _divergence(
-        divergence, teacher, student, temperature=temperature, teacher_temperature=teacher_temperature,
-        parameter=parameter,
+        divergence, teacher_logits=teacher, student_logits=student, temperature=temperature,
+        teacher_temperature=teacher_temperature, parameter=parameter,
     )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ class Statistics(NamedTuple):
 
 
 def linear_distillation(
-    student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
-    labels: jax.Array | None, mask: jax.Array, *, divergence: str = "forward_kl", temperature: Scalar = 1.0,
+    *, teacher_hidden: jax.Array, teacher_head: jax.Array, student_hidden: jax.Array, student_head: jax.Array,
+    labels: jax.Array | None, mask: jax.Array, divergence: str = "forward_kl", temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, parameter: Scalar | None = None, hard_weight: Scalar = 0.0,
     num_tokens: int | None = None, softcap: float | None = None, teacher_softcap: float | None = None,
     chunk: int | None = None, mesh: Mesh | None = None,
@@ -77,8 +77,8 @@ def linear_distillation(
 
 
 def linear_divergence(
-    student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array,
-    mask: jax.Array, *, divergence: str, temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
+    *, teacher_hidden: jax.Array, teacher_head: jax.Array, student_hidden: jax.Array, student_head: jax.Array,
+    mask: jax.Array, divergence: str, temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
     parameter: Scalar | None = None, num_tokens: int | None = None, chunk: int | None = None,
 ) -> Mean:  # fmt: skip
     """The divergence alone, without T^2.
@@ -95,8 +95,8 @@ def linear_divergence(
 
 
 def linear_top_k_distillation(
-    student_hidden: jax.Array, student_head: jax.Array, teacher_ids: jax.Array, teacher_log_probs: jax.Array,
-    teacher_tail_log_prob: jax.Array | None, labels: jax.Array | None, mask: jax.Array, *,
+    *, teacher_ids: jax.Array, teacher_log_probs: jax.Array, teacher_tail_log_prob: jax.Array | None,
+    student_hidden: jax.Array, student_head: jax.Array, labels: jax.Array | None, mask: jax.Array,
     divergence: str = "forward_kl", temperature: Scalar = 1.0, teacher_temperature: Scalar | None = None,
     parameter: Scalar | None = None, tail: str = "bucket", hard_weight: Scalar = 0.0, num_tokens: int | None = None,
     softcap: float | None = None, chunk: int | None = None, mesh: Mesh | None = None,

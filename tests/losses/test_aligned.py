@@ -19,21 +19,26 @@ def test_universal_distance(sizes):
     for p, q in zip(softmax(teacher / 2.0, -1), softmax(student / 2.0, -1), strict=True):
         p, q = (np.pad(np.sort(x)[::-1], (0, 9 - len(x))) for x in (p, q))
         wanted.append(np.abs(p - q).sum())
-    found = losses.universal_distance(jnp.float32(teacher), jnp.float32(student), temperature=2.0)
+    found = losses.universal_distance(
+        teacher_logits=jnp.float32(teacher), student_logits=jnp.float32(student), temperature=2.0
+    )
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
 
 
 def test_universal_distance_ignores_which_token_it_is():
     logits = jnp.float32(RANDOM.standard_normal(8))
-    assert float(losses.universal_distance(logits, logits[::-1])) < 1e-6
+    assert float(losses.universal_distance(teacher_logits=logits, student_logits=logits[::-1])) < 1e-6
 
 
 @pytest.mark.slow
 def test_gradient_of_the_universal_distance():
     teacher, student = (jnp.float32(RANDOM.standard_normal(size)) for size in (6, 9))
-    gradient = jax.grad(lambda q: losses.universal_distance(teacher, q))(student)
+    gradient = jax.grad(lambda q: losses.universal_distance(teacher_logits=teacher, student_logits=q))(student)
     step = 1e-3 * np.eye(9)
-    up, down = (losses.universal_distance(teacher, jnp.float32(student + s)) for s in (step, -step))
+    up, down = (
+        losses.universal_distance(teacher_logits=teacher, student_logits=jnp.float32(student + s))
+        for s in (step, -step)
+    )
     np.testing.assert_allclose(gradient, (up - down) / 2e-3, rtol=0, atol=2e-4)
 
 
@@ -51,11 +56,16 @@ def test_with_one_vocabulary_it_is_the_plain_divergence(name):
 
     def aligned(student):
         return losses.aligned_divergence(
-            name, start(teacher, first), start(student, first), Shared(ids, ids), jnp.int32(first), temperature=1.5
+            name,
+            teacher=start(teacher, first),
+            student=start(student, first),
+            shared=Shared(ids, ids),
+            whole=jnp.int32(first),
+            temperature=1.5,
         )
 
     def plain(student):
-        return losses.divergence(name, jnp.float32(teacher), student, temperature=1.5)
+        return losses.divergence(name, teacher_logits=jnp.float32(teacher), student_logits=student, temperature=1.5)
 
     student = jnp.float32(student)
     np.testing.assert_allclose(aligned(student), plain(student), rtol=2e-6, atol=1e-7)
@@ -77,9 +87,13 @@ def test_a_merge_by_hand():
         np.exp(losses.event_log_probs(side, ids, jnp.array([-1])))[0] for side, ids in zip(sides, shared, strict=True)
     ]
     np.testing.assert_allclose(found, (teacher, student), rtol=1e-6)
-    value = losses.aligned_divergence("forward_kl", *sides, shared, jnp.array([-1]))
+    value = losses.aligned_divergence(
+        "forward_kl", teacher=sides[0], student=sides[1], shared=shared, whole=jnp.array([-1])
+    )
     np.testing.assert_allclose(value, (teacher * np.log(teacher / student)).sum(), rtol=1e-6)
-    value = losses.aligned_divergence("reverse_kl", *sides, shared, jnp.array([-1]))
+    value = losses.aligned_divergence(
+        "reverse_kl", teacher=sides[0], student=sides[1], shared=shared, whole=jnp.array([-1])
+    )
     np.testing.assert_allclose(value, (student * np.log(student / teacher)).sum(), rtol=1e-6)
 
 
@@ -98,7 +112,11 @@ def test_a_vocabulary_within_the_other():
     ids = np.array([5, 0, 2, 3])
     first = np.array([0, 1, 3])
     found = losses.aligned_divergence(
-        "forward_kl", start(p, ids[first]), start(q, first), Shared(jnp.array(ids), jnp.arange(4)), jnp.array(first)
+        "forward_kl",
+        teacher=start(p, ids[first]),
+        student=start(q, first),
+        shared=Shared(jnp.array(ids), jnp.arange(4)),
+        whole=jnp.array(first),
     )
     log_p, log_q = log_softmax(p[:, ids], -1), log_softmax(q, -1)
     np.testing.assert_allclose(found, (np.exp(log_p) * (log_p - log_q)).sum(-1), rtol=1e-5, atol=1e-7)
@@ -113,7 +131,9 @@ def test_gradients_of_merged_spans_are_finite_differences(name):
     @jax.jit
     def value(q, later):
         student = Start(q, jnp.array([1, 3]), later, jnp.array([False, False]))
-        return losses.aligned_divergence(name, start(p, [3, 4]), student, shared, whole).sum()
+        return losses.aligned_divergence(
+            name, teacher=start(p, [3, 4]), student=student, shared=shared, whole=whole
+        ).sum()
 
     q, later = jnp.float32(q), jnp.float32([-0.4, -1.2])
     gradients = jax.grad(value, argnums=(0, 1))(q, later)
@@ -136,7 +156,9 @@ def test_a_certain_continuation_has_finite_gradients():
     def value(q, later):
         student = Start(q, jnp.array([0]), later, jnp.array([False]))
         shared = Shared(jnp.array([0, 1]), jnp.array([0, 1]))
-        return losses.aligned_divergence("forward_kl", start(np.ones((1, 4)), [3]), student, shared, jnp.array([-1]))[0]
+        return losses.aligned_divergence(
+            "forward_kl", teacher=start(np.ones((1, 4)), [3]), student=student, shared=shared, whole=jnp.array([-1])
+        )[0]
 
     gradients = jax.grad(value, argnums=(0, 1))(q, jnp.float32([0.0]))
     assert all(np.isfinite(gradient).all() for gradient in gradients)

@@ -87,7 +87,11 @@ def test_first_and_second_derivatives_in_everything(name, parameter):
 
     def loss(teacher, student, temperature, teacher_temperature, own):
         return losses.DIVERGENCES[name](
-            teacher, student, temperature=temperature, teacher_temperature=teacher_temperature, **own
+            teacher_logits=teacher,
+            student_logits=student,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            **own,
         ).sum()
 
     check_derivatives(loss, *logits((2, 3)), 1.5, 0.8, own)
@@ -97,7 +101,9 @@ def test_first_and_second_derivatives_in_everything(name, parameter):
 @pytest.mark.parametrize("name", NAMES)
 def test_hessians_with_suppressed_tokens(name):
     teacher, student = jnp.array([1, 2, -jnp.inf, 0]), jnp.array([0, 1, -jnp.inf, 2])
-    hessian = np.asarray(jax.jit(jax.hessian(losses.DIVERGENCES[name], 1))(teacher, student))
+    hessian = np.asarray(
+        jax.jit(jax.hessian(lambda z: losses.DIVERGENCES[name](teacher_logits=teacher, student_logits=z)))(student)
+    )
     assert not hessian[2].any() and not hessian[:, 2].any()
     step = 1e-6 * np.eye(4)
     up, down = (definition.gradient(name, teacher, np.asarray(student) + s, PARAMETERS[name][0]) for s in (step, -step))
@@ -113,11 +119,19 @@ def test_derivatives_of_losses_on_logits():
 
     def mixed(student, temperature, weight):
         return losses.distillation_loss(
-            teacher, student, labels, mask, divergence="skew_reverse_kl", temperature=temperature, hard_weight=weight
+            teacher_logits=teacher,
+            student_logits=student,
+            labels=labels,
+            mask=mask,
+            divergence="skew_reverse_kl",
+            temperature=temperature,
+            hard_weight=weight,
         ).mean
 
     def top_k(log_probs, student, temperature):
-        return losses.top_k_divergence(log_probs, ids, student, temperature=temperature).sum()
+        return losses.top_k_divergence(
+            teacher_log_probs=log_probs, teacher_ids=ids, student_logits=student, temperature=temperature
+        ).sum()
 
     check_derivatives(mixed, student, 1.5, 0.3)
     check_derivatives(top_k, log_probs, student, 1.5)
@@ -147,22 +161,46 @@ def cross_entropy(hidden, head):
 def fused_distillation(hidden, head):
     settings = {"divergence": "jensen_shannon", "temperature": 2.0, "hard_weight": 0.3}
     teacher = TEACHER_HIDDEN, TEACHER_HEAD
-    return fused.linear_distillation(hidden, head, *teacher, LABELS, MASK, chunk=2, **settings, **REAL)[0].mean
+    return fused.linear_distillation(
+        student_hidden=hidden,
+        student_head=head,
+        teacher_hidden=teacher[0],
+        teacher_head=teacher[1],
+        labels=LABELS,
+        mask=MASK,
+        chunk=2,
+        **settings,
+        **REAL,
+    )[0].mean
 
 
 def distillation(hidden, head):
     settings = {"divergence": "jensen_shannon", "temperature": 2.0, "hard_weight": 0.3}
     teacher = TEACHER_HIDDEN @ TEACHER_HEAD.T
-    return losses.distillation_loss(teacher, hidden @ head.T, LABELS, MASK, **settings, **REAL).mean
+    return losses.distillation_loss(
+        teacher_logits=teacher, student_logits=hidden @ head.T, labels=LABELS, mask=MASK, **settings, **REAL
+    ).mean
 
 
 def fused_top_k(hidden, head):
     teacher = TOP_IDS, TOP_LOG_PROBS, None
-    return fused.linear_top_k_distillation(hidden, head, *teacher, None, MASK, chunk=2, **REAL)[0].mean
+    return fused.linear_top_k_distillation(
+        student_hidden=hidden,
+        student_head=head,
+        teacher_ids=teacher[0],
+        teacher_log_probs=teacher[1],
+        teacher_tail_log_prob=teacher[2],
+        labels=None,
+        mask=MASK,
+        chunk=2,
+        **REAL,
+    )[0].mean
 
 
 def top_k(hidden, head):
-    values = losses.top_k_divergence(TOP_LOG_PROBS, TOP_IDS, hidden @ head.T, **REAL)
+    values = losses.top_k_divergence(
+        teacher_log_probs=TOP_LOG_PROBS, teacher_ids=TOP_IDS, student_logits=hidden @ head.T, **REAL
+    )
     return losses.masked_mean(values, MASK).mean
 
 
@@ -239,18 +277,28 @@ def test_a_row_is_all_that_a_divergence_needs(monkeypatch):
     teacher, student = TEACHER_HIDDEN @ TEACHER_HEAD.T, HIDDEN @ HEAD.T
     p, q = (definition.softmax(z[..., :6]) for z in (teacher, student))
     for parameter in (None, 0.7):
-        values = losses.divergence("renyi", teacher, student, parameter=parameter, **REAL)
+        values = losses.divergence("renyi", teacher_logits=teacher, student_logits=student, parameter=parameter, **REAL)
         np.testing.assert_allclose(values, renyi(p, q, parameter or 0.4), rtol=2e-5)
 
         def dense(hidden, head, parameter=parameter):
             student = hidden @ head.T
             settings = {"divergence": "renyi", "parameter": parameter, "hard_weight": 0.3}
-            return losses.distillation_loss(teacher, student, LABELS, MASK, **settings, **REAL).mean
+            return losses.distillation_loss(
+                teacher_logits=teacher, student_logits=student, labels=LABELS, mask=MASK, **settings, **REAL
+            ).mean
 
         def chunked(hidden, head, parameter=parameter):
             settings = {"divergence": "renyi", "parameter": parameter, "hard_weight": 0.3}
             return fused.linear_distillation(
-                hidden, head, TEACHER_HIDDEN, TEACHER_HEAD, LABELS, MASK, chunk=2, **settings, **REAL
+                student_hidden=hidden,
+                student_head=head,
+                teacher_hidden=TEACHER_HIDDEN,
+                teacher_head=TEACHER_HEAD,
+                labels=LABELS,
+                mask=MASK,
+                chunk=2,
+                **settings,
+                **REAL,
             )[0].mean
 
         for one, other in zip(
@@ -259,4 +307,4 @@ def test_a_row_is_all_that_a_divergence_needs(monkeypatch):
         ):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="alpha of renyi must be in"):
-        losses.divergence("renyi", teacher, student, parameter=1.0)
+        losses.divergence("renyi", teacher_logits=teacher, student_logits=student, parameter=1.0)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax
 
-from kd_jax import losses
+from kd_jax import fused, losses
 from tests.losses import divergences as definition
 from tests.losses.divergences import PARAMETERS
 
@@ -24,9 +24,13 @@ INF = np.inf
 def _value_and_gradient(name, teacher, student, parameter, temperature, teacher_temperature):
     def total(student):
         values = losses.divergence(
-            name, teacher, student, temperature=temperature, teacher_temperature=teacher_temperature,
+            name,
+            teacher_logits=teacher,
+            student_logits=student,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
             parameter=parameter,
-        )  # fmt: skip
+        )
         return jnp.where(jnp.isfinite(values), values, 0).sum(), values
 
     (_, values), gradients = jax.value_and_grad(total, has_aux=True)(student)
@@ -77,7 +81,7 @@ def test_gradients_in_the_teachers_logits_are_finite_differences_of_the_definiti
 
     def total(teacher):
         return losses.divergence(
-            name, teacher, student, temperature=2.5, teacher_temperature=0.7,
+            name, teacher_logits=teacher, student_logits=student, temperature=2.5, teacher_temperature=0.7,
             parameter=PARAMETERS[name][0] if parameter is None else parameter,
         ).sum()  # fmt: skip
 
@@ -95,9 +99,13 @@ def test_public_functions_are_these_by_name():
         default = PARAMETERS[name][0]
         for parameter in {default, PARAMETERS[name][-1]}:
             own = {} if parameter is None else {losses.PARAMETER[name][0]: parameter}
-            got = jax.jit(function)(teacher, student, temperature=2.0, teacher_temperature=0.7, **own)
+            got = jax.jit(function)(
+                teacher_logits=teacher, student_logits=student, temperature=2.0, teacher_temperature=0.7, **own
+            )
             np.testing.assert_allclose(got, definition.value(name, teacher, student, parameter, 2.0, 0.7), rtol=3e-6)
-        got = jax.jit(function, static_argnames="num_tokens")(teacher, student, num_tokens=30)
+        got = jax.jit(function, static_argnames="num_tokens")(
+            teacher_logits=teacher, student_logits=student, num_tokens=30
+        )
         np.testing.assert_allclose(
             got, definition.value(name, teacher[:, :30], student[:, :30], default), rtol=3e-6, err_msg=name
         )
@@ -111,8 +119,8 @@ def test_which_way_round_and_the_ends_of_jensen_shannon():
     expected = {0: 1.1018681, 1: 1.0021042, 0.5: 0.2306455, 0.1: 0.0926739, 0.9: 0.0864965, 1e-6: 1.1e-6}
     for beta, wanted in expected.items():
         np.testing.assert_allclose(got[beta], wanted, rtol=1e-6 if beta != 1e-6 else 0.01)
-    np.testing.assert_allclose(losses.forward_kl(P, Q), 1.1018681, rtol=1e-6)
-    np.testing.assert_allclose(losses.reverse_kl(P, Q), 1.0021042, rtol=1e-6)
+    np.testing.assert_allclose(losses.forward_kl(teacher_logits=P, student_logits=Q), 1.1018681, rtol=1e-6)
+    np.testing.assert_allclose(losses.reverse_kl(teacher_logits=P, student_logits=Q), 1.0021042, rtol=1e-6)
 
 
 def test_factor_of_the_temperature():
@@ -121,7 +129,9 @@ def test_factor_of_the_temperature():
 
     @jax.jit
     def loss(student, temperature):
-        return losses.distillation_loss(teacher, student, None, mask, temperature=temperature).mean
+        return losses.distillation_loss(
+            teacher_logits=teacher, student_logits=student, labels=None, mask=mask, temperature=temperature
+        ).mean
 
     for temperature, wanted in ((1.0, 0.9129829), (2.0, 1.0912223), (4.0, 1.0880090)):
         np.testing.assert_allclose(loss(student, temperature), wanted, rtol=1e-6)
@@ -147,7 +157,7 @@ def test_a_batch_without_a_position_to_learn_from(weights):
     @jax.jit
     def loss(student, mask):
         hard = {"labels": labels, "hard_weight": weights} if weights else {"labels": None}
-        return losses.distillation_loss(teacher, student, mask=mask, **hard).mean
+        return losses.distillation_loss(teacher_logits=teacher, student_logits=student, mask=mask, **hard).mean
 
     value, gradient = jax.value_and_grad(loss)(student, jnp.zeros((2, 4), bool))
     assert value == 0 and not np.asarray(gradient).any()
@@ -167,7 +177,9 @@ def test_nothing_comes_from_positions_that_are_left_out(name, rubbish):
 
     @jax.jit
     def loss(teacher, student):
-        return losses.distillation_loss(teacher, student, labels, mask, divergence=name, hard_weight=0.3)
+        return losses.distillation_loss(
+            teacher_logits=teacher, student_logits=student, labels=labels, mask=mask, divergence=name, hard_weight=0.3
+        )
 
     teacher, student = jnp.array(teacher), jnp.array(student)
     mean = loss(teacher, student)
@@ -191,7 +203,9 @@ def test_micro_batches_merge_into_the_whole_batch():
 
     def mean(student, part):
         student = student[part]
-        return losses.distillation_loss(teacher[part], student, None, jnp.ones(student.shape[:1], bool))
+        return losses.distillation_loss(
+            teacher_logits=teacher[part], student_logits=student, labels=None, mask=jnp.ones(student.shape[:1], bool)
+        )
 
     def merged(student):
         return mean(student, np.s_[:2]).merge(mean(student, np.s_[2:])).mean
@@ -212,7 +226,9 @@ def test_the_mean_does_not_grow_with_positions_or_vocabulary():
         teacher, student = (
             np.pad(np.tile(z, (*shape, 1)), [(0, 0)] * 2 + [(0, more)], constant_values=-INF) for z in (P, Q)
         )
-        mean = losses.distillation_loss(teacher, student, None, np.ones(shape, bool))
+        mean = losses.distillation_loss(
+            teacher_logits=teacher, student_logits=student, labels=None, mask=np.ones(shape, bool)
+        )
         np.testing.assert_allclose(mean.mean, 1.1018681, rtol=1e-6)
 
 
@@ -220,8 +236,8 @@ def test_bfloat16_logits():
     teacher = (10 * jax.random.normal(jax.random.key(0), (4, 49152))).astype(jnp.bfloat16)
     student = (teacher + 0.05 * jax.random.normal(jax.random.key(1), teacher.shape)).astype(jnp.bfloat16)
     for function in (losses.forward_kl, jax.jit(losses.forward_kl)):
-        assert not np.asarray(function(teacher, teacher)).any()
-        got = np.asarray(function(teacher, student))
+        assert not np.asarray(function(teacher_logits=teacher, student_logits=teacher)).any()
+        got = np.asarray(function(teacher_logits=teacher, student_logits=student))
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, [2.991e-6, 6.140e-8, 3.277e-6, 5.922e-7], atol=2e-9)
         wanted = definition.value("forward_kl", *(np.asarray(z, np.float64) for z in (teacher, student)))
@@ -235,7 +251,14 @@ def test_the_teacher_gets_no_gradient():
     for name in NAMES:
 
         def loss(teacher, student, name=name):
-            return losses.distillation_loss(teacher, student, labels, mask, divergence=name, hard_weight=0.5).mean
+            return losses.distillation_loss(
+                teacher_logits=teacher,
+                student_logits=student,
+                labels=labels,
+                mask=mask,
+                divergence=name,
+                hard_weight=0.5,
+            ).mean
 
         gradients = jax.jit(jax.grad(loss, (0, 1)))(teacher, student)
         assert not np.asarray(gradients[0]).any() and np.asarray(gradients[1]).any()
@@ -243,14 +266,23 @@ def test_the_teacher_gets_no_gradient():
 
 def test_vocabularies_are_cut_to_the_real_ids():
     teacher, student = jnp.array([2.0, 1, 0, -1, 4, 4]), jnp.array([0.0, 0, 1, 1, 3])
-    np.testing.assert_allclose(losses.forward_kl(teacher, student, num_tokens=4), 0.9396690, rtol=1e-6)
-    mean = losses.distillation_loss(teacher, student, jnp.array(2), jnp.ones((), bool), hard_weight=0.5, num_tokens=4)
+    np.testing.assert_allclose(
+        losses.forward_kl(teacher_logits=teacher, student_logits=student, num_tokens=4), 0.9396690, rtol=1e-6
+    )
+    mean = losses.distillation_loss(
+        teacher_logits=teacher,
+        student_logits=student,
+        labels=jnp.array(2),
+        mask=jnp.ones((), bool),
+        hard_weight=0.5,
+        num_tokens=4,
+    )
     hard, _ = definition.cross_entropy(student[:4], 2)
     np.testing.assert_allclose(mean.mean, (0.9396690 + hard) / 2, rtol=1e-6)
     with pytest.raises(ValueError, match="6 and 5: num_tokens"):
-        losses.forward_kl(teacher, student)
+        losses.forward_kl(teacher_logits=teacher, student_logits=student)
     with pytest.raises(ValueError, match="num_tokens=6, but the vocabularies have 6 and 5"):
-        losses.forward_kl(teacher, student, num_tokens=6)
+        losses.forward_kl(teacher_logits=teacher, student_logits=student, num_tokens=6)
 
 
 # --- what must hold of every divergence -------------------------------------------------------------------------------
@@ -356,15 +388,24 @@ def test_one_hot_teachers_and_suppressed_tokens(name, parameter):
 @pytest.mark.slow
 def test_infinite_divergences_say_so():
     teacher, student = jnp.array([0.0, 1, 2]), jnp.array([0.0, 1, -INF])
-    assert losses.forward_kl(teacher, student) == losses.reverse_kl(student, teacher) == INF
-    assert np.isfinite(losses.jensen_shannon(teacher, student)) and losses.total_variation(teacher, student) < 1
-    mean = losses.distillation_loss(teacher[None], student[None], None, np.ones(1, bool))
+    assert (
+        losses.forward_kl(teacher_logits=teacher, student_logits=student)
+        == losses.reverse_kl(teacher_logits=student, student_logits=teacher)
+        == INF
+    )
+    assert (
+        np.isfinite(losses.jensen_shannon(teacher_logits=teacher, student_logits=student))
+        and losses.total_variation(teacher_logits=teacher, student_logits=student) < 1
+    )
+    mean = losses.distillation_loss(
+        teacher_logits=teacher[None], student_logits=student[None], labels=None, mask=np.ones(1, bool)
+    )
     assert mean.mean == INF and mean.num_infinite == 1
     # a term of weight 0 is no part of the loss, infinite or not
     for label, weight in ((2, 0.0), (0, 1.0)):
-        args = teacher[None], student[None], np.array([label]), np.ones(1, bool)
+        args = {"teacher_logits": teacher[None], "student_logits": student[None], "labels": np.array([label])}
         mean = losses.distillation_loss(
-            *args, divergence="jensen_shannon" if label else "forward_kl", hard_weight=weight
+            **args, mask=np.ones(1, bool), divergence="jensen_shannon" if label else "forward_kl", hard_weight=weight
         )
         assert np.isfinite(mean.mean)
 
@@ -377,9 +418,15 @@ def test_one_program_for_all_settings():
     @chex.assert_max_traces(n=1)
     def loss(temperature, beta, weight):
         return losses.distillation_loss(
-            teacher, student, labels, mask, divergence="jensen_shannon", temperature=temperature, parameter=beta,
+            teacher_logits=teacher,
+            student_logits=student,
+            labels=labels,
+            mask=mask,
+            divergence="jensen_shannon",
+            temperature=temperature,
+            parameter=beta,
             hard_weight=weight,
-        ).mean  # fmt: skip
+        ).mean
 
     for temperature, beta, weight in ((1.0, 0.0, 0.0), (2.0, 1.0, 0.5), (0.5, 0.3, 1.0)):
         soft = temperature**2 * definition.value("jensen_shannon", teacher, student, beta, temperature)
@@ -396,7 +443,9 @@ def test_gradients_under_vmap_over_the_parameter():
     teacher = jnp.array([1.0, 2, -INF, 0, -INF])
     student = jnp.array([0.0, 1, 0.5, 2, -INF])
     betas = jnp.array([0.0, 0.5])
-    gradient = jax.grad(lambda student, beta: losses.jensen_shannon(teacher, student, beta=beta))
+    gradient = jax.grad(
+        lambda student, beta: losses.jensen_shannon(teacher_logits=teacher, student_logits=student, beta=beta)
+    )
     found = jax.jit(jax.vmap(gradient, (None, 0)))(student, betas)
     for beta, got in zip(betas, found, strict=True):
         wanted = definition.gradient("jensen_shannon", teacher, student, float(beta))
@@ -454,7 +503,13 @@ def test_top_k_is_the_divergence_of_fewer_outcomes(name, tail):
     @jax.jit
     def loss(student, temperature, rest=rest):
         values = losses.top_k_divergence(
-            log_probs, ids, student, teacher_tail_log_prob=rest, divergence=name, temperature=temperature, tail=tail
+            teacher_log_probs=log_probs,
+            teacher_ids=ids,
+            student_logits=student,
+            teacher_tail_log_prob=rest,
+            divergence=name,
+            temperature=temperature,
+            tail=tail,
         )
         return values.sum(), values
 
@@ -485,9 +540,15 @@ def test_top_k_of_all_tokens_is_the_divergence_itself(tail):
     for name in NAMES:
         for given in (rest, None):
             got = losses.top_k_divergence(
-                log_probs, ids, student, teacher_tail_log_prob=given, divergence=name, temperature=2.0,
-                teacher_temperature=0.7, tail=tail,
-            )  # fmt: skip
+                teacher_log_probs=log_probs,
+                teacher_ids=ids,
+                student_logits=student,
+                teacher_tail_log_prob=given,
+                divergence=name,
+                temperature=2.0,
+                teacher_temperature=0.7,
+                tail=tail,
+            )
             wanted = definition.value(name, teacher, student, PARAMETERS[name][0], 2.0, 0.7)
             np.testing.assert_allclose(got, wanted, rtol=1e-5)
 
@@ -500,17 +561,40 @@ def test_numbers_are_the_same_with_float64_enabled():
 
     def everything():
         divergences = {
-            name: function(teacher, student, temperature=2.0) for name, function in losses.DIVERGENCES.items()
+            name: function(teacher_logits=teacher, student_logits=student, temperature=2.0)
+            for name, function in losses.DIVERGENCES.items()
         }
         settings = {"temperature": 2.0, "hard_weight": 0.3, "divergence": "alpha_divergence"}
-        gradient = jax.grad(lambda z: losses.distillation_loss(teacher, z, labels, mask, **settings).mean)(student)
-        part = losses.top_k_divergence(log_probs, ids, student, teacher_tail_log_prob=rest, temperature=2.0)
-        return divergences, gradient, part, losses.distillation_loss(teacher, student, labels, mask, **settings)
+        gradient = jax.grad(
+            lambda z: (
+                losses.distillation_loss(
+                    teacher_logits=teacher, student_logits=z, labels=labels, mask=mask, **settings
+                ).mean
+            )
+        )(student)
+        part = losses.top_k_divergence(
+            teacher_log_probs=log_probs,
+            teacher_ids=ids,
+            student_logits=student,
+            teacher_tail_log_prob=rest,
+            temperature=2.0,
+        )
+        return (
+            divergences,
+            gradient,
+            part,
+            losses.distillation_loss(
+                teacher_logits=teacher, student_logits=student, labels=labels, mask=mask, **settings
+            ),
+        )
 
     wanted = jax.tree.leaves(everything())
     with jax.enable_x64(True):
         got = jax.tree.leaves(everything())
-        assert losses.forward_kl(np.float64([0.0, 1.0]), np.float64([1.0, 0.0])).dtype == jnp.float64
+        assert (
+            losses.forward_kl(teacher_logits=np.float64([0.0, 1.0]), student_logits=np.float64([1.0, 0.0])).dtype
+            == jnp.float64
+        )
     for one, other in zip(got, wanted, strict=True):
         assert one.dtype == other.dtype
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
@@ -537,12 +621,30 @@ def test_numbers_are_the_same_with_float64_enabled():
 def test_wrong_settings_are_named(settings, words):
     teacher, student = pairs()
     with pytest.raises(ValueError, match=re.escape(words)):
-        losses.distillation_loss(teacher, student, None, **{"mask": np.ones(6, bool), **settings})
+        losses.distillation_loss(
+            teacher_logits=teacher, student_logits=student, labels=None, **{"mask": np.ones(6, bool), **settings}
+        )
 
 
 def test_wrong_top_k_is_named():
     log_probs, ids, _ = top_k(pairs((5, 12))[0], 4)
     with pytest.raises(ValueError, match="tail='none'"):
-        losses.top_k_divergence(log_probs, ids, jnp.zeros((5, 12)), tail="none")
+        losses.top_k_divergence(
+            teacher_log_probs=log_probs, teacher_ids=ids, student_logits=jnp.zeros((5, 12)), tail="none"
+        )
     with pytest.raises(ValueError, match="4 most probable of 3"):
-        losses.top_k_divergence(log_probs, ids, jnp.zeros((5, 12)), num_tokens=3)
+        losses.top_k_divergence(
+            teacher_log_probs=log_probs, teacher_ids=ids, student_logits=jnp.zeros((5, 12)), num_tokens=3
+        )
+
+
+def test_teacher_and_student_go_by_keyword():
+    # swapped by place, they would give another divergence without a word
+    teacher, student = pairs((2, 5))
+    for function in (*losses.DIVERGENCES.values(), losses.universal_distance):
+        with pytest.raises(TypeError, match="positional"):
+            function(teacher, student)
+    with pytest.raises(TypeError, match="positional"):
+        losses.distillation_loss(teacher, student, None, np.ones(2, bool))
+    with pytest.raises(TypeError, match="positional"):
+        fused.linear_divergence(teacher, teacher, student, student, np.ones(2, bool), divergence="forward_kl")

@@ -49,7 +49,15 @@ def _run(student, teacher, labels, mask, **settings):
     """Value, gradients and statistics of the fused loss."""
 
     def loss(hidden, head):
-        mean, statistics = fused.linear_distillation(hidden, head, *teacher, labels, mask, **settings)
+        mean, statistics = fused.linear_distillation(
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=teacher[0],
+            teacher_head=teacher[1],
+            labels=labels,
+            mask=mask,
+            **settings,
+        )
         return mean.mean, (mean, statistics)
 
     (_, (mean, statistics)), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(*student)
@@ -135,7 +143,15 @@ def test_linear_divergence_has_no_factor(name):
     @jax.jit
     def loss(hidden, head):
         mean = fused.linear_divergence(
-            hidden, head, *inputs.teacher, inputs.masks[1], divergence=name, temperature=2.0, num_tokens=REAL, chunk=7
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=inputs.teacher[0],
+            teacher_head=inputs.teacher[1],
+            mask=inputs.masks[1],
+            divergence=name,
+            temperature=2.0,
+            num_tokens=REAL,
+            chunk=7,
         )
         return 3 * mean.mean  # the gradient scales with what comes after
 
@@ -169,7 +185,16 @@ def test_statistics():
         np.testing.assert_allclose(got.standard_error, values.std(ddof=1) / np.sqrt(mask.sum()), rtol=1e-4)
     # without gradients, and without labels
     value, same = jax.jit(fused.linear_distillation, static_argnames=STATIC)(
-        *inputs.student, *inputs.teacher, None, mask, temperature=2.0, teacher_temperature=0.7, num_tokens=REAL, chunk=7
+        student_hidden=inputs.student[0],
+        student_head=inputs.student[1],
+        teacher_hidden=inputs.teacher[0],
+        teacher_head=inputs.teacher[1],
+        labels=None,
+        mask=mask,
+        temperature=2.0,
+        teacher_temperature=0.7,
+        num_tokens=REAL,
+        chunk=7,
     )
     np.testing.assert_allclose(value.mean, 4 * wanted["divergence"][mask].mean(), rtol=1e-5)
     for name in set(wanted) - {"cross_entropy"}:
@@ -221,9 +246,19 @@ def test_statistics_and_settings_carry_no_gradient():
         def loss(teacher, student, scalars):
             temperature, beta, weight = scalars
             mean, statistics = fused.linear_distillation(
-                *student, *teacher, inputs.labels, inputs.masks[0], divergence="jensen_shannon",
-                temperature=temperature, parameter=beta, hard_weight=weight, num_tokens=REAL, chunk=7,
-            )  # fmt: skip
+                student_hidden=student[0],
+                student_head=student[1],
+                teacher_hidden=teacher[0],
+                teacher_head=teacher[1],
+                labels=inputs.labels,
+                mask=inputs.masks[0],
+                divergence="jensen_shannon",
+                temperature=temperature,
+                parameter=beta,
+                hard_weight=weight,
+                num_tokens=REAL,
+                chunk=7,
+            )
             others = sum(getattr(statistics, name).mean for name in statistics._fields)
             return mean.mean, others + mean.m2
 
@@ -243,9 +278,15 @@ def test_a_teacher_with_the_students_own_arrays_stays_as_it_was():
     @jax.jit
     def update(student):
         def loss(student):
-            return fused.linear_distillation(*student, *teacher, inputs.labels, inputs.masks[0], hard_weight=0.5)[
-                0
-            ].mean
+            return fused.linear_distillation(
+                student_hidden=student[0],
+                student_head=student[1],
+                teacher_hidden=teacher[0],
+                teacher_head=teacher[1],
+                labels=inputs.labels,
+                mask=inputs.masks[0],
+                hard_weight=0.5,
+            )[0].mean
 
         return jax.tree.map(lambda leaf, slope: leaf - slope, student, jax.grad(loss)(student))
 
@@ -266,7 +307,16 @@ def of_logits(teacher, student, parameter=None, **settings):
     mask = jnp.ones(teacher.shape[:-1], bool)
 
     def loss(student):
-        mean, _ = fused.linear_distillation(student, one, teacher, one, None, mask, parameter=parameter, **settings)
+        mean, _ = fused.linear_distillation(
+            student_hidden=student,
+            student_head=one,
+            teacher_hidden=teacher,
+            teacher_head=one,
+            labels=None,
+            mask=mask,
+            parameter=parameter,
+            **settings,
+        )
         return mean.mean
 
     return jax.value_and_grad(loss)(student)
@@ -298,11 +348,14 @@ def test_published_values():
 def test_padded_vocabularies_of_other_sizes():
     teacher, student = jnp.array([[2.0, 1, 0, -1, 4, 4]]), jnp.array([[0.0, 0, 1, 1, 3]])
     mask = jnp.ones(1, bool)
-    args = student, jnp.eye(5), teacher, jnp.eye(6), mask
-    got = fused.linear_divergence(*args, divergence="forward_kl", num_tokens=4)
+    args = {
+        "teacher_hidden": teacher, "teacher_head": jnp.eye(6), "student_hidden": student, "student_head": jnp.eye(5),
+        "mask": mask,
+    }  # fmt: skip
+    got = fused.linear_divergence(**args, divergence="forward_kl", num_tokens=4)
     np.testing.assert_allclose(got.mean, 0.9396690, rtol=1e-6)
     with pytest.raises(ValueError, match="vocabularies of 6 and 5"):
-        fused.linear_divergence(*args, divergence="forward_kl")
+        fused.linear_divergence(**args, divergence="forward_kl")
 
 
 @pytest.mark.slow
@@ -335,7 +388,14 @@ def test_micro_batches_merge_into_the_whole_batch():
 
     def part(student, where):
         mask = jnp.ones(len(range(*where.indices(8))), bool)
-        return fused.linear_distillation(student[where], one, teacher[where], one, None, mask)[0]
+        return fused.linear_distillation(
+            student_hidden=student[where],
+            student_head=one,
+            teacher_hidden=teacher[where],
+            teacher_head=one,
+            labels=None,
+            mask=mask,
+        )[0]
 
     def merged(student):
         return part(student, slice(2)).merge(part(student, slice(2, 8))).mean
@@ -353,7 +413,14 @@ def test_bfloat16():
     other = jnp.asarray(hidden * (1 + 0.01 * random.standard_normal((4, 64))), jnp.bfloat16)
     mask = jnp.ones(4, bool)
     loss = jax.jit(
-        lambda student, teacher: fused.linear_divergence(student, head, teacher, head, mask, divergence="forward_kl")
+        lambda student, teacher: fused.linear_divergence(
+            student_hidden=student,
+            student_head=head,
+            teacher_hidden=teacher,
+            teacher_head=head,
+            mask=mask,
+            divergence="forward_kl",
+        )
     )
     assert loss(hidden, hidden).mean == 0
     wanted = definition.value("forward_kl", *(wide(h) @ wide(head).T for h in (hidden, other)))
@@ -393,7 +460,16 @@ def test_peaked_logits():
 def run_top_k(student, ids, log_probs, rest, labels, mask, **settings):
     def loss(hidden, head):
         mean, statistics = fused.linear_top_k_distillation(
-            hidden, head, ids, log_probs, rest, labels, mask, num_tokens=REAL, chunk=7, **settings
+            student_hidden=hidden,
+            student_head=head,
+            teacher_ids=ids,
+            teacher_log_probs=log_probs,
+            teacher_tail_log_prob=rest,
+            labels=labels,
+            mask=mask,
+            num_tokens=REAL,
+            chunk=7,
+            **settings,
         )
         return mean.mean, statistics
 
@@ -457,9 +533,19 @@ def test_one_program_for_all_settings():
     @chex.assert_max_traces(n=1)
     def loss(temperature, alpha, weight):
         return fused.linear_distillation(
-            *inputs.student, *inputs.teacher, inputs.labels, inputs.masks[0], divergence="skew_forward_kl",
-            temperature=temperature, parameter=alpha, hard_weight=weight, num_tokens=REAL, chunk=7,
-        )[0].mean  # fmt: skip
+            student_hidden=inputs.student[0],
+            student_head=inputs.student[1],
+            teacher_hidden=inputs.teacher[0],
+            teacher_head=inputs.teacher[1],
+            labels=inputs.labels,
+            mask=inputs.masks[0],
+            divergence="skew_forward_kl",
+            temperature=temperature,
+            parameter=alpha,
+            hard_weight=weight,
+            num_tokens=REAL,
+            chunk=7,
+        )[0].mean
 
     for settings in ((1.0, 0.0, 0.0), (2.0, 0.5, 0.5)):
         temperature, alpha, weight = settings
@@ -479,9 +565,17 @@ def test_members_in_one_program():
     def both(student, temperature):
         def loss(student):
             return fused.linear_distillation(
-                *student, *inputs.teacher, inputs.labels, inputs.masks[1], temperature=temperature, hard_weight=0.3,
-                num_tokens=REAL, chunk=7,
-            )[0].mean  # fmt: skip
+                student_hidden=student[0],
+                student_head=student[1],
+                teacher_hidden=inputs.teacher[0],
+                teacher_head=inputs.teacher[1],
+                labels=inputs.labels,
+                mask=inputs.masks[1],
+                temperature=temperature,
+                hard_weight=0.3,
+                num_tokens=REAL,
+                chunk=7,
+            )[0].mean
 
         return jax.value_and_grad(loss)(student)
 
@@ -499,7 +593,16 @@ def test_derivatives_leave_the_loops_as_they_are():
 
     def loss(hidden, head):
         labels, mask = jnp.zeros(8, int), jnp.ones(8, bool)
-        return fused.linear_distillation(hidden, head, hidden, head, labels, mask, hard_weight=0.3, chunk=4)[0].mean
+        return fused.linear_distillation(
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=hidden,
+            teacher_head=head,
+            labels=labels,
+            mask=mask,
+            hard_weight=0.3,
+            chunk=4,
+        )[0].mean
 
     program = str(jax.make_jaxpr(jax.value_and_grad(loss, (0, 1)))(hidden, jnp.ones((vocab, 4))))
     assert program.count("scan[") == 4
@@ -541,12 +644,23 @@ def test_logits_of_all_tokens_never_exist():
 
     def mean(hidden, head, teacher_hidden, teacher_head, labels, mask):
         return fused.linear_distillation(
-            hidden, head, teacher_hidden, teacher_head, labels, mask, hard_weight=0.5, chunk=128
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=teacher_hidden,
+            teacher_head=teacher_head,
+            labels=labels,
+            mask=mask,
+            hard_weight=0.5,
+            chunk=128,
         )[0].mean
 
     def plain(hidden, head, teacher_hidden, teacher_head, labels, mask):
         return losses.distillation_loss(
-            teacher_hidden @ teacher_head.T, hidden @ head.T, labels, mask, hard_weight=0.5
+            teacher_logits=teacher_hidden @ teacher_head.T,
+            student_logits=hidden @ head.T,
+            labels=labels,
+            mask=mask,
+            hard_weight=0.5,
         ).mean
 
     def temporary(function):
@@ -578,16 +692,54 @@ def test_what_does_not_go_together_is_named():
     ):  # fmt: skip
         with pytest.raises(ValueError, match="shapes do not go together"):
             student = hidden[: len(some_mask)] if not some_mask.size else hidden
-            fused.linear_distillation(student, head, teacher, head, some_labels, some_mask)
+            fused.linear_distillation(
+                student_hidden=student,
+                student_head=head,
+                teacher_hidden=teacher,
+                teacher_head=head,
+                labels=some_labels,
+                mask=some_mask,
+            )
     with pytest.raises(ValueError, match="vocabularies of 9 and 8"):
-        fused.linear_distillation(hidden, head[:8], hidden, head, labels, mask)
+        fused.linear_distillation(
+            student_hidden=hidden,
+            student_head=head[:8],
+            teacher_hidden=hidden,
+            teacher_head=head,
+            labels=labels,
+            mask=mask,
+        )
     with pytest.raises(ValueError, match="needs labels"):
-        fused.linear_distillation(hidden, head, hidden, head, None, mask, hard_weight=jnp.float32(0))
+        fused.linear_distillation(
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=hidden,
+            teacher_head=head,
+            labels=None,
+            mask=mask,
+            hard_weight=jnp.float32(0),
+        )
     with pytest.raises(ValueError, match="shapes do not go together"):
-        fused.linear_top_k_distillation(hidden, head, jnp.ones((2, 2), int), jnp.ones((2, 3, 2)), None, labels, mask)
+        fused.linear_top_k_distillation(
+            student_hidden=hidden,
+            student_head=head,
+            teacher_ids=jnp.ones((2, 2), int),
+            teacher_log_probs=jnp.ones((2, 3, 2)),
+            teacher_tail_log_prob=None,
+            labels=labels,
+            mask=mask,
+        )
     with pytest.raises(ValueError, match="10 most probable of 9"):
         ids = jnp.ones((2, 3, 10), int)
-        fused.linear_top_k_distillation(hidden, head, ids, 1.0 * ids, None, labels, mask)
+        fused.linear_top_k_distillation(
+            student_hidden=hidden,
+            student_head=head,
+            teacher_ids=ids,
+            teacher_log_probs=1.0 * ids,
+            teacher_tail_log_prob=None,
+            labels=labels,
+            mask=mask,
+        )
 
 
 # --- over devices -----------------------------------------------------------------------------------------------------
@@ -626,9 +778,15 @@ def make(name, real, kind):
         def loss(hidden, head):
             args = {"divergence": name, "temperature": 2.0, "hard_weight": 0.3, "num_tokens": real, "chunk": 24}
             if kind == "top_k":
-                mean, statistics = fused.linear_top_k_distillation(hidden, head, *top, labels, mask, **args)
+                mean, statistics = fused.linear_top_k_distillation(
+                    teacher_ids=top[0], teacher_log_probs=top[1], teacher_tail_log_prob=top[2], student_hidden=hidden,
+                    student_head=head, labels=labels, mask=mask, **args,
+                )
             else:
-                mean, statistics = fused.linear_distillation(hidden, head, *teacher, labels, mask, **args)
+                mean, statistics = fused.linear_distillation(
+                    teacher_hidden=teacher[0], teacher_head=teacher[1], student_hidden=hidden, student_head=head,
+                    labels=labels, mask=mask, **args,
+                )
             return mean.mean, statistics
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(*student)
     return run

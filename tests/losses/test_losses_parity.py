@@ -60,7 +60,9 @@ def test_trl_gkd_on_logits(beta, temperature):
 
     @functools.partial(jax.jit, static_argnums=1)
     def loss(logits, name, beta):
-        values = losses.divergence(name, teacher, logits, parameter=beta, temperature=temperature)
+        values = losses.divergence(
+            name, teacher_logits=teacher, student_logits=logits, parameter=beta, temperature=temperature
+        )
         return losses.masked_mean(values, jnp.asarray(MASK)).mean
 
     agree(jax.value_and_grad(lambda x: loss(x[0], "jensen_shannon", beta))((logits,)), other)
@@ -73,9 +75,18 @@ def ours(beta, temperature=1.0, hard_weight=0.0, labels=None):
     @jax.jit
     def loss(student, beta, hard_weight):
         mean, statistics = fused.linear_distillation(
-            *student, *TEACHER, labels, MASK, divergence="jensen_shannon", parameter=beta, temperature=temperature,
-            hard_weight=hard_weight if labels is not None else 0.0, chunk=7,
-        )  # fmt: skip
+            student_hidden=student[0],
+            student_head=student[1],
+            teacher_hidden=TEACHER[0],
+            teacher_head=TEACHER[1],
+            labels=labels,
+            mask=MASK,
+            divergence="jensen_shannon",
+            parameter=beta,
+            temperature=temperature,
+            hard_weight=hard_weight if labels is not None else 0.0,
+            chunk=7,
+        )
         return mean.mean, statistics
 
     (value, statistics), gradients = jax.value_and_grad(loss, has_aux=True)(STUDENT, beta, hard_weight)
@@ -126,6 +137,14 @@ def test_liger_has_no_factor_of_the_temperature():
 
     @jax.jit
     def loss(student):
-        return fused.linear_divergence(*student, *TEACHER, MASK, divergence="forward_kl", temperature=2.0).mean
+        return fused.linear_divergence(
+            student_hidden=student[0],
+            student_head=student[1],
+            teacher_hidden=TEACHER[0],
+            teacher_head=TEACHER[1],
+            mask=MASK,
+            divergence="forward_kl",
+            temperature=2.0,
+        ).mean
 
     agree(jax.value_and_grad(loss)(STUDENT), theirs(function, *STUDENT))

@@ -144,10 +144,18 @@ def linear_aligned_divergence(
             for (hidden, *_), weight, softcap in zip(sides, (teacher_head, student_head), softcaps, strict=True)
         ]
         if divergence == UNIVERSAL:
-            return losses.universal_distance(*logits, temperature=temperature)
+            return losses.universal_distance(
+                teacher_logits=logits[0], student_logits=logits[1], temperature=temperature
+            )
         teacher, student = (Start(one, *side[1:]) for one, side in zip(logits, sides, strict=True))
         return losses.aligned_divergence(
-            divergence, teacher, student, shared, whole, temperature=temperature, parameter=parameter
+            divergence,
+            teacher=teacher,
+            student=student,
+            shared=shared,
+            whole=whole,
+            temperature=temperature,
+            parameter=parameter,
         )
 
     # Spans of all rows in one line: rows have different numbers of them, and chunks are then equally full.

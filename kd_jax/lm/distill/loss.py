@@ -215,9 +215,15 @@ class _Teacher(NamedTuple):
         # Hidden states are sent to the student's devices, not logits: a width instead of a vocabulary for each token.
         teacher_hidden = mesh_lib.constrain(teacher_hidden, ("batch", None, None), self.student_mesh)
         return fused.linear_distillation(
-            hidden, head, teacher_hidden, model_lib.head(teacher), _next_tokens(part), part.mask,
-            teacher_softcap=self.architecture.logit_softcap, **loss_options,
-        )  # fmt: skip
+            student_hidden=hidden,
+            student_head=head,
+            teacher_hidden=teacher_hidden,
+            teacher_head=model_lib.head(teacher),
+            labels=_next_tokens(part),
+            mask=part.mask,
+            teacher_softcap=self.architecture.logit_softcap,
+            **loss_options,
+        )
 
 
 class _Records(NamedTuple):
@@ -228,7 +234,15 @@ class _Records(NamedTuple):
     def __call__(self, guide: Guide, part: Batch, hidden: jax.Array, head: jax.Array, **loss_options):
         ids, log_probs, tail_log_prob = recorded_top_k.read(part.targets)
         return fused.linear_top_k_distillation(
-            hidden, head, ids, log_probs, tail_log_prob, _next_tokens(part), part.mask, tail=self.tail, **loss_options
+            student_hidden=hidden,
+            student_head=head,
+            teacher_ids=ids,
+            teacher_log_probs=log_probs,
+            teacher_tail_log_prob=tail_log_prob,
+            labels=_next_tokens(part),
+            mask=part.mask,
+            tail=self.tail,
+            **loss_options,
         )
 
 

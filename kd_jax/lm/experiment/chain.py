@@ -28,7 +28,7 @@ from kd_jax.lm.experiment.specs import (
     make_mesh,
     planned_shape,
 )
-from kd_jax.lm.model import PRESETS, Compute
+from kd_jax.lm.model import Compute
 from kd_jax.parallel import distributed
 from kd_jax.parallel.devices import Target
 from kd_jax.runs import cache, stages
@@ -88,7 +88,7 @@ def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
     chain = plan(spec, identity)
     folders = stages.folders(folder, chain)
     costs = {stage.name: stage.cost for stage in chain}
-    costs["evaluation"] = cost.evaluation(spec, PRESETS.get(spec.p_star.architecture))
+    costs["evaluation"] = cost.evaluation(spec, planned_shape(spec, "p_star"), planned_shape(spec, "student"))
 
     def finished(name: str) -> bool:
         return name in folders and stages.finished(folders[name])

@@ -17,7 +17,7 @@ from kd_jax.lm.experiment import cost, roles
 from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording, of_teacher
 from kd_jax.lm.experiment.specs import LmSpec, make_mesh, planned_shape
 from kd_jax.lm.instruct import prompts
-from kd_jax.lm.model import PRESETS, Compute, Model
+from kd_jax.lm.model import Compute, Model
 from kd_jax.parallel import distributed
 from kd_jax.runs import packages
 from kd_jax.runs.settings import to_dict
@@ -70,8 +70,7 @@ def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: i
             return _ingest(spec, folder, first, num_samples)
         return _sample(spec, model, folder, settings, name, first)
 
-    shape = PRESETS.get(spec.p_star.architecture)
-    return Stage(name, settings, (), work, cost.sampling(spec, shape, num_samples))
+    return Stage(name, settings, (), work, cost.sampling(spec, planned_shape(spec, "p_star"), num_samples))
 
 
 def samples(spec: LmSpec, arm: Arm, teacher: int) -> Stage:

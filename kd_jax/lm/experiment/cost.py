@@ -127,8 +127,13 @@ def scoring(spec: LmSpec, shape: Architecture | None, top_k: int) -> Cost:
     return _cost("scoring", spec, shape, tokens, disk=4 * tokens * (1 + top_k))._replace(top_k=top_k)
 
 
-def evaluation(spec: LmSpec, shape: Architecture | None) -> Cost:
-    """The cost of scoring every model's samples under p*, by far the largest part; `shape` is p*'s."""
+def evaluation(spec: LmSpec, shape: Architecture | None, student: Architecture | None) -> Cost:
+    """The cost of scoring every model's samples under p*, by far the largest part, and of answers that are checked.
+
+    Args:
+        shape: of p*.
+        student: whose answers are sampled.
+    """
     groups = arms(spec)
     cooled = sum(not spec.cooled_arms or arm.name in spec.cooled_arms for arm in groups)
     students = spec.seeds * (len(groups) - cooled + cooled * len(spec.evaluation.sample_temperatures))
@@ -136,7 +141,15 @@ def evaluation(spec: LmSpec, shape: Architecture | None) -> Cost:
     # Agreement scores p* on the validation rows, too.
     rows = spec.teachers * models * spec.num_samples + (spec.num_recall if spec.evaluation.agreement else 0)
     tokens = rows * spec.sampling.max_length
-    return _cost("scoring", spec, shape, tokens, disk=8 * tokens)
+    cost = _cost("scoring", spec, shape, tokens, disk=8 * tokens)
+    prompts = spec.instruct.num_validation + spec.instruct.num_test
+    if not prompts or shape is None or student is None:
+        return cost
+    answers = prompts * spec.instruct.samples_per_prompt * len(spec.instruct.sample_temperatures)
+    # p* answers too. Operations of sampling are counted as those of scoring that take as long.
+    own = spec.teachers * spec.seeds * len(groups) * flops.forward_flops(student, spec.sampling.max_length)
+    extra = (own + flops.forward_flops(shape, spec.sampling.max_length)) * answers * spec.sampling.max_length
+    return cost._replace(flops=cost.flops + extra * SHARES["scoring"] / SHARES["sampling"])
 
 
 def _cost(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -304,11 +305,18 @@ def _describe(source: str) -> Model:
 
 
 def planned_shape(spec: LmSpec, role: str) -> Architecture | None:
-    """The architecture of teacher or student as far as the config alone says it.
+    """The architecture of p*, teacher or student as far as the config and the files at hand say it.
 
     Args:
-        role: "teacher" or "student".
+        role: "p_star", "teacher" or "student".
     Returns: None where p*'s vocabulary is not known without its source.
     """
-    p_star = PRESETS.get(spec.p_star.architecture)
-    return None if p_star is None else architecture(getattr(spec, role), p_star, role)
+    source = spec.p_star.source
+    # A source that would have to be fetched first is planned by its preset.
+    at_hand = bool(source) and Path(source).exists()
+    p_star = _describe(source).architecture if at_hand else PRESETS.get(spec.p_star.architecture)
+    if role == "p_star" or p_star is None:
+        return p_star
+    if role == "teacher" and spec.teacher.source:
+        return p_star if spec.teacher.source == source else _describe(spec.teacher.source).architecture
+    return architecture(getattr(spec, role), p_star, role)

@@ -97,7 +97,9 @@ def test_with_one_tokenizer_it_is_the_plain_divergence(name):
 
     def plain(hidden, head):
         mask = np.arange(pair.student.tokens.shape[1]) < np.array([len(row) for row in rows(WORDS)])[:, None] - 1
-        values = losses.divergence(name, teacher_hidden @ teacher_head.T, hidden @ head.T, temperature=2.0)
+        values = losses.divergence(
+            name, teacher_logits=teacher_hidden @ teacher_head.T, student_logits=hidden @ head.T, temperature=2.0
+        )
         return 4 * losses.masked_mean(values, jnp.asarray(mask)).mean
 
     found, wanted = (

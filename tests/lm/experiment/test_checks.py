@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from configs import lm_laptop
+from kd_jax.lm import weights
 from kd_jax.lm.experiment import chain, checks, cost
 from kd_jax.lm.experiment.specs import LmSpec, ModelSpec, architecture
+from kd_jax.lm.model import PRESETS
 from kd_jax.lm.weights import load_save
 from kd_jax.parallel import devices
 from kd_jax.runs import stages
@@ -171,9 +173,20 @@ def test_what_has_no_room_is_said_before_the_first_stage(tmp_path, monkeypatch, 
 
 
 def test_a_plan_says_what_it_does_not_know(folders, tmp_path, capsys):  # N21
-    chain.run(spec_of(folders, **{"p_star.architecture": ""}), tmp_path / "run", dry_run=True)
+    spec = spec_of(folders, **{"p_star.architecture": ""})
+    # not at hand, so that its shape is not known
+    spec = dataclasses.replace(spec, p_star=dataclasses.replace(spec.p_star, source="someone/model"))
+    chain.run(spec, tmp_path / "run", dry_run=True)
     shown = capsys.readouterr().out
     assert "?: unknown until p* is there" in shown and "nan" not in shown
+
+
+def test_a_source_at_hand_is_planned_with_its_own_shape(folders, tmp_path, capsys):
+    shape = weights.describe(folders / "p_star").architecture
+    assert shape != PRESETS["smollm2-360m"]
+    chain.run(spec_of(folders, **{"p_star.architecture": "smollm2-360m"}), tmp_path / "run", dry_run=True)
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("p_star/train"))
+    assert f"{shape.num_parameters:,}" in row
 
 
 def test_a_shape_beside_a_start_has_no_effect(folders):
