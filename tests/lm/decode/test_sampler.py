@@ -14,6 +14,7 @@ from scipy import stats
 from kd_jax.lm import decode, model
 from kd_jax.lm.decode import sampler as sampler_lib
 from kd_jax.lm.decode import slots as slots_lib
+from kd_jax.lm.decode import start as start_lib
 from kd_jax.lm.model import PRESETS, Architecture, Model, kv_cache
 
 # two layers compile quicker; two blocks of 128 ids
@@ -166,8 +167,8 @@ import jax
 import numpy as np
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.lm import decode, model
-from kd_jax.lm.decode import sampler as sampler_lib
 from kd_jax.lm.decode import slots as slots_lib
+from kd_jax.lm.decode import start as start_lib
 from tests.lm.decode import test_sampler as here
 
 assert jax.device_count() == 8
@@ -200,7 +201,7 @@ for sizes, embedding, batch_size, slots in [
     print("same", *sizes)
 
 # Ten samples in each of two groups: from the tenth step on eight slots of each are enough, as the lengths say.
-sampler_lib._PROGRAM = 0
+start_lib._PROGRAM = 0
 ends = np.sort(one["lengths"].reshape(2, 10) - 1, axis=1)
 assert ends[:, 1].max() == 9
 sizes = (2, 1, 4)
@@ -338,10 +339,8 @@ def test_longer_samples_begin_alike():
 
 @pytest.mark.slow
 def test_pages_come_and_go(monkeypatch):
-    sizes, resize = [], sampler_lib.kv_cache.resize
-    monkeypatch.setattr(
-        sampler_lib.kv_cache, "resize", lambda pages, n: sizes.append((pages.num_pages, n)) or resize(pages, n)
-    )
+    sizes, resize = [], kv_cache.resize
+    monkeypatch.setattr(kv_cache, "resize", lambda pages, n: sizes.append((pages.num_pages, n)) or resize(pages, n))
     # the pool is looked at after each step, whatever the machine's speed
     monkeypatch.setattr(sampler_lib, "_SECONDS_PER_CALL", 0)
     samples = run(small()._replace(eos_ids=(5,)), num_samples=8, max_length=140, batch_size=2)
@@ -424,7 +423,7 @@ def slots_held(monkeypatch):
         return state
 
     monkeypatch.setattr(slots_lib, "run", watch)
-    monkeypatch.setattr(sampler_lib, "_PROGRAM", 0)
+    monkeypatch.setattr(start_lib, "_PROGRAM", 0)
     return held
 
 
@@ -447,7 +446,7 @@ def test_no_more_slots_than_samples_where_that_pays(slots_held, monkeypatch):
     assert slots_held == [12] * 29
     slots_held.clear()
     # 20 slots saved for 30 steps, each of two operations with every weight
-    monkeypatch.setattr(sampler_lib, "_PROGRAM", 600 * 2 * CHAIN.num_parameters)
+    monkeypatch.setattr(start_lib, "_PROGRAM", 600 * 2 * CHAIN.num_parameters)
     run(chain(COUNT_UP), [1], 9, batch_size=32, max_length=30)
     assert slots_held == [32] * 29
 
