@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "precision, recall and more of models against p*",
     "report": "write the pages of run folders",
     "compare": "put several runs on one page",
+    "export": "write a model for Hugging Face's transformers, with a model card",
 }
 _USAGE = "\n".join(
     ["usage: kd-jax COMMAND [flags]; kd-jax COMMAND --help lists the flags", ""]

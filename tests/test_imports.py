@@ -24,7 +24,7 @@ FLOORS = (
     ("lm.experiment", "gmm.frontier"),
     ("lm.report", "gmm.report"),
     ("report",),
-    ("train", "evaluate", "sample", "teacher", "compare"),
+    ("train", "evaluate", "sample", "teacher", "compare", "export"),
     ("sweep",),
     ("__main__",),
 )

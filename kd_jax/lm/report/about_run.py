@@ -1,15 +1,18 @@
-"""What the page says of a run itself: what its stages cost, its config, and what is missing."""
+"""What the page says of a run itself: what its stages cost, its config, and what is missing; and a model's card."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from kd_jax.lm.report import summary
+from kd_jax.lm.report import comparison, summary
 from kd_jax.lm.report.summary import Group
-from kd_jax.reporting import units
-from kd_jax.reporting.tables import Table
+from kd_jax.reporting import page, units
+from kd_jax.reporting.model_card import Card
+from kd_jax.reporting.page import number
+from kd_jax.reporting.tables import Number, Table
 from kd_jax.runs.config import flatten
 
 COLUMNS = ("stage", "seconds", "share", "tokens", "tokens/s", "data, logging, checkpoints (share)")
@@ -170,3 +173,93 @@ def captions(groups: list[Group]) -> dict[str, str]:
         "training": "Each panel shows the loss that its models are trained on, mean over seeds with a band of one "
         "standard error; values of different losses cannot be compared. The axis leaves out the first fall.",
     }
+
+
+class Exported(NamedTuple):
+    """A model of a run: its folder, and what its card says."""
+
+    folder: Path
+    card: Card
+
+
+def exported(run: Path, name: str) -> Exported:
+    """A model that a run trained.
+
+    Args:
+        run: the run folder.
+        name: of a student, as the run's rows and figures have it ("tau-0.8/seed-0"), or "teacher".
+    Raises: ValueError for a name that is not one of them (naming those that are), and for a run without evaluation;
+        FileNotFoundError or RunError, naming the file, for one that cannot be read.
+    """
+    rows, config = page.read_rows(run), page.read_json(run / "config.json")
+    summary.check(rows, run / "metrics.jsonl")
+    models = {}
+    for row in summary.of_kind(rows, "evaluation"):
+        if summary.is_student_row(row) or row["arm"] == "teacher":
+            # A teacher has a row for each tau of its samples; they are one model.
+            models.setdefault(row["name"] if summary.is_student_row(row) else "teacher", []).append(row)
+    if name not in models:
+        known = f"; its models are {', '.join(models)}" if models else "; none of its models is evaluated yet"
+        raise ValueError(f"{run} has no model {name!r}{known}")
+    return Exported(_home(run, models[name][0]["source"]), _card(run, name, models[name], rows, config))
+
+
+def _home(run: Path, source: str) -> Path:
+    """The folder of a model, also of a run that was moved since its rows were written."""
+    parts = Path(source).parts
+    return run.joinpath(*parts[parts.index("stages") :]) if "stages" in parts else Path(source)
+
+
+def _card(run: Path, name: str, own: list[dict], rows: list[dict], config: dict[str, Any]) -> Card:
+    role = "teacher" if own[0]["arm"] == "teacher" else "student"
+    manifest, row = page.read_json(run / "manifest.json"), own[0]
+    learnt = "p*'s text" if role == "teacher" or row["arm"] == "direct" else comparison.learns(row)
+    teacher, data, p_star = (config.get(part) or {} for part in ("teacher", "data", "p_star"))
+    start = config.get(role, {}).get("source" if role == "student" else "init") or ""
+    count, length = config.get("num_train", "some"), config.get("sampling", {}).get("max_length", "unknown")
+    facts = {
+        "Data": f"p*, the distribution that is learnt, is {_p_star(data, p_star)}; {count} sequences of it, of at most "
+        f"{length} tokens. The licences of p* and of the data may apply to this model."
+    }
+    if role == "student" and row["arm"] != "direct":
+        source = teacher.get("source")
+        facts["Teacher"] = f"The model `{source}`." if source else "A model that was trained on text of p*."
+    smoke = summary.smoke_samples(summary.summarise(rows)) is not None
+    summary_text = f"A language model made with kd_jax, as a {role}. It learnt {learnt}."
+    flat = {key: value for key, value in flatten(config).items() if key.startswith((f"{role}.", "train.", "seed"))}
+    settings = {**flat, **{f"distill.{key}": value for key, value in (row.get("distill") or {}).items()}}
+    return Card(
+        title=f"{name} of {run.absolute().name}",
+        summary=summary_text + " It comes from a smoke run and is good for nothing but tests." * smoke,
+        facts=facts, settings=settings, results=[_results(own, rows)],
+        reproduction={key: manifest[key] for key in ("command", "versions", "git_commit") if manifest.get(key)},
+        # Paths of this machine mean nothing to others.
+        base_model=start if start.count("/") == 1 and not Path(start).exists() else "",
+    )  # fmt: skip
+
+
+def _p_star(data: dict[str, Any], p_star: dict[str, Any]) -> str:
+    if data.get("source"):
+        return f"the data `{data['source']}`"
+    source = p_star.get("source")
+    return f"the model `{source}`" if source else f"a model with random weights ({p_star.get('architecture')})"
+
+
+def _results(own: list[dict], rows: list[dict]) -> Table:
+    """The model's metrics at each of its sample temperatures, and the direct student's of the same teacher and seed."""
+    direct = [
+        row for row in summary.of_kind(rows, "evaluation")
+        if row["arm"] == "direct" and units.student(row) == units.student(own[0]) and summary.is_main(row)
+    ]  # fmt: skip
+    shown = [*own, *(row for row in direct if row not in own)]
+    names = ("precision", "recall", "entropy")
+    lines = [
+        [row["name"], f"{summary.sample_temperature(row):g}",
+         *(Number(number(row.get(name)), number(row.get(f"{name}_se"))) for name in names)]
+        for row in shown
+    ]  # fmt: skip
+    note = (
+        "Nats per token, ± standard error over sequences. Precision is the mean log-probability that p* gives to the "
+        "model's samples; recall is the mean log-probability that the model gives to held-out text of p*."
+    )
+    return Table("results", "Results", ("model", "sample temperature", *names), lines, note)

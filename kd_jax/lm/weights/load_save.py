@@ -39,7 +39,10 @@ FORMAT = 1
 
 # What `export` and `save` write; only a folder of such files is overwritten.
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_EXPORTED = ("config.json", "generation_config.json", "model*.safetensors", hf_files.INDEX, *_TOKENIZER)
+# README.md is the model's card, which kd_jax.export adds.
+_EXPORTED = (
+    "config.json", "generation_config.json", "model*.safetensors", hf_files.INDEX, *_TOKENIZER, "README.md",
+)  # fmt: skip
 _SAVED = ("model.json", "weights", *_TOKENIZER)
 # Rows read at a time, which bounds what converting them takes.
 _ROWS = 4096
