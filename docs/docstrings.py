@@ -11,10 +11,13 @@ _ONE_LINE = re.compile(r"^(Returns|Raises|Yields|Source): (.+(?:\n[ ]{4,}.+)*)",
 
 
 class Docstrings(griffe.Extension):
-    def on_module(self, *, mod: griffe.Module, **_) -> None:
+    def on_module(self, *, mod: griffe.Module, loader: griffe.GriffeLoader, **_) -> None:
         # these functions are made from the rows of a table: their signatures and texts are known once it is imported
         if mod.path == "kd_jax.losses.divergences":
-            imported = griffe.inspect("divergences", parent=mod.parent, filepath=mod.filepath)
+            imported = griffe.inspect(
+                "divergences", parent=mod.parent, filepath=mod.filepath, docstring_parser=loader.docstring_parser,
+                docstring_options=loader.docstring_options,
+            )  # fmt: skip
             for name in TABLE:
                 imported[name].docstring.value = _markdown(imported[name].docstring.value)
                 mod.set_member(name, imported[name])
