@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -35,21 +34,3 @@ def test_names_of_the_package_load_when_they_are_used():
     with pytest.raises(AttributeError, match="no attribute 'loses'"):
         kd_jax.loses  # noqa: B018
     assert {"losses", "lm", "gmm"} <= set(dir(kd_jax))
-
-
-@pytest.mark.slow
-def test_the_installed_package_works_from_any_folder(tmp_path):
-    """Without its dependencies, which the environment of these tests lends."""
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv/bin/python"
-    install = [python, "-m", "pip", "install", "-q", "--no-deps", str(ROOT)]
-    subprocess.run(install, check=True, timeout=300)
-    (site,) = (tmp_path / "venv/lib").glob("python3*/site-packages")
-    lent = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "lent.pth").write_text(lent + "\n")
-    assert (site / "kd_jax/py.typed").exists() and (site / "kd_jax/shipped/configs/lm_laptop.py").exists()
-    command = [tmp_path / "venv/bin/kd-jax", "train", "--config", "gmm:smoke", "--workdir", "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and (tmp_path / "run/report.html").exists(), done.stderr
-    listed = subprocess.run([*command[:4], "gmm", "--help"], cwd=tmp_path, capture_output=True, text=True)
-    assert "--config.seeds" in listed.stdout

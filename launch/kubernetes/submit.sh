@@ -7,7 +7,7 @@ usage() {
 usage: launch/kubernetes/submit.sh --name NAME --image IMAGE --claim CLAIM [flags] -- --config CONFIG --workdir /runs/X [...]
 
   --name NAME       of the JobSet
-  --image IMAGE     with kd_jax in it: docker build -f launch/kubernetes/Dockerfile, pushed to a registry
+  --image IMAGE     with kd_jax in it: docker build --build-arg EXTRA=cuda, pushed to a registry
   --claim CLAIM     PersistentVolumeClaim (ReadWriteMany) that is mounted at /runs in every pod
   --pods N          processes (1)
   --gpus K          GPUs of each pod (1; 0 for none)
