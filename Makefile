@@ -89,7 +89,7 @@ $(DOCS): $(STAMP) requirements-docs.txt
 docs: $(DOCS)
 	$(PY) -m docs.settings
 	$(PY) -m docs.pages
-	$(VENV)/bin/zensical build --clean --strict
+	$(PY) -m zensical build --clean --strict
 	@echo "open build/site/index.html"
 
 # Leaves runs/ alone: results are not build products.
