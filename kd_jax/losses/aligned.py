@@ -46,21 +46,24 @@ class Shared(NamedTuple):
     student: jax.Array
 
 
-def universal_distance(*, teacher_logits: jax.Array, student_logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
+def universal_distance(
+    *, teacher_logits: jax.Array, student_logits: jax.Array, temperature: Scalar = 1.0,
+    teacher_temperature: Scalar | None = None,
+) -> jax.Array:  # fmt: skip
     """sum |p - q| over probabilities sorted in descending order, the smaller vocabulary filled up with zeros.
 
     Args:
         teacher_logits: [..., teacher's vocab].
         student_logits: [..., student's vocab].
         temperature: divides both; above 0, traced.
+        teacher_temperature: divides the teacher's, in its place.
     Returns: [...], from 0 to 2.
     Source: Boizard et al. 2024, universal logit distillation, arXiv 2402.12030.
     """
-    temperature, _ = parameters.checked_temperatures(temperature, None)
+    temperature, teacher_temperature = parameters.checked_temperatures(temperature, teacher_temperature)
+    log_probs = log_softmax(teacher_logits, teacher_temperature), log_softmax(student_logits, temperature)
     # Negated twice: jnp.sort is ascending.
-    p, q = (
-        -jnp.sort(-jnp.exp(log_softmax(logits, temperature)), axis=-1) for logits in (teacher_logits, student_logits)
-    )
+    p, q = (-jnp.sort(-jnp.exp(one), axis=-1) for one in log_probs)
     # What one vocabulary has beyond the other is compared with zeros.
     size = min(p.shape[-1], q.shape[-1])
     both = jnp.abs(p[..., :size] - q[..., :size]).sum(axis=-1)
@@ -69,7 +72,7 @@ def universal_distance(*, teacher_logits: jax.Array, student_logits: jax.Array, 
 
 def aligned_divergence(
     name: str, *, teacher: Start, student: Start, shared: Shared, whole: jax.Array, temperature: Scalar = 1.0,
-    parameter: Scalar | None = None,
+    teacher_temperature: Scalar | None = None, parameter: Scalar | None = None,
 ) -> jax.Array:  # fmt: skip
     """The divergence of that name (a key of `DIVERGENCES`) between what the models expect at the start of spans.
 
@@ -77,20 +80,21 @@ def aligned_divergence(
     the shared tokens and the span's text alone.
 
     Args:
-        teacher, student: of the same spans; `later` is at the same temperature.
+        teacher, student: of the same spans; `later` is at the model's temperature.
         shared: the tokens that both have.
         whole: int [...], which of the shared tokens is the span's text; -1 for none.
         temperature: divides both models' logits; above 0, traced.
+        teacher_temperature: divides the teacher's, in its place.
         parameter: of the divergence; None for its default.
     Returns: [...], nats.
     Source: the chain rule for merged tokens as in the GOLD trainer of TRL (Hugging Face 2025).
     """
     parameter = table.checked_parameter(name, parameter)
-    temperature, _ = parameters.checked_temperatures(temperature, None)
+    temperature, teacher_temperature = parameters.checked_temperatures(temperature, teacher_temperature)
     some_rest = all(
         start.logits.shape[-1] > ids.shape[0] for start, ids in zip((teacher, student), shared, strict=True)
     )
-    log_p = event_log_probs(teacher, shared.teacher, whole, temperature=temperature, rest=some_rest)
+    log_p = event_log_probs(teacher, shared.teacher, whole, temperature=teacher_temperature, rest=some_rest)
     log_q = event_log_probs(student, shared.student, whole, temperature=temperature, rest=some_rest)
     return derivatives.divergence(name, log_p, log_q, parameter)
 

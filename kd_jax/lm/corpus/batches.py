@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import datasets
@@ -40,6 +40,39 @@ class Targets(NamedTuple):
     tail: np.ndarray
 
 
+class Spans(NamedTuple):
+    """Pieces of text whose ends two tokenizations share, in one of them; int32 [..., row, span].
+
+    Attributes:
+        first: position of the first token; 1 where there is no span.
+        length: how many tokens; 1 where there is no span.
+    """
+
+    first: np.ndarray
+    length: np.ndarray
+
+
+class Pair(NamedTuple):
+    """The sequences of a batch in the tokens of a teacher with another vocabulary (kd_jax.lm.distill.pairing).
+
+    Rows hold the same sequences in the same order as the batch's; positions and their number are the teacher's.
+
+    Attributes:
+        tokens, segments, positions: as of a Batch.
+        teacher, student: the spans that are compared, in both models' tokens.
+        whole: int32 [..., row, span], which of the shared tokens is the span's text; -1 for none.
+        mask: bool [..., row, span], where there is a span to compare.
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+    teacher: Spans
+    student: Spans
+    whole: np.ndarray
+    mask: np.ndarray
+
+
 class Batch(NamedTuple):
     """The sequences of an update, in parts that are computed one after the other. All arrays [part, row, position].
 
@@ -49,6 +82,7 @@ class Batch(NamedTuple):
         positions: int32, from 0 in each sequence.
         mask: bool; whether the token AFTER this one is learnt: it belongs to the same sequence and not to the prompt.
         targets: Targets of these positions, or None; 0 outside of the mask.
+        pair: the same text in a teacher's tokens, or None.
     """
 
     tokens: np.ndarray
@@ -56,6 +90,7 @@ class Batch(NamedTuple):
     positions: np.ndarray
     mask: np.ndarray
     targets: Targets | None = None
+    pair: Pair | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,12 +196,19 @@ class Sequences:
 
 
 class Updates:
-    """The batches of a training, by number of the update: a source for grain."""
+    """The batches of a training, by number of the update: a source for grain.
 
-    def __init__(self, sequences: Sequences, layout: Layout, seed: int, epochs: int):
+    Args:
+        complete: adds to a batch what else an update needs; in threads, ahead of its use.
+    """
+
+    def __init__(
+        self, sequences: Sequences, layout: Layout, seed: int, epochs: int,
+        complete: Callable[[Batch], Batch] = lambda batch: batch,
+    ):  # fmt: skip
         if len(sequences) < layout.sequences:
             raise ValueError(f"a batch of {layout.sequences} sequences needs as many; the corpus has {len(sequences)}")
-        self.sequences, self.layout, self.seed = sequences, layout, seed
+        self.sequences, self.layout, self.seed, self._complete = sequences, layout, seed, complete
         self.per_epoch = len(sequences) // layout.sequences
         self.epochs = epochs
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
@@ -192,10 +234,11 @@ class Updates:
     def __getitem__(self, update: int) -> Batch:
         rows = self.rows(update)
         sequences = self.sequences
-        return arrange(
+        batch = arrange(
             sequences.tokens(rows), sequences.prompt_lengths[rows], self.layout, sequences.targets(rows),
             sequences.masks(rows),
         )  # fmt: skip
+        return self._complete(batch)
 
     def start(self, update: int, prefetch: int = 4) -> Iterator[Batch]:
         """Batches from `update` on, made ahead of their use.

@@ -32,14 +32,26 @@ def check_teacher(teacher: Model, student: Model) -> None:
     _check_ids("the teacher", teacher, "the student", student)
 
 
-def _check_ids(name: str, model: Model, other_name: str, other: Model) -> None:
+def other_vocabulary(name: str, model: Model, other_name: str, other: Model) -> str | None:
+    """How the ids of two models differ, in words; None where an id means the same to both.
+
+    Args:
+        name, other_name: what the text calls them.
+        model, other: the two.
+    """
     if model.num_tokens != other.num_tokens:
-        raise ValueError(f"{name} has {model.num_tokens} ids and {other_name} {other.num_tokens}: another vocabulary")
+        return f"{name} has {model.num_tokens} ids and {other_name} {other.num_tokens}: another vocabulary"
     # A model without a tokenizer is compared by its number of ids alone: there is nothing else to compare.
-    if model.tokenizer is not None and other.tokenizer is not None:
-        problem = difference(model.tokenizer, other.tokenizer, name, other_name)
-        if problem is not None:
-            raise ValueError(f"{name} has another tokenizer than {other_name}: {problem}")
+    if model.tokenizer is None or other.tokenizer is None:
+        return None
+    problem = difference(model.tokenizer, other.tokenizer, name, other_name)
+    return None if problem is None else f"{name} has another tokenizer than {other_name}: {problem}"
+
+
+def _check_ids(name: str, model: Model, other_name: str, other: Model) -> None:
+    problem = other_vocabulary(name, model, other_name, other)
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def check_corpus(label: str, corpus: Corpus, p_star: Model, num_rows: int) -> None:

@@ -1,4 +1,4 @@
-"""One text in two tokenizations: shared spans, shared tokens, and a teacher's samples in a student's ids.
+"""One text in two tokenizations: shared spans, shared tokens, and the text of one model in another's ids.
 
 All of it is done on bytes. The end of a sequence counts as a piece of text that both have.
 """
@@ -6,6 +6,7 @@ All of it is done on bytes. The end of a sequence counts as a piece of text that
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,22 +16,53 @@ from kd_jax.lm.weights.tokenizer import Tokenizer, difference
 
 # Stands for the end of a sequence. It is not UTF-8, and no token has it.
 END = b"\xff\xfeend"
+# What Python's "surrogateescape" makes of a byte that is not UTF-8.
+_ESCAPED = re.compile("[\udc80-\udcff]")
+# Stands for what is no text, or cannot be written.
+_SIGN = "\ufffd"
+# What a tokenizer must keep: case, accents, runs of spaces, line breaks, compatibility forms, other scripts. It is in
+# NFC, which some tokenizers (Qwen's) make of every text.
+_PROBE = "The CAT  is\n\tÀ é 12345 \ufb01 ² \u3000漢字 ⴰ 🙂 "
 
 
 class Reencoded(NamedTuple):
-    """A text of the teacher in the student's ids.
+    """The text of one model in another's ids.
 
     Attributes:
-        ids: the student's.
+        ids: of the other model.
         ends: int [ids], the end of each in the text's bytes.
-        invalid: bytes that are not UTF-8 and stand as U+FFFD in the text.
-        cut: bytes of a character that the end of the teacher's text has cut; they are left out.
+        invalid: bytes that are not UTF-8; each stands as U+FFFD in the text.
+        cut: bytes of a character that the end of the text has cut; they are left out.
+        unknown: characters that the other tokenizer has no tokens for; each stands as U+FFFD.
+        special: special tokens, which are no text and are left out.
+        changed: whether the other tokenizer normalises the text (NFC, for instance), so that other bytes stand in it.
     """
 
     ids: list[int]
     ends: np.ndarray
     invalid: int
     cut: int
+    unknown: int
+    special: int
+    changed: bool
+
+
+class Readable(NamedTuple):
+    """Bytes as text, with U+FFFD for what is no text and for what the tokenizer has no ids for.
+
+    Attributes:
+        text: the text.
+        sizes: int [bytes], how many bytes of the text stand for each byte.
+        lost: bool [bytes], for which of them U+FFFD stands.
+        invalid: bytes that are not UTF-8; each has a sign of its own.
+        unknown: characters that the tokenizer has no ids for.
+    """
+
+    text: str
+    sizes: np.ndarray
+    lost: np.ndarray
+    invalid: int
+    unknown: int
 
 
 class Side(NamedTuple):
@@ -45,47 +77,102 @@ class Side(NamedTuple):
     length: np.ndarray
 
 
-def pieces(tokenizer: Tokenizer, ids: Sequence[int], eos_ids: Sequence[int] = ()) -> list[bytes]:
-    """The bytes of each id; of other special tokens none, of an end of sequence `END`."""
+def pieces(
+    tokenizer: Tokenizer, ids: Sequence[int], eos_ids: Sequence[int] = (), *, continues: bool = False
+) -> list[bytes]:
+    """The bytes of each id; of an end of sequence `END`, of other special tokens none.
+
+    Args:
+        tokenizer: of the ids.
+        ids: a text.
+        eos_ids: ids that end a sequence.
+        continues: the ids go on a text that began before them.
+    """
     table, ends = tokenizer.token_bytes, set(eos_ids)
     out = [END if i in ends else table[i] for i in ids]
-    # The space that such a tokenizer puts in front is in its tokens, and not in the text.
-    if tokenizer.adds_space:
+    # The space that such a tokenizer puts in front of a text is in its tokens, and not in the text.
+    if tokenizer.adds_space and not continues:
         start = next((n for n, piece in enumerate(out) if piece), None)
         if start is not None and out[start].startswith(b" "):
             out[start] = out[start][1:]
     return out
 
 
-def align(teacher: Sequence[bytes], student: Sequence[bytes]) -> tuple[Side, Side]:
-    """The shared spans of a text, as short as they can be, in both tokenizations.
-
-    Tokens without bytes (BOS) are in no span.
+def encode(tokenizer: Tokenizer, text: str, *, continues: bool = False) -> tuple[list[int], list[bytes]]:
+    """The ids of a text and the bytes of each; what looks like a special token is text.
 
     Args:
-        teacher, student: `pieces` of both; they must be the same bytes when joined.
-    Raises: ValueError, naming the byte, where they are not.
+        tokenizer: whose ids are wanted.
+        text: of characters that it knows, see `readable`.
+        continues: the text goes on one that began before it.
     """
-    whole, other = b"".join(teacher), b"".join(student)
-    if whole != other:
-        same = next(
-            (i for i, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), min(map(len, (whole, other)))
-        )
-        raise ValueError(
-            f"the texts differ from byte {same}: {whole[same : same + 20]!r} of the teacher, "
-            f"{other[same : same + 20]!r} of the student"
-        )
-    ends = [np.cumsum([len(piece) for piece in side], dtype=np.int64) for side in (teacher, student)]
+    # Such a tokenizer adds a space in front: here it is the space that the text begins with.
+    space = continues and tokenizer.adds_space and text[:1] == " " and len(text) > 1
+    ids = tokenizer.encode(text[1:] if space else text, special=False)
+    return ids, pieces(tokenizer, ids, continues=space)
+
+
+def check_bytes(label: str, tokenizer: Tokenizer | None) -> None:
+    """Raises ValueError, naming the model, for one without a tokenizer, or whose tokenizer changes plain texts.
+
+    Args:
+        label: what the message calls the model.
+    """
+    if tokenizer is None:
+        raise ValueError(f"{label} has no tokenizer, which another vocabulary needs")
+    text = readable(_PROBE.encode(), tokenizer).text
+    if b"".join(encode(tokenizer, text)[1]) != text.encode():
+        raise ValueError(f"the tokenizer of {label} changes texts (as by lower case, or NFKC): spans cannot be aligned")
+
+
+def readable(raw: bytes, tokenizer: Tokenizer) -> Readable:
+    """Bytes as a text that a tokenizer has ids for.
+
+    Args:
+        raw: the bytes of one model's tokens.
+        tokenizer: of the other model.
+    """
+    text = raw.decode("utf-8", "surrogateescape")
+    if not _ESCAPED.search(text) and tokenizer.lost_byte(text) is None:
+        return Readable(text, np.ones(len(raw), np.int64), np.zeros(len(raw), bool), 0, 0)
+    characters, sizes, lost, invalid, unknown = [], [], [], 0, 0
+    for character in text:
+        size, is_byte = len(character.encode("utf-8", "surrogateescape")), bool(_ESCAPED.match(character))
+        # a lone surrogate cannot be asked for: it has no bytes in UTF-8
+        gone = is_byte or tokenizer.lost_byte(character) is not None
+        invalid, unknown = invalid + is_byte, unknown + (gone and not is_byte)
+        characters.append(_SIGN if gone else character)
+        # What stands for a character belongs to the token with its last byte.
+        sizes += [0] * (size - 1) + [len(_SIGN.encode())] if gone else [1] * size
+        lost += [gone] * size
+    return Readable("".join(characters), np.array(sizes, np.int64), np.array(lost), invalid, unknown)
+
+
+def align(teacher: np.ndarray, student: np.ndarray) -> tuple[Side, Side]:
+    """The shared spans of a text, as short as they can be, in both tokenizations.
+
+    Tokens without bytes (BOS) are in no span, unless in its middle.
+
+    Args:
+        teacher, student: int [token], where each token ends in the text, in bytes.
+    """
+    text = [np.diff(end, prepend=0) > 0 for end in (teacher, student)]
     # A span ends where a token ends on both sides.
-    shared = np.intersect1d(*(np.unique(end[end > 0]) for end in ends))
+    shared = np.intersect1d(teacher[text[0]], student[text[1]])
     sides = []
-    for side, end in zip((teacher, student), ends, strict=True):
-        # A token without bytes ends where the one before it does, and would be counted with its span.
-        text = np.array([bool(piece) for piece in side], bool)
-        span = np.searchsorted(shared, end[text])
-        first = np.flatnonzero(text)[np.searchsorted(span, np.arange(len(shared)))]
-        sides.append(Side(first.astype(np.int32), np.bincount(span, minlength=len(shared)).astype(np.int32)))
+    for end, has_bytes in zip((teacher, student), text, strict=True):
+        # A token without bytes ends where the one before it does: it neither begins nor ends a span.
+        places, span = np.flatnonzero(has_bytes), np.searchsorted(shared, end[has_bytes])
+        numbers = np.arange(len(shared))
+        first = places[np.searchsorted(span, numbers)]
+        last = places[np.searchsorted(span, numbers, side="right") - 1]
+        sides.append(Side(first.astype(np.int32), (last - first + 1).astype(np.int32)))
     return sides[0], sides[1]
+
+
+def ends(parts: Sequence[bytes]) -> np.ndarray:
+    """Where each of the `pieces` ends in the text, in bytes."""
+    return np.cumsum([len(part) for part in parts], dtype=np.int64)
 
 
 def shared_tokens(
@@ -114,22 +201,41 @@ def _by_bytes(tokenizer: Tokenizer, eos: Sequence[int]) -> dict[bytes, int]:
     return table | ({END: min(eos)} if eos else {})
 
 
-def reencode(teacher: Tokenizer, ids: Sequence[int], student: Tokenizer) -> Reencoded:
-    """A teacher's sample in the student's ids. Special tokens of the teacher are no text; ends are the caller's."""
-    text = b"".join(pieces(teacher, ids))
-    # a decoder that may go on: what is left over at the end is the beginning of a character
+def reencode(source: Tokenizer, ids: Sequence[int], target: Tokenizer, *, continues: bool = False) -> Reencoded:
+    """A text in the ids of another tokenizer.
+
+    Args:
+        source: tokenizer of the ids.
+        ids: a text, without the end of sequence.
+        target: whose ids are wanted.
+        continues: the ids go on a text that began before them.
+    """
+    parts = pieces(source, ids, continues=continues)
+    raw = b"".join(parts)
+    # A decoder that may go on: what is left over at the end is the beginning of a character.
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoded = decoder.decode(text)
+    decoder.decode(raw)
     cut = len(decoder.getstate()[0])
-    text_again = decoded.encode()
-    invalid = _num_invalid(text[: len(text) - cut])
-    student_ids = student.encode(decoded, special=False)
-    ends = np.cumsum([len(piece) for piece in pieces(student, student_ids)], dtype=np.int64)
-    if (int(ends[-1]) if len(ends) else 0) != len(text_again):
-        raise ValueError(f"the student's tokenizer changes the text {decoded[:40]!r}: its ids stand for other bytes")
-    return Reencoded(student_ids, ends, invalid, cut)
+    text = readable(raw[: len(raw) - cut], target)
+    new, new_parts = encode(target, text.text, continues=continues)
+    return Reencoded(
+        ids=new, ends=ends(new_parts), invalid=text.invalid, cut=cut,
+        unknown=text.unknown, special=sum(not source.token_bytes[i] for i in ids),
+        changed=b"".join(new_parts) != text.text.encode(),
+    )  # fmt: skip
 
 
-def _num_invalid(text: bytes) -> int:
-    """Bytes that are no part of a character in UTF-8."""
-    return len(text) - len(text.decode("utf-8", "ignore").encode())
+def prompt(source: Tokenizer, ids: Sequence[int], target: Tokenizer, eos_ids: Sequence[int]) -> list[int]:
+    """A prompt in the ids of another tokenizer: its BOS, if it has one, and the text.
+
+    Where there is neither, it is an end of sequence, which separates texts in the training of such models.
+
+    Args:
+        source: tokenizer of the ids.
+        ids: the prompt.
+        target: whose ids are wanted.
+        eos_ids: the ends of sequence of the other model.
+    """
+    new = reencode(source, ids, target).ids
+    new = new if target.bos_id is None else target.with_bos(new)
+    return new or [min(eos_ids)]

@@ -1,193 +1,136 @@
-"""Distillation from a teacher with another vocabulary: aligned spans of one text, compared chunk by chunk.
+"""The loss of learning from a teacher with another vocabulary: aligned spans of one text, chunk by chunk.
 
-These are functions for a training of one's own: the text is given in both tokenizations (`pair`), and the loss is that
-of hidden states and heads of both models, as in kd_jax.fused. The experiment's policies do not use them.
+uld        sorted probabilities before each span (kd_jax.losses.universal_distance)
+aligned    what the models expect at the start of each span (kd_jax.losses.aligned_divergence)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh
 
 from kd_jax import losses
-from kd_jax.lm.distill import alignment
-from kd_jax.lm.model import Model
-from kd_jax.losses import Shared, Start, head
-from kd_jax.metrics import Mean
+from kd_jax.lm.corpus.batches import Pair, Spans
+from kd_jax.losses import Shared, Start, head, parameters
+from kd_jax.losses.parameters import Scalar
 
-# The divergences of kd_jax.losses over aligned spans, and the universal distance, which ignores token identities.
-UNIVERSAL = "universal"
-DIVERGENCES = (*losses.DIVERGENCES, UNIVERSAL)
+# How distributions over two vocabularies are compared.
+KINDS = ("aligned", "uld")
 
 
-class Text(NamedTuple):
-    """Texts in one model's tokens, and their spans.
+class Hidden(NamedTuple):
+    """One model's side of a loss.
 
     Attributes:
+        states: [row, position, width], hidden states.
+        head: [vocab, width], cut to the real ids.
         tokens: int [row, position].
-        first: int [row, span], position of a span's first token; 1 where there is no span.
-        length: int [row, span], how many tokens a span is; 1 where there is none.
+        softcap: of the logits; None for none.
     """
 
-    tokens: Any
-    first: Any
-    length: Any
-
-
-class Pair(NamedTuple):
-    """Texts in both models' tokens.
-
-    Attributes:
-        teacher, student: the same texts and spans.
-        whole: int [row, span], which of the shared tokens is the span's text; -1 for none.
-        mask: bool [row, span], where there is a span that both models predict.
-    """
-
-    teacher: Text
-    student: Text
-    whole: Any
-    mask: Any
-
-
-def shared(teacher: Model, student: Model) -> Shared:
-    """The tokens that both models have."""
-    ids = alignment.shared_tokens(
-        teacher.tokenizer, student.tokenizer, teacher_eos=teacher.eos_ids, student_eos=student.eos_ids
-    )
-    return Shared(*ids)
-
-
-def pair(
-    teacher: Model, student: Model, teacher_rows: Sequence[Sequence[int]], student_rows: Sequence[Sequence[int]],
-    shared: Shared,
-) -> Pair:  # fmt: skip
-    """Arrays of the same texts in both models' ids; what starts a sequence (BOS) is among the ids.
-
-    A model does not predict the first id of a row: the span that begins there is masked, so that a row should start
-    with an id that both have before the text, or lose its first word.
-
-    Raises: ValueError, naming the row, where the texts are not the same bytes.
-    """
-    models = teacher, student
-    aligned, wholes = [], []
-    ids_of = (
-        {int(i): n for n, i in enumerate(np.asarray(shared.teacher))},
-        {int(i): n for n, i in enumerate(np.asarray(shared.student))},
-    )
-    for number, rows in enumerate(zip(teacher_rows, student_rows, strict=True)):
-        pieces = [alignment.pieces(m.tokenizer, row, m.eos_ids) for m, row in zip(models, rows, strict=True)]
-        try:
-            sides = alignment.align(*pieces)
-        except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from error
-        aligned.append(sides)
-        whole = np.full(len(sides[0].first), -1, np.int32)
-        # A span that is one token of a model is a shared token if that token is shared.
-        for side, row, known in zip(sides, rows, ids_of, strict=True):
-            for span in np.flatnonzero(side.length == 1):
-                whole[span] = known.get(int(row[side.first[span]]), whole[span])
-        wholes.append(whole)
-    # At least one, masked: arrays without spans would have no shape to compile for.
-    spans = max(1, max(len(whole) for whole in wholes))
-
-    def text(rows, which):
-        return Text(
-            _table(rows, max(map(len, rows)), 0),
-            _table([sides[which].first for sides in aligned], spans, 1),
-            _table([sides[which].length for sides in aligned], spans, 1),
-        )
-
-    texts = text(teacher_rows, 0), text(student_rows, 1)
-    there = _table([np.ones(len(whole), np.int32) for whole in wholes], spans, 0) > 0
-    # A row's first token is predicted by nothing.
-    mask = there & (texts[0].first > 0) & (texts[1].first > 0)
-    return Pair(*texts, _table(wholes, spans, -1), mask)
+    states: jax.Array
+    head: jax.Array
+    tokens: jax.Array
+    softcap: float | None = None
 
 
 def linear_aligned_divergence(
-    student_hidden: jax.Array, student_head: jax.Array, teacher_hidden: jax.Array, teacher_head: jax.Array, pair: Pair,
-    shared: Shared, *, divergence: str = "forward_kl", parameter: float | None = None, temperature: float = 1.0,
-    softcaps: tuple[float | None, float | None] = (None, None), chunk: int | None = None,
-) -> Mean:  # fmt: skip
-    """T^2 times the divergence of a span's start, as a Mean over all spans, from hidden states and heads.
+    student: Hidden, teacher: Hidden, pair: Pair, shared: Shared, *, kind: str = "aligned",
+    divergence: str = "forward_kl", parameter: Scalar | None = None, temperature: Scalar = 1.0,
+    teacher_temperature: Scalar | None = None, chunk: int | None = None, mesh: Mesh | None = None,
+) -> jax.Array:  # fmt: skip
+    """The divergence at the start of each span, from hidden states and heads: float32 [row, span], 0 where masked.
 
     Logits of a chunk of spans exist at a time, forward and backward; they are projected again backward. The teacher
     gets no gradient.
 
     Args:
-        student_hidden, teacher_hidden: [row, position, width] of the tokens of `pair`.
-        student_head, teacher_head: [vocab, width], cut to the real ids.
-        pair, shared: see there.
-        divergence: one of DIVERGENCES.
-        parameter: of the divergence.
+        student, teacher: hidden states of the batch's tokens, and of the pair's.
+        pair: the spans, see kd_jax.lm.distill.pairing.
+        shared: the tokens that both models have.
+        kind: one of KINDS.
+        divergence, parameter: of "aligned".
         temperature: divides both models' logits.
-        softcaps: of the logits, teacher's and student's.
+        teacher_temperature: divides the teacher's, in its place.
         chunk: spans at a time, by default as many as kd_jax.losses takes tokens.
+        mesh: what rows and heads are split over.
     """
-    teacher_hidden, teacher_head = jax.lax.stop_gradient((teacher_hidden, teacher_head))
-    chunk = chunk or head.chunk_tokens()
-    starts = [
-        _starts(hidden, weight, text, temperature, softcap, chunk)
-        for hidden, weight, text, softcap in zip(
-            (teacher_hidden, student_hidden), (teacher_head, student_head), pair[:2], softcaps, strict=True
-        )
-    ]
+    teacher = teacher._replace(states=jax.lax.stop_gradient(teacher.states), head=jax.lax.stop_gradient(teacher.head))
+    both = teacher, student
+    heads = [head.whole(side.head, side.states, mesh) for side in both]
+    temperature, teacher_temperature = parameters.checked_temperatures(temperature, teacher_temperature)
+    chunk = chunk or head.chunk_tokens(mesh)
+    starts = [_before(side.states, spans) for side, spans in zip(both, pair[3:5], strict=True)]
+    if kind == "aligned":
+        starts = [
+            (before, *_texts(side, spans, one, chunk, mesh))
+            for before, side, spans, one in zip(
+                starts, both, pair[3:5], (teacher_temperature, temperature), strict=True
+            )
+        ]
 
     def compare(piece):
         sides, whole = piece
+        befores = sides if kind == "uld" else [side[0] for side in sides]
         logits = [
-            head.project(hidden, weight, softcap)
-            for (hidden, *_), weight, softcap in zip(sides, (teacher_head, student_head), softcaps, strict=True)
+            head.project(before, weight, side.softcap)
+            for before, weight, side in zip(befores, heads, both, strict=True)
         ]
-        if divergence == UNIVERSAL:
+        if kind == "uld":
             return losses.universal_distance(
-                teacher_logits=logits[0], student_logits=logits[1], temperature=temperature
-            )
-        teacher, student = (Start(one, *side[1:]) for one, side in zip(logits, sides, strict=True))
+                teacher_logits=logits[0], student_logits=logits[1], temperature=temperature,
+                teacher_temperature=teacher_temperature,
+            )  # fmt: skip
+        teacher_start, student_start = (Start(one, *side[1:]) for one, side in zip(logits, sides, strict=True))
         return losses.aligned_divergence(
-            divergence,
-            teacher=teacher,
-            student=student,
-            shared=shared,
-            whole=whole,
-            temperature=temperature,
-            parameter=parameter,
-        )
+            divergence, teacher=teacher_start, student=student_start, shared=shared, whole=whole,
+            temperature=temperature, teacher_temperature=teacher_temperature, parameter=parameter,
+        )  # fmt: skip
 
-    # Spans of all rows in one line: rows have different numbers of them, and chunks are then equally full.
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), (starts, jnp.asarray(pair.whole)))
-    size, pieces = head.cut(flat, flat[1].shape, chunk)
-    # A span is projected again in the backward pass: kept logits would be [spans, vocab] of both models
-    values = head.join(jax.lax.map(jax.checkpoint(compare), pieces), size, 0)
-    return losses.masked_mean(temperature**2 * values, jnp.asarray(pair.mask).reshape(-1))
+    size, pieces = head.cut((starts, pair.whole), pair.whole.shape, chunk)
+    # A span is projected again in the backward pass: kept logits would be [spans, vocab] of both models.
+    values = head.join(jax.lax.map(jax.checkpoint(compare), pieces), size, 1)
+    return jnp.where(pair.mask, values, 0.0)
 
 
-def _starts(hidden, weight, text: Text, temperature, softcap, chunk):
-    """(hidden state before a span, its first token, log-probability of its later tokens, whether it is one token)."""
-    tokens, first, length = (jnp.asarray(array) for array in text)
+def at_first_tokens(values: jax.Array, spans: Spans, length: int) -> jax.Array:
+    """Values of spans [row, span] at the positions that predict their first tokens, 0 elsewhere: [row, length]."""
+    rows = jnp.arange(values.shape[0])[:, None]
+    return jnp.zeros((values.shape[0], length), values.dtype).at[rows, spans.first - 1].add(values)
+
+
+def at_all_tokens(mask: jax.Array, spans: Spans, length: int) -> jax.Array:
+    """Whether the token after each position is in a span of the mask: bool [row, length]."""
+    # One up where a span begins and one down after its end; their running sum is 1 inside.
+    ones = mask.astype(jnp.int32)
+    up = at_first_tokens(ones, spans, length)
+    return jnp.cumsum(up - at_first_tokens(ones, Spans(spans.first + spans.length, None), length), axis=1) > 0
+
+
+def _before(states: jax.Array, spans: Spans) -> jax.Array:
+    """Hidden states [row, span, width] of the positions before spans: the state at a position predicts the next one."""
+    return jnp.take_along_axis(states, jnp.maximum(spans.first - 1, 0)[..., None], axis=1)
+
+
+def _texts(side: Hidden, spans: Spans, temperature: Scalar, chunk: int, mesh: Mesh | None) -> tuple[Any, ...]:
+    """(first token of each span, log-probability of its later tokens, whether it is one token), [row, span] each."""
+
+    weight = head.whole(side.head, side.states, mesh)
 
     def log_prob(piece):
-        hidden, labels = piece
-        log_probs = losses.cross_entropy(head.project(hidden, weight, softcap) / temperature, labels)
-        return -log_probs
+        states, labels = piece
+        return -losses.cross_entropy(head.project(states, weight, side.softcap) / temperature, labels)
 
-    size, pieces = head.cut((hidden[:, :-1], tokens[:, 1:]), tokens[:, 1:].shape, chunk)
-    of_token = head.join(jax.lax.map(jax.checkpoint(log_prob), pieces), size, 1)
+    # The projection is inside of what is computed again backward: its logits are not kept.
+    labels = jnp.roll(side.tokens, -1, axis=1)
+    size, pieces = head.cut((side.states, labels), labels.shape, chunk)
+    of_next = head.join(jax.lax.map(jax.checkpoint(log_prob), pieces), size, 1)
     # Each span adds up its own positions: differences of running sums would lose digits.
-    position = jnp.arange(1, tokens.shape[1])
-    later = (position > first[..., None]) & (position < (first + length)[..., None])
-    of_later = jnp.where(later, of_token[:, None], 0).sum(axis=-1)
-    # The state at a position predicts the next one: a span is predicted by the position before it.
-    before = jnp.take_along_axis(hidden, jnp.maximum(first - 1, 0)[..., None], axis=1)
-    return before, jnp.take_along_axis(tokens, first, axis=1), of_later, length == 1
-
-
-def _table(rows: Sequence[Any], width: int, fill: int) -> np.ndarray:
-    table = np.full((len(rows), width), fill, np.int32)
-    for into, row in zip(table, rows, strict=True):
-        into[: len(row)] = row
-    return table
+    position = jnp.arange(side.tokens.shape[1])
+    last = spans.first + spans.length - 1
+    later = (position >= spans.first[..., None]) & (position < last[..., None])
+    of_later = jnp.where(later, of_next[:, None], 0).sum(axis=-1)
+    return jnp.take_along_axis(side.tokens, spans.first, axis=1), of_later, spans.length == 1

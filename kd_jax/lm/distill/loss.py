@@ -6,6 +6,9 @@
                  updates (generalised knowledge distillation: Agarwal et al. 2024, arXiv 2306.13649)
     offline      the teacher's most probable tokens were recorded with the corpus (kd_jax.lm.distill.recorded_top_k)
 
+A teacher with another vocabulary (online and on_policy) reads the text in its own tokens (kd_jax.lm.distill.pairing),
+and is compared with the student at the spans of text that both have (kd_jax.lm.distill.cross_vocabulary).
+
 The teacher's weights are passed to the update as an argument, without gradients or buffer donation.
 """
 
@@ -22,10 +25,12 @@ from jax.sharding import Mesh
 
 from kd_jax import fused, losses
 from kd_jax.lm import model as model_lib
-from kd_jax.lm.corpus.batches import Batch
+from kd_jax.lm.corpus.batches import Batch, Pair
 from kd_jax.lm.decode import chosen_text
 from kd_jax.lm.decode.next_token import SamplerSpec
-from kd_jax.lm.distill import recorded_top_k
+from kd_jax.lm.distill import cross_vocabulary, recorded_top_k
+from kd_jax.lm.distill.cross_vocabulary import Hidden
+from kd_jax.lm.distill.pairing import Pairing
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
 from kd_jax.metrics import Mean
 from kd_jax.parallel import mesh as mesh_lib
@@ -36,6 +41,7 @@ POLICIES = ("sequence", "online", "on_policy", "offline")
 # Whose text is learnt from, and whether the teacher's distributions come with it.
 DATA = ("p_star", "samples", "mix")
 TAILS = ("bucket", "renormalise")
+VOCABULARIES = ("same", *cross_vocabulary.KINDS)
 # loss(params, part of a batch, guide) -> the loss as a Mean over the tokens learnt from, and statistics by name
 Loss = Callable[[Any, Batch, Any], tuple[Mean, dict[str, Mean]]]
 
@@ -46,6 +52,10 @@ class DistillSpec:
 
     policy: str = setting("sequence", "how students learn from the teacher", one_of=POLICIES)
     divergence: str = setting("forward_kl", "between teacher and student at a position", one_of=losses.DIVERGENCES)
+    vocabulary: str = setting(
+        "same", "the teacher's: the student's; or another, compared over spans of text that both have, or by sorted "
+        "probabilities (uld)", one_of=VOCABULARIES,
+    )  # fmt: skip
     parameter: float | None = setting(None, "beta or alpha of the divergence; none for its default")
     hard_weight: float = setting(0.0, "share of the text's cross-entropy in the loss", at_least=0.0, at_most=1.0)
     loss_temperature: float = setting(1.0, "T, divides both models' logits; the divergence is times T^2", above=0.0)
@@ -81,6 +91,8 @@ class DistillSpec:
             raise ValueError(f"parameter={self.parameter}: {self.divergence} has none")
         if (self.text_choice == "all") != (self.text_share == 1.0):
             raise ValueError(f"text_share={self.text_share} does not go with text_choice={self.text_choice!r}")
+        if self.vocabulary != "same" and self.policy == "offline":
+            raise ValueError(f"vocabulary={self.vocabulary!r} goes with policy='online' or 'on_policy', not 'offline'")
         try:
             losses.checked_parameter(self.divergence, self.parameter)
         except ValueError as error:
@@ -99,11 +111,13 @@ class Distillation(NamedTuple):
         spec: how.
         teacher: with its weights where they are to lie, of whatever dtype; None offline.
         compute: how the teacher is run.
+        pairing: puts the tokens of a teacher with another vocabulary into batches; None for one vocabulary.
     """
 
     spec: DistillSpec
     teacher: Model | None = None
     compute: Compute = DEFAULT
+    pairing: Pairing | None = None
 
 
 class Guide(NamedTuple):
@@ -114,11 +128,12 @@ class Guide(NamedTuple):
     teacher_temperature: jax.Array
     parameter: jax.Array | None
     hard_weight: jax.Array
+    shared: losses.Shared | None = None  # the tokens that two vocabularies share
 
 
 def guide(distillation: Distillation) -> Guide:
     """The third argument of the loss: the teacher's weights and the numbers of the spec, float32 scalars."""
-    spec, teacher, _ = distillation
+    spec, teacher, pairing = distillation.spec, distillation.teacher, distillation.pairing
     # Without a temperature of its own, the teacher has the student's.
     temperature = spec.loss_temperature if spec.teacher_temperature is None else spec.teacher_temperature
     # Float32 arrays, not numbers: a sweep over them compiles nothing anew.
@@ -128,6 +143,7 @@ def guide(distillation: Distillation) -> Guide:
         teacher_temperature=jnp.float32(temperature),
         parameter=None if spec.parameter is None else jnp.float32(spec.parameter),
         hard_weight=jnp.float32(spec.hard_weight),
+        shared=None if pairing is None else jax.tree.map(jnp.asarray, pairing.shared),
     )
 
 
@@ -162,29 +178,33 @@ def loss(distillation: Distillation, student: Model, compute: Compute, *, packed
     """The loss of a part of a batch: (1 - hard_weight) T^2 divergence + hard_weight cross-entropy.
 
     Its statistics are those of kd_jax.fused: divergence, cross-entropy, both models' entropies (nats per token) and how
-    often their most probable tokens agree.
+    often their most probable tokens agree. With another vocabulary: divergence, cross-entropy, and the share of tokens
+    in spans that were compared.
 
     Args:
         student: its architecture and number of real ids; its weights are not used.
         compute: how the student is run, the mesh it lies on included.
         packed: whether a row may hold several sequences; attention is quicker where none does.
     """
-    spec, teacher, teacher_compute = distillation
+    spec, teacher, teacher_compute, _ = distillation
     if spec.policy == "offline":
         # What was recorded came with the batch: no teacher runs.
         compare = _Records(spec.tail)
     else:
         # the teacher may lie on the devices in another way than the student
         mesh = mesh_lib.of(teacher.params)
-        compare = _Teacher(teacher.architecture, dataclasses.replace(teacher_compute, mesh=mesh), compute.mesh, packed)
+        teacher_compute = dataclasses.replace(teacher_compute, mesh=mesh)
+        compare = _Teacher(teacher.architecture, teacher_compute, compute.mesh, packed)
+        if spec.vocabulary != "same":
+            compare = _OtherVocabulary(compare, teacher.num_tokens, spec.vocabulary)
     return _loss(compare, spec.divergence, student.architecture, student.num_tokens, compute, packed)
 
 
 # All arguments are hashable and compared by value: equal settings give the same function, compiled once.
 @functools.lru_cache(maxsize=16)
 def _loss(
-    compare: _Records | _Teacher, divergence: str, architecture: Architecture, num_tokens: int, compute: Compute,
-    packed: bool,
+    compare: _Records | _Teacher | _OtherVocabulary, divergence: str, architecture: Architecture, num_tokens: int,
+    compute: Compute, packed: bool,
 ) -> Loss:  # fmt: skip
     def loss(params: Any, part: Batch, guide: Guide) -> tuple[Mean, dict[str, Mean]]:
         hidden = _hidden(params, architecture, part, compute, packed)
@@ -226,6 +246,46 @@ class _Teacher(NamedTuple):
         )
 
 
+class _Statistics(NamedTuple):
+    divergence: Mean
+    cross_entropy: Mean
+    compared: Mean
+
+
+class _OtherVocabulary(NamedTuple):
+    """Compares the student with a teacher that runs on the same text in its own tokens."""
+
+    teacher: _Teacher
+    num_tokens: int
+    kind: str
+
+    def __call__(
+        self, guide: Guide, part: Batch, hidden: jax.Array, head: jax.Array, *, temperature, hard_weight, num_tokens,
+        softcap, chunk, mesh, **loss_options,
+    ):  # fmt: skip
+        run, pair, mask = self.teacher, part.pair, part.mask
+        weights = jax.lax.stop_gradient(guide.teacher)
+        teacher_hidden = _hidden(weights, run.architecture, pair, run.compute, run.packed)
+        teacher_hidden = mesh_lib.constrain(teacher_hidden, ("batch", None, None), run.student_mesh)
+        teacher_head, teacher_softcap = model_lib.head(weights)[: self.num_tokens], run.architecture.logit_softcap
+        values = cross_vocabulary.linear_aligned_divergence(
+            Hidden(hidden, head[:num_tokens], part.tokens, softcap),
+            Hidden(teacher_hidden, teacher_head, pair.tokens, teacher_softcap), pair, guide.shared, kind=self.kind,
+            temperature=temperature, chunk=chunk, mesh=mesh, **loss_options,
+        )  # fmt: skip
+        length = mask.shape[-1]
+        # A span counts where it begins: the sum over a text is that of its spans, and the mean is per token.
+        divergence = losses.masked_mean(cross_vocabulary.at_first_tokens(values, pair.student, length), mask)
+        compared = cross_vocabulary.at_all_tokens(pair.mask, pair.student, length)
+        text = fused.linear_cross_entropy(
+            hidden, head, _next_tokens(part), mask, num_tokens=num_tokens, softcap=softcap, chunk=chunk, mesh=mesh
+        )
+        soft = (1 - hard_weight) * temperature**2 * divergence.mean
+        loss = text._replace(mean=soft + hard_weight * text.mean)
+        statistics = _Statistics(divergence, text, losses.masked_mean(compared.astype(jnp.float32), mask))
+        return loss, jax.lax.stop_gradient(statistics)
+
+
 class _Records(NamedTuple):
     """Compares the student with what was recorded of a teacher."""
 
@@ -251,7 +311,7 @@ def _next_tokens(part: Batch) -> jax.Array:
     return jnp.roll(part.tokens, -1, axis=-1)
 
 
-def _hidden(params: Any, architecture: Architecture, part: Batch, compute: Compute, packed: bool) -> jax.Array:
+def _hidden(params: Any, architecture: Architecture, part: Batch | Pair, compute: Compute, packed: bool) -> jax.Array:
     # One sequence a row is padded on the right, where nothing attends to it: no segments are needed.
     segments = part.segments if packed else None
     return model_lib.forward(

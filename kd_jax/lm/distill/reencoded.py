@@ -1,7 +1,10 @@
 """The samples of a teacher with another vocabulary as a corpus in the student's ids.
 
 Samples are decoded to bytes and encoded again. The prompt is given in the student's ids, and the rest is encoded by
-itself, so that no token crosses their border. Bytes and rows that are lost are counted in the manifest (`reencoded`).
+itself, so that no token crosses their border. What is lost is counted in the manifest under `reencoded`: bytes that are
+not UTF-8 (invalid_bytes), the beginning of a character at the end of a text (cut_bytes), characters that the student
+has no tokens for (unknown_characters), the teacher's special tokens (special_tokens), rows that the student's tokenizer
+normalises (changed_rows), and rows that are longer than max_length (cut_rows).
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ from kd_jax.lm.distill import alignment
 from kd_jax.lm.model import Model
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.parallel import distributed
+
+COUNTS = ("invalid_bytes", "cut_bytes", "unknown_characters", "special_tokens", "changed_rows", "cut_rows")
 
 
 def write(
@@ -59,23 +64,22 @@ def write(
 
 def _arrivals(samples: Corpus, target: Corpus, teacher: Tokenizer, student: Tokenizer) -> Iterator[Arrival]:
     settings, size = target.manifest["settings"], target.manifest["settings"]["shard_size"]
-    counts = {"invalid_bytes": 0, "cut_bytes": 0, "cut_rows": 0, **target.manifest.get("reencoded", {})}
+    counts = dict.fromkeys(COUNTS, 0) | target.manifest.get("reencoded", {})
     prompt, eos, max_length = settings["prompt_ids"], settings["eos_ids"], settings["max_length"]
+    continues = any(alignment.pieces(student, prompt))  # else the prompt is BOS, and a text begins after it
     for first in range(target.num_rows, samples.num_rows, size):
         old, rows = samples.rows(first, min(first + size, samples.num_rows)), []
         for index, ids, start, finished in zip(old.index, old.tokens, old.prompt_length, old.finished, strict=True):
             # The end is no text, whatever the tokenizer writes for it.
-            new = alignment.reencode(teacher, ids[start : len(ids) - int(finished)].tolist(), student)
+            body = ids[start : len(ids) - int(finished)].tolist()
+            new = alignment.reencode(teacher, body, student, continues=continues)
             tokens = [*prompt, *new.ids, *(eos if finished else [])]
-            counts["invalid_bytes"] += new.invalid
-            counts["cut_bytes"] += new.cut
-            counts["cut_rows"] += len(tokens) > max_length
+            lost = (new.invalid, new.cut, new.unknown, new.special, int(new.changed), int(len(tokens) > max_length))
+            counts = {name: counts[name] + number for name, number in zip(COUNTS, lost, strict=True)}
             finished = bool(finished) and len(tokens) <= max_length
             tokens = np.array(tokens[:max_length], np.int32)
             rows.append({
                 "index": int(index), "tokens": tokens, "length": len(tokens), "prompt_length": len(prompt),
                 "finished": finished, "log_prob": None, "sample_log_prob": None,
             })  # fmt: skip
-        yield Arrival(
-            rows, sum(row["length"] - row["prompt_length"] for row in rows), about={"reencoded": dict(counts)}
-        )
+        yield Arrival(rows, sum(row["length"] - row["prompt_length"] for row in rows), about={"reencoded": counts})

@@ -7,6 +7,7 @@ rollout is a function of these and of the parameters, and a resumed run draws th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class Rollouts:
         prompts: sequences whose beginnings are the prompts, where they differ.
         max_length: of a sample, prompt included.
         compute, mesh: how the student is run, and where its parameters lie.
+        complete: adds to a batch what else an update needs.
     """
 
     spec: DistillSpec
@@ -47,6 +49,7 @@ class Rollouts:
     max_length: int
     compute: Compute
     mesh: Mesh | None = None
+    complete: Callable[[Batch], Batch] = lambda batch: batch
 
     def __post_init__(self):
         longest = self.spec.prompt_length or len(self.prompt_ids) or int(self.prompts.prompt_lengths.max())
@@ -92,4 +95,5 @@ class Rollouts:
             batch_size=self.spec.rollout_batch_size or count, compute=self.compute, mesh=self.mesh,
         )  # fmt: skip
         starts = np.array([len(prompts[i % len(prompts)]) for i in range(count)])
-        return batches.arrange([ids[:n] for ids, n in zip(tokens, lengths, strict=True)], starts, self.layout)
+        rows = [ids[:n] for ids, n in zip(tokens, lengths, strict=True)]
+        return self.complete(batches.arrange(rows, starts, self.layout))

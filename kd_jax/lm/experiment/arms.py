@@ -22,13 +22,16 @@ TRAIN = "p_star/train"
 # Names of other things in a run folder, or of other rows of its metrics.
 _TAKEN = ("direct", "distilled", "teacher", "p_star", "samples", "evaluation", "model")
 _LOSS = ("divergence", "parameter", "loss_temperature", "teacher_temperature", "hard_weight")
+# A teacher that runs may have another vocabulary; uld, which sorts probabilities, has a distance of its own.
+_RUNS = (*_LOSS, "data", "mix", "teacher_dtype", "vocabulary")
+_NOT_OF_ULD = {"divergence", "parameter"}
 _OWN = ("on_policy_fraction", "prompt_length", "student_sample_temperature")
 _RECORDED = ("record_top_k", "log_prob_format", "teacher_dtype")
 # By policy, the settings that decide what a student learns; the sampler too where it learns the teacher's text.
 _KNOBS = {
     "sequence": ("text_rows", "text_choice", "text_share"),
-    "online": (*_LOSS, "data", "mix", "teacher_dtype"),
-    "on_policy": (*_LOSS, "data", "mix", "teacher_dtype", *_OWN),
+    "online": _RUNS,
+    "on_policy": (*_RUNS, *_OWN),
     "offline": (*_LOSS, "data", "mix", "tail", *_RECORDED),
 }
 
@@ -170,6 +173,10 @@ def _arm(name: str, distill: DistillSpec, num_train: int) -> Arm:
     knobs = {key: getattr(distill, key) for key in _KNOBS[policy] if key != "mix" or data == "mix"}
     if distill.teacher_temperature is None:  # off: left out of rows and of keys
         knobs.pop("teacher_temperature", None)
+    if distill.vocabulary == "same":
+        knobs.pop("vocabulary", None)
+    elif distill.vocabulary == "uld":
+        knobs = {key: value for key, value in knobs.items() if key not in _NOT_OF_ULD}
     text = Text()
     if policy == "sequence":
         text = Text(distill.text_rows if distill.text_rows != num_train else 0, distill.text_choice, distill.text_share)
@@ -187,6 +194,8 @@ def _used(distill: DistillSpec) -> set[str]:
         used.add("sampler")
     if distill.data != "mix":
         used.discard("mix")
+    if distill.vocabulary == "uld" and distill.policy != "sequence":
+        used -= _NOT_OF_ULD
     if distill.policy == "on_policy":
         # It has an effect, on rounding and memory, but makes no other arm.
         used.add("rollout_batch_size")

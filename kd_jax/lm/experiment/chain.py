@@ -63,7 +63,7 @@ def run(
         return None
     # One process looks, so that all of them go on or stop together.
     distributed.once(lambda: checks.check_sources(spec), "checking models and data")
-    chain = plan(spec, roles.p_star_identity(spec))
+    chain = plan(spec, roles.p_star_identity(spec), roles.other_vocabulary(spec) is not None)
     distributed.once(lambda: checks.check_room(spec, folder, chain, only), "checking disk and memory")
     cache.enable_compilation_cache()
     groups = {stage.group for stage in chain}
@@ -80,12 +80,12 @@ def run(
 def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
     try:
         checks.check_sources(spec)
-        identity = roles.p_star_identity(spec)
+        identity, other_vocabulary = roles.p_star_identity(spec), roles.other_vocabulary(spec) is not None
     except (RunError, OSError) as error:
         print(f"not available here yet, so all stages are shown as to do: {error}")
         # A name in place of the unknown content makes keys that no folder has.
-        identity = spec.p_star.source
-    chain = plan(spec, identity)
+        identity, other_vocabulary = spec.p_star.source, False
+    chain = plan(spec, identity, other_vocabulary)
     folders = stages.folders(folder, chain)
     costs = {stage.name: stage.cost for stage in chain}
     costs["evaluation"] = cost.evaluation(spec, planned_shape(spec, "p_star"), planned_shape(spec, "student"))
@@ -100,22 +100,23 @@ def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
         planning.show(spec, costs, finished, target)
 
 
-def plan(spec: LmSpec, identity: str) -> list[Stage]:
+def plan(spec: LmSpec, identity: str, other_vocabulary: bool = False) -> list[Stage]:
     """The stages before the evaluation, each after its inputs.
 
     Args:
         identity: the fingerprint of p*'s weights.
+        other_vocabulary: the teacher's ids are not p*'s, so that its samples become text and then p*'s ids.
     """
     chain = []
     for teacher in range(spec.teachers):
         chain.append(corpora.p_star(spec, identity, teacher))
         if teacher == 0:
             chain.append(corpora.validation(spec, identity))
-        chain += _from_teacher(spec, teacher)
+        chain += _from_teacher(spec, teacher, identity if other_vocabulary else None)
     return chain
 
 
-def _from_teacher(spec: LmSpec, teacher: int) -> list[Stage]:
+def _from_teacher(spec: LmSpec, teacher: int, vocabulary: str | None) -> list[Stage]:
     """A teacher's training, its corpora, and its students."""
     chain = []
     if not spec.teacher.source:
@@ -126,9 +127,9 @@ def _from_teacher(spec: LmSpec, teacher: int) -> list[Stage]:
         # Arms that learn the same text, or the same recording, share its stage.
         names = {stage.name for stage in chain}
         if arm.sampler is not None and of_teacher(arms_lib.samples_of(spec, arm), teacher) not in names:
-            chain.append(corpora.samples(spec, arm, teacher))
+            chain.append(corpora.samples(spec, arm, teacher, vocabulary))
         if arm.text.choice != "all" and of_teacher(arm.texts[-1], teacher) not in names:
-            chain.append(corpora.chosen(spec, arm, teacher))
+            chain.append(corpora.chosen(spec, arm, teacher, vocabulary))
         # A corpus with a recorded teacher is a stage of its own, after the stage of its text.
         for text, corpus in zip(arm.texts, arm.corpora, strict=True):
             if corpus != text and of_teacher(corpus, teacher) not in names:

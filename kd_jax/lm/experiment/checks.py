@@ -14,13 +14,14 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from kd_jax.lm import evaluation, weights
+from kd_jax.lm import evaluation
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus import compatibility, ingest
 from kd_jax.lm.decode.chosen_text import Text
-from kd_jax.lm.experiment import knobs
+from kd_jax.lm.distill import alignment
+from kd_jax.lm.experiment import knobs, roles
 from kd_jax.lm.experiment.arms import arms
-from kd_jax.lm.experiment.specs import LmSpec, architecture, make_mesh
+from kd_jax.lm.experiment.specs import LmSpec, architecture, described, make_mesh
 from kd_jax.lm.instruct import prompts
 from kd_jax.lm.model import PRESETS, Architecture, Model, frozen
 from kd_jax.parallel import devices
@@ -38,7 +39,8 @@ def check(spec: LmSpec) -> None:
     if len(groups) == 1:
         raise ValueError(f"config.taus={spec.taus} is empty, and there is no other arm (config.arms)")
     for arm in groups:
-        if arm.policy == "on_policy" and spec.train_of("student").together > 1:
+        alone = arm.policy == "on_policy" or (arm.distill is not None and arm.distill.vocabulary != "same")
+        if alone and spec.train_of("student").together > 1:
             raise ValueError(f"config.train.together: {arm.name} trains its students one by one; set it to 1")
         if spec.sampling.prompts and arm.text != Text():
             raise ValueError(f"{arm.name}: text_rows and text_choice need one prompt for all (config.sampling.prompts)")
@@ -85,8 +87,8 @@ def check_sources(spec: LmSpec) -> None:
     Raises: ValueError, FileNotFoundError or RunError for
         p*: a source that cannot be opened, fewer positions than sampling.max_length, no EOS (its samples would all have
             the maximal length), a prompt without ids, with ids beyond the vocabulary, or without room after it;
-        the teacher: a source that cannot be opened, or that cannot be compared with p* (another vocabulary, tokenizer
-            or EOS, too few positions);
+        the teacher: a source that cannot be opened, or that cannot be compared with p* (another EOS, too few
+            positions; another vocabulary in a run that cannot go through text, see `_check_other_vocabulary`);
         a model that training starts from: the same, or a frozen pattern that matches none of its weights;
         the model that embeds samples: a source that cannot be opened, or that cannot read p*'s ids;
         the data: a source that cannot be opened, or lacks the split or a column; an EOS that is not one of p*'s;
@@ -96,20 +98,22 @@ def check_sources(spec: LmSpec) -> None:
     length = spec.sampling.max_length
     # Without a source p* has random weights, and id 0 ends its sequences (see roles).
     p_star = Model(PRESETS[spec.p_star.architecture], {}, eos_ids=(0,)) if not spec.p_star.source else None
-    p_star = p_star or weights.describe(spec.p_star.source)
+    p_star = p_star or described(spec.p_star.source)
     compatibility.check_model("config.p_star", p_star, p_star, length)
     if not p_star.eos_ids:
         raise ValueError("config.p_star has no EOS id: every sample would have the maximal length")
     _check_prompt(spec, p_star)
     # A teacher that is p* has been checked as p*.
     if spec.teacher.source and spec.teacher.source != spec.p_star.source:
-        teacher = weights.describe(spec.teacher.source)
-        compatibility.check_model("config.teacher.source", teacher, p_star, length)
-        compatibility.check_teacher(teacher, p_star)
+        problem = roles.other_vocabulary(spec)
+        if problem is None:
+            compatibility.check_model("config.teacher.source", described(spec.teacher.source), p_star, length)
+        else:
+            _check_other_vocabulary(spec, problem, p_star, described(spec.teacher.source))
     for role, shape in (("teacher", spec.teacher), ("student", spec.student)):
         if shape.start:
             key = "config.teacher.init" if role == "teacher" else "config.student.source"
-            compatibility.check_model(key, weights.describe(shape.start), p_star, length)
+            compatibility.check_model(key, described(shape.start), p_star, length)
             frozen.frozen_layers(spec.train_of(role).frozen, architecture(shape, p_star.architecture, role))
     # Without models: the temperatures, and the model that embeds.
     evaluation.check(p_star, {}, evaluation.EvaluationSpec(**vars(spec.evaluation)), length)
@@ -118,8 +122,37 @@ def check_sources(spec: LmSpec) -> None:
     if spec.p_star.source:
         _check_meshes(spec, p_star.architecture)
     for arm in arms(spec):
+        if arm.distill is not None and arm.distill.vocabulary != "same":
+            alignment.check_bytes(f"config.p_star, for {arm.name},", p_star.tokenizer)
         if arm.recording is not None and arm.recording.top_k > p_star.num_tokens:
             raise ValueError(f"{arm.name}: record_top_k={arm.recording.top_k}, and p* has {p_star.num_tokens} ids")
+
+
+def _check_other_vocabulary(spec: LmSpec, problem: str, p_star: Model, teacher: Model) -> None:
+    """Raises ValueError, naming the key, where a teacher with another vocabulary cannot be learnt from.
+
+    Args:
+        problem: how the vocabularies differ.
+        p_star, teacher: without weights.
+    """
+    for label, model in (("config.p_star", p_star), ("config.teacher.source", teacher)):
+        alignment.check_bytes(f"{label} ({problem})", model.tokenizer)
+    if not teacher.eos_ids:
+        raise ValueError(f"config.teacher.source has no EOS id, which ends a text in another vocabulary ({problem})")
+    limit = teacher.architecture.max_position_embeddings
+    if spec.sampling.max_length > limit:
+        raise ValueError(f"config.teacher.source has {limit} positions, fewer than config.sampling.max_length")
+    for arm in arms(spec):
+        if arm.distill is not None and arm.distill.vocabulary == "same":
+            raise ValueError(
+                f"{arm.name}: the vocabulary of config.teacher.source={spec.teacher.source} is not that of "
+                f"config.p_star.source={spec.p_star.source} ({problem}). Choose vocabulary='aligned' or 'uld' "
+                "(config.distill.vocabulary), or let it learn the teacher's text (policy='sequence')"
+            )
+    for key in ("sampling.prompts", "data.messages_column", "data.prompt_column"):
+        group, name = key.split(".")
+        if getattr(getattr(spec, group), name):
+            raise ValueError(f"config.{key} needs a teacher that can read p*'s ids: {problem}")
 
 
 def check_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequence[str] = ()) -> None:
@@ -214,7 +247,7 @@ def _check_meshes(spec: LmSpec, p_star: Architecture | None) -> None:
     if spec.teacher.source and p_star is None:
         return
     source = spec.teacher.source
-    teacher = weights.describe(source).architecture if source else architecture(spec.teacher, known, "teacher")
+    teacher = described(source).architecture if source else architecture(spec.teacher, known, "teacher")
     _check_split(teacher, mesh, "config.teacher", "config.mesh")
     if any(arm.distill is not None for arm in arms(spec)):
         if p_star is None and teacher_mesh is not None:

@@ -7,17 +7,18 @@ from typing import Any
 
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import evaluation, weights
-from kd_jax.lm.corpus import documents, ingest
+from kd_jax.lm.corpus import Corpus, documents, ingest
 from kd_jax.lm.decode import chosen_text, to_corpus
 from kd_jax.lm.decode.next_token import SamplerSpec
-from kd_jax.lm.distill import recorded_top_k
-from kd_jax.lm.evaluation import estimates
+from kd_jax.lm.distill import alignment, recorded_top_k, reencoded
+from kd_jax.lm.evaluation import Entry, estimates
 from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import cost, roles
 from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording, of_teacher
-from kd_jax.lm.experiment.specs import LmSpec, make_mesh, planned_shape
+from kd_jax.lm.experiment.specs import LmSpec, described, make_mesh, planned_shape
 from kd_jax.lm.instruct import prompts
 from kd_jax.lm.model import Compute, Model
+from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.parallel import distributed
 from kd_jax.runs import packages
 from kd_jax.runs.settings import to_dict
@@ -26,6 +27,8 @@ from kd_jax.runs.stages import Stage
 # What a random number is for: seeds of corpora and models are config.seed plus one of these, far apart. 6 million
 # belongs to the evaluation (results.py).
 TRAIN_SEED, VALIDATION_SEED, TEACHER_SEED, SAMPLES_SEED, STUDENT_SEED = (1_000_000 * i for i in range(1, 6))
+# In the folder of a stage: the corpus as the teacher drew it, where the students' vocabulary is another one.
+TEACHERS_IDS = "teachers_ids"
 # Between the seeds of one teacher and those of the next.
 APART = evaluation.TEACHERS_APART
 
@@ -73,33 +76,50 @@ def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: i
     return Stage(name, settings, (), work, cost.sampling(spec, planned_shape(spec, "p_star"), num_samples))
 
 
-def samples(spec: LmSpec, arm: Arm, teacher: int) -> Stage:
-    """The samples of a teacher that an arm's text is made of."""
+def samples(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None) -> Stage:
+    """The samples of a teacher that an arm's text is made of.
+
+    Args:
+        arm: whose text it is.
+        teacher: which of the run's teachers.
+        vocabulary: of p*, the fingerprint of its weights, where the teacher has another one; else None.
+    """
     # Every sampler gets the same random numbers: differences between them are less noisy. And row i is the same
     # whatever the number of rows: more text begins with less.
     count, first = arm.text.num_samples(spec.num_train, spec.num_validation), spec.first_row(teacher)
     settings = _sampling(spec, count, arm.sampler, SAMPLES_SEED + APART * teacher, first)
     name = of_teacher(arms_lib.samples_of(spec, arm), teacher)
+    if vocabulary is not None:
+        settings["vocabulary"] = vocabulary
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh), teacher)
-        return _sample(spec, model, folder, settings, name, first)
+        if vocabulary is None:
+            return _sample(spec, model, folder, settings, name, first)
+        # The text of the student's prompt, whatever its ids are: both models' sequences are of the same texts.
+        prompt = alignment.prompt(*_student_prompt(spec), model.tokenizer, model.eos_ids)
+        _sample(spec, model, folder / TEACHERS_IDS, settings, name, first, prompt)
+        return _in_students_ids(spec, folder, name)
 
     price = cost.sampling(spec, planned_shape(spec, "teacher"), settings["num_samples"])
     return Stage(name, settings | roles.teacher_identity(spec), roles.teacher_inputs(spec, teacher), work, price)
 
 
-def chosen(spec: LmSpec, arm: Arm, teacher: int) -> Stage:
-    """The text of an arm that learns a part of a teacher's samples."""
+def chosen(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None) -> Stage:
+    """The text of an arm that learns a part of a teacher's samples; the arguments are those of `samples`."""
     source, name = of_teacher(arms_lib.samples_of(spec, arm), teacher), of_teacher(arm.texts[-1], teacher)
     rows = arm.text.rows or spec.num_train
     settings = {**arm.text._asdict(), "rows": rows, "num_validation": spec.num_validation}
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
+        # By the teacher's probabilities, so before a change of ids.
+        part = TEACHERS_IDS if vocabulary else ""
         corpus, surprise, tokens = chosen_text.write(
-            corpus_lib.open(inputs[source] / "corpus"), folder / "corpus", arm.text, num_train=rows,
+            corpus_lib.open(inputs[source] / part / "corpus"), folder / part / "corpus", arm.text, num_train=rows,
             num_validation=spec.num_validation, command=f"stage {name}", label=name,
         )  # fmt: skip
+        if vocabulary:
+            return _in_students_ids(spec, folder, name)
         entropy, entropy_se = estimates.per_token(surprise, tokens)
         return {**corpus.manifest["counts"], "entropy": entropy, "entropy_se": entropy_se}
 
@@ -131,6 +151,40 @@ def recorded(spec: LmSpec, recording: Recording, text: str, teacher: int) -> Sta
     return Stage(name, settings, (text, *roles.teacher_inputs(spec, teacher)), work, price)
 
 
+def reencoded_texts(spec: LmSpec, folders: dict[str, Path]) -> list[tuple[str, Entry, Corpus]]:
+    """The samples of a teacher with another vocabulary in the students' ids: (stage, what it is of, corpus) each.
+
+    Args:
+        folders: of the stages, by name.
+    """
+    if roles.other_vocabulary(spec) is None:
+        return []
+    taus = {arms_lib.samples_of(spec, arm): arm.tau for arm in arms_lib.arms(spec) if arm.sampler is not None}
+    return [
+        (stage, Entry(spec.teacher.source, "teacher", tau, None, teacher=0), corpus_lib.open(folders[stage] / "corpus"))
+        for stage, tau in taus.items()
+    ]
+
+
+def _student_prompt(spec: LmSpec) -> tuple[Tokenizer, list[int]]:
+    """p*'s tokenizer, which is the students', and the prompt of all samples in its ids."""
+    tokenizer = described(spec.p_star.source).tokenizer
+    return tokenizer, prompts.of_corpus(spec, tokenizer, 0, 0)[0]["prompt_ids"]
+
+
+def _in_students_ids(spec: LmSpec, folder: Path, label: str) -> dict[str, Any]:
+    """Writes the corpus of a stage from that in the teacher's ids; returns its counts, and what got lost on the way."""
+    drawn, p_star = corpus_lib.open(folder / TEACHERS_IDS / "corpus"), described(spec.p_star.source)
+    corpus = reencoded.write(
+        drawn, described(spec.teacher.source).tokenizer, p_star, folder / "corpus",
+        student_source=spec.p_star.source, prompt_ids=_student_prompt(spec)[1], max_length=spec.sampling.max_length,
+        command=f"stage {label}",
+    )  # fmt: skip
+    # Nats per token of the teacher's would be compared with nats per token of other models'.
+    entropy = {"entropy": None, "entropy_se": None}
+    return {**corpus.manifest["counts"], **entropy, "reencoded": corpus.manifest["reencoded"]}
+
+
 def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int, first: int) -> dict[str, Any]:
     """The settings of a corpus of samples; settings of the sampler that are off are left out."""
     s = spec.sampling
@@ -141,10 +195,20 @@ def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int
     }  # fmt: skip
 
 
-def _sample(spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str, first: int) -> dict:
-    """Samples the corpus of a stage; returns its counts and its entropy in nats per token."""
+def _sample(
+    spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str, first: int,
+    prompt_ids: list[int] | None = None,
+) -> dict:  # fmt: skip
+    """Samples the corpus of a stage; returns its counts and its entropy in nats per token.
+
+    Args:
+        prompt_ids: of all samples, in place of config.sampling's.
+    """
     tokenizer = model.tokenizer
-    prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"])
+    if prompt_ids is None:
+        prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"])
+    else:
+        prompt, chosen_prompts = {"prompt": None, "prompt_ids": prompt_ids}, None
     names = ("max_length", "shard_size", "num_samples", "seed", "dtype")
     corpus_settings = {name: settings[name] for name in names} | SamplerSpec.of(settings).knobs()
     corpus_settings |= {

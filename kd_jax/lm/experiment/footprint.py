@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from kd_jax import losses
 from kd_jax.lm import decode, score
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus import batches
-from kd_jax.lm.corpus.batches import Batch, Layout, Targets
+from kd_jax.lm.corpus.batches import Batch, Layout, Pair, Spans, Targets
 from kd_jax.lm.distill import loss as distill
 from kd_jax.lm.distill import teacher_forward as teacher
 from kd_jax.lm.experiment import cost as cost_lib
@@ -152,6 +153,10 @@ def _update(spec: LmSpec, cost: Cost, target: Target, rows: int | None = None):
         distillation = _distillation(spec, cost, target)
         loss = distill.loss(distillation, Model(cost.shape, {}), compute, packed=cost.train.row_length > 0)
         guide = distill.guide(distillation)
+        if distillation.spec.vocabulary != "same":
+            # At most: every token of the smaller vocabulary.
+            ids = _shape((min(cost.shape.vocab_size, cost.teacher.vocab_size),), np.int32, (None,), mesh)
+            guide = guide._replace(shared=losses.Shared(ids, ids))
     if not cost.part.is_all:
         loss = update_lib.of_part(loss, cost.shape, cost.part)
         guide = state_lib.abstract_frozen(cost.shape, mesh, cost.part), guide
@@ -282,7 +287,12 @@ def _batch(spec: LmSpec, cost: Cost, mesh: Mesh | None, rows: int | None = None)
         # As kd_jax.lm.distill.recorded_top_k stores them.
         ids = np.uint16 if cost.shape.vocab_size <= 2**16 else np.uint32
         targets = Targets(array(ids, recording.top_k), array(number, recording.top_k), array(number))
-    return Batch(array(np.int32), array(np.int32), array(np.int32), array(bool), targets)
+    pair = None
+    if cost.teacher is not None and cost.arm.distill.vocabulary != "same":
+        # As kd_jax.lm.distill.pairing makes it of texts that have as many of the teacher's tokens.
+        spans = Spans(array(np.int32), array(np.int32))
+        pair = Pair(array(np.int32), array(np.int32), array(np.int32), spans, spans, array(np.int32), array(bool))
+    return Batch(array(np.int32), array(np.int32), array(np.int32), array(bool), targets, pair)
 
 
 def _distillation(spec: LmSpec, cost: Cost, target: Target) -> distill.Distillation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from kd_jax.lm.decode.chosen_text import Text
 from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.evaluation import Entry, embedding_map, paired
 from kd_jax.lm.experiment import arms as arms_lib
+from kd_jax.lm.experiment import corpora as corpora_lib
 from kd_jax.lm.experiment import roles
 from kd_jax.lm.experiment.arms import Arm, of_teacher
 from kd_jax.lm.experiment.specs import LmSpec, make_mesh
@@ -112,7 +113,12 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
 
 
 def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dict[str, Evaluated]:
-    """Every teacher with each sampler whose text students learn; plain teachers if they learn none of it."""
+    """Every teacher with each sampler whose text students learn; plain teachers if they learn none of it.
+
+    A teacher with another vocabulary gives no probabilities to p*'s tokens and is not evaluated.
+    """
+    if roles.other_vocabulary(spec) is not None:
+        return {}
     stage_of: dict[SamplerSpec, str] = {}
     # Where arms learn several amounts of one sampler's text, the largest corpus has rows enough.
     size = functools.partial(Text.num_samples, num_train=spec.num_train, num_validation=spec.num_validation)
@@ -165,7 +171,8 @@ def _gather(
     training_rows = [read_rows(home / "metrics.jsonl") for _, home in trained(chain, folders)]
     rows = [*rows, *checked, *sum(training_rows, []), *stage_rows(chain, folders, seconds)]
     write_rows(folder / "metrics.jsonl", rows)
-    write_rows(folder / "samples.jsonl", sample_rows(spec, p_star, models, validation, folder))
+    texts = corpora_lib.reencoded_texts(spec, folders)
+    write_rows(folder / "samples.jsonl", sample_rows(spec, p_star, models, validation, folder, texts=texts))
     if spec.evaluation.embedding_model:
         corpora = {"p*": (Entry(p_star, arm="p_star"), validation)} | {
             name: (model.entry, corpus_lib.open(folder / "evaluation" / name / "samples"))
@@ -230,11 +237,13 @@ def stage_rows(chain: Sequence[Stage], folders: dict[str, Path], evaluation_seco
         if stage.about:
             # Students that were trained together share the stage's time; their tokens add up.
             homes = [home(folders[stage.name], stage.about, student) for student in stage.about]
-            row["tokens"] = sum(_last_row(one)["tokens"] for one in homes)
+            row["tokens"] = sum(map(_num_tokens, homes))
             seconds = [one["seconds"] for one in _results(stage, result)]
             row["share_of_data_logging_checkpoints"] = _overhead_share(_added_up(seconds))
         else:
             row |= {name: result[name] for name in ("tokens", "entropy", "entropy_se")}
+            if "reencoded" in result:
+                row |= {"rows": result["rows"], "reencoded": result["reencoded"]}
         rows.append(row)
     return [*rows, {"kind": "stage", "name": "evaluation", "seconds": evaluation_seconds}]
 
@@ -250,7 +259,8 @@ def learnt_from(model: Evaluated, folders: dict[str, Path]) -> dict[str, Any]:
     """The fields of a row that say what its model learnt from: the entropy of that, and the settings of the arm.
 
     The entropy is that of the text, or, where a distribution is learnt, of that distribution on the validation rows:
-    the teacher's at the loss temperature. It is unknown for a recorded top-k teacher.
+    the teacher's at the loss temperature. It is unknown for a recorded top-k teacher, and for one with another
+    vocabulary.
 
     Args:
         model: a student or the teacher.
@@ -262,15 +272,17 @@ def learnt_from(model: Evaluated, folders: dict[str, Path]) -> dict[str, Any]:
     settings = {**arm.knobs, **({} if arm.sampler is None else arm.sampler.knobs())}
     if arm.distill is not None:
         # Logged by the validation that chose the checkpoint.
-        entropy = None if arm.policy == "offline" else _chosen_row(model.home / "metrics.jsonl")["teacher_entropy"]
+        chosen = _rows(model.home, lambda row: row.get("chosen"), "the checkpoint that was chosen")[0]
+        entropy = None if arm.policy == "offline" else chosen.get("teacher_entropy")
         return {"teacher_entropy": entropy, "distill": settings}
     text = of_teacher(arm.texts[-1], model.entry.teacher)
     return _text_entropy(folders[text]) | ({"distill": settings} if arm.knobs else {})
 
 
 def sample_rows(
-    spec: LmSpec, p_star: Model, models: dict[str, Evaluated], validation: Corpus, folder: Path, count: int = 8
-) -> list[dict[str, Any]]:
+    spec: LmSpec, p_star: Model, models: dict[str, Evaluated], validation: Corpus, folder: Path, count: int = 8,
+    texts: Sequence[tuple[str, Entry, Corpus]] = (),
+) -> list[dict[str, Any]]:  # fmt: skip
     """The first samples of p* and of each model, as text (or ids, where there is no tokenizer).
 
     Args:
@@ -278,14 +290,14 @@ def sample_rows(
         validation: the corpus of p*.
         folder: of the run.
         count: samples of each.
+        texts: of models that are not evaluated, with their names.
     """
-    corpora = [("p*", Entry(p_star, arm="p_star"), validation)]
+    shown = [("p*", Entry(p_star, arm="p_star"), validation), *texts]
     for name, model in models.items():
         samples = model.entry.samples or corpus_lib.open(folder / "evaluation" / name / "samples")
-        corpora.append((name, model.entry, samples))
+        shown.append((name, model.entry, samples))
     rows = []
-    for name, entry, corpus in corpora:
-        # As many of each, so that the columns of the page are equally long.
+    for name, entry, corpus in shown:
         samples = corpus.rows(0, min(count, spec.num_samples, spec.num_recall))
         for i, ids in enumerate(samples.tokens):
             rows.append({
@@ -305,20 +317,18 @@ def _text_entropy(folder: Path) -> dict[str, Any]:
     return {"teacher_entropy": result["entropy"], "teacher_entropy_se": result["entropy_se"]}
 
 
-def _last_row(folder: Path) -> dict[str, Any]:
-    path = folder / "metrics.jsonl"
-    rows = [row for row in read_rows(path, ROW) if row["kind"] == "training" and "tokens" in row]
+def _rows(home: Path, wanted: Callable[[dict[str, Any]], bool], what: str) -> list[dict[str, Any]]:
+    """The rows of a training that are wanted, at least one."""
+    path = home / "metrics.jsonl"
+    rows = [row for row in read_rows(path, ROW) if wanted(row)]
     if not rows:
-        raise RunError(f"{path} is damaged: it has no row of a training")
-    return rows[-1]
+        raise RunError(f"{path} is damaged: it has no row of {what}")
+    return rows
 
 
-def _chosen_row(path: Path) -> dict[str, Any]:
-    """The validation that chose a training's checkpoint."""
-    rows = [row for row in read_rows(path, ROW) if row.get("chosen")]
-    if not rows:
-        raise RunError(f"{path} is damaged: it has no row of the checkpoint that was chosen")
-    return rows[0]
+def _num_tokens(home: Path) -> int:
+    """How many tokens a model has learnt from."""
+    return _rows(home, lambda row: row["kind"] == "training" and "tokens" in row, "a training")[-1]["tokens"]
 
 
 def _results(stage: Stage, result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import weights
+from kd_jax.lm.corpus import compatibility
 from kd_jax.lm.experiment.arms import of_teacher
-from kd_jax.lm.experiment.specs import LmSpec, make_mesh, shallower
+from kd_jax.lm.experiment.specs import LmSpec, described, make_mesh, shallower
 from kd_jax.lm.model import PRESETS, Model
 from kd_jax.parallel import mesh as mesh_lib
 
@@ -38,6 +39,14 @@ def _load_p_star(source: str, preset: str, seed: int, dtype: str, mesh: Mesh | N
     params = init(jax.random.key(seed), shape, kind)
     # random weights make all ids about equally probable; id 0 ends a sequence
     return Model(shape, params, eos_ids=(0,))
+
+
+def other_vocabulary(spec: LmSpec) -> str | None:
+    """How the ids of a teacher that the config names differ from p*'s, in words; None where they do not."""
+    sources = spec.teacher.source, spec.p_star.source
+    if not all(sources) or sources[0] == sources[1]:
+        return None
+    return compatibility.other_vocabulary("the teacher", described(sources[0]), "p*", described(sources[1]))
 
 
 # Kept: the bytes of all files are hashed for it.

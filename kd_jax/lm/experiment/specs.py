@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -19,6 +20,7 @@ from kd_jax.lm.model.frozen import Part
 from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import changes, merge, setting, spec
+from kd_jax.storage.errors import RunError
 
 _DTYPES = ("float32", "bfloat16", "float16")
 TrainChanges = changes(TrainSpec)
@@ -265,7 +267,7 @@ def architecture(shape: StudentSpec | TeacherSpec, p_star: Architecture, role: s
     Raises: ValueError for a shape that cannot be.
     """
     if shape.start:
-        return shallower(shape, _describe(shape.start)).architecture
+        return shallower(shape, described(shape.start)).architecture
     if shape.preset:
         return dataclasses.replace(PRESETS[shape.preset], vocab_size=p_star.vocab_size)
     if shape.width % shape.heads:
@@ -298,9 +300,11 @@ def shallower(shape: StudentSpec | TeacherSpec, start: Model) -> Model:
     return depth.shallower(start, depth.layers_kept(rule, start.architecture.num_hidden_layers))
 
 
+# Kept: the tokenizer of a large vocabulary takes seconds.
 @functools.lru_cache(maxsize=4)
-def _describe(source: str) -> Model:
-    # Without weights, an empty stack stands for the layers, so that `depth.shallower` can choose among them.
+def described(source: str) -> Model:
+    """The model of a source without its weights."""
+    # An empty stack stands for the layers, so that `depth.shallower` can choose among them.
     return weights.describe(source)._replace(params={"layers": {}})
 
 
@@ -309,14 +313,19 @@ def planned_shape(spec: LmSpec, role: str) -> Architecture | None:
 
     Args:
         role: "p_star", "teacher" or "student".
-    Returns: None where p*'s vocabulary is not known without its source.
+    Returns: None where it is not known without a source that is not here yet: p*'s for the vocabulary, or the teacher's.
     """
     source = spec.p_star.source
     # A source that would have to be fetched first is planned by its preset.
     at_hand = bool(source) and Path(source).exists()
-    p_star = _describe(source).architecture if at_hand else PRESETS.get(spec.p_star.architecture)
-    if role == "p_star" or p_star is None:
+    p_star = described(source).architecture if at_hand else PRESETS.get(spec.p_star.architecture)
+    if role == "p_star":
         return p_star
     if role == "teacher" and spec.teacher.source:
-        return p_star if spec.teacher.source == source else _describe(spec.teacher.source).architecture
-    return architecture(getattr(spec, role), p_star, role)
+        if spec.teacher.source == source:
+            return p_star
+        # A plan says elsewhere what is not available.
+        with contextlib.suppress(RunError, OSError):
+            return described(spec.teacher.source).architecture
+        return None
+    return None if p_star is None else architecture(getattr(spec, role), p_star, role)

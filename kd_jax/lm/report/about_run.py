@@ -17,6 +17,12 @@ from kd_jax.runs.config import flatten
 
 COLUMNS = ("stage", "seconds", "share", "tokens", "tokens/s", "data, logging, checkpoints (share)")
 
+# Counts of a stage that re-encodes text (kd_jax.lm.distill.reencoded), and how the page calls them.
+REENCODED = {
+    "invalid_bytes": "bytes not UTF-8", "cut_bytes": "bytes of a character cut at the end",
+    "unknown_characters": "characters without tokens", "special_tokens": "special tokens left out",
+    "changed_rows": "rows normalised", "cut_rows": "rows cut",
+}  # fmt: skip
 KINDS = {
     "evaluation": "evaluation (no frontier, no tables of likelihoods)",
     "validation": "validation during training (no curves of validation loss, no chosen checkpoints)",
@@ -64,6 +70,25 @@ def _line(stage: dict[str, Any], total: float) -> list[str]:
         "–" if not seconds or tokens is None else f"{tokens / seconds:,.0f}",
         "–" if share is None else f"{share:.1%}",
     ]
+
+
+def reencoded(rows: list[dict]) -> Table:
+    """What got lost where a teacher's samples became text, and then ids of the students' vocabulary.
+
+    Args:
+        rows: of the run's metrics.jsonl.
+    """
+    lines = []
+    for stage in summary.of_kind(rows, "stage"):
+        if isinstance(counts := stage.get("reencoded"), dict):
+            lines.append([stage["name"], *(f"{n or 0:,}" for n in (stage.get("rows"), *map(counts.get, REENCODED)))])
+    note = (
+        "The teacher's samples as bytes, encoded for the students. A byte that is not UTF-8 and a character without "
+        "tokens stand as U+FFFD. A row is cut where the students need more tokens than a sequence may have; it then "
+        "has no end. The teacher's probabilities are of its own tokens: it has no precision and recall here."
+    )
+    title = "The text of a teacher with another vocabulary"
+    return Table("reencoded", title, ["stage", "rows", *REENCODED.values()], lines, note)
 
 
 def settings(config: dict[str, Any]) -> list[tuple[str, str]]:

@@ -270,6 +270,7 @@ def _tables(run: _Run, section: frontier.Section | None) -> list[Table]:
         comparison.table(run.groups),
         *(_model_table(run.groups, *each) for each in TABLES),
         cooling.temperature_table(run.curves, run.standings),
+        about_run.reencoded(run.rows),
     ]
     return [table for table in every if table.rows or (table.texts and table.name in ("above_p_star", "prices"))]
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from kd_jax.lm.corpus import Corpus, batches, compatibility
 from kd_jax.lm.corpus.batches import Layout, Sequences, Updates
-from kd_jax.lm.distill.loss import DistillSpec
+from kd_jax.lm.distill.loss import Distillation, DistillSpec
 from kd_jax.lm.distill.rollouts import Rollouts
 from kd_jax.lm.model import Compute, Model
 from kd_jax.lm.training.recipe import Member, TrainSpec
@@ -28,16 +28,20 @@ class Data(NamedTuple):
 
 
 def prepare(
-    spec: TrainSpec, model: Model, member: Member, compute: Compute, mesh: Mesh | None, distill: DistillSpec | None
-) -> Data:
+    spec: TrainSpec, model: Model, member: Member, compute: Compute, mesh: Mesh | None,
+    distillation: Distillation | None,
+) -> Data:  # fmt: skip
     """The data of a member.
 
-    Args: as of kd_jax.lm.training.train; `distill` is None where text alone is learnt.
+    Args: as of kd_jax.lm.training.train; `distillation` is None where text alone is learnt.
     Raises: ValueError for a corpus with too few rows.
     """
     if distributed.leads():
         # Left by an earlier start. The corpus has checksums and its Arrow copy has none, so the copy is made again.
         remove(member.folder / "arrow")
+    distill, complete = None, _as_it_is
+    if distillation is not None:
+        distill, complete = distillation.spec, distillation.pairing or _as_it_is
     train, held_out = _sequences(member, distill)
     on_policy = distill is not None and distill.policy == "on_policy"
     corpus_settings = member.corpus.manifest["settings"]
@@ -54,8 +58,9 @@ def prepare(
     for first in range(0, len(held_out), spec.batch_size):
         rows = np.arange(first, min(first + spec.batch_size, len(held_out)))
         targets, masks = held_out.targets(rows), held_out.masks(rows)
-        validation.append(batches.arrange(held_out.tokens(rows), held_out.prompt_lengths[rows], layout, targets, masks))
-    updates = Updates(train, layout, member.seed, spec.epochs)
+        batch = batches.arrange(held_out.tokens(rows), held_out.prompt_lengths[rows], layout, targets, masks)
+        validation.append(complete(batch))
+    updates = Updates(train, layout, member.seed, spec.epochs, complete)
     if not on_policy:
         return Data(updates, validation, None)
     prompts, own_prompts = train, compatibility.has_own_prompts(member.corpus)
@@ -65,9 +70,13 @@ def prepare(
     rollouts = Rollouts(
         spec=distill, student=model, layout=layout, seed=member.seed, prompts=prompts,
         prompt_ids=[] if own_prompts else corpus_settings["prompt_ids"], max_length=corpus_settings["max_length"],
-        compute=compute, mesh=mesh,
+        compute=compute, mesh=mesh, complete=complete,
     )  # fmt: skip
     return Data(updates, validation, rollouts)
+
+
+def _as_it_is(batch: batches.Batch) -> batches.Batch:
+    return batch
 
 
 def _sequences(member: Member, distill: DistillSpec | None) -> tuple[Sequences, Sequences]:

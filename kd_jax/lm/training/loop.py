@@ -38,6 +38,7 @@ from kd_jax.lm import weights
 from kd_jax.lm.corpus import batches, compatibility
 from kd_jax.lm.distill import loss as distill
 from kd_jax.lm.distill.loss import Distillation, Loss
+from kd_jax.lm.distill.pairing import Pairing
 from kd_jax.lm.model import Architecture, Compute, Model
 from kd_jax.lm.model.frozen import Part
 from kd_jax.lm.model.lora import Lora
@@ -87,6 +88,8 @@ def train(
     if None in results:
         part = Part(spec.frozen, lora)
         _check(model, members, distillation, part)
+        if distillation is not None and distillation.spec.vocabulary != "same":
+            distillation = distillation._replace(pairing=Pairing(distillation.teacher, model))
         results = _train(spec, model, members, compute, mesh, stop or Stop(), distillation, part)
     distributed.wait("the end of a training")  # nobody reads any more what is removed now
     for member in members:
@@ -111,13 +114,16 @@ def _check(model: Model, members: Sequence[Member], distillation: Distillation |
         raise ValueError("frozen weights and adapters need a model that training starts from, the same for all members")
     if distillation is None:
         return
-    spec, teacher, _ = distillation
+    spec, teacher = distillation.spec, distillation.teacher
     if (teacher is None) != (spec.policy == "offline"):
         raise ValueError(f"distill.policy={spec.policy!r} needs {'no' if teacher else 'a'} teacher")
-    if teacher is not None:
+    if teacher is not None and spec.vocabulary == "same":
         compatibility.check_teacher(teacher, model)
-    if spec.policy == "on_policy" and len(members) > 1:
-        raise ValueError("students that learn from their own samples are trained alone (config.train.together=1)")
+    if (spec.policy == "on_policy" or spec.vocabulary != "same") and len(members) > 1:
+        raise ValueError(
+            "students that learn from their own samples, or from a teacher with another vocabulary, are trained alone "
+            "(config.train.together=1)"
+        )
     if spec.share_of_samples and any(member.mixed is None for member in members):
         raise ValueError(f"distill.mix={spec.mix} needs a second corpus")
 
@@ -132,8 +138,7 @@ def _train(spec, model, members, compute, mesh, stop, distillation, part) -> lis
         for member in members:
             member.folder.mkdir(parents=True, exist_ok=True)
             with clock("data"):
-                distill_spec = None if distillation is None else distillation.spec
-                data = data_lib.prepare(spec, model, member, compute, mesh, distill_spec)
+                data = data_lib.prepare(spec, model, member, compute, mesh, distillation)
             # of several members, one may be a checkpoint ahead of another that was being written
             keep = spec.keep if len(members) == 1 else max(2, spec.keep)
             checkpoints = Checkpoints(member.folder / "checkpoints", keep=keep, best="loss", background=True)

@@ -142,7 +142,8 @@ class Session:
             return
         path = self.member.folder / f"batch-{done}.npz"
         arrays = batch._asdict() | ({} if batch.targets is None else batch.targets._asdict())
-        del arrays["targets"]
+        # The pair is a function of the tokens.
+        del arrays["targets"], arrays["pair"]
         if distributed.leads():
             with replacing(path) as file:
                 np.savez(file, rows=self.data.updates.rows(done - 1), **arrays)

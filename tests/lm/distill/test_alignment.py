@@ -58,7 +58,7 @@ def test_special_tokens_and_ends():
 def test_spans_by_hand():
     teacher = [b"", b"the", b" ", b"c", b"at", alignment.END]
     student = [b"th", b"e", b" cat", alignment.END]
-    sides = alignment.align(teacher, student)
+    sides = alignment.align(alignment.ends(teacher), alignment.ends(student))
     # "the", " cat", the end
     assert [side.first.tolist() for side in sides] == [[1, 2, 5], [0, 2, 3]]
     assert [side.length.tolist() for side in sides] == [[1, 3, 1], [2, 1, 1]]
@@ -67,7 +67,7 @@ def test_spans_by_hand():
 @pytest.mark.parametrize("text", ["the cat", " the  cat", "é", "", "the\ncaté the"])
 def test_spans_have_the_same_bytes_and_cannot_be_cut(text):
     pieces = [alignment.pieces(one, one.encode(text)) for one in (WORDS, PIECES)]
-    sides = alignment.align(*pieces)
+    sides = alignment.align(*map(alignment.ends, pieces))
     spans = [
         [b"".join(pieces[i][first : first + n]) for first, n in zip(*side, strict=True)] for i, side in enumerate(sides)
     ]
@@ -80,9 +80,9 @@ def test_spans_have_the_same_bytes_and_cannot_be_cut(text):
         assert inner[0] & inner[1] == {len(span)}
 
 
-def test_other_texts_are_no_pair():
-    with pytest.raises(ValueError, match="differ from byte 2: b'e' of the teacher, b'at' of the student"):
-        alignment.align([b"th", b"e"], [b"t", b"hat"])
+def test_what_comes_after_the_last_shared_end_is_in_no_span():
+    sides = alignment.align(np.array([2, 5]), np.array([2, 3, 4]))
+    assert [(side.first.tolist(), side.length.tolist()) for side in sides] == [([0], [1]), ([0], [1])]
 
 
 def test_shared_tokens():
@@ -117,3 +117,54 @@ def test_bytes_that_are_no_text_are_counted():
 def test_special_tokens_in_a_text_stay_text():
     found = alignment.reencode(PIECES, PIECES.encode("<end>", special=False), WORDS)
     assert WORDS.eos_id not in found.ids and WORDS.decode(found.ids) == "<end>"
+
+
+def test_special_tokens_and_unknown_characters_are_counted():
+    ids = [*PIECES.encode("a"), 1, *PIECES.encode("b\x04")]
+    lacking = byte_level()
+    vocab = {t: i for t, i in lacking.backend.get_vocab(with_added_tokens=False).items() if t != chr(256 + 4)}
+    vocab = {token: i for i, token in enumerate(sorted(vocab, key=vocab.get))}
+    lacking.backend.model = models.BPE(vocab=vocab, merges=[])
+    tokenizer = Tokenizer(lacking.backend)
+    found = alignment.reencode(PIECES, ids, tokenizer)
+    assert tokenizer.decode(found.ids) == "ab\ufffd" and (found.unknown, found.special) == (1, 1)
+    assert alignment.readable("b\x04é".encode(), tokenizer).sizes.tolist() == [1, 3, 1, 1]
+
+
+def test_each_byte_that_is_not_utf8_is_one_sign():
+    found = alignment.readable(b"\xc3a\xf0\x9f\xc3\xa9", WORDS)
+    assert found.text == "\ufffda\ufffd\ufffdé" and (found.invalid, found.unknown) == (3, 0)
+    assert found.lost.tolist() == [True, False, True, True, False, False] and found.sizes.tolist() == [3, 1, 3, 3, 1, 1]
+
+
+SPACED = sentencepiece(["▁", "a", "▁a", "b"], prefix=True)
+
+
+def test_the_space_in_front_of_a_text():
+    """Such a tokenizer writes "a a" as "▁a" "▁a": the first space is not in the text, the second is."""
+    first = SPACED.backend.token_to_id("▁a")
+    assert alignment.reencode(SPACED, [first, first], WORDS).ids == WORDS.encode("a a")
+    assert alignment.reencode(SPACED, [first, first], WORDS, continues=True).ids == WORDS.encode(" a a")
+    assert alignment.reencode(WORDS, WORDS.encode(" a a"), SPACED, continues=True).ids == [first, first]
+    assert alignment.reencode(WORDS, WORDS.encode("a a"), SPACED).ids == [first, first]
+
+
+def test_prompts():
+    assert alignment.prompt(WORDS, WORDS.encode("the"), PIECES, (2,)) == [1, *PIECES.encode("the")]
+    # A prompt that is BOS alone, for models with BOS and without
+    assert alignment.prompt(PIECES, [1], SPACED, (2,)) == [1] and alignment.prompt(PIECES, [1], WORDS, (7, 5)) == [5]
+
+
+def test_a_tokenizer_that_changes_texts():
+    """NFKC is refused before any work; NFC changes texts that few models write, and these are counted."""
+    changing = byte_level()
+    alignment.check_bytes("m", changing)
+    changing.backend.normalizer = tokenizers.normalizers.NFC()
+    alignment.check_bytes("m", changing)
+    found = [alignment.reencode(PIECES, PIECES.encode(text), changing) for text in ("e\u0301", "\u00e9")]
+    assert [one.changed for one in found] == [True, False] and found[0].ids == found[1].ids
+    changing.backend.normalizer = tokenizers.normalizers.NFKC()
+    with pytest.raises(ValueError, match="the tokenizer of m changes texts"):
+        alignment.check_bytes("m", changing)
+    with pytest.raises(ValueError, match="m has no tokenizer"):
+        alignment.check_bytes("m", None)

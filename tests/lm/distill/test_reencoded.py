@@ -55,7 +55,9 @@ def test_rows_are_the_texts_in_the_students_ids(tmp_path):
     assert len(wanted[0]) <= MAX_LENGTH < len(wanted[1])
     assert [row.tolist() for row in rows.tokens] == [row[:MAX_LENGTH] for row in wanted]
     assert rows.finished.tolist() == [True, False, False] and (rows.prompt_length == len(prompt)).all()
-    assert corpus.manifest["reencoded"] == {"invalid_bytes": 1, "cut_bytes": 1, "cut_rows": sum(
-        len(row) > MAX_LENGTH for row in wanted)}  # fmt: skip
+    assert corpus.manifest["reencoded"] == {
+        "invalid_bytes": 1, "cut_bytes": 1, "unknown_characters": 0, "special_tokens": 0, "changed_rows": 0,
+        "cut_rows": sum(len(row) > MAX_LENGTH for row in wanted),
+    }  # fmt: skip
     assert (corpus.kind, corpus.manifest["settings"]["tokenizer_fingerprint"]) == ("data", OTHER.fingerprint)
     assert corpus_lib.fingerprint(write()) == corpus_lib.fingerprint(corpus)  # finished: nothing is written again

@@ -75,6 +75,16 @@ def test_a_teacher_and_records_are_held_too():
 
 
 @pytest.mark.slow
+def test_another_vocabulary_needs_the_text_once_more():
+    online = smoke(**{"distill.policy": "online", "distill.vocabulary": "aligned"})
+    shape, teacher = planned_shape(online, "student"), dataclasses.replace(PRESETS["tiny"], vocab_size=50)
+    need = footprint.update(online, cost.training(online, shape, arm=arms(online)[-1], teacher=teacher), target())
+    state = state_lib.init(jax.random.key(0), shape, online.train.optimizer(10))
+    arrays = 4 * teacher.num_parameters + 4 * 64 * (3 * 4 + 1) + 4 * 64 * (8 * 4 + 1)
+    assert need.memory.resident - num_bytes(state) == pytest.approx(arrays, rel=0.02)
+
+
+@pytest.mark.slow
 def test_memory_of_sampling_is_weights_and_cache():
     shape = PRESETS["tiny"]
     config = smoke(**{"sampling.max_length": 3 * PAGE, "sampling.prompt_ids": (1, 2)})
