@@ -38,7 +38,7 @@ class Hidden(NamedTuple):
 
 
 def linear_aligned_divergence(
-    student: Hidden, teacher: Hidden, pair: Pair, shared: Shared, *, kind: str = "aligned",
+    *, teacher: Hidden, student: Hidden, pair: Pair, shared: Shared, kind: str = "aligned",
     divergence: str = "forward_kl", parameter: Scalar | None = None, temperature: Scalar = 1.0,
     teacher_temperature: Scalar | None = None, chunk: int | None = None, mesh: Mesh | None = None,
 ) -> jax.Array:  # fmt: skip
@@ -48,7 +48,7 @@ def linear_aligned_divergence(
     gets no gradient.
 
     Args:
-        student, teacher: hidden states of the batch's tokens, and of the pair's.
+        teacher, student: hidden states of the pair's tokens, and of the batch's.
         pair: the spans, see kd_jax.lm.distill.pairing.
         shared: the tokens that both models have.
         kind: one of KINDS.

@@ -269,9 +269,9 @@ class _OtherVocabulary(NamedTuple):
         teacher_hidden = mesh_lib.constrain(teacher_hidden, ("batch", None, None), run.student_mesh)
         teacher_head, teacher_softcap = model_lib.head(weights)[: self.num_tokens], run.architecture.logit_softcap
         values = cross_vocabulary.linear_aligned_divergence(
-            Hidden(hidden, head[:num_tokens], part.tokens, softcap),
-            Hidden(teacher_hidden, teacher_head, pair.tokens, teacher_softcap), pair, guide.shared, kind=self.kind,
-            temperature=temperature, chunk=chunk, mesh=mesh, **loss_options,
+            teacher=Hidden(teacher_hidden, teacher_head, pair.tokens, teacher_softcap),
+            student=Hidden(hidden, head[:num_tokens], part.tokens, softcap), pair=pair, shared=guide.shared,
+            kind=self.kind, temperature=temperature, chunk=chunk, mesh=mesh, **loss_options,
         )  # fmt: skip
         length = mask.shape[-1]
         # A span counts where it begins: the sum over a text is that of its spans, and the mean is per token.

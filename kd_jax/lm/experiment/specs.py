@@ -313,7 +313,7 @@ def planned_shape(spec: LmSpec, role: str) -> Architecture | None:
 
     Args:
         role: "p_star", "teacher" or "student".
-    Returns: None where it is not known without a source that is not here yet: p*'s for the vocabulary, or the teacher's.
+    Returns: None where it is not known without a source that is not here yet: p*'s, or the teacher's.
     """
     source = spec.p_star.source
     # A source that would have to be fetched first is planned by its preset.

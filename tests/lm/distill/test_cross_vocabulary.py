@@ -71,7 +71,7 @@ def test_aligned_divergence_is_the_definition(name):
         p, q = (p, q) if name == "forward_kl" else (q, p)
         wanted[row, span] = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 1e-15)
     found = cross.linear_aligned_divergence(
-        student, teacher, pair, shared, divergence=name, temperature=temperature,
+        teacher=teacher, student=student, pair=pair, shared=shared, divergence=name, temperature=temperature,
         teacher_temperature=teacher_temperature, chunk=3,
     )  # fmt: skip
     assert pair.mask.sum() > 10
@@ -85,8 +85,9 @@ def test_with_one_tokenizer_it_is_the_plain_divergence(name):
 
     def aligned(hidden, head):
         values = cross.linear_aligned_divergence(
-            Hidden(hidden, head, student.tokens), teacher, batch.pair, shared, divergence=name, temperature=2.0, chunk=4
-        )
+            teacher=teacher, student=Hidden(hidden, head, student.tokens), pair=batch.pair, shared=shared,
+            divergence=name, temperature=2.0, chunk=4,
+        )  # fmt: skip
         return cross.at_first_tokens(values, batch.pair.student, batch.mask.shape[1])
 
     def plain(hidden, head):
@@ -105,7 +106,7 @@ def test_with_one_tokenizer_it_is_the_plain_divergence(name):
 def test_universal_distance_of_spans():
     batch, shared, student, teacher = setup(WORDS, OTHER)
     pair = batch.pair
-    found = cross.linear_aligned_divergence(student, teacher, pair, shared, kind="uld")
+    found = cross.linear_aligned_divergence(teacher=teacher, student=student, pair=pair, shared=shared, kind="uld")
     p, q = whole_log_probs(teacher, 1), whole_log_probs(student, 1)
     wanted = np.zeros(pair.mask.shape)
     for row, span in zip(*np.nonzero(pair.mask), strict=True):
@@ -123,9 +124,11 @@ def test_chunks_change_nothing_and_the_teacher_has_no_gradient():
     batch, shared, *sides = setup(WORDS, OTHER)
 
     def loss(arrays, chunk):
-        both = [side._replace(states=states, head=head) for side, (states, head) in zip(sides, arrays, strict=True)]
+        student, teacher = (
+            side._replace(states=states, head=head) for side, (states, head) in zip(sides, arrays, strict=True)
+        )
         return cross.linear_aligned_divergence(
-            *both, batch.pair, shared, divergence="jensen_shannon", chunk=chunk
+            teacher=teacher, student=student, pair=batch.pair, shared=shared, divergence="jensen_shannon", chunk=chunk
         ).sum()
 
     arrays = [side[:2] for side in sides]
