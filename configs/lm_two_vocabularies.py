@@ -48,6 +48,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.p_star.source, config.teacher.source = p_star, teacher
     if p_star == GEMMA:
         config.sampling.prompt_ids = GEMMA_PROMPT
+    elif p_star == SMOLLM2:
+        config.p_star.architecture = "smollm2-135m"
     config.num_train, config.num_validation, config.num_samples = 1152, 128, 160
     config.taus, config.cooled_arms = (0.8,), ("direct",)
     config.evaluation.sample_temperatures = (1.0, 0.9, 0.8, 0.7)
