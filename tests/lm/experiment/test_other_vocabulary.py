@@ -1,5 +1,6 @@
 """A teacher with another vocabulary, from config to report."""
 
+import functools
 import json
 import re
 import subprocess
@@ -33,7 +34,9 @@ def models(tmp_path_factory):
 
 def spec_of(arg="smoke", **changes):
     config = two.get_config(arg)
-    config.update_from_flattened_dict(changes)
+    for key, value in changes.items():
+        *groups, name = key.split(".")
+        functools.reduce(getattr, groups, config)[name] = value
     return freeze(LmSpec, config)
 
 
