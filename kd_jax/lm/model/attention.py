@@ -76,13 +76,13 @@ def causal(
         segments: [row, position], or None where a row is one segment. The positions of a segment are neighbours, so the
             window is counted along the row.
         kind: "blocked" (blocks of queries, each with the keys that its mask lets through), "xla" or "cudnn" (both are
-            jax.nn.dot_product_attention), or "auto": cudnn on a GPU with a 16-bit dtype, else blocked. A soft cap is
-            always "blocked": dot_product_attention has none.
+            jax.nn.dot_product_attention), or "auto": cudnn on a GPU, with a 16-bit dtype and a shape that it takes,
+            else blocked. A soft cap is always "blocked": dot_product_attention has none.
         block: queries of a block.
     Returns: [row, position, head * head_dim].
     """
     if kind == "auto":
-        kind = "cudnn" if jax.default_backend() == "gpu" and q.dtype != jnp.float32 else "blocked"
+        kind = _best(q, segments)
     if kind == "blocked" or rule.softcap is not None:
         out = _blocked(q, k, v, segments, block, rule)
     else:
@@ -93,6 +93,13 @@ def causal(
             q, k, v, mask=mask, is_causal=True, scale=rule.scale, local_window_size=window, implementation=kind
         )
     return out.reshape(*out.shape[:2], -1)
+
+
+def _best(q: jax.Array, segments: jax.Array | None) -> str:
+    # What cuDNN takes on every GPU; of an odd number of positions it has no gradient beside a mask.
+    length, width = q.shape[1], q.shape[3]
+    fits = q.dtype != jnp.float32 and width % 8 == 0 and width <= 128 and (segments is None or length % 2 == 0)
+    return "cudnn" if fits and jax.default_backend() == "gpu" else "blocked"
 
 
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, rule: Rule = LLAMA) -> jax.Array:
