@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
+from kd_jax.reporting import charts as charts_lib
 from kd_jax.reporting import figures
 from kd_jax.storage import files
 
@@ -36,6 +37,8 @@ th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(
 th { border-bottom: 2px solid var(--rule); white-space: normal; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; }
 img { max-width: 100%; height: auto; background: #fff; } figure { margin: 1rem 0; }
+.chart { width: 100%; height: 30rem; }
+button { font: inherit; font-size: .88rem; margin: 0 .5rem .6rem 0; padding: .15rem .7rem; cursor: pointer; }
 figcaption, footer, .note { font-size: .88rem; color: var(--faint); }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; }
@@ -44,9 +47,11 @@ _BODY = """</style></head><body>
 {% macro grid(head, rows) %}<div class="scroll"><table><thead><tr>{% for h in head %}<th>{{ h }}</th>{% endfor %}</tr>
 </thead><tbody>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endmacro %}
-{% macro figure(name, caption) %}{% if name in images %}<figure><img alt="{{ caption }}"
- src="data:image/png;base64,{{ images[name] }}"><figcaption>{{ caption }} File: figures/{{ name }}.pdf</figcaption>
-</figure>{% endif %}{% endmacro %}
+{% macro figure(name, caption) %}{% if name in images %}<figure{% if name in charts %} data-chart="chart-{{ name }}"
+{% endif %}><img alt="{{ caption }}" src="data:image/png;base64,{{ images[name] }}"><figcaption>{{ caption }} File:
+figures/{{ name }}.pdf</figcaption></figure>{% if name in charts %}
+<script type="application/json" id="chart-{{ name }}">{{ json(charts[name]) }}</script>
+{% endif %}{% endif %}{% endmacro %}
 {% macro section(table) %}<h2>{{ table.title }}</h2>
 {% for text in table.texts %}<p>{{ text }}</p>
 {% endfor %}{% if table.rows %}{{ grid(table.head, table.rows) }}
@@ -55,7 +60,7 @@ _BODY = """</style></head><body>
 """
 _TAIL = """<footer><h2>Reproduction</h2><dl>{% for key, value in footer %}<dt>{{ key }}</dt><dd>{{ value }}</dd>
 {% endfor %}</dl></footer>
-</body></html>
+{{ scripts }}</body></html>
 """
 
 
@@ -75,7 +80,10 @@ class Beside(NamedTuple):
     note: str
 
 
-def render(template: str, *, folder: Path, style: str = "", command: str = "", **values: Any) -> str:
+def render(
+    template: str, *, folder: Path, style: str = "", command: str = "", charts: Mapping[str, Any] | None = None,
+    interactive: bool = False, **values: Any,
+) -> str:  # fmt: skip
     """A whole page from the template of its body.
 
     The template has the macros `grid(head, rows)`, `figure(name, caption)` and `section(table)`, the latter for a
@@ -86,12 +94,19 @@ def render(template: str, *, folder: Path, style: str = "", command: str = "", *
         folder: of the run, for the footer.
         style: CSS of this page alone.
         command: what makes the page again; by default that of the folder's report.
+        charts: as `kd_jax.reporting.charts.chart` makes them, by the name of the figure whose place they take.
+        interactive: whether the template has more that interactive.js shows, such as a browser of samples.
         values: what the template names; at least `title` and `images` (name -> base64 PNG).
     Returns: the page's HTML.
     """
     source = _HEAD + style + _BODY + template + _TAIL
     # Escaped: names and samples come out of runs and may hold anything.
-    html = Environment(autoescape=True).from_string(source).render(footer=_footer(folder, command), **values)
+    scripts = charts_lib.scripts(bool(charts)) if charts or interactive else ""
+    html = (
+        Environment(autoescape=True)
+        .from_string(source)
+        .render(footer=_footer(folder, command), charts=charts or {}, json=charts_lib.data, scripts=scripts, **values)
+    )
     # a sample's row can hold half of a surrogate pair, which UTF-8 cannot encode
     return _with_contents(html).encode("utf-8", "replace").decode("utf-8")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.cm import ScalarMappable
@@ -18,7 +18,9 @@ from kd_jax.gmm import findings
 from kd_jax.gmm.findings import COOLED_PLAIN, RANDOM_CHOICE, Students, Who
 from kd_jax.gmm.mixture import Mixture
 from kd_jax.gmm.students import CONTROLS, DIRECT, DISTILLED, PLAIN
-from kd_jax.metrics.statistics import t_interval
+from kd_jax.metrics.statistics import show, t_interval
+from kd_jax.reporting import charts
+from kd_jax.reporting.charts import Point, Series, View
 from kd_jax.reporting.figures import CMAP, INK, TEACHER, canvas, tidy
 from kd_jax.reporting.figures import DIRECT as RED
 from kd_jax.reporting.figures import DISTILLED as BLUE
@@ -28,6 +30,7 @@ MIXTURES = ("p_star", "teacher", "sharpened", "direct", "distilled")
 PANELS = ("data", "beta", *(f"{name}_{field}" for name in MIXTURES for field in Mixture._fields))
 LEVELS = (-4.5, -2.0, -0.5)  # log-density below the mode: a Gaussian's 3, 2 and 1 sigma contours
 MARKS = dict(zip(CONTROLS, "v<^", strict=True))
+_TWO = ("recall", "precision")
 ZOOM = (3.2, 1.7)  # nats of recall below, and of precision above, the direct student in the zoomed panel
 
 
@@ -78,17 +81,55 @@ def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
         tidy(axes)
     whole.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats)")
     (x,), (y,) = (_points(students, cooled[:1], name)[0] for name in ("recall", "precision"))
-    left, bottom, width, height = x - ZOOM[0], y - 0.1 * ZOOM[1], 1.12 * ZOOM[0], 1.1 * ZOOM[1]
-    near.set(xlim=(left, left + width), ylim=(bottom, bottom + height))
+    (left, right), (bottom, top) = _near(x, y)
+    near.set(xlim=(left, right), ylim=(bottom, top))
     for who in cooled:
         (u,), (v,) = (_points(students, [who], name)[0] for name in ("recall", "precision"))
         near.annotate(f"T={who.temperature:g}", (u, v), (-7, 4), textcoords="offset points", fontsize=8, color=RED,
                       ha="right", annotation_clip=True)  # fmt: skip
-    whole.add_patch(Rectangle((left, bottom), width, height, fill=False, edgecolor="0.4", zorder=7))
+    whole.add_patch(Rectangle((left, bottom), right - left, top - bottom, fill=False, edgecolor="0.4", zorder=7))
     drawn.colorbar(ScalarMappable(norm, CMAP), ax=near, label=r"$\beta$", format=LogFormatterSciNotation())
     handles, labels = whole.get_legend_handles_labels()
     drawn.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     return drawn
+
+
+def chart(students: Students, ways: dict[str, list[Who]]) -> dict[str, Any]:
+    """The interactive form of `frontier`."""
+
+    def point(who: Who) -> Point:
+        (x, x_half), (y, y_half) = (map(lambda one: one.item(), _points(students, [who], name)) for name in _TWO)
+        setting = [] if who.beta is None else [f"beta {who.beta:g}"]
+        setting += [f"sampled at {who.temperature:g}"] if who.share is None else [f"share of one {who.share:g}"]
+        facts = [who.arm, *setting, f"precision {show(y, y_half)}", f"recall {show(x, x_half)}", "(95 % intervals)"]
+        return Point(x, y, x_half, y_half, facts)
+
+    def series(label: str, whos: list[Who], colour: str, symbol: str = "circle", line: str = "solid") -> Series:
+        return Series(label, [point(who) for who in whos], colour, symbol, 8, line)
+
+    cooled = findings.temperatures(students, Who(DIRECT))
+    distilled = [Who(DISTILLED, beta) for beta in findings.betas(students)]
+    shown = [
+        series("student of a sharpened teacher", distilled, TEACHER, "diamond"),
+        series("student of the unsharpened teacher, cooled", ways.get(COOLED_PLAIN, []), BLUE, "rect", "dashed"),
+        series("random choice: unsharpened or most sharpened", ways.get(RANDOM_CHOICE, []), "#777", "none", "dotted"),
+    ]
+    for arm, symbol in zip(CONTROLS, ("triangle", "pin", "arrow"), strict=True):
+        whos = [who for who in [Who(arm)] if who in students]
+        shown.append(series(f"student of the teacher's {arm} component", whos, "#9a6d00", symbol, ""))
+    # last, so that it lies on top
+    shown.append(series("direct student, cooled", cooled, RED))
+    plain = point(cooled[0])
+    near = View("near the direct student", *_near(plain.x, plain.y))
+    return charts.chart(
+        shown, x_title="recall, E[log p″] on p* (nats); better →", y_title="precision, E[log p*] (nats); better →",
+        views=[near],
+    )  # fmt: skip
+
+
+def _near(x: float, y: float) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The part of the plane around the direct student: lowest and highest recall, and precision."""
+    return (x - ZOOM[0], x + 0.12 * ZOOM[0]), (y - 0.1 * ZOOM[1], y + ZOOM[1])
 
 
 def curves(students: Students) -> Figure:

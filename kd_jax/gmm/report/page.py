@@ -41,8 +41,9 @@ SMOKE = (
 
 TEMPLATE = """<p><strong>{{ finding }}</strong></p>
 {% if contrast %}<p>{{ contrast }}</p>{% endif %}
-{{ figure("frontier", "Precision and recall, means over seeds, with 95 % intervals. Right: the box of the left panel. "
- ~ "The red line is the student that was fitted to the data and is merely sampled at lower temperatures; a "
+{{ figure("frontier", "Precision and recall, means over seeds, with 95 % intervals: all of it, and what lies near the "
+ ~ "direct student. The red line is the student that was fitted to the data and is merely sampled at lower "
+ ~ "temperatures; a "
  ~ "way of distilling is worth its price where it lies above that line.") }}
 <p>{{ setup }}</p>
 {% if ways %}<h2>Against the cooled direct student</h2>
@@ -120,6 +121,7 @@ def write(folder: str | Path) -> Path:
         ends=f"{betas[0]:g} to {betas[-1]:g}",
         varied=capacity.varied(runs, base_setting),
         images=page.embed(drawn, folder),
+        charts={"frontier": figures.chart(students, findings.ways(students))},
     )
     path = folder / "report.html"
     files.write_text(path, html)

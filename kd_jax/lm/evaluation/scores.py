@@ -121,6 +121,21 @@ def score_rows(
     return kept
 
 
+def by_token(model: Model, rows: Rows, mesh: Mesh | None = None) -> list[list[float | None]]:
+    """The log-probability of each token of each row, in nats; None for those that were given, not drawn.
+
+    Args:
+        mesh: where the model lies, if on more than one device.
+    """
+    log_probs, _ = score.log_prob(model, *corpus_lib.padded(rows), mesh=mesh)
+    drawn = rows.learnt(np.arange(len(log_probs)), log_probs.shape[1])
+    # entry j is of token j + 1
+    return [
+        [None] + [round(float(value), 3) if own else None for value, own in zip(row, mask, strict=True)][: length - 1]
+        for row, mask, length in zip(log_probs, drawn, rows.length, strict=True)
+    ]
+
+
 def _at_samplers(logits: jax.Array, ids: jax.Array, knobs: tuple[dict[str, jax.Array | None], ...]):
     """For each sampler the log-probabilities of the ids and of the likeliest id."""
     return tuple(next_token.log_prob(logits, ids, **each) for each in knobs), None

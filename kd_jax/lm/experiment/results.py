@@ -15,6 +15,7 @@ from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.decode.chosen_text import Text
 from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.evaluation import Entry, embedding_map, paired
+from kd_jax.lm.evaluation import scores as scores_lib
 from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import corpora as corpora_lib
 from kd_jax.lm.experiment import roles
@@ -107,8 +108,10 @@ def evaluate(spec: LmSpec, folder: Path, chain: list[Stage]) -> dict[str, Any]:
         rows = [*rows, *checked]
         if distributed.leads():
             write_rows(folder / "answers.jsonl", answers)
+    texts = corpora_lib.reencoded_texts(spec, folders)
+    shown = sample_rows(spec, p_star, models, validation, folder, texts=texts)
     # Process 0 alone writes the rows; the manifest's entries go to all.
-    gather = functools.partial(_gather, spec, folder, chain, rows, models, p_star, validation)
+    gather = functools.partial(_gather, spec, folder, chain, rows, shown, models, p_star, validation)
     return distributed.once(gather, "gathering the rows")
 
 
@@ -158,8 +161,8 @@ def _temperatures(spec: LmSpec, arm: Arm) -> tuple[float, ...]:
 
 
 def _gather(
-    spec: LmSpec, folder: Path, chain: list[Stage], rows: list[dict[str, Any]], models: dict[str, Evaluated],
-    p_star: Model, validation: Corpus,
+    spec: LmSpec, folder: Path, chain: list[Stage], rows: list[dict[str, Any]], shown: list[dict[str, Any]],
+    models: dict[str, Evaluated], p_star: Model, validation: Corpus,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes metrics.jsonl and samples.jsonl of the run; returns what the manifest says of its stages."""
     folders = stages.folders(folder, chain)
@@ -171,8 +174,7 @@ def _gather(
     training_rows = [read_rows(home / "metrics.jsonl") for _, home in trained(chain, folders)]
     rows = [*rows, *checked, *sum(training_rows, []), *stage_rows(chain, folders, seconds)]
     write_rows(folder / "metrics.jsonl", rows)
-    texts = corpora_lib.reencoded_texts(spec, folders)
-    write_rows(folder / "samples.jsonl", sample_rows(spec, p_star, models, validation, folder, texts=texts))
+    write_rows(folder / "samples.jsonl", shown)
     if spec.evaluation.embedding_model:
         corpora = {"p*": (Entry(p_star, arm="p_star"), validation)} | {
             name: (model.entry, corpus_lib.open(folder / "evaluation" / name / "samples"))
@@ -280,10 +282,10 @@ def learnt_from(model: Evaluated, folders: dict[str, Path]) -> dict[str, Any]:
 
 
 def sample_rows(
-    spec: LmSpec, p_star: Model, models: dict[str, Evaluated], validation: Corpus, folder: Path, count: int = 8,
+    spec: LmSpec, p_star: Model, models: dict[str, Evaluated], validation: Corpus, folder: Path, count: int = 16,
     texts: Sequence[tuple[str, Entry, Corpus]] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """The first samples of p* and of each model, as text (or ids, where there is no tokenizer).
+    """The first samples of p* and of each model, as text (or ids, where there is no tokenizer), scored by p*.
 
     Args:
         models: of the evaluation, by name.
@@ -299,11 +301,13 @@ def sample_rows(
     rows = []
     for name, entry, corpus in shown:
         samples = corpus.rows(0, min(count, spec.num_samples, spec.num_recall))
+        scores = scores_lib.by_token(p_star, samples, make_mesh(spec.mesh))
         for i, ids in enumerate(samples.tokens):
             rows.append({
                 "name": name, "arm": entry.arm, "tau": entry.tau, "teacher": entry.teacher, "seed": entry.seed,
                 "index": int(samples.index[i]), "text": _shown(p_star, ids), "finished": bool(samples.finished[i]),
-                "length": int(samples.length[i]),
+                "length": int(samples.length[i]), "log_p_star": scores[i],
+                "pieces": [f"{i} " for i in ids] if p_star.tokenizer is None else p_star.tokenizer.pieces(ids),
             })  # fmt: skip
     return rows
 

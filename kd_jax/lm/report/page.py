@@ -13,6 +13,7 @@ from kd_jax.lm.experiment import knobs
 from kd_jax.lm.instruct import page as instruct_page
 from kd_jax.lm.report import (
     about_run,
+    charts,
     comparison,
     cooling,
     distillation_cost,
@@ -66,6 +67,10 @@ STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > di
 .special { color: var(--link); background: var(--shade); border-radius: 3px; }
 .cut { color: var(--warn); font-style: italic; }
 summary { cursor: pointer; }
+.browser ol { padding: 0; list-style: none; max-height: 34rem; overflow-y: auto; border: 1px solid var(--line); }
+.browser li { padding: .5rem .8rem; border-bottom: 1px solid var(--line); white-space: pre-wrap; }
+.browser small { color: var(--faint); } .browser label { margin-right: 1rem; white-space: nowrap; }
+.browser select { max-width: 100%; }
 .map svg { background: var(--shade); } .map circle { fill: #999; fill-opacity: .45; }
 .map .own { fill: var(--link); fill-opacity: .8; } .map circle:hover { fill: var(--warn); }
 """
@@ -91,6 +96,12 @@ TEMPLATE = """{% if preregistered %}<p class="lead"><strong>{{ preregistered }}<
 {% endfor %}</tbody></table></div>
 <p class="note">A column is one model, of the seed named; a row is one index. Special tokens are shaded; “cut” marks a
 text that reached the longest length allowed before it ended.</p>{% endif %}
+{% if browsed %}<h2>All samples of this page</h2>
+<div class="browser" data-rows="samples" hidden>
+<p><label>Model <select></select></label> <label>Search <input type="search"></label>
+<label><input type="checkbox" checked> shade tokens that p* finds unlikely</label> <span class="count note"></span></p>
+<ol></ol></div><p>They are shown where scripts run; samples.jsonl has them, too.</p>
+<script type="application/json" id="samples">{{ json(browsed) }}</script>{% endif %}
 {{ INSTRUCT }}
 {% if map %}<h2>Where the texts lie</h2>
 <div class="beside map">{% for panel in map %}<div><h3>{{ panel.label }}</h3>
@@ -175,6 +186,8 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         page.embed({"embedding_map": figures.embedding_map(places)}, folder)
     if section is not None:
         drawn["frontier"], captions["frontier"] = section.figure, section.caption
+    # the frontier of knobs has prices in it, which only the still figure shows
+    made = {"frontier": charts.frontier(run.groups, run.curves)} if "frontier" in drawn and section is None else {}
     shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
     tables.save([*shown, cost], folder)
     html = page.render(
@@ -190,6 +203,9 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         captions=captions,
         beside=beside,
         samples=samples_lib.side_by_side(samples),
+        browsed=samples_lib.browsed(samples),
+        charts=made,
+        interactive=bool(samples),
         instruct=instruct_page.read(folder, run.rows, run.config.get("instruct")),
         map=samples_lib.map_panels(places),
         map_share=f"{places[0].get('share', math.nan):.0%}" if places else "",

@@ -34,8 +34,29 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def side_by_side(rows: list[dict]) -> dict[str, Any]:
-    """The table of texts: a row per index, a column per arm and tau (of the lowest seed that has samples)."""
+def browsed(rows: list[dict]) -> list[dict[str, Any]]:
+    """What the browser of samples shows of each: its model, and its tokens with log p* where they were scored."""
+    shown = []
+    for row in rows:
+        scores = row.get("log_p_star") or []
+        known = [value for value in scores if value is not None]
+        seed = "" if row.get("seed") is None else f", seed {row['seed']}"
+        seed = f", teacher {row['teacher']}{seed}" if row.get("teacher") else seed
+        shown.append({
+            "name": row["name"], "label": summary.label(*summary.group_key(row)) + seed, "index": row["index"],
+            "pieces": [piece.translate(CONTROL) for piece in row.get("pieces") or [row["text"]]],
+            "log_p_star": scores, "total": sum(known) / len(known) if known else None, "cut": _cut(row),
+        })  # fmt: skip
+    return shown
+
+
+def side_by_side(rows: list[dict], count: int = 8) -> dict[str, Any]:
+    """The table of texts: a row per index, a column per arm and tau (of the lowest seed that has samples).
+
+    Args:
+        rows: of the run's samples.jsonl.
+        count: indices that are shown, the lowest.
+    """
     by_group: dict[tuple, dict[tuple, dict[int, dict]]] = {}
     for row in rows:
         if summary.is_main(row):
@@ -49,7 +70,7 @@ def side_by_side(rows: list[dict]) -> dict[str, Any]:
         seed = next(iter(samples.values())).get("seed")
         head.append(summary.label(*key) + ("" if seed is None else f" (seed {seed})"))
         columns.append(samples)
-    indices = sorted({index for samples in columns for index in samples})
+    indices = sorted({index for samples in columns for index in samples})[:count]
     lines = [(index, [_text(column[index]) if index in column else None for column in columns]) for index in indices]
     return {"head": head, "rows": lines}
 
@@ -93,5 +114,11 @@ def _text(row: dict) -> dict[str, Any]:
     """A sample's text in pieces, special tokens apart, and the mark of a text that was cut."""
     text = row["text"].translate(CONTROL)
     pieces = [(piece, i % 2 == 1) for i, piece in enumerate(SPECIAL.split(text)) if piece]
-    cut = "" if row.get("finished", True) else "cut" + (f" at {row['length']} tokens" if row.get("length") else "")
-    return {"pieces": pieces, "cut": cut}
+    return {"pieces": pieces, "cut": _cut(row)}
+
+
+def _cut(row: dict) -> str:
+    """The mark of a text that reached the longest length before it ended."""
+    if row.get("finished", True):
+        return ""
+    return "cut" + (f" at {row['length']} tokens" if row.get("length") else "")

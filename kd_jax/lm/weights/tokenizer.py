@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import hashlib
@@ -274,6 +275,13 @@ class Tokenizer:
         # transformers lets these override what the two say
         for name in {*FILES, *OLDER_FILES} - {"tokenizer.json", "tokenizer_config.json"}:
             (folder / name).unlink(missing_ok=True)
+
+    def pieces(self, ids: Iterable[int]) -> list[str]:
+        """The text of each id; a character of several ids stands at the last of them."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        ids = [int(i) for i in ids]
+        # special tokens have no bytes
+        return [self.backend.id_to_token(i) if self.is_special(i) else decoder.decode(self.token_bytes[i]) for i in ids]
 
     def is_special(self, i: int) -> bool:
         """Whether an id is a special token: BOS, EOS, the end of a turn, and the like."""

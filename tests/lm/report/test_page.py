@@ -108,6 +108,7 @@ def written(folder, rows, samples=None, **manifest):
     """The page without its images, and its plain text."""
     source = report.write(make_run(folder, rows, samples, **manifest)).read_text(encoding="utf-8")
     source = re.sub(r"base64,[^\"]+", "base64,", source)
+    source = re.sub(r"<script.*?</script>", "", source, flags=re.DOTALL)
     return source, " ".join(html.unescape(re.sub(r"<[^>]+>", " ", source)).split())
 
 
