@@ -123,7 +123,7 @@ def _trend(name: str, sign: int, comparisons: list[_Comparison], verdicts: dict[
     if verdict == "untested":
         return Finding(verdict, f"Whether {expected}: {_why_untested(change)} {span}.")
     if verdict == "unclear":
-        return Finding(verdict, f"Expected: {expected}. It changes by {amount(change)} {span}: no clear change.")
+        return Finding(verdict, f"Expected: {expected}. It changes by {amount(change)} {span}: no clear change after Holm's correction.")
     moves = f"{'rises' if change.interval.mean > 0 else 'falls'} by {amount(change, absolute=True)} {span}"
     if verdict == "holds":
         return Finding(verdict, f"{name.capitalize()} {moves}.")
@@ -150,7 +150,8 @@ def _end(groups: list[Group], name: str, sign: int, comparisons: list[_Compariso
     where = f"{amount(apart, absolute=True)} {side} {worst.other}"
     if verdict == "holds":
         return Finding(verdict, f"{claim[0].upper()}{claim[1:]}, {where}, the closest.")
-    return Finding(verdict, f"Expected: {claim}. It is {where}{': no clear difference' * (verdict == 'unclear')}.")
+    clear = ": no clear difference after Holm's correction" if verdict == "unclear" else ""
+    return Finding(verdict, f"Expected: {claim}. It is {where}{clear}.")
 
 
 def amount(change: Difference, absolute: bool = False) -> str:
