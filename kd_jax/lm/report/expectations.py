@@ -123,7 +123,8 @@ def _trend(name: str, sign: int, comparisons: list[_Comparison], verdicts: dict[
     if verdict == "untested":
         return Finding(verdict, f"Whether {expected}: {_why_untested(change)} {span}.")
     if verdict == "unclear":
-        return Finding(verdict, f"Expected: {expected}. It changes by {amount(change)} {span}: no clear change after Holm's correction.")
+        text = f"Expected: {expected}. It changes by {amount(change)} {span}: no clear change after Holm's correction."
+        return Finding(verdict, text)
     moves = f"{'rises' if change.interval.mean > 0 else 'falls'} by {amount(change, absolute=True)} {span}"
     if verdict == "holds":
         return Finding(verdict, f"{name.capitalize()} {moves}.")

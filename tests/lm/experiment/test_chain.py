@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -324,6 +325,12 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path):
     for name in ("report.html", "figures/frontier.png", "manifest.json"):
         assert (killed / name).stat().st_size > 0
     assert json.loads((killed / "manifest.json").read_text())["status"] == "finished"
+    # tokens of the samples that the page shows add up to what precision was computed from
+    for row in read_rows(straight / "samples.jsonl"):
+        if row["arm"] == "direct":
+            values = np.load(straight / "evaluation" / row["name"] / "precision.npz")["log_prob"]
+            assert sum(v for v in row["log_p_star"] if v is not None) == pytest.approx(values[row["index"]], abs=0.02)
+            assert len(row["pieces"]) == len(row["log_p_star"]) == row["length"]
 
     # another tau later: the students that are there are not trained again
     more = subprocess.run([*command(killed), "--config.taus=(0.5,1.0,2.0)"], capture_output=True, text=True)

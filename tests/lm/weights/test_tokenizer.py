@@ -159,6 +159,7 @@ def test_ids_follow_the_definition_and_text_comes_back(smollm2, reader):
     assert [text for text, ids in zip(TEXTS, rows, strict=True) if ids != bpe.encode(text)] == []
     assert [text for text, ids in zip(TEXTS, rows, strict=True) if smollm2.decode(ids) != text] == []
     assert smollm2.encode_batch(TEXTS) == rows
+    assert ["".join(smollm2.pieces(ids)) for ids in rows] == TEXTS
 
 
 @pytest.mark.slow
