@@ -13,7 +13,6 @@ from kd_jax.lm.experiment import knobs
 from kd_jax.lm.instruct import page as instruct_page
 from kd_jax.lm.report import (
     about_run,
-    charts,
     comparison,
     cooling,
     distillation_cost,
@@ -187,7 +186,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     if section is not None:
         drawn["frontier"], captions["frontier"] = section.figure, section.caption
     # the frontier of knobs has prices in it, which only the still figure shows
-    made = {"frontier": charts.frontier(run.groups, run.curves)} if "frontier" in drawn and section is None else {}
+    made = {"frontier": frontier.chart(run.groups, run.curves)} if "frontier" in drawn and section is None else {}
     shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
     tables.save([*shown, cost], folder)
     html = page.render(
