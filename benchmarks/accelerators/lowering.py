@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +12,9 @@ import jax
 
 from benchmarks.accelerators import stablehlo
 from benchmarks.accelerators.programs import PROGRAMS, SHAPES, Setting, choosing_for
+from kd_jax.lm.experiment import footprint
 from kd_jax.parallel import mesh as mesh_lib
+from kd_jax.parallel.devices import GIB
 
 
 class Result(NamedTuple):
@@ -71,7 +74,7 @@ def run(shape: str, platforms: Sequence[str], programs: Sequence[str], devices: 
         programs: keys of PROGRAMS.
         devices: numbers of devices; JAX has to show as many.
     """
-    print(f"{shape}, bfloat16; attention by blocks (cuDNN's can be lowered only where it is installed)")
+    print(f"{shape}, bfloat16; attention on a TPU by its kernel, on a GPU by blocks: cuDNN's needs cuDNN to be lowered")
     print(f"{'program':15}{'platform':>9}{'devices':>8}{'KiB':>7}{'s':>6}{'donated':>8}  {'widest logits':24} result")
     results = []
     for platform in platforms:
@@ -79,11 +82,44 @@ def run(shape: str, platforms: Sequence[str], programs: Sequence[str], devices: 
             # half of the devices split weights, as rows do
             mesh = None if count == 1 else mesh_lib.make(2, count // 2, devices=jax.devices()[:count])
             with choosing_for(platform):
-                setting = Setting(SHAPES[shape], platform, mesh, "blocked")
+                setting = Setting(SHAPES[shape], platform, mesh, "blocked" if platform == "cuda" else "auto")
                 for name in programs:
                     results.append(lower(name, setting))
                     print(_line(results[-1]), flush=True)
     return results
+
+
+def compile_for(topology: str, shape: str, programs: Sequence[str]) -> bool:
+    """Compiles the programs by the TPU's own compiler, and prints the memory that each device needs.
+
+    The compiler comes with the package libtpu, in the version that JAX's extra "tpu" names; it needs no TPU.
+
+    Args:
+        topology: "v5e:2x4", as jax.experimental.topologies takes it.
+        shape: a key of SHAPES.
+        programs: keys of PROGRAMS.
+    Returns: whether all compile.
+    """
+    from jax.experimental import topologies
+
+    # libtpu would ask the cloud where it runs
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    one = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **one).devices
+    mesh = mesh_lib.make(min(2, len(devices)), max(1, len(devices) // 2), devices=devices)
+    fine = True
+    for name in programs:
+        began = time.perf_counter()
+        with choosing_for("tpu"):
+            lowered = PROGRAMS[name].lower(Setting(SHAPES[shape], "tpu", mesh))
+        try:
+            need = footprint.memory(lowered.compile())
+        except jax.errors.JaxRuntimeError as error:
+            fine, verdict = False, str(error).splitlines()[0]
+        else:
+            verdict = f"{need.resident / GIB:.2f} GiB stay, {need.temporary / GIB:.2f} GiB for a while"
+        print(f"{name:15} {topology:10} {shape:5} {time.perf_counter() - began:6.1f} s  {verdict}", flush=True)
+    return fine
 
 
 def _line(one: Result) -> str:

@@ -7,7 +7,8 @@ import re
 from typing import NamedTuple
 
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)([a-z]\w*)>")
-_PRODUCT = re.compile(r"stablehlo\.dot_general.*")
+_PRODUCT = re.compile(r"stablehlo\.dot_general (%[\w#]+), (%[\w#]+)")
+_WIDENED = re.compile(r"(%\w+) = stablehlo\.convert .*xbf16>\) -> tensor<.*xf32>")
 _CUSTOM_CALL = re.compile(r"stablehlo\.custom_call @([\w.$]+)")
 _DONATED = ("jax.buffer_donor = true", "tf.aliasing_output = ")
 
@@ -38,11 +39,21 @@ def float64(text: str) -> list[str]:
 
 
 def rounded_products(text: str) -> list[str]:
-    """Matrix products of float32 factors that an accelerator may round first (TF32, bfloat16)."""
-    rounded = set()
-    for line in _PRODUCT.findall(text):
+    """Matrix products of float32 factors that an accelerator may round first (TF32, bfloat16).
+
+    Factors that were bfloat16 just before lose nothing by it, and are left out.
+    """
+    rounded, widened = set(), set()
+    for line in text.splitlines():
+        if "func.func" in line:
+            widened = set()  # names are those of one function
+        if convert := _WIDENED.search(line):
+            widened.add(convert[1])
+        product = _PRODUCT.search(line)
+        if product is None or "precision = [HIGHEST, HIGHEST]" in line:
+            continue
         left, right = (Array(d, tuple(map(int, s.split("x")[:-1]))) for s, d in _TENSOR.findall(line)[:2])
-        if {left.dtype, right.dtype} & {"f32"} and "precision = [HIGHEST, HIGHEST]" not in line:
+        if "f32" in (left.dtype, right.dtype) and not widened.issuperset(product.groups()):
             rounded.add(f"{left} x {right}")
     return sorted(rounded)
 

@@ -32,6 +32,15 @@ def test_products_of_bfloat16_need_no_precision():
     assert not stablehlo.rounded_products(text(lambda x: x @ x.T, half))
 
 
+def test_products_of_widened_bfloat16():
+    half = jax.ShapeDtypeStruct((4, 8), jnp.bfloat16)
+    widened = text(lambda x: jnp.matmul(x.astype(jnp.float32), x.T.astype(jnp.float32)), half)
+    assert not stablehlo.rounded_products(widened)
+    # one of the factors has more digits than bfloat16
+    other = text(lambda x, y: jnp.matmul(x.astype(jnp.float32), y), half, jax.ShapeDtypeStruct((8, 4), np.float32))
+    assert stablehlo.rounded_products(other) == ["f32[4,8] x f32[8,4]"]
+
+
 def test_a_callback_in_a_loop():
     def body(_, x):
         jax.debug.callback(lambda value: None, x.sum())

@@ -11,10 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kd_jax import fused
+from kd_jax.lm.model import splash
 
-KINDS = ("auto", "blocked", "xla", "cudnn")
+KINDS = ("auto", "blocked", "xla", "cudnn", "splash")
 
 
 class Rule(NamedTuple):
@@ -60,13 +62,14 @@ def check(kind: str, dtype: str) -> None:
     """
     if kind not in KINDS:
         raise ValueError(f"attention {kind!r} is not one of {', '.join(KINDS)}")
-    if kind == "cudnn" and (jax.default_backend() != "gpu" or dtype == "float32"):
-        raise ValueError("attention 'cudnn' needs a GPU and dtype bfloat16 or float16 (use 'auto')")
+    needed = {"cudnn": "gpu", "splash": "tpu"}.get(kind)
+    if needed is not None and (jax.default_backend() != needed or dtype == "float32"):
+        raise ValueError(f"attention {kind!r} needs a {needed.upper()} and dtype bfloat16 or float16 (use 'auto')")
 
 
 def causal(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, kind: str = "auto", block: int = 128,
-    rule: Rule = LLAMA,
+    rule: Rule = LLAMA, mesh: Mesh | None = None,
 ) -> jax.Array:  # fmt: skip
     """Attention of each position to itself and those before it, of its own segment and within the window.
 
@@ -76,14 +79,19 @@ def causal(
         segments: [row, position], or None where a row is one segment. The positions of a segment are neighbours, so the
             window is counted along the row.
         kind: "blocked" (blocks of queries, each with the keys that its mask lets through), "xla" or "cudnn" (both are
-            jax.nn.dot_product_attention), or "auto": cudnn on a GPU, with a 16-bit dtype and a shape that it takes,
-            else blocked. A soft cap is always "blocked": dot_product_attention has none.
+            jax.nn.dot_product_attention), "splash" (kd_jax.lm.model.splash), or "auto": with a 16-bit dtype splash on a
+            TPU, and cudnn on a GPU for the shapes that it takes, else blocked. With a soft cap "xla" and "cudnn" are
+            "blocked", as dot_product_attention has none.
         block: queries of a block.
+        rule: how the scores are made.
+        mesh: what rows and heads are split over; "splash" has to know it.
     Returns: [row, position, head * head_dim].
     """
     if kind == "auto":
         kind = _best(q, segments)
-    if kind == "blocked" or rule.softcap is not None:
+    if kind == "splash":
+        out = splash.attend(rule.scaled(q), k, v, segments, softcap=rule.softcap, window=rule.window, mesh=mesh)
+    elif kind == "blocked" or rule.softcap is not None:
         out = _blocked(q, k, v, segments, block, rule)
     else:
         mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
@@ -96,10 +104,13 @@ def causal(
 
 
 def _best(q: jax.Array, segments: jax.Array | None) -> str:
+    # The kernels round float32 factors.
+    backend = "cpu" if q.dtype == jnp.float32 else jax.default_backend()
     # What cuDNN takes on every GPU; of an odd number of positions it has no gradient beside a mask.
     length, width = q.shape[1], q.shape[3]
-    fits = q.dtype != jnp.float32 and width % 8 == 0 and width <= 128 and (segments is None or length % 2 == 0)
-    return "cudnn" if fits and jax.default_backend() == "gpu" else "blocked"
+    if backend == "gpu" and width % 8 == 0 and width <= 128 and (segments is None or length % 2 == 0):
+        return "cudnn"
+    return "splash" if backend == "tpu" else "blocked"
 
 
 def cached(q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, rule: Rule = LLAMA) -> jax.Array:

@@ -133,7 +133,8 @@ def forward(
     def layer(x, w, kind):
         def attend(q, k, v):
             rule = _rule(architecture, kind)
-            return (attention.causal(q, k, v, segments, compute.attention, compute.query_block, rule),)
+            out = attention.causal(q, k, v, segments, compute.attention, compute.query_block, rule, compute.mesh)
+            return (out,)
 
         return _layer(w, x, phases[kind.rotary], attend, architecture, compute)[0]
 

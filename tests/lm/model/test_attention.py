@@ -1,4 +1,4 @@
-"""Which kind of attention "auto" is, by device and shape. (The kinds' numbers: test_decoder.)"""
+"""Which kind of attention "auto" is, by device and shape. (The kinds' numbers: test_decoder, test_splash.)"""
 
 import jax
 import jax.numpy as jnp
