@@ -6,7 +6,8 @@
     kd_jax.gmm           Gaussian mixtures: densities, EM, the mixture experiment
     kd_jax.lm            language models: weights, sampling, scoring, distillation, the experiment
 
-Commands: `kd-jax train | sample | teacher | evaluate | report`, or `python -m kd_jax.train` and so on; each has --help.
+Commands: `kd-jax train | sweep | compare | report | sample | corpus | teacher | evaluate | export`, or
+`python -m kd_jax.train` and so on; each has --help.
 Nothing is imported before it is used.
 """
 

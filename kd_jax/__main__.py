@@ -8,6 +8,7 @@ COMMANDS = {
     "train": "run an experiment, or resume it",
     "sweep": "run an experiment for every combination of the values listed",
     "sample": "sample a corpus from a model, or show one",
+    "corpus": "make a corpus of token ids from data",
     "teacher": "record a teacher's likeliest tokens with a corpus",
     "evaluate": "precision, recall and more of models against p*",
     "report": "write the pages of run folders",

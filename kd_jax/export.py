@@ -61,7 +61,7 @@ def _export(args: argparse.Namespace) -> None:
         print(f"pushed: https://huggingface.co/{args.push}")
 
 
-def _model(source: str, student: str | None) -> tuple[str | Path, Any]:
+def _model(source: str, student: str | None) -> tuple[str, Any]:
     """What to load, and what its card says. Raises ValueError, FileNotFoundError or RunError."""
     from kd_jax.lm.report import about_run
     from kd_jax.reporting import page
@@ -75,7 +75,7 @@ def _model(source: str, student: str | None) -> tuple[str | Path, Any]:
     if kind == "lm":
         # Without a name the error lists those there are.
         exported = about_run.exported(folder, student or "")
-        return exported.folder, exported.card
+        return exported.source, exported.card
     if student:
         raise ValueError(f"--student is for a run folder, and {source} is none")
     stage = page.read_json(folder / "stage.json") if folder.is_dir() else {}

@@ -24,7 +24,7 @@ FLOORS = (
     ("lm.experiment", "gmm.frontier"),
     ("lm.report", "gmm.report"),
     ("report",),
-    ("train", "evaluate", "sample", "teacher", "compare", "export"),
+    ("train", "evaluate", "sample", "teacher", "compare", "export", "corpus"),
     ("sweep",),
     ("__main__",),
 )

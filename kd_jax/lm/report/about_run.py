@@ -201,9 +201,9 @@ def captions(groups: list[Group]) -> dict[str, str]:
 
 
 class Exported(NamedTuple):
-    """A model of a run: its folder, and what its card says."""
+    """A model of a run: what kd_jax.lm.weights.load takes, and what its card says."""
 
-    folder: Path
+    source: str
     card: Card
 
 
@@ -229,10 +229,11 @@ def exported(run: Path, name: str) -> Exported:
     return Exported(_home(run, models[name][0]["source"]), _card(run, name, models[name], rows, config))
 
 
-def _home(run: Path, source: str) -> Path:
-    """The folder of a model, also of a run that was moved since its rows were written."""
-    parts = Path(source).parts
-    return run.joinpath(*parts[parts.index("stages") :]) if "stages" in parts else Path(source)
+def _home(run: Path, source: str) -> str:
+    """The source of a model; its folder in this run, also where the run was moved since its rows were written."""
+    _, stages, rest = source.rpartition("/stages/")
+    moved = run / "stages" / rest
+    return str(moved) if stages and moved.exists() else source
 
 
 def _card(run: Path, name: str, own: list[dict], rows: list[dict], config: dict[str, Any]) -> Card:
