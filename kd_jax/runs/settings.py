@@ -38,20 +38,37 @@ _RANGES: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
 }
 # What absl's flags take.
 _BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
-# What settings are called elsewhere -> what they are called here (the last part of the key).
+# What settings are called here (the last part of the key) -> what they are called elsewhere.
 SYNONYMS = {
-    "lr": "learning_rate", "peak_lr": "learning_rate", "step_size": "learning_rate",
-    "steps": "epochs", "max_steps": "epochs", "num_epochs": "epochs", "num_train_epochs": "epochs",
-    "loss": "divergence", "loss_type": "divergence", "objective": "divergence", "kd_loss": "divergence",
-    "bs": "batch_size", "global_batch_size": "batch_size", "per_device_train_batch_size": "batch_size",
-    "wd": "weight_decay", "clip_norm": "clip", "grad_clip": "clip", "max_grad_norm": "clip",
-    "seq_len": "max_length", "max_seq_length": "max_length", "block_size": "max_length",
-    "tau": "taus", "temperature": "taus", "num_seeds": "seeds", "num_layers": "layers", "num_heads": "heads",
-    "hidden_size": "width", "d_model": "width", "intermediate_size": "mlp", "d_ff": "mlp",
-    "model": "source", "checkpoint": "source", "model_name_or_path": "source", "dataset": "source",
-    "logger": "trackers", "report_to": "trackers", "eval_steps": "validations",
-    "out": "workdir", "output_dir": "workdir", "logdir": "workdir", "force": "overwrite",
-}  # fmt: skip
+    "learning_rate": ("lr", "peak_lr", "step_size"),
+    "updates": ("steps", "step", "max_steps", "num_steps", "train_steps", "iterations", "max_iters"),
+    "epochs": ("epoch", "steps", "num_epochs", "num_train_epochs"),
+    "num_updates": ("steps", "iterations"),
+    "max_iter": ("steps", "iterations", "max_iters"),
+    "divergence": ("loss", "loss_type", "loss_fn", "objective", "kd_loss", "kl"),
+    "batch_size": ("bs", "batch", "global_batch_size", "per_device_train_batch_size", "train_batch_size"),
+    "parts": ("grad_accum", "gradient_accumulation", "gradient_accumulation_steps", "accumulate"),
+    "weight_decay": ("wd",),
+    "clip": ("clip_norm", "grad_clip", "gradient_clip", "max_grad_norm"),
+    "warmup": ("warmup_steps", "warmup_ratio", "num_warmup_steps"),
+    "max_length": ("seq_len", "max_seq_length", "max_seq_len", "context_length", "block_size"),
+    "taus": ("tau", "temperature", "temperatures"),
+    "loss_temperature": ("temperature", "kd_temperature"),
+    "sample_temperatures": ("temperature", "temperatures"),
+    "hard_weight": ("alpha", "ce_weight", "kd_alpha"),
+    "on_policy_fraction": ("lmbda", "lambda_"),
+    "seeds": ("num_seeds",),
+    "layers": ("num_layers", "num_hidden_layers", "n_layer", "depth"),
+    "heads": ("num_heads", "num_attention_heads", "n_head"),
+    "width": ("hidden_size", "d_model", "n_embd", "dim"),
+    "mlp": ("intermediate_size", "d_ff"),
+    "source": ("model", "checkpoint", "model_name_or_path", "model_name", "dataset"),
+    "trackers": ("logger", "report_to", "wandb", "tensorboard"),
+    "validations": ("eval_steps", "eval_every"),
+    "remat": ("gradient_checkpointing",),
+    "workdir": ("out", "output_dir", "logdir"),
+    "overwrite": ("force",),
+}
 
 
 class Setting(NamedTuple):
@@ -240,21 +257,32 @@ def from_text(text: str, hint: Any, key: str) -> Any:
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of an error about an unknown name, "; did you mean PREFIX+NAME?"; empty where no known name is similar.
 
-    The name's meaning in other projects (SYNONYMS) counts before its spelling; the group may be missing or wrong.
+    The name's meanings in other projects (SYNONYMS) count before its spelling; the group may be missing or wrong.
+
+    Args:
+        name: that is not known, with dots between its parts.
+        known: the names that there are.
+        prefix: written before the names that are suggested.
     """
     # A setting of the run comes before one of the same name deep inside.
     known = sorted(known, key=lambda key: (key.count("."), key))
-    full = {key.removeprefix("config."): key for key in known}  # a common prefix would make all names similar
-    last = {}
-    for key in known:
-        last.setdefault(key.rpartition(".")[2], key)
-    word = name.rpartition(".")[2].lower()
-    for candidate in (SYNONYMS.get(word), word):
-        if candidate in last:
-            return f"; did you mean {prefix}{last[candidate]}?"
-    close = [full[key] for key in difflib.get_close_matches(name.removeprefix("config."), full, n=1)]
-    close += [last[part] for part in difflib.get_close_matches(word, last, n=1)]
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    group, _, word = name.rpartition(".")
+
+    def ending(last: str) -> str | None:
+        """The setting with this last part: one of the same group, if there is one."""
+        keys = [key for key in known if key.rpartition(".")[2] == last]
+        return next((key for key in keys if key.startswith(f"{group}.")), keys[0] if keys else None)
+
+    word = word.lower()
+    meant = [ending(ours) for ours, theirs in SYNONYMS.items() if word in theirs] + [ending(word)]
+    meant = [key for key in meant if key is not None][:3]
+    if not meant:
+        full = {key.removeprefix("config."): key for key in known}  # a common prefix would make all names similar
+        last = dict.fromkeys(key.rpartition(".")[2] for key in known)
+        meant = [full[key] for key in difflib.get_close_matches(name.removeprefix("config."), full, n=1)]
+        meant = meant or [ending(part) for part in difflib.get_close_matches(word, last, n=1)]
+    texts = [f"{prefix}{key}" for key in meant]
+    return f"; did you mean {', '.join(texts[:-2] + [' or '.join(texts[-2:])])}?" if meant else ""
 
 
 def _default(field: dataclasses.Field) -> Any:

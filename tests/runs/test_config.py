@@ -10,7 +10,7 @@ import pytest
 
 from kd_jax.runs import config as config_lib
 from kd_jax.runs.command_line import Parser
-from kd_jax.runs.settings import setting, spec
+from kd_jax.runs.settings import did_you_mean, setting, spec
 
 CONFIG = """
 from ml_collections import config_dict
@@ -180,6 +180,24 @@ def test_a_name_from_elsewhere_finds_ours(name, meant):
     with pytest.raises(ValueError) as caught:
         parser.parse_args([f"--{name}=3"])
     assert str(caught.value) == f"unknown flag --{name}" + (f"; did you mean --{meant}?" if meant else "")
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("config.student.train.lr", "; did you mean --config.student.train.learning_rate?"),
+        ("config.train.steps", "; did you mean --config.train.updates or --config.train.epochs?"),
+        ("config.temperature", "; did you mean --config.taus, --config.distill.loss_temperature or "
+         "--config.evaluation.sample_temperatures?"),
+        ("config.grad_clip", "; did you mean --config.train.clip?"),
+        ("config.student.weight_decya", "; did you mean --config.student.train.weight_decay?"),
+    ],
+)  # fmt: skip
+def test_several_meanings_are_all_named_and_the_group_counts(name, end):
+    ends = ("learning_rate", "updates", "epochs", "clip", "weight_decay")
+    known = [f"config.{group}train.{last}" for group in ("", "student.", "teacher.") for last in ends]
+    known += ["config.taus", "config.distill.loss_temperature", "config.evaluation.sample_temperatures"]
+    assert did_you_mean(name, known, "--") == end
 
 
 def test_help_lists_every_setting(parse, parse_declared, capsys):
