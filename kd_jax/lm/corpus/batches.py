@@ -199,22 +199,27 @@ class Updates:
     """The batches of a training, by number of the update: a source for grain.
 
     Args:
+        sequences: of the corpus.
+        layout: of a batch.
+        seed: of the order.
+        epochs: passes over the corpus.
         complete: adds to a batch what else an update needs; in threads, ahead of its use.
+        count: updates in all, where `epochs` is 0; the last epoch is then as long as is left.
     """
 
     def __init__(
         self, sequences: Sequences, layout: Layout, seed: int, epochs: int,
-        complete: Callable[[Batch], Batch] = lambda batch: batch,
+        complete: Callable[[Batch], Batch] = lambda batch: batch, *, count: int = 0,
     ):  # fmt: skip
         if len(sequences) < layout.sequences:
             raise ValueError(f"a batch of {layout.sequences} sequences needs as many; the corpus has {len(sequences)}")
         self.sequences, self.layout, self.seed, self._complete = sequences, layout, seed, complete
         self.per_epoch = len(sequences) // layout.sequences
-        self.epochs = epochs
+        self._count = count or epochs * self.per_epoch
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
 
     def __len__(self) -> int:
-        return self.epochs * self.per_epoch
+        return self._count
 
     def rows(self, update: int) -> np.ndarray:
         """Numbers of the sequences of an update.

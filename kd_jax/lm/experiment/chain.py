@@ -164,8 +164,9 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
     train_spec = spec.train_of(role)
     train = {key: value for key, value in to_dict(train_spec).items() if key not in ("together", "trackers")}
     part = spec.part_of(role)
-    if not part.frozen:  # what is off is not said
-        del train["frozen"]
+    for key in ("frozen", "updates"):
+        if not train[key]:  # what is off is not said
+            del train[key]
     unsaid = ("source", "init", "train") if part.lora else ("source", "init", "train", "lora")
     settings = {
         "model": {key: value for key, value in to_dict(shape).items() if key not in unsaid},

@@ -10,6 +10,7 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from kd_jax.lm.corpus import compatibility, ingest
 from kd_jax.lm.decode.chosen_text import Text
 from kd_jax.lm.distill import alignment
 from kd_jax.lm.experiment import knobs, roles
-from kd_jax.lm.experiment.arms import arms
+from kd_jax.lm.experiment.arms import Arm, arms
 from kd_jax.lm.experiment.specs import LmSpec, architecture, described, make_mesh
 from kd_jax.lm.instruct import prompts
 from kd_jax.lm.model import PRESETS, Architecture, Model, frozen
@@ -33,8 +34,9 @@ from kd_jax.storage.errors import RunError
 
 
 def check(spec: LmSpec) -> None:
-    """Raises ValueError, naming the key, for settings that cannot work together."""
+    """Raises ValueError, naming the key, for settings that cannot work together, or have no effect under the others."""
     groups = arms(spec)
+    _check_effect(spec, groups)
     # The direct arm is always there; alone it has nothing to be compared with.
     if len(groups) == 1:
         raise ValueError(f"config.taus={spec.taus} is empty, and there is no other arm (config.arms)")
@@ -60,6 +62,47 @@ def check(spec: LmSpec) -> None:
     for role in ("teacher", "student"):
         trackers.check(spec.train_of(role).trackers)
     _check_meshes(spec, None if spec.p_star.source else PRESETS[spec.p_star.architecture])
+
+
+def _check_effect(spec: LmSpec, groups: Sequence[Arm]) -> None:
+    """Raises ValueError for a setting that was changed and that nothing uses: a result would seem to depend on it."""
+    # part of the config, the settings in it (all where there are none), and why they have no effect
+    unused: list[tuple[str, tuple[str, ...], str]] = []
+    for part, used, why in (
+        ("data", spec.data.source, "config.data.source is empty"),
+        ("contrast", spec.contrast.arm, "config.contrast.arm is empty"),
+        ("instruct", spec.instruct.num_test, "config.instruct.num_test is 0"),
+        ("frontier", spec.frontier.knobs, "config.frontier.knobs is empty"),
+        ("teacher_mesh", any(arm.distill is not None for arm in groups), "no student learns a teacher's distributions"),
+    ):
+        unused += [] if used else [(part, (), why)]
+    if not spec.sampling.prompts:
+        unused.append(("sampling", ("prompts_column",), "config.sampling.prompts is empty"))
+        if not spec.data.source:
+            unused.append(("evaluation", ("samples_per_prompt",), "all samples have one prompt"))
+    if not spec.evaluation.embedding_model:
+        unused.append(("evaluation", ("num_points",), "config.evaluation.embedding_model is empty"))
+    if spec.sampling.prompt and spec.sampling.prompt_ids:
+        unused.append(("sampling", ("prompt",), "config.sampling.prompt_ids is the prompt"))
+    # Its shape in numbers is that of the config file; whoever names a teacher, or a preset, need not take it back.
+    if spec.teacher.source:
+        trained = ("layers_kept", "lora", "train")
+        unused.append(("teacher", trained, f"config.teacher.source={spec.teacher.source!r} is the teacher"))
+    for part, names, why in unused:
+        value = getattr(spec, part)
+        for field in dataclasses.fields(value):
+            chosen = getattr(value, field.name)
+            if (not names or field.name in names) and chosen != getattr(type(value)(), field.name):
+                raise ValueError(f"config.{part}.{field.name}={_short(chosen)} has no effect: {why}")
+
+
+def _short(value: Any) -> str:
+    """A setting's value in a message; of a group of settings, those that were changed."""
+    if not dataclasses.is_dataclass(value):
+        return repr(value)
+    names = [field.name for field in dataclasses.fields(value)]
+    changed = [name for name in names if getattr(value, name) != getattr(type(value)(), name)]
+    return "(" + ", ".join(f"{name}={getattr(value, name)!r}" for name in changed) + ")"
 
 
 def _check_names(spec: LmSpec, names: list[str]) -> None:

@@ -84,7 +84,8 @@ def training(
     """
     train, length = train or spec.train, spec.sampling.max_length
     rows = spec.num_train if arm is None else arm.text.rows or spec.num_train
-    tokens = count * rows * length * train.epochs
+    sequences = train.updates * train.batch_size or rows * train.epochs
+    tokens = count * sequences * length
     validated = count * spec.num_validation * length * train.validations
     # An update is 3 forward passes' worth. A rollout is one more, at the slower rate of sampling.
     rollouts = 0.0 if arm is None else arm.rollouts
@@ -94,7 +95,7 @@ def training(
     )
     if shape is None:
         return cost
-    updates = rows * train.epochs // train.batch_size
+    updates = sequences // train.batch_size
     saves = train.validations + (updates // train.save_every if train.save_every else 0)
     # Validation is a forward pass; its tokens are not among those learnt from.
     extra = flops.forward_flops(shape, length) * validated

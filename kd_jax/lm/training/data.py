@@ -60,7 +60,7 @@ def prepare(
         targets, masks = held_out.targets(rows), held_out.masks(rows)
         batch = batches.arrange(held_out.tokens(rows), held_out.prompt_lengths[rows], layout, targets, masks)
         validation.append(complete(batch))
-    updates = Updates(train, layout, member.seed, spec.epochs, complete)
+    updates = Updates(train, layout, member.seed, spec.epochs, complete, count=spec.updates)
     if not on_policy:
         return Data(updates, validation, None)
     prompts, own_prompts = train, compatibility.has_own_prompts(member.corpus)

@@ -17,7 +17,8 @@ from kd_jax.runs.trackers import TRACKERS
 class TrainSpec:
     """How a model is trained."""
 
-    epochs: int = setting(5, "passes over the corpus", at_least=1)
+    epochs: int = setting(5, "passes over the corpus; 0 where updates say how long training is", at_least=0)
+    updates: int = setting(0, "updates in all, in place of epochs; 0 for as many as the epochs make", at_least=0)
     batch_size: int = setting(256, "sequences of an update", at_least=1)
     row_length: int = setting(0, "tokens of a packed row; 0 gives each sequence a row", at_least=0)
     parts: int = setting(1, "an update's batch is computed in so many parts (gradient accumulation)", at_least=1)
@@ -45,6 +46,10 @@ class TrainSpec:
                             at_least=1)  # fmt: skip
 
     def __post_init__(self):
+        if bool(self.epochs) == bool(self.updates):
+            raise ValueError(
+                f"epochs={self.epochs} and updates={self.updates}: exactly one of them is above 0 (set the other to 0)"
+            )
         if self.warmup + self.decay > 1:
             raise ValueError(f"warmup={self.warmup} and decay={self.decay} must not be above 1 together")
 

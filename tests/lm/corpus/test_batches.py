@@ -43,6 +43,11 @@ def test_each_row_once_an_epoch_in_another_order():
     assert first != second != list(range(40))
 
 
+def test_a_number_of_updates_in_place_of_epochs_is_a_part_of_the_same_order():
+    whole, part = Updates(Rows(40), LAYOUT, 3, epochs=2), Updates(Rows(40), LAYOUT, 3, epochs=0, count=13)
+    assert len(part) == 13 and seen(part) == seen(whole)[:13]
+
+
 def test_going_on_after_some_batches_is_the_rest_of_them():
     updates = Updates(Rows(40), LAYOUT, seed=3, epochs=1)
     assert seen(updates, 3) == seen(updates)[3:]

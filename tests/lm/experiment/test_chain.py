@@ -243,6 +243,17 @@ def test_rollouts_are_of_students_alone():
     ({"train.batch_size": 1000}, "config.train.batch_size=1000 of the teacher"),
     ({"compute.dtype": "int8"}, "config.compute.dtype='int8'"),
     ({"distill.divergence": "reverse_kl"}, "config.distill.divergence='reverse_kl' has no effect: no arm uses it"),
+    ({"data.text_column": "a"}, "config.data.text_column='a' has no effect: config.data.source is empty"),
+    ({"contrast.metric": "entropy"}, "config.contrast.metric='entropy' has no effect: config.contrast.arm is empty"),
+    ({"instruct.sample_temperatures": (0.5,)}, "has no effect: config.instruct.num_test is 0"),
+    ({"frontier.gains": (9.0,)}, "config.frontier.gains=(9.0,) has no effect"),
+    ({"teacher_mesh.tensor": 2}, "config.teacher_mesh.tensor=2 has no effect: no student learns"),
+    ({"evaluation.num_points": 50}, "config.evaluation.num_points=50 has no effect"),
+    ({"sampling.prompts_column": "a"}, "config.sampling.prompts_column='a' has no effect"),
+    ({"sampling.prompt": "A"}, "config.sampling.prompt='A' has no effect: config.sampling.prompt_ids is the prompt"),
+    ({"teacher.source": "a", "teacher.train.clip": 2.0}, "config.teacher.train=(clip=2.0) has no effect"),
+    ({"train.updates": 9}, "config.train.epochs=2 and updates=9: exactly one of them"),
+    ({"student.train.updates": 9}, "student.train.epochs=2 and updates=9: exactly one of them"),
     ({"mesh.tensor": 3}, "does not fit"),
 ])  # fmt: skip
 def test_faults_before_any_work(changes, message):
@@ -250,6 +261,19 @@ def test_faults_before_any_work(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         validate(config)
+
+
+def test_training_by_updates_leaves_the_stages_of_epochs_as_they_were():
+    def train(spec):
+        return next(stage for stage in chain.plan(spec, "p*") if stage.name == "teacher")
+
+    config = lm_laptop.get_config("smoke")
+    stage = train(freeze(LmSpec, config))
+    assert "updates" not in stage.settings["train"] and stage.settings["train"]["epochs"] == 2
+    config.train.update(epochs=0, updates=12)
+    # 96 sequences in batches of 16: 12 updates are the same two epochs, though another key
+    other = train(freeze(LmSpec, config))
+    assert other.settings["train"]["updates"] == 12 and other.cost.tokens == stage.cost.tokens
 
 
 @pytest.mark.parametrize("module", [

@@ -16,7 +16,7 @@ from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.lm.training import Member, TrainSpec, loop
 from kd_jax.lm.training.log import Log
 from kd_jax.runs.run import Clock
-from kd_jax.storage.files import read_rows
+from kd_jax.storage.files import read_json, read_rows
 
 TINY = PRESETS["tiny"]
 COMPUTE = Compute()
@@ -156,6 +156,16 @@ def test_checkpoints_go_when_they_are_not_wanted(corpus, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_number_of_updates_in_place_of_epochs(corpus, tmp_path):
+    # three epochs are so many updates
+    train(tmp_path / "epochs", corpus)
+    rows = [row for row in read_rows(tmp_path / "epochs/metrics.jsonl") if row["kind"] == "training"]
+    train(tmp_path / "updates", corpus, changes={"epochs": 0, "updates": rows[-1]["step"]})
+    results = [read_json(tmp_path / name / "training.json")["fingerprint"] for name in ("epochs", "updates")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
 def test_tensorboard_files(corpus, tmp_path):
     pytest.importorskip("tensorboardX")
     train(tmp_path / "t", corpus, changes={"epochs": 1, "trackers": ("tensorboard",)})
@@ -163,7 +173,8 @@ def test_tensorboard_files(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"epochs": 0}, "epochs=0 must be at least 1"),
+    ({"epochs": 0}, "epochs=0 and updates=0: exactly one of them is above 0"),
+    ({"updates": 30}, "epochs=3 and updates=30: exactly one"),
     ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
     ({"warmup": 0.6, "decay": 0.6}, "must not be above 1 together"),
     ({"trackers": ("mlflow",)}, "'mlflow' must be one of"),
