@@ -48,7 +48,6 @@ SYNONYMS = {
     "divergence": ("loss", "loss_type", "loss_fn", "objective", "kd_loss", "kl"),
     "batch_size": ("bs", "batch", "global_batch_size", "per_device_train_batch_size", "train_batch_size"),
     "parts": ("grad_accum", "gradient_accumulation", "gradient_accumulation_steps", "accumulate"),
-    "weight_decay": ("wd",),
     "clip": ("clip_norm", "grad_clip", "gradient_clip", "max_grad_norm"),
     "warmup": ("warmup_steps", "warmup_ratio", "num_warmup_steps"),
     "max_length": ("seq_len", "max_seq_length", "max_seq_len", "context_length", "block_size"),
@@ -56,19 +55,16 @@ SYNONYMS = {
     "loss_temperature": ("temperature", "kd_temperature"),
     "sample_temperatures": ("temperature", "temperatures"),
     "hard_weight": ("alpha", "ce_weight", "kd_alpha"),
-    "on_policy_fraction": ("lmbda", "lambda_"),
-    "seeds": ("num_seeds",),
     "layers": ("num_layers", "num_hidden_layers", "n_layer", "depth"),
     "heads": ("num_heads", "num_attention_heads", "n_head"),
     "width": ("hidden_size", "d_model", "n_embd", "dim"),
     "mlp": ("intermediate_size", "d_ff"),
     "source": ("model", "checkpoint", "model_name_or_path", "model_name", "dataset"),
     "trackers": ("logger", "report_to", "wandb", "tensorboard"),
-    "validations": ("eval_steps", "eval_every"),
-    "remat": ("gradient_checkpointing",),
-    "workdir": ("out", "output_dir", "logdir"),
-    "overwrite": ("force",),
-}
+    "weight_decay": ("wd",), "on_policy_fraction": ("lmbda", "lambda_"), "seeds": ("num_seeds",),
+    "validations": ("eval_steps", "eval_every"), "remat": ("gradient_checkpointing",),
+    "workdir": ("out", "output_dir", "logdir"), "overwrite": ("force",),
+}  # fmt: skip
 
 
 class Setting(NamedTuple):
