@@ -15,7 +15,7 @@ the validation split chooses, where both are as varied (distinct-2, read off bet
 Second: best of 4 minus one sample. Diversity should pay there: the order of `sharpened` and `logits` at equal
 temperature is expected to be the other way round for best of 4 than for one answer; the same order refutes that.
 
-Cost: three quarters of an hour on two quiet cores, reckoned from rates; not run yet.
+Cost: reckoned as an hour on two quiet cores; no run has ended yet. Result: none yet.
 """
 
 from ml_collections import ConfigDict

@@ -8,7 +8,9 @@ p*'s text (direct), on the teacher's text at two temperatures, and on its distri
 are also sampled at lower temperatures, which buys precision without a teacher. Whether sharpened text has more recall
 than that at equal precision is the comparison that was named before the run (config.contrast).
 
-Cost: about an hour on two quiet cores, reckoned from the rates of an earlier run. Not run whole yet.
+Cost: 78 minutes on two cores with other work on them, and 19 more for p*'s first corpus; reckoned as an hour on quiet
+ones. Result: at equal precision the student of sharpened text has 0.39 +- 0.05 nats less recall than the cooled
+direct student, that of sharpened distributions 0.17 +- 0.02 more (docs/language_models.md).
 """
 
 from ml_collections import ConfigDict

@@ -55,7 +55,7 @@ def _parser() -> command_line.Parser:
     parser.flag("dry_run", "show the stages and what they cost; nothing is written", group=plan)
     add = plan.add_argument
     add("--device", default="", metavar="8xH100", help="plan for these devices (with --dry_run)")
-    add("--mfu", type=float, metavar="SHARE", help="share of their peak that training reaches (0.4)")
+    add("--mfu", type=float, metavar="SHARE", help="share of their peak that training reaches (known for some)")
     add("--price_per_hour", type=float, metavar="PRICE", help="of one of them, in any currency")
     command_line.add_processes(parser)
     return parser
@@ -108,8 +108,7 @@ def _dry_run(args: argparse.Namespace, experiment: Any, spec: Any) -> None:
     processes = cluster.find({name: getattr(args, name) for name in cluster.NAMES})
     target = None
     if args.device:
-        mfu = 0.4 if args.mfu is None else args.mfu
-        target = devices.target(args.device, mfu, args.price_per_hour)
+        target = devices.target(args.device, args.mfu, args.price_per_hour)
         # before anything asks JAX for its devices
         devices.pretend(target.devices)
     # The settings are checked with the planned devices in place, since the mesh has to fit them.

@@ -21,6 +21,7 @@ class Chip(NamedTuple):
         bandwidth: of its memory, in bytes a second.
         usable: share of the memory that JAX allocates by default.
         cpu: whether it is this machine's CPU.
+        mfu: share of the bfloat16 peak that trainings of others reached on it (docs/speed.md has the runs).
     """
 
     memory: float
@@ -29,20 +30,21 @@ class Chip(NamedTuple):
     bandwidth: float
     usable: float = 0.75  # of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION
     cpu: bool = False
+    mfu: float = 0.35  # where no published run was found
 
 
-def _tpu(memory: float, bfloat16: float, bandwidth: float) -> Chip:
+def _tpu(memory: float, bfloat16: float, bandwidth: float, mfu: float = 0.35) -> Chip:
     # a TPU computes float32 as six bfloat16 products (jax.lax.Precision.HIGHEST)
-    return Chip(memory, bfloat16, bfloat16 / 6, bandwidth, usable=0.97)
+    return Chip(memory, bfloat16, bfloat16 / 6, bandwidth, usable=0.97, mfu=mfu)
 
 
 # From NVIDIA's data sheets (those titled "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "HGX
 # B200", "L4", "L40S" and the Ada GPU architecture white paper). Tensor cores without sparsity, where a sheet gives the
 # number with sparsity half of it; float32 is that of the ordinary cores; SXM boards unless the name says PCIe.
 GPUS = {
-    "A100-40GB": Chip(40, 312e12, 19.5e12, 1.555e12),
-    "A100-80GB": Chip(80, 312e12, 19.5e12, 2.039e12),
-    "H100": Chip(80, 989e12, 67e12, 3.35e12),
+    "A100-40GB": Chip(40, 312e12, 19.5e12, 1.555e12, mfu=0.45),
+    "A100-80GB": Chip(80, 312e12, 19.5e12, 2.039e12, mfu=0.45),
+    "H100": Chip(80, 989e12, 67e12, 3.35e12, mfu=0.3),
     "H100-PCIe": Chip(80, 756e12, 51e12, 2.0e12),
     "H200": Chip(141, 989e12, 67e12, 4.8e12),
     "B200": Chip(180, 2250e12, 80e12, 8.0e12),
@@ -54,8 +56,8 @@ GPUS = {
 TPUS = {
     "v4": _tpu(32, 275e12, 1.2e12),
     "v5e": _tpu(16, 197e12, 0.819e12),
-    "v5p": _tpu(95, 459e12, 2.765e12),
-    "v6e": _tpu(32, 918e12, 1.64e12),
+    "v5p": _tpu(95, 459e12, 2.765e12, mfu=0.6),
+    "v6e": _tpu(32, 918e12, 1.64e12, mfu=0.42),
 }
 # In these names the number counts TensorCores, two a chip; in the others it counts chips.
 _COUNTS_CORES = ("v4", "v5p")
@@ -80,21 +82,23 @@ class Target(NamedTuple):
     """
 
     devices: Devices
-    mfu: float = 0.4
+    mfu: float
     price_per_hour: float | None = None
 
 
-def target(text: str, mfu: float, price_per_hour: float | None) -> Target:
+def target(text: str, mfu: float | None, price_per_hour: float | None) -> Target:
     """The target of --device, --mfu and --price_per_hour. Raises ValueError out of range, and as `parse`.
 
     Args:
         text: of --device, as of `parse`.
-        mfu: share of the peak that is reached, above 0 and at most 1.
+        mfu: share of the peak that is reached, above 0 and at most 1; None for the chip's.
         price_per_hour: of one device; None where it is unknown.
     """
+    devices = parse(text)
+    mfu = devices.chip.mfu if mfu is None else mfu
     if not (0 < mfu <= 1 and 0 <= (price_per_hour or 0) < float("inf")):
         raise ValueError(f"--mfu={mfu} must be above 0 and at most 1, and --price_per_hour={price_per_hour} at least 0")
-    return Target(parse(text), mfu, price_per_hour)
+    return Target(devices, mfu, price_per_hour)
 
 
 def parse(text: str) -> Devices:
