@@ -154,9 +154,12 @@ def test_the_best_checkpoint_outlives_a_restart(tmp_path):
     rows = rows._replace(tokens=[np.array(ids) for ids in rows.tokens])
     for ids in rows.tokens[-8:]:
         ids[1:-1] = rng.integers(3, 120, len(ids) - 2)
+    columns = {name: column for name, column in rows._asdict().items() if column is not None}  # there is no loss_mask
+    arrival = corpus_lib.Arrival(
+        [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)], 1
+    )
     corpus = corpus_lib.write_rows(
-        corpus_lib.create_or_resume(tmp_path / "c", random.manifest["settings"], command="test"),
-        [corpus_lib.Arrival([dict(zip(rows._fields, row, strict=True)) for row in zip(*rows, strict=True)], 1)],
+        corpus_lib.create_or_resume(tmp_path / "c", random.manifest["settings"], command="test"), [arrival]
     )
     changes = {"learning_rate": 2e-2, "epochs": 8}
     alone = trainings.train(tmp_path / "alone", corpus, changes=changes)

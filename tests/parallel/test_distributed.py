@@ -355,8 +355,9 @@ def test_mixtures_in_two_processes(tmp_path):
         }
         for key, value in one.items():
             if isinstance(value, float):
-                # the entropy is a mean over draws of a teacher whose EM may end an iteration's rounding apart
-                rel = 1e-4 if key == "teacher_entropy" else 1e-5
+                # Members that share a program with others may end a rounding apart. Sharpening multiplies a
+                # difference of log-weights by beta; the direct student is fitted to the data.
+                rel = 1e-5 * max(one.get("beta") or 1, 1 if one["arm"] == "direct" else 10)
                 assert two[key] == pytest.approx(value, rel=rel, abs=1e-5), key
     device = json.loads((tmp_path / "two/manifest.json").read_text())["device"]
     assert (device["count"], device["processes"]) == (6, 2)

@@ -257,7 +257,7 @@ def test_plan_of_a_chain_over_four_devices(tmp_path):
     assert done.returncode == 0, done.stderr
     said = done.stdout
     assert "4 devices of 80 GiB and 989 TFLOP/s" in said and "mesh data=2 x fsdp=2 x tensor=1" in said
-    assert "30% of the peak (--mfu)" in said and "everything whose shape the config says fits" in said
+    assert "30% of the peak rate (--mfu)" in said and "everything whose shape the config says fits" in said
     for stage in ("p_star/train", "teacher", "samples/tau-1", "direct/seed-1", "on_policy/seed-0", "evaluation"):
         assert re.search(rf"^{stage} +\d+\.\d +[\d,]+ +\d\.\d\de", said, re.M), said
     assert not (tmp_path / "w").exists()
