@@ -159,7 +159,7 @@ def test_attention_kinds_agree(segmented, blocks):
 def test_compute_picks_the_attention(monkeypatch):
     asked = []
 
-    def causal(q, k, v, segments, kind, block, rule):
+    def causal(q, k, v, segments, kind, block, rule, mesh):
         asked.append((kind, block))
         return jnp.zeros((*q.shape[:2], q.shape[2] * q.shape[3]))
 
