@@ -96,11 +96,19 @@ def test_text_of_a_run_is_text_on_the_page_and_no_formula_in_a_figure(tmp_path):
     (folder / "manifest.json").write_text(json.dumps(manifest))
     pages.check(report.write(folder), folder)
     text = (folder / "report.html").read_text(encoding="utf-8")
-    assert "<script" not in text and text.count("&lt;script&gt;alert(1)") > 10
+    assert "<script>alert" not in text and text.count("&lt;script&gt;alert(1)") > 10
 
 
 def test_what_a_page_may_not_hold():
-    for bad in ("<script>x</script>", "<p onclick=x>", "<a href=x>", "<img src=x>", "<iframe>", "<!-- x -->"):
+    for bad in (
+        "<script>x</script>",
+        "<script src=x></script>",
+        "<p onclick=x>",
+        "<a href=x>",
+        "<img src=x>",
+        "<iframe>",
+        "<!-- x -->",
+    ):
         assert pages.Page(f"<p>a</p>{bad}").wrong
     assert not pages.Page("<p>&lt;script&gt;</p>").wrong
 

@@ -3,6 +3,7 @@
 import base64
 import json
 from html.parser import HTMLParser
+from importlib import resources
 
 from kd_jax import report
 from kd_jax.storage import files
@@ -14,9 +15,16 @@ from tests.lm.report import test_page as lm
 TAGS = {
     "html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "ul", "li", "strong", "div", "span",
     "table", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption", "footer", "dl", "dt", "dd", "details",
-    "summary", "nav", "a",
+    "summary", "nav", "a", "script", "label", "select", "input", "ol",
 }  # fmt: skip
-ATTRIBUTES = {"lang", "charset", "name", "content", "class", "alt", "src", "id", "href"}
+ATTRIBUTES = {
+    "lang", "charset", "name", "content", "class", "alt", "src", "id", "href", "type", "hidden", "checked",
+    "data-chart", "data-rows",
+}  # fmt: skip
+OWN_SCRIPTS = [
+    resources.files("kd_jax.reporting").joinpath(name).read_text("utf-8")
+    for name in ("vendor/echarts.common.min.js", "interactive.js")
+]
 OUTPUT = {"report.html", "figures"}
 
 
@@ -25,7 +33,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.wrong, self.styles = [], 0
+        self.wrong, self.styles, self.script = [], 0, None
         self.feed(text)
         self.close()
 
@@ -34,12 +42,29 @@ class Page(HTMLParser):
         if tag not in TAGS or not set(names) <= ATTRIBUTES:
             self.wrong.append(f"<{tag} {' '.join(names)}>"[:200])
         self.styles += tag == "style"
+        if tag == "script":
+            self.script, self.is_data = "", dict(attributes).get("type") == "application/json"
+            if names and not (self.is_data and names == ["type", "id"]):
+                self.wrong.append(f"<script {names}>"[:200])
         if not dict(attributes).get("href", "#").startswith("#"):
             self.wrong.append("a link to another page")
         if tag == "img":
             kind, _, data = dict(attributes)["src"].partition("base64,")
             if kind != "data:image/png;" or base64.b64decode(data)[:4] != b"\x89PNG":
                 self.wrong.append(f"an image from {kind[:99]}")
+
+    def handle_data(self, data):
+        if self.script is not None:
+            self.script += data
+
+    def handle_endtag(self, tag):
+        if tag == "script":
+            # what runs is our own files; what comes from a run is data
+            if self.is_data:
+                json.loads(self.script)
+            elif self.script not in OWN_SCRIPTS:
+                self.wrong.append(f"a script: {self.script[:99]}")
+            self.script = None
 
     def handle_comment(self, data):
         self.wrong.append(f"<!--{data[:99]}")

@@ -66,17 +66,18 @@ def linear_aligned_divergence(
     starts = [_before(side.states, spans) for side, spans in zip(both, pair[3:5], strict=True)]
     if kind == "aligned":
         starts = [
-            (before, *_texts(side, spans, one, chunk, mesh))
-            for before, side, spans, one in zip(
-                starts, both, pair[3:5], (teacher_temperature, temperature), strict=True
+            (before, *_texts(side, weight, spans, one, chunk))
+            for before, side, weight, spans, one in zip(
+                starts, both, heads, pair[3:5], (teacher_temperature, temperature), strict=True
             )
         ]
 
     def compare(piece):
-        sides, whole = piece
+        sides, whole, mask = piece
         befores = sides if kind == "uld" else [side[0] for side in sides]
+        # Masked before the loss, whose slope at a masked span may be infinite: 0 times that is NaN.
         logits = [
-            head.project(before, weight, side.softcap)
+            jnp.where(mask[..., None], head.project(before, weight, side.softcap), 0)
             for before, weight, side in zip(befores, heads, both, strict=True)
         ]
         if kind == "uld":
@@ -84,13 +85,18 @@ def linear_aligned_divergence(
                 teacher_logits=logits[0], student_logits=logits[1], temperature=temperature,
                 teacher_temperature=teacher_temperature,
             )  # fmt: skip
-        teacher_start, student_start = (Start(one, *side[1:]) for one, side in zip(logits, sides, strict=True))
+        # A masked span is taken for the first of the shared tokens, so that both sides have the same events.
+        teacher_start, student_start = (
+            Start(one, jnp.where(mask, first, ids[0]), later, single | ~mask)
+            for one, (_, first, later, single), ids in zip(logits, sides, shared, strict=True)
+        )
         return losses.aligned_divergence(
-            divergence, teacher=teacher_start, student=student_start, shared=shared, whole=whole,
+            divergence, teacher=teacher_start, student=student_start, shared=shared,
+            whole=jnp.where(mask, whole, 0),
             temperature=temperature, teacher_temperature=teacher_temperature, parameter=parameter,
         )  # fmt: skip
 
-    size, pieces = head.cut((starts, pair.whole), pair.whole.shape, chunk)
+    size, pieces = head.cut((starts, pair.whole, pair.mask), pair.whole.shape, chunk)
     # A span is projected again in the backward pass: kept logits would be [spans, vocab] of both models.
     values = head.join(jax.lax.map(jax.checkpoint(compare), pieces), size, 1)
     return jnp.where(pair.mask, values, 0.0)
@@ -115,10 +121,12 @@ def _before(states: jax.Array, spans: Spans) -> jax.Array:
     return jnp.take_along_axis(states, jnp.maximum(spans.first - 1, 0)[..., None], axis=1)
 
 
-def _texts(side: Hidden, spans: Spans, temperature: Scalar, chunk: int, mesh: Mesh | None) -> tuple[Any, ...]:
-    """(first token of each span, log-probability of its later tokens, whether it is one token), [row, span] each."""
+def _texts(side: Hidden, weight: jax.Array, spans: Spans, temperature: Scalar, chunk: int) -> tuple[Any, ...]:
+    """(first token of each span, log-probability of its later tokens, whether it is one token), [row, span] each.
 
-    weight = head.whole(side.head, side.states, mesh)
+    Args:
+        weight: the side's head, whole on each device.
+    """
 
     def log_prob(piece):
         states, labels = piece

@@ -121,19 +121,28 @@ def score_rows(
     return kept
 
 
-def by_token(model: Model, rows: Rows, mesh: Mesh | None = None) -> list[list[float | None]]:
-    """The log-probability of each token of each row, in nats; None for those that were given, not drawn.
+def by_token(model: Model, several: Sequence[Rows], mesh: Mesh | None = None) -> list[list[list[float | None]]]:
+    """The log-probability of each token of rows of several corpora, in nats, in one pass.
 
     Args:
+        several: rows of each corpus, at least one.
         mesh: where the model lies, if on more than one device.
+    Returns: for each corpus and row a value for each token; None for those that were given, not drawn.
     """
-    log_probs, _ = score.log_prob(model, *corpus_lib.padded(rows), mesh=mesh)
-    drawn = rows.learnt(np.arange(len(log_probs)), log_probs.shape[1])
-    # entry j is of token j + 1
-    return [
-        [None] + [round(float(value), 3) if own else None for value, own in zip(row, mask, strict=True)][: length - 1]
-        for row, mask, length in zip(log_probs, drawn, rows.length, strict=True)
-    ]
+    tokens = [ids for rows in several for ids in rows.tokens]
+    together = several[0]._replace(tokens=tokens, length=np.concatenate([rows.length for rows in several]))
+    log_probs, _ = score.log_prob(model, *corpus_lib.padded(together), mesh=mesh)
+    values = []
+    for rows, part in zip(
+        several, np.split(log_probs, np.cumsum([len(rows.index) for rows in several])[:-1]), strict=True
+    ):
+        drawn = rows.learnt(np.arange(len(part)), part.shape[1])
+        # entry j is of token j + 1
+        values.append([
+            [None] + [round(float(v), 3) if own else None for v, own in zip(row, mask, strict=True)][: length - 1]
+            for row, mask, length in zip(part, drawn, rows.length, strict=True)
+        ])  # fmt: skip
+    return values
 
 
 def _at_samplers(logits: jax.Array, ids: jax.Array, knobs: tuple[dict[str, jax.Array | None], ...]):

@@ -298,10 +298,10 @@ def sample_rows(
     for name, model in models.items():
         samples = model.entry.samples or corpus_lib.open(folder / "evaluation" / name / "samples")
         shown.append((name, model.entry, samples))
-    rows = []
-    for name, entry, corpus in shown:
-        samples = corpus.rows(0, min(count, spec.num_samples, spec.num_recall))
-        scores = scores_lib.by_token(p_star, samples, make_mesh(spec.mesh))
+    # As many of each, so that the columns of the page are equally long.
+    samples_of = [corpus.rows(0, min(count, spec.num_samples, spec.num_recall)) for _, _, corpus in shown]
+    scores_of, rows = scores_lib.by_token(p_star, samples_of, make_mesh(spec.mesh)), []
+    for (name, entry, _), samples, scores in zip(shown, samples_of, scores_of, strict=True):
         for i, ids in enumerate(samples.tokens):
             rows.append({
                 "name": name, "arm": entry.arm, "tau": entry.tau, "teacher": entry.teacher, "seed": entry.seed,

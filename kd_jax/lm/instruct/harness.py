@@ -4,10 +4,11 @@
     from kd_jax.lm import weights
     from kd_jax.lm.instruct.harness import HarnessModel
 
-    lm_eval.simple_evaluate(HarnessModel(weights.load("runs/instruct/checkpoints/...")), tasks=["ifeval"],
-                            apply_chat_template=True)
+    model = HarnessModel(weights.load("exported"))
+    lm_eval.simple_evaluate(model, tasks=["ifeval"], apply_chat_template=True)
 
-Scores and greedy answers are those of the harness's own class for transformers, for the same weights.
+`kd-jax export` writes such a folder for any model of a run. Scores and greedy answers are those of the harness's own
+class for transformers, for the same weights.
 """
 
 from collections import defaultdict

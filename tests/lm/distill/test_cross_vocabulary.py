@@ -149,3 +149,19 @@ def test_which_tokens_are_in_spans():
         wanted[row, first - 1 : first - 1 + spans.length[row, span]] = True
     found = cross.at_all_tokens(jnp.asarray(batch.pair.mask), jax.tree.map(jnp.asarray, spans), length)
     assert (np.asarray(found) == wanted).all() and (wanted == batch.mask).all()  # all of these texts is aligned
+
+
+@pytest.mark.parametrize("kind", cross.KINDS)
+def test_masked_spans_are_never_read(kind):
+    batch, shared, student, teacher = setup(WORDS, OTHER)
+    pair = batch.pair._replace(mask=np.zeros_like(batch.pair.mask))
+    teacher = teacher._replace(states=jnp.full_like(teacher.states, jnp.nan))
+
+    def loss(states):
+        side = student._replace(states=states)
+        return cross.linear_aligned_divergence(
+            teacher=teacher, student=side, pair=pair, shared=shared, kind=kind, divergence="reverse_kl"
+        ).sum()
+
+    value, gradient = jax.value_and_grad(loss)(student.states)
+    assert value == 0 and not np.asarray(gradient).any()

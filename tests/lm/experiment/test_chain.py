@@ -434,7 +434,7 @@ def test_adapters_of_a_checkpoint_from_config_to_report(tmp_path):
         "p_star.source": tmp_path / "base", "teacher.source": tmp_path / "base", "student.source": tmp_path / "base",
         "student.layers": 2, "student.width": 128, "student.heads": 4, "student.kv_heads": 2, "student.mlp": 384,
         "student.lora.rank": 2, "student.lora.targets": "q,down", "taus": "(0.5,)", "seeds": 1,
-        "distill.policy": "online", "teacher.layers": 2, "teacher.width": 128, "teacher.heads": 4,
+        "distill.policy": "online", "train.log_every": 1, "teacher.layers": 2, "teacher.width": 128, "teacher.heads": 4,
         "teacher.kv_heads": 2, "teacher.mlp": 384,
     }  # fmt: skip
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
@@ -448,5 +448,6 @@ def test_adapters_of_a_checkpoint_from_config_to_report(tmp_path):
         assert changed == {"q", "down"} and (params["embedding"] == base["embedding"]).all()
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     first = next(row for row in rows if row["kind"] == "training" and row.get("arm") == "online")
-    assert abs(first["divergence"]) < 1e-6  # before any update, the student is the teacher
+    # the loss of the first update, before it: the student is the teacher
+    assert first["step"] == 1 and abs(first["divergence"]) < 1e-6
     assert (tmp_path / "run" / "report.html").exists()
