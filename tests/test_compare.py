@@ -50,7 +50,7 @@ def test_runs_of_mixtures_are_paired_by_seed_as_scipy_has_it(tmp_path, capsys):
     (setting,) = lines_of(out / "figures/settings.csv")
     assert setting == {"setting": "num_distill", "a": "–", "b": "500"}
     page = (out / "compare.html").read_text(encoding="utf-8")
-    assert "2 runs that differ in 1 setting: num_distill." in page and "data:image/png;base64," in page
+    assert "2 runs that differ in 1 setting: num_distill." in page and "data:image/svg+xml;base64," in page
     assert "http:" not in page and "https:" not in page and "kd-jax compare" in page
 
 

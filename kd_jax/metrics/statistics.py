@@ -159,9 +159,10 @@ def show(mean: float, error: float) -> str:
     if not np.isfinite(mean):
         return "not available"
     if not np.isfinite(error):
-        return f"{mean:.3f}"
+        return f"{mean:z.3f}"
     if error <= 1e-12 * abs(mean):
-        return f"{mean:.3f} ± 0"
+        return f"{mean:z.3f} ± 0"
     # the exponent of the error once it is rounded: 0.0996 is 0.10
     digits = max(0, 1 - int(f"{error:.1e}".split("e")[1]))
-    return f"{mean:.{digits}f} ± {error:.{digits}f}"
+    # z: a mean that is rounded to 0 has no sign
+    return f"{mean:z.{digits}f} ± {error:.{digits}f}"

@@ -1,12 +1,13 @@
 """What all figures share: canvas, colours, style and saving.
 
-Only matplotlib's object interface is used, so its global state stays untouched.
+Only matplotlib's object interface is used, so its global state stays as it is.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -44,11 +45,12 @@ def tidy(axes) -> None:
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Writes `name`.png (150 dpi) and `name`.pdf into `folder`; returns the PNG's path."""
+    """Writes `name`.pdf, `name`.png (150 dpi) and `name`.svg into `folder`; returns the SVG's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    # The PDF is for papers, the PNG for the page.
-    for kind, dpi in (("pdf", "figure"), ("png", 150)):
+    # PDF for papers, PNG for slides and READMEs, SVG for the page.
+    for kind, options in (("pdf", {}), ("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
         path = folder / f"{name}.{kind}"
-        with replacing(path) as file:
-            figure.savefig(file, format=kind, dpi=dpi)
+        # Without the salt, ids within an SVG are random, and the same run's page would differ each time.
+        with replacing(path) as file, matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig(file, format=kind, **options)
     return path

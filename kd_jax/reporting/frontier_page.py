@@ -17,6 +17,7 @@ from kd_jax.metrics.statistics import show
 from kd_jax.reporting.figures import CMAP, DIRECT, INK, canvas, plain, tidy
 from kd_jax.reporting.page import mean_se
 from kd_jax.reporting.prices import LEVEL, Curve, Match, Price, prices, standing
+from kd_jax.reporting.tables import Number, Table
 
 MARKERS = "osD^vPXh<>p8"
 LINES = ("-", "--", ":", "-.", (0, (6, 2)), (0, (1, 3)))
@@ -149,23 +150,27 @@ def _write_values(axes, knobs: Sequence[Knob]) -> None:
             )
 
 
-def price_table(listed: Sequence[Price]) -> tuple[list[str], list[list[str]]]:
+def price_table(listed: Sequence[Price]) -> tuple[list[str], list[list[str | Number]]]:
     """Head and rows of a table of prices, by gain, the cheapest first."""
     head = ["gain", "precision", "knob", "recall lost", "price", "above the cheapest"]
     rows = []
     for before, price in zip([None, *listed], listed, strict=False):
         # Prices come by gain with the cheapest first: where the gain changes, a cheapest knob stands.
         first = before is None or before.gain != price.gain
-        above = "cheapest" if first else show(price.extra, price.extra_error)
-        own = show(price.price, price.price_error)
+        above = "cheapest" if first else Number(price.extra, price.extra_error)
+        own = Number(price.price, price.price_error)
         rows.append([f"{price.gain:g}", f"{price.precision:.2f}", price.knob, f"{price.loss:.2f}", own, above])
     return head, rows
 
 
-def match_table(listed: Sequence[Match]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table with a line for each way: its standing, and its recall minus the control's at each gain.
+def match_table(listed: Sequence[Match], note: str) -> Table:
+    """A line for each way: its standing, and its recall minus the control's at each gain; no rows without matches.
 
     An asterisk marks an adjusted p-value below 5 %.
+
+    Args:
+        listed: all ways at all gains.
+        note: whose recall is compared, and what else the page says of the table.
     """
     gains = sorted({match.gain for match in listed})
     head = ["way", "against the control", *(f"gain {gain:g}" for gain in gains)]
@@ -174,7 +179,7 @@ def match_table(listed: Sequence[Match]) -> tuple[list[str], list[list[str]]]:
         own = {match.gain: match for match in listed if match.way == way}
         cells = [_match_cell(own[gain]) if gain in own else "not reached" for gain in gains]
         rows.append([way, standing([*own.values()]), *cells])
-    return head, rows
+    return Table("against_cooled_direct", "Against the cooled direct student", head, rows, note)
 
 
 def contrast(listed: Sequence[Match], way: str, who: str, gain: float) -> str:
@@ -202,10 +207,10 @@ def contrast(listed: Sequence[Match], way: str, who: str, gain: float) -> str:
     )
 
 
-def _match_cell(match: Match) -> str:
+def _match_cell(match: Match) -> str | Number:
     if match.difference is None:
         return "control ends below"
-    return show(match.difference.mean, match.difference.error) + (" *" if match.p_value < LEVEL else "")
+    return Number(match.difference.mean, match.difference.error, " *" if match.p_value < LEVEL else "")
 
 
 def verdict(listed: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[float]) -> list[str]:

@@ -40,6 +40,7 @@ img { max-width: 100%; height: auto; background: #fff; } figure { margin: 1rem 0
 .chart { width: 100%; height: 30rem; }
 button { font: inherit; font-size: .88rem; margin: 0 .5rem .6rem 0; padding: .15rem .7rem; cursor: pointer; }
 figcaption, footer, .note { font-size: .88rem; color: var(--faint); }
+.lead { font-size: 1.1rem; }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem; }
 dt { font-weight: 600; } dd { margin: 0 0 .4rem 1rem; }
 """
@@ -48,14 +49,14 @@ _BODY = """</style></head><body>
 </thead><tbody>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endmacro %}
 {% macro figure(name, caption) %}{% if name in images %}<figure{% if name in charts %} data-chart="chart-{{ name }}"
-{% endif %}><img alt="{{ caption }}" src="data:image/png;base64,{{ images[name] }}"><figcaption>{{ caption }} File:
-figures/{{ name }}.pdf</figcaption></figure>{% if name in charts %}
+{% endif %}><img alt="{{ caption }}" src="data:image/svg+xml;base64,{{ images[name] }}"><figcaption>{{ caption }}
+Files: figures/{{ name }}.pdf, .svg, .png</figcaption></figure>{% if name in charts %}
 <script type="application/json" id="chart-{{ name }}">{{ json(charts[name]) }}</script>
 {% endif %}{% endif %}{% endmacro %}
 {% macro section(table) %}<h2>{{ table.title }}</h2>
 {% for text in table.texts %}<p>{{ text }}</p>
 {% endfor %}{% if table.rows %}{{ grid(table.head, table.rows) }}
-<p class="note">{{ table.note }} File: figures/{{ table.name }}.csv</p>{% endif %}{% endmacro %}
+<p class="note">{{ table.note }} Files: figures/{{ table.name }}.csv, .tex</p>{% endif %}{% endmacro %}
 <h1>{{ title }}</h1>
 """
 _TAIL = """<footer><h2>Reproduction</h2><dl>{% for key, value in footer %}<dt>{{ key }}</dt><dd>{{ value }}</dd>
@@ -69,7 +70,7 @@ class Beside(NamedTuple):
 
     Attributes:
         title: what the run is.
-        image: its frontier, a PNG in base64.
+        image: its frontier, an SVG in base64.
         slopes: name and value, as text, of each slope.
         note: the unit of the slopes.
     """
@@ -96,7 +97,7 @@ def render(
         command: what makes the page again; by default that of the folder's report.
         charts: as `kd_jax.reporting.charts.chart` makes them, by the name of the figure whose place they take.
         interactive: whether the template has more that interactive.js shows, such as a browser of samples.
-        values: what the template names; at least `title` and `images` (name -> base64 PNG).
+        values: what the template names; at least `title` and `images` (name -> SVG in base64).
     Returns: the page's HTML.
     """
     source = _HEAD + style + _BODY + template + _TAIL
@@ -129,7 +130,7 @@ def _with_contents(html: str) -> str:
 
 
 def embed(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:
-    """Saves each figure (PNG and PDF) into the run's figures/, and returns the PNGs in base64 by name.
+    """Saves each figure (PDF, PNG and SVG) into the run's figures/, and returns the SVGs in base64 by name.
 
     Args:
         drawn: figures by name.
@@ -161,7 +162,7 @@ def show(mean: float, error: float, digits: int = 3) -> str:
     """A mean with its standard error, as text."""
     if not np.isfinite(mean):
         return "not available"
-    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
+    return f"{mean:z.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
 
 
 def read_rows(folder: Path) -> list[dict]:

@@ -11,8 +11,9 @@ from kd_jax.gmm import findings
 from kd_jax.gmm.findings import Students, Who
 from kd_jax.gmm.specs import GmmSpec
 from kd_jax.gmm.students import AXES, DISTILLED
-from kd_jax.metrics.statistics import Interval, show, t_interval
+from kd_jax.metrics.statistics import Interval, t_interval
 from kd_jax.reporting.figures import canvas
+from kd_jax.reporting.tables import Number, Table
 
 NAMES = {
     "dim": "dimensions",
@@ -53,16 +54,22 @@ def grid(runs: dict[tuple, Students], spec: GmmSpec, base: tuple) -> dict[tuple[
     return changes
 
 
-def grid_tables(changes: dict[tuple[int, int], Change]) -> list[tuple[list[str], list[list[str]]]]:
-    """A table of the precision gained and one of the recall change, a line for each teacher."""
+def grid_tables(changes: dict[tuple[int, int], Change], ends: tuple[float, float]) -> list[Table]:
+    """A table of the change of precision and one of recall, a line for each teacher.
+
+    Args:
+        changes: as `grid` returns them; without any there is no table.
+        ends: the smallest and the largest beta.
+    """
     teachers, students = (sorted({pair[i] for pair in changes}) for i in (0, 1))
-    tables = []
-    for name in Change._fields:
+    tables, note = [], f"Change from beta {ends[0]:g} to {ends[1]:g}, in nats; mean ± standard error over seeds."
+    for name in Change._fields if changes else ():
         rows = []
         for teacher in teachers:
             cells = [getattr(changes[teacher, student], name) for student in students if (teacher, student) in changes]
-            rows.append([f"teacher {teacher}", *(show(cell.mean, cell.error) for cell in cells)])
-        tables.append(([f"change of {name}", *(f"student {student}" for student in students)], rows))
+            rows.append([f"teacher {teacher}", *(Number(*cell[:2]) for cell in cells)])
+        head = ["components", *(f"student {student}" for student in students)]
+        tables.append(Table(f"capacity_{name}", f"Capacity: change of {name}", head, rows, note))
     return tables
 
 
@@ -88,8 +95,8 @@ def figure(changes: dict[tuple[int, int], Change]) -> Figure:
     return drawn
 
 
-def varied(runs: dict[tuple, Students], base: tuple) -> tuple[list[str], list[list[str]]] | None:
-    """Head and rows of a table with a line for each setting that differs from the base in one axis alone."""
+def varied(runs: dict[tuple, Students], base: tuple) -> Table:
+    """A line for each setting that differs from the base in one axis alone; no rows where there is none."""
     rows = []
     for index, axis in enumerate(AXES):
         # the grid's settings differ in two axes and have a table of their own, but for its row and column at the base
@@ -100,22 +107,16 @@ def varied(runs: dict[tuple, Students], base: tuple) -> tuple[list[str], list[li
         ]
         for setting in sorted([*settings, base] if settings else [], key=lambda s: s[index]):
             rows.append(_line(NAMES[axis], setting[index], setting == base, runs[setting]))
-    head = [
-        "setting",
-        "value",
-        "seeds",
-        "precision slope",
-        "recall slope",
-        "precision, largest beta",
-        "recall, largest beta",
-    ]
-    return (head, rows) if rows else None
+    head = ("setting", "value", "seeds", "precision slope", "recall slope", "precision, largest beta",
+            "recall, largest beta")  # fmt: skip
+    note = "One setting is changed at a time. Slopes are means over all decades, in nats per decade of beta."
+    return Table("other_settings", "Other settings", head, rows, note)
 
 
-def _line(name: str, value: float, is_base: bool, students: Students) -> list[str]:
+def _line(name: str, value: float, is_base: bool, students: Students) -> list[str | Number]:
     betas = findings.betas(students)
     last = students[Who(DISTILLED, betas[-1])]
     slopes = [findings.slope(students, metric, betas[0], betas[-1]) for metric in Change._fields]
     values = [t_interval(last[metric]) for metric in Change._fields]
-    cells = (show(interval.mean, interval.error) for interval in (*slopes, *values))
+    cells = (Number(*interval[:2]) for interval in (*slopes, *values))
     return [name, f"{value:g}" + (" (base)" if is_base else ""), str(len(last["recall"])), *cells]

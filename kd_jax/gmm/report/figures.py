@@ -167,20 +167,26 @@ class _Picture(NamedTuple):
     x: np.ndarray  # [G], the grid's axis, the same for both dimensions
     log_density: np.ndarray  # [G, G]
     draws: np.ndarray  # [500, 2]
+    dropped: np.ndarray  # [n, 2], modes of p* outside its lowest contour
 
 
 def _picture(arrays: dict[str, np.ndarray], name: str, x: np.ndarray) -> _Picture:
     log_weights, means, covariances = (arrays[f"{name}_{field}"].astype(float) for field in Mixture._fields)
     matrices = covariances if covariances.ndim == 3 else covariances[:, :, None] * np.eye(2)
-    grid = np.stack(np.meshgrid(x, x), -1)
-    joint = [w + multivariate_normal(m, c).logpdf(grid) for w, m, c in zip(log_weights, means, matrices, strict=True)]
+
+    def log_density(points: np.ndarray) -> np.ndarray:
+        parts = zip(log_weights, means, matrices, strict=True)
+        return logsumexp([w + multivariate_normal(m, c).logpdf(points) for w, m, c in parts], axis=0)
+
     # A seed of its own: these draws are for the eye and enter no number.
     rng = np.random.default_rng(0)
     # Weights need not be normalised (gmm.mixture.Mixture).
     weights = np.exp(log_weights - log_weights.max())
     component = rng.choice(len(weights), 500, p=weights / weights.sum())
     noise = np.einsum("nij,nj->ni", np.linalg.cholesky(matrices)[component], rng.normal(size=(500, 2)))
-    return _Picture(x, logsumexp(joint, axis=0), means[component] + noise)
+    on_grid, modes = log_density(np.stack(np.meshgrid(x, x), -1)), arrays["p_star_means"].astype(float)
+    dropped = modes[log_density(modes) < on_grid.max() + min(LEVELS)]
+    return _Picture(x, on_grid, means[component] + noise, dropped)
 
 
 def _contours(axes, picture: _Picture, colour: str, linestyle: str = "solid") -> None:
@@ -190,6 +196,10 @@ def _contours(axes, picture: _Picture, colour: str, linestyle: str = "solid") ->
     values = np.clip(picture.log_density, top - 1e3, top)
     axes.contour(picture.x, picture.x, values, levels=[top + v for v in LEVELS], colors=[colour],
                  linewidths=(0.8, 1.1, 1.4), linestyles=linestyle)  # fmt: skip
+
+
+def _mark_dropped(axes, picture: _Picture) -> None:
+    axes.scatter(*picture.dropped.T, marker="x", s=90, color="black", linewidths=2.0, zorder=5)
 
 
 def _dots(axes, points: np.ndarray, colour: str, size: float = 4.0, alpha: float = 0.35) -> None:
@@ -212,15 +222,19 @@ def panels(arrays: dict[str, np.ndarray]) -> Figure:
     grid[1].set_title("training data and direct student")
     _dots(grid[1], arrays["data"], "0.2", size=9, alpha=0.7)
     _contours(grid[1], direct, RED)
+    _mark_dropped(grid[1], direct)
     grid[2].set_title("teacher")
     _dots(grid[2], arrays["data"], "0.2", size=9, alpha=0.5)
     _contours(grid[2], teacher, TEACHER)
+    _mark_dropped(grid[2], teacher)
     grid[3].set_title(f"sharpened teacher's samples, {title}")
     _contours(grid[3], p_star, "0.8")
     _dots(grid[3], sharpened.draws, TEACHER)
+    _mark_dropped(grid[3], sharpened)
     grid[4].set_title(f"distilled student, {title}")
     _dots(grid[4], distilled.draws, BLUE)
     _contours(grid[4], distilled, BLUE)
+    _mark_dropped(grid[4], distilled)
     grid[5].set_title(r"both students over $p^*$")
     _contours(grid[5], p_star, "0.75")
     _contours(grid[5], direct, RED, "dashed")
@@ -233,6 +247,7 @@ def panels(arrays: dict[str, np.ndarray]) -> Figure:
         Line2D([], [], color="0.75", label=r"$p^*$"),
         Line2D([], [], color=RED, linestyle="dashed", label="direct"),
         Line2D([], [], color=BLUE, label="distilled"),
+        Line2D([], [], color="black", linestyle="", marker="x", markeredgewidth=2, label="dropped mode"),
     ]
-    drawn.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=9)
+    drawn.legend(handles=handles, loc="outside lower right", ncols=4, frameon=False, fontsize=9)
     return drawn

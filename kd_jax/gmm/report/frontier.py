@@ -9,11 +9,11 @@ import numpy as np
 from kd_jax.gmm.frontier import CHOICE, COOLED, DIRECT, PLAIN, TEACHERS
 from kd_jax.gmm.report.page import SMOKE
 from kd_jax.gmm.specs import DIVERGENCES, GmmFrontierSpec
-from kd_jax.metrics.statistics import show
-from kd_jax.reporting import frontier_page, page, row_kinds, run_comparison
+from kd_jax.reporting import frontier_page, page, row_kinds, run_comparison, tables
 from kd_jax.reporting.frontier_page import Knob
 from kd_jax.reporting.page import mean_se, number
 from kd_jax.reporting.prices import Curve, Match, matches
+from kd_jax.reporting.tables import Number, Table
 from kd_jax.runs.settings import freeze
 from kd_jax.storage import files
 
@@ -45,38 +45,41 @@ KINDS = {"knob": row_kinds.TEXT, "value": row_kinds.FINITE, "seed": row_kinds.IN
     METRICS, row_kinds.NUMBER
 )
 
-TEMPLATE = """<p><strong>{{ finding }}</strong></p>
+AGAINST = (
+    "Recall minus that of the direct student, sampled at a lower temperature, at equal precision; mean ± standard "
+    "error over seeds, paired by seed, in nats. Gain: precision above the direct student's. An asterisk: t test, "
+    "p < 5 % with Holm's correction for all cells but the preregistered one. Where “control ends below”, no "
+    "temperature takes the direct student that far."
+)
+PRICES = (
+    "Gain: nats of precision above the plain student of the same seed. Price: nats of recall lost per nat of precision "
+    "gained, ± standard error over seeds; the last column is paired by seed. Knobs are interpolated linearly between "
+    "neighbouring settings, which top-k does not have: its prices between them are not attained. The random choice is "
+    "exact: its density is the weighted sum of the two students', and between its shares the line is a lower bound of "
+    "its recall. It needs two students' worth of components, and is the baseline that a knob should beat. A knob is "
+    "absent where no setting reaches the gain. Differences are told apart with Holm's correction for all pairs of "
+    "knobs."
+)
+STUDENTS = (
+    "Mean ± standard error over seeds, in nats. Precision is the mean of log p* over the student's samples, recall "
+    "that of the student's log density over fresh draws of p*. Jensen-Shannon beta 0 and skew forward alpha 0 are "
+    "forward KL, Jensen-Shannon beta 1 and skew reverse alpha 0 reverse KL."
+)
+FITS = (
+    "Divergence on fresh draws, and on those of the fit: a gap is what the fit took from its own draws. Gradient norm: "
+    "the largest over seeds, in nats per unit of log weight, mean and log variance. Starts: EM's student, and each of "
+    "the teacher's components."
+)
+FIT_HEAD = ("divergence", "on fresh draws", "on the fit's", "largest gradient norm", "best from EM's start")
+
+TEMPLATE = """<p class="lead"><strong>{{ finding }}</strong></p>
+<nav></nav>
 <h2>The frontier of every knob</h2>
 {{ figure("frontier", "Mean over seeds at each setting of each knob; bars are standard errors over seeds. Colour is "
  ~ "the entropy of the teacher's own samples under it: knobs of the loss leave it where it is.") }}
 <p>{{ lead }}</p>
-{% if ways %}<h2>Against the cooled direct student</h2>
-{{ grid(ways[0], ways[1]) }}
-<p class="note">Recall minus that of the direct student, sampled at a lower temperature, at equal precision; mean ±
-standard error over {{ seeds }} seeds, paired by seed, in nats. Gain: precision above the direct student's. An asterisk:
-t test, p &lt; 5 % with Holm's correction for all cells but the preregistered one. Where “control ends below”, no
-temperature takes the direct student that far.</p>{% endif %}
-<h2>Which knob buys precision most cheaply?</h2>
-{% if verdict %}<p>{{ verdict[0] }}</p>{% endif %}
-<ul>{% for sentence in verdict[1:] %}<li>{{ sentence }}</li>{% endfor %}</ul>
-{{ grid(price_head, prices) }}
-<p class="note">Gain: nats of precision above the plain student of the same seed. Price: nats of recall lost per nat of
-precision gained, ± standard error over {{ seeds }} seeds; the last column is paired by seed. Knobs are interpolated
-linearly between neighbouring settings, which top-k does not have: its prices between them are not attained. The random
-choice is exact: its density is the weighted sum of the two students', and between its shares the line is a lower bound
-of its recall. It needs two students' worth of components, and is the baseline that a knob should beat. A knob is absent
-where no setting reaches the gain. Differences are told apart with Holm's correction for all pairs of knobs.</p>
-<h2>All students</h2>
-{{ grid(head, table) }}
-<p class="note">Mean ± standard error over seeds, in nats. Precision is the mean of log p* over the student's samples,
-recall that of the student's log density over fresh draws of p*. Jensen-Shannon beta 0 and skew forward alpha 0 are
-forward KL, Jensen-Shannon beta 1 and skew reverse alpha 0 reverse KL.</p>
-<h2>Did the fits by gradient converge?</h2>
-<p>{{ check }}</p>
-{{ grid(fit_head, fits) }}
-<p class="note">Divergence on fresh draws, and on those of the fit: a gap is what the fit took from its own draws.
-Gradient norm: the largest over seeds, in nats per unit of log weight, mean and log variance. Starts: EM's student, and
-each of the teacher's components.</p>
+{% for table in tables %}{{ section(table) }}
+{% endfor %}
 """
 
 
@@ -96,24 +99,25 @@ def write(folder: str | Path) -> Path:
     # A smoke run shows its numbers and draws no conclusions from them.
     against = [] if spec.smoke else _against(students, [*knobs, *free], spec)
     cooled = [students[COOLED[DIRECT]]] if COOLED[DIRECT] in students else []
-    price_head, price_rows = frontier_page.price_table(prices)
+    verdict = [] if spec.smoke else frontier_page.verdict(prices, [*knobs, *free], gains)
     seeds = len(reference["recall"])
+    all_students = [row for knob in [direct, plain, *knobs, *cooled, *free] if knob for row in _rows(knob)]
+    fits = [row for name in DIVERGENCES if name in students for row in _fits(students[name])]
+    shown = [
+        frontier_page.match_table(against, AGAINST),
+        Table("prices", "Which knob buys precision most cheaply?", *frontier_page.price_table(prices), PRICES, verdict),
+        Table("students", "All students", ("student", *COLUMNS.values()), all_students, STUDENTS),
+        Table("fits", "Did the fits by gradient converge?", FIT_HEAD, fits, FITS, [_check(students)]),
+    ]
+    shown = [table for table in shown if table.rows or table.texts]
+    tables.save(shown, folder)
     html = page.render(
         TEMPLATE,
         folder=folder,
         title=TITLE,
         finding=_finding(against, spec, seeds),
         lead=_lead(seeds),
-        ways=frontier_page.match_table(against) if against else None,
-        verdict=[] if spec.smoke else frontier_page.verdict(prices, [*knobs, *free], gains),
-        price_head=price_head,
-        prices=price_rows,
-        seeds=seeds,
-        head=["student", *COLUMNS.values()],
-        table=[row for knob in [direct, plain, *knobs, *cooled, *free] if knob for row in _rows(knob, COLUMNS)],
-        check=_check(students),
-        fit_head=["divergence", "on fresh draws", "on the fit's", "largest gradient norm", "best from EM's start"],
-        fits=[row for name in DIVERGENCES if name in students for row in _fits(students[name])],
+        tables=shown,
         images=page.embed(
             {"frontier": frontier_page.figure([*knobs, *cooled, *free], plain, direct, zoom=ZOOM)}, folder
         ),
@@ -132,14 +136,14 @@ def _lead(seeds: int) -> str:
     )
 
 
-def _rows(knob: Knob, columns) -> list[list[str]]:
+def _rows(knob: Knob) -> list[list[str | Number]]:
     """A line of the table per setting."""
     names = [f"{knob.name} = {value}" if value else knob.name for value in knob.values]
-    cells = [[show(*mean_se(knob.metrics[column][s])) for column in columns] for s in range(len(names))]
+    cells = [[Number(*mean_se(knob.metrics[column][s])) for column in COLUMNS] for s in range(len(names))]
     return [[name, *row] for name, row in zip(names, cells, strict=True)]
 
 
-def _fits(knob: Knob) -> list[list[str]]:
+def _fits(knob: Knob) -> list[list[str | Number]]:
     """A line per setting on how its fits ended."""
     lines = []
     for s, value in enumerate(knob.values):
@@ -147,7 +151,7 @@ def _fits(knob: Knob) -> list[list[str]]:
             knob.metrics[name][s] for name in ("divergence", "objective", "gradient_norm", "start")
         )
         # The largest norm: a single fit that did not converge would not show in a mean.
-        row = [f"{knob.name} = {value}", show(*mean_se(fresh)), show(*mean_se(own)), f"{norm.max():.1e}"]
+        row = [f"{knob.name} = {value}", Number(*mean_se(fresh)), Number(*mean_se(own)), f"{norm.max():.1e}"]
         # Start 0 is EM's student.
         lines.append([*row, f"{np.mean(start == 0):.0%}"])
     return lines

@@ -12,8 +12,9 @@ from kd_jax.gmm.report import capacity, figures
 from kd_jax.gmm.specs import GmmSpec
 from kd_jax.gmm.students import CONTROLS, DIRECT, DISTILLED, PLAIN
 from kd_jax.metrics.statistics import show, t_interval
-from kd_jax.reporting import frontier_page, page
+from kd_jax.reporting import frontier_page, page, tables
 from kd_jax.reporting.prices import Match, standing
+from kd_jax.reporting.tables import Number, Table
 from kd_jax.storage import files
 from kd_jax.storage.errors import RunError
 
@@ -39,44 +40,38 @@ SMOKE = (
     "and none are drawn."
 )
 
-TEMPLATE = """<p><strong>{{ finding }}</strong></p>
+SLOPES = "Nats per decade, paired by seed; mean ± standard error over seeds."
+AGAINST = (
+    "Recall minus that of the direct student, sampled at a lower temperature, at equal precision; mean ± standard "
+    "error over seeds, paired by seed, in nats. Gain: precision above the direct student's, in nats. An asterisk: "
+    "t test, p < 5 % with Holm's correction for all cells but the preregistered one. Between neighbouring settings "
+    "curves are interpolated linearly. Where “control ends below”, no temperature takes the direct student that far."
+)
+CHOSEN = (
+    "Mean ± standard error over seeds, in nats. Teacher entropy is that of what the student was fitted to, measured on "
+    "those draws. The heaviest, a random and the lightest component of the teacher have the same entropy of weights, "
+    "zero: if only the choice of likely regions raised precision, the lightest would not."
+)
+SPREAD = "Median and quantiles over seeds, in nats. Recall is skewed: a few seeds lose far more than the others."
+
+TEMPLATE = """<p class="lead"><strong>{{ finding }}</strong></p>
 {% if contrast %}<p>{{ contrast }}</p>{% endif %}
+<nav></nav>
+<h2>What distillation did</h2>
+{{ figure("panels", "The first seed. Contours lie 0.5, 2 and 4.5 nats below each density's mode. A cross marks a mode "
+ ~ "of p* that the density has dropped: it lies outside the lowest contour.") }}
 {{ figure("frontier", "Precision and recall, means over seeds, with 95 % intervals: all of it, and what lies near the "
  ~ "direct student. The red line is the student that was fitted to the data and is merely sampled at lower "
- ~ "temperatures; a "
- ~ "way of distilling is worth its price where it lies above that line.") }}
+ ~ "temperatures; a way of distilling is worth its price where it lies above that line.") }}
 <p>{{ setup }}</p>
-{% if ways %}<h2>Against the cooled direct student</h2>
-{{ grid(ways[0], ways[1]) }}
-<p class="note">Recall minus that of the direct student, sampled at a lower temperature, at equal precision; mean
-± standard error over seeds, paired by seed, in nats. Gain: precision above the direct student's, in nats. An asterisk:
-t test, p &lt; 5 % with Holm's correction for all cells but the preregistered one. Between neighbouring settings curves
-are interpolated linearly. Where “control ends below”, no temperature takes the direct student that far.</p>{% endif %}
-<h2>Slope of each decade of beta</h2>
-{{ grid(["beta", "precision per decade", "recall per decade"], slopes) }}
-<p class="note">Nats per decade, paired by seed; mean ± standard error over seeds.</p>
-<h2>Chosen students</h2>
-{{ grid(head, table) }}
-<p class="note">Mean ± standard error over seeds, in nats. Teacher entropy is that of what the student was fitted to,
-measured on those draws. The heaviest, a random and the lightest component of the teacher have the same entropy of
-weights, zero: if only the choice of likely regions raised precision, the lightest would not.</p>
-<p>{{ notebook }}</p>
-<h2>Medians and spread over seeds</h2>
-{{ grid(["student", "precision: median", "5 to 95 %", "recall: median", "5 to 95 %"], spread) }}
-<p class="note">Recall is skewed: a few seeds lose far more than the others.</p>
-<h2>Precision and recall against beta and teacher entropy</h2>
+{% for table in tables %}{{ section(table) }}
+{% endfor %}<h2>Precision and recall against beta and teacher entropy</h2>
 {{ figure("curves", "Distilled students; the dashed line is the direct student's mean, with its 95 % interval. "
  ~ "Triangles: students of a single teacher component.") }}
-{% if "panels" in images %}<h2>Densities, first seed</h2>
-{{ figure("panels", "Contours lie 0.5, 2 and 4.5 nats below each density's mode.") }}{% endif %}
-{% if grids %}<h2>Capacity: components of teacher and student</h2>
+{% if others %}<h2>Other sizes and settings</h2>
 {{ figure("capacity", "What the largest beta changes, compared with the smallest; blue is a gain, red a loss.") }}
-{% for head, rows in grids %}{{ grid(head, rows) }}{% endfor %}
-<p class="note">Change from beta {{ ends }}, in nats; mean ± standard error over seeds.</p>{% endif %}
-{% if varied %}<h2>Other settings</h2>
-{{ grid(varied[0], varied[1]) }}
-<p class="note">One setting is changed at a time. Slopes are means over all decades, in nats per decade of beta.</p>
-{% endif %}
+{% for table in others %}{{ section(table) }}
+{% endfor %}{% endif %}
 """
 
 
@@ -104,6 +99,11 @@ def write(folder: str | Path) -> Path:
         drawn["capacity"] = capacity.figure(grid)
     betas = findings.betas(students)
     finding = SMOKE.format(seeds=seeds) if spec.smoke else _finding(compared, students)
+    shown = [frontier_page.match_table(compared, AGAINST), *_tables(students)]
+    others = [*capacity.grid_tables(grid, (betas[0], betas[-1])), capacity.varied(runs, base_setting)]
+    # Some runs have no other temperatures or settings.
+    shown, others = ([table for table in listed if table.rows] for listed in (shown, others))
+    tables.save([*shown, *others], folder)
     html = page.render(
         TEMPLATE,
         folder=folder,
@@ -111,15 +111,8 @@ def write(folder: str | Path) -> Path:
         finding=finding,
         contrast=findings.contrast(compared, spec),
         setup=_setup(spec, seeds),
-        ways=frontier_page.match_table(compared) if compared else None,
-        slopes=_slopes(students),
-        head=["student", *COLUMNS.values()],
-        table=[[_name(who), *_cells(students[who])] for who in _chosen(students)],
-        notebook=NOTEBOOK,
-        spread=[[_name(who), *_spread(students[who])] for who in _chosen(students)],
-        grids=capacity.grid_tables(grid) if grid else [],
-        ends=f"{betas[0]:g} to {betas[-1]:g}",
-        varied=capacity.varied(runs, base_setting),
+        tables=shown,
+        others=others,
         images=page.embed(drawn, folder),
         charts={"frontier": figures.chart(students, findings.ways(students))},
     )
@@ -134,7 +127,7 @@ def beside(folder: str | Path) -> page.Beside:
     students = next(iter(findings.load(folder).values()))
     drawn = {"frontier": figures.frontier(students, findings.ways(students))}
     image = page.embed(drawn, folder)["frontier"]
-    slopes = [(f"{name}, beta {row[0]}", row[1 + i]) for row in _slopes(students) for i, name in enumerate(_TWO)]
+    slopes = [(f"{name}, beta {row[0]}", str(row[1 + i])) for row in _slopes(students) for i, name in enumerate(_TWO)]
     return page.Beside(f"Gaussian mixture, {folder.resolve().name}", image, slopes, "nats per decade of beta")
 
 
@@ -176,11 +169,26 @@ def _setup(spec: GmmSpec, seeds: int) -> str:
     )
 
 
-def _slopes(students: Students) -> list[list[str]]:
+def _tables(students: Students) -> list[Table]:
+    """Slopes, the chosen students and their spread over seeds."""
+    chosen = {_name(who): students[who] for who in _chosen(students)}
+    quantiles = ("median", "5 %", "95 %")
+    return [
+        Table("slopes", "Slope of each decade of beta", ("beta", *(f"{name} per decade" for name in _TWO)),
+              _slopes(students), SLOPES),
+        Table("students", "Chosen students", ("student", *COLUMNS.values()),
+              [[name, *_cells(metrics)] for name, metrics in chosen.items()], f"{CHOSEN} {NOTEBOOK}"),
+        Table("spread", "Medians and spread over seeds",
+              ("student", *(f"{name}: {quantile}" for name in _TWO for quantile in quantiles)),
+              [[name, *_spread(metrics)] for name, metrics in chosen.items()], SPREAD),
+    ]  # fmt: skip
+
+
+def _slopes(students: Students) -> list[list[str | Number]]:
     rows = []
     for low, high in findings.decades(students):
         slopes = [findings.slope(students, name, low, high) for name in _TWO]
-        rows.append([f"{low:g} to {high:g}", *(show(s.mean, s.error) for s in slopes)])
+        rows.append([f"{low:g} to {high:g}", *(Number(*slope[:2]) for slope in slopes)])
     return rows
 
 
@@ -197,25 +205,21 @@ def _name(who: Who) -> str:
     return {DIRECT: "direct", PLAIN: "unsharpened teacher"}.get(who.arm, f"{who.arm} component")
 
 
-def _cells(metrics: dict[str, np.ndarray]) -> list[str]:
+def _cells(metrics: dict[str, np.ndarray]) -> list[Number]:
     """Mean ± standard error of each column, or how many seeds are not finite."""
     cells = []
     for name in COLUMNS:
         values = metrics.get(name, np.array([np.nan]))
         # A single -inf makes the mean -inf: how many there are says more than the mean.
         bad = int((~np.isfinite(values)).sum())
-        interval = t_interval(values)
-        cells.append(f"{values.mean()} ({bad} of {values.size} seeds)" if bad else show(interval.mean, interval.error))
+        remark = f" ({bad} of {values.size} seeds)" if bad else ""
+        cells.append(Number(*t_interval(values)[:2]) if not bad else Number(values.mean(), np.nan, remark))
     return cells
 
 
-def _spread(metrics: dict[str, np.ndarray]) -> list[str]:
-    cells = []
-    for name in _TWO:
-        # Quantiles: recall is skewed, and a mean of it hides what most seeds do.
-        low, median, high = np.quantile(metrics[name], [0.05, 0.5, 0.95])
-        cells += [f"{median:.2f}", f"{low:.2f} to {high:.2f}"]
-    return cells
+def _spread(metrics: dict[str, np.ndarray]) -> list[Number]:
+    # Quantiles: recall is skewed, and a mean of it hides what most seeds do.
+    return [Number(float(np.quantile(metrics[name], level))) for name in _TWO for level in (0.5, 0.05, 0.95)]
 
 
 def _panels(path: Path) -> dict[str, np.ndarray]:

@@ -59,7 +59,7 @@ NOT_COOLED = (
 )
 
 STYLE = """.beside { display: flex; flex-wrap: wrap; gap: 1.5rem; } .beside > div { flex: 1 1 24rem; min-width: 0; }
-.lead { font-size: 1.1rem; } .findings li { margin: .25rem 0; }
+.findings li { margin: .25rem 0; }
 .samples td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
 .samples td > div { width: 17rem; max-height: 22rem; overflow-y: auto; } .samples td:first-child { min-width: 2rem; }
 .samples th { text-align: left; }
@@ -80,7 +80,7 @@ TEMPLATE = """{% if preregistered %}<p class="lead"><strong>{{ preregistered }}<
 {% if "frontier" in images or beside %}<h2>What distillation did</h2>
 {% if beside %}<div class="beside"><div><h3>This run</h3>{{ figure("frontier", captions.frontier) }}</div>
 {% for other in beside %}<div><h3>{{ other.title }}</h3>
-<figure><img alt="frontier of {{ other.title }}" src="data:image/png;base64,{{ other.image }}"></figure>
+<figure><img alt="frontier of {{ other.title }}" src="data:image/svg+xml;base64,{{ other.image }}"></figure>
 {{ grid(["metric", "slope (" ~ other.note ~ ")"], other.slopes) }}</div>{% endfor %}</div>
 {% else %}{{ figure("frontier", captions.frontier) }}{% endif %}
 <ul class="findings">{% for verdict, text in findings %}<li><strong>{{ verdict }}.</strong> {{ text }}</li>

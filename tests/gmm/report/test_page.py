@@ -170,7 +170,7 @@ def test_row_of_something_else_is_named(tmp_path):
 def test_beside_is_the_frontier_and_the_slopes_of_the_first_setting(tmp_path):
     folder = make_run(tmp_path / "run", make_rows() + make_rows(num_data=400), with_panels=False)
     short = page.beside(folder)
-    assert base64.b64decode(short.image) == (folder / "figures" / "frontier.png").read_bytes()
+    assert base64.b64decode(short.image) == (folder / "figures" / "frontier.svg").read_bytes()
     students = next(iter(findings.load(folder).values()))
     first = findings.slope(students, "precision", 1.0, 10.0)
     assert short.slopes[0][0] == "precision, beta 1 to 10" and short.slopes[0][1].startswith(f"{first.mean:.3f}")

@@ -159,7 +159,7 @@ def test_tables_are_numpy_over_seeds(tmp_path, undrawn):
     direct = next(line for line in lines if line.startswith("direct,")).split(",")
     values = of(rows, "direct", None, "precision")
     assert [float(x) for x in direct[2:4]] == pytest.approx([np.mean(values), np.std(values, ddof=1) / np.sqrt(3)])
-    assert "File: figures/per_token.csv" in source and "± 0.00<" not in source
+    assert "Files: figures/per_token.csv, .tex" in source and "± 0.00<" not in source
 
 
 def test_one_seed_has_errors_over_sequences_and_says_so(tmp_path, undrawn):
@@ -350,13 +350,14 @@ def test_page_is_whole_and_offline(tmp_path):
     links = Links()
     links.feed(source)
     images = [link for link in links.found if not link.startswith("#")]
-    assert len(images) == 4 and all(link.startswith("data:image/png;base64,") for link in images)
+    assert len(images) == 4 and all(link.startswith("data:image/svg+xml;base64,") for link in images)
     assert not links.tags & {"link", "iframe", "object", "embed", "base"}
     assert "<script src" not in source
     assert "@import" not in source and "url(" not in source
     for figure in ("frontier", "curves", "divergences", "training"):
         assert (path.parent / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert (path.parent / "figures" / f"{figure}.pdf").read_bytes().startswith(b"%PDF")
+        assert f"Files: figures/{figure}.pdf, .svg, .png" in source
     assert "<td>teacher.layers</td><td>4</td>" in source and "kd_jax.train &lt;x&gt;" in source
     # the four stages' shares of 3112.75 s, and what their training spends on data, logging and checkpoints
     assert "<td>students</td><td>1,800.2</td><td>57.8%</td><td>100,000</td><td>56</td><td>1.0%</td>" in source
