@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.instruct.update(
         num_validation=16, num_test=48, samples_per_prompt=4, sample_temperatures=(1.0, 0.8, 0.6), arm="sharpened"
     )
-    config.train.update(epochs=1, batch_size=8, learning_rate=1e-3, validations=3)
+    config.train.update(epochs=0, updates=150, batch_size=4, learning_rate=1e-3, validations=3)
     if arg == "smoke":
         config.p_star.update(source="", architecture="tiny")
         config.teacher.update(source="", layers=2, width=32, heads=2, kv_heads=1, mlp=64)
@@ -48,7 +48,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.seeds = 1
         config.evaluation.sample_temperatures = (1.0, 0.8)
         config.instruct.update(num_validation=6, num_test=6, samples_per_prompt=2, sample_temperatures=(1.0, 0.8))
-        config.train.update(epochs=1, batch_size=16, validations=1, log_every=2)
+        config.train.update(epochs=0, updates=3, batch_size=16, validations=1, log_every=2)
     elif arg:
         raise ValueError(f"configs/lm_instruct_laptop.py:{arg} is not known; there is lm_instruct_laptop.py:smoke")
     return config
