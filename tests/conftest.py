@@ -16,6 +16,8 @@ def pytest_collection_modifyitems(items):
     # @pytest.mark.fast(n): of the cases of a test, only the first n are among the fast ones
     cases = collections.Counter()
     for item in items:
+        if item.get_closest_marker("long") is not None:
+            item.add_marker(pytest.mark.slow)
         mark = item.get_closest_marker("fast")
         if mark is not None:
             test = item.nodeid.partition("[")[0]

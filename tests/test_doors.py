@@ -49,7 +49,7 @@ def end(started):
     return [[line for line in out.splitlines() if not line.startswith("[Gloo]")] for out, _ in ended]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_teacher_and_evaluate_in_two_processes(model, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     for name in ("sample", "teacher", "evaluate"):

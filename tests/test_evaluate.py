@@ -287,7 +287,7 @@ def test_interrupted_says_how_to_go_on(sources, tmp_path, monkeypatch, capsys):
     assert a == b
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_goes_on_to_the_same_bits(sources, tmp_path):
     environment = {**os.environ, "KD_JAX_CACHE": str(tmp_path / "cache")}
 

@@ -60,6 +60,7 @@ def test_a_student_of_a_run_with_its_card(run, tmp_path, model, capsys):
     assert "has other files too (notes.txt)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_belongs_to_no_run(tmp_path, model):
     weights.save(model, tmp_path / "mine")
     assert exported(tmp_path / "mine", tmp_path / "out", "--dtype=bfloat16") == 0
@@ -83,6 +84,7 @@ class Hub:
         self.calls.append(("upload_folder", repo_id, folder_path))
 
 
+@pytest.mark.slow
 def test_push_asks_for_the_token_first_and_uploads_the_folder(tmp_path, model, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     weights.save(model, tmp_path / "mine")

@@ -113,7 +113,7 @@ def same(found, whole, name):
         np.testing.assert_allclose(found[key], whole[key], rtol=1e-5, atol=1e-5, err_msg=f"{name}: {key}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_saved_on_one_mesh_goes_on_on_each_other(counting, tmp_path):
     arguments = {"corpus": counting, "folder": str(tmp_path), "meshes": MESHES}
     (found,) = run(IN_ONE_PROCESS, 1, 8, arguments)

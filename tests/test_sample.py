@@ -406,7 +406,7 @@ def test_prompts_of_a_file_with_several_samples_each(tmp_path, capsys):
     assert "prompts_fingerprint" in error_of(capsys, run(*words, "--out", tmp_path / "c"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_goes_on_and_another_run_compiles_nothing(tmp_path):
     export_tiny(tmp_path / "model")
     environment = {**os.environ, "KD_JAX_CACHE": str(tmp_path / "cache")}

@@ -11,7 +11,7 @@ from kd_jax.lm.model import attention
 from kd_jax.parallel import devices
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_to_the_end(tmp_path):
     code = accelerator.main(["--tiny", "--json", str(tmp_path / "rows.json")])
     assert code == 0

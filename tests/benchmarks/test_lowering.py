@@ -16,12 +16,13 @@ def lower(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_two_programs_in_the_small_form():
     code, output = lower("--shape", "tiny", "--programs", "scoring,sampling")
     assert code == 0 and output.endswith("8 of 8 programs are as they should be\n"), output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("shape", ["tiny", "135m"])
 @pytest.mark.parametrize("platform", programs.PLATFORMS)
 def test_all_programs(shape, platform):
@@ -39,6 +40,7 @@ def test_whole_logits_are_a_fault(monkeypatch):
     assert "[24,255,320] is as large as the logits of all 6120 tokens" in fault
 
 
+@pytest.mark.slow
 def test_what_does_not_lower_is_a_fault():
     # cuDNN is not installed with JAX for CPUs
     with choosing_for("cuda"):

@@ -102,7 +102,7 @@ def test_a_checkpoint(disk, background):
     assert [path.name for path in folder.iterdir()] == ["1"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training(disk, tmp_path):
     corpus = trainings.make_corpus(tmp_path / "c")
     straight = trainings.train(tmp_path / "straight", corpus)
@@ -122,7 +122,7 @@ def test_a_training(disk, tmp_path):
     assert trainings.numbers(folder) == trainings.numbers(tmp_path / "straight")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_report(disk, tmp_path):
     gmm.make_run(tmp_path / "w", gmm.make_rows())
     whole = page.write(tmp_path / "w").read_bytes()

@@ -27,7 +27,7 @@ def test_mixtures_in_short(gmm):
     assert soak.soak(gmm, 2, seed=1, moments=("term",)) >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_chain_in_short(lm):
     assert soak.soak(lm, 3, seed=0, moments=("cpu", "rename", "term")) >= 1
 
@@ -59,7 +59,7 @@ def test_fifty_rounds_of_a_sweep(gmm):
     soak.soak(gmm, 50, seed=0, clocks=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name, stride", [("sweep", 7), ("chain", 3), ("page", 5)])
 def test_killed_at_places_of(name, stride, tmp_path):
     words = [sys.executable, "-m", "tests.faults.everywhere", name, "--stride", stride]

@@ -64,7 +64,7 @@ def check(subject, workdir, ended):
     assert runs.numbers(workdir) == subject.straight[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_few_starts_in_one_folder(subject, tmp_path):
     check(subject, tmp_path / "run", crowd(subject, tmp_path / "run", starts=6, kills=1, seed=0))
 

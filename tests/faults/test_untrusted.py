@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 CODE = sorted(Path(kd_jax.__file__).parent.rglob("*.py"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_damaged_files_give_what_they_say_or_a_clear_error(tmp_path):
     """A short form of `python -m tests.faults.fuzz --seconds 300`, in a process that may die of it."""
     options = ["--inside", "--undrawn", "--cases", "8", "--keep", str(tmp_path)]

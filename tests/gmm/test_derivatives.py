@@ -129,7 +129,7 @@ print(*[float(v) for v in (fit.log_likelihood[-1], log_prob(fit.mixture, x).mean
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_x64_gives_the_same_numbers():
     def numbers(flag):
         command = [sys.executable, "-c", X64]

@@ -213,7 +213,7 @@ def train(folder, *flags, check=True):
     return subprocess.run([*command, *flags], cwd=ROOT, check=check, capture_output=True, text=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_resumes_exactly_and_a_finished_one_is_left_alone(tmp_path):
     # One seed a chunk: memory for less than one.
     train(tmp_path / "whole", "--config.memory_gib=1e-9")
@@ -244,7 +244,7 @@ def test_a_run_resumes_exactly_and_a_finished_one_is_left_alone(tmp_path):
     assert other.returncode != 0 and "seeds" in other.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_loses_nothing(tmp_path):
     flags = ("--config.memory_gib=1e-9", "--config.seeds=30")
     train(tmp_path / "whole", *flags)

@@ -163,6 +163,7 @@ def test_reverse_kl_to_a_gaussian_is_that_gaussian():
     assert fit.gradient_norm < 1e-3 and abs(fit.objective[-1]) < 1e-3
 
 
+@pytest.mark.slow
 def test_reverse_kl_to_separated_modes_sits_on_one():
     """A Gaussian equal to one corner's mode of p*, which is exact where the modes are infinitely far apart."""
     for separation, tolerance in ((1.0, 0.04), (2.0, 0.01)):
@@ -181,6 +182,7 @@ def test_reverse_kl_to_separated_modes_sits_on_one():
         np.testing.assert_allclose(recall, exact_recall, rtol=tolerance)
 
 
+@pytest.mark.slow
 def test_gradient_norm_and_fresh_draws_tell_an_unconverged_fit():
     start = gaussian([0.8, 0.9], [0.1, 0.1])
     slow, good = (fit_one(dv.reverse_kl(), modes(2), start, rate=rate) for rate in (1e-4, 0.1))

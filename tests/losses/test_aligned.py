@@ -47,7 +47,7 @@ def start(logits, first, later=None):
     return Start(jnp.float32(logits), jnp.int32(first), jnp.float32(later), jnp.asarray(later == 0))
 
 
-@pytest.mark.fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", losses.DIVERGENCES)
 def test_with_one_vocabulary_it_is_the_plain_divergence(name):
     teacher, student = (2 * RANDOM.standard_normal((5, 7)) for _ in range(2))

@@ -204,6 +204,7 @@ def top_k(hidden, head):
     return losses.masked_mean(values, MASK).mean
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function, dense",
     [

@@ -105,7 +105,7 @@ def assert_close(got, wanted, rtol=1e-5, **kw):
 # --- equal to the definition ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fast(4)
+@pytest.mark.fast(1)
 @pytest.mark.parametrize("name, parameter", [(name, p) for name in NAMES for p in PARAMETERS[name] if p != 2.0])
 def test_value_and_gradients_are_the_dense_ones(name, parameter):
     inputs = Inputs()
@@ -831,7 +831,7 @@ def over_devices(*cases):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_over_eight_devices_nothing_is_gathered():
     same, other = ([136, 136], 130), ([136, 152], 130)
     cases = [

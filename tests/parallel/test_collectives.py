@@ -101,7 +101,7 @@ def matrices(architecture):
     return a.num_hidden_layers * layer, a.vocab_size * a.hidden_size
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("policy", "few", "many"),
     [

@@ -342,7 +342,7 @@ def local(count, devices, *flags):
     return launcher.returncode, out + err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mixtures_in_two_processes(tmp_path):
     subprocess.run(train_command(tmp_path / "one"), check=True, cwd=ROOT, env=processes.environment(1), timeout=300)
     for again in (False, True):

@@ -80,6 +80,7 @@ def test_what_prompts_have_in_common_runs_once(monkeypatch):
     assert_log_probs(apart)
 
 
+@pytest.mark.slow
 def test_long_prompts_run_in_chunks(usual, monkeypatch):
     monkeypatch.setattr(prefill, "_CHUNK", 16)
     prefill._begin.clear_cache()
@@ -87,9 +88,13 @@ def test_long_prompts_run_in_chunks(usual, monkeypatch):
     prefill._begin.clear_cache()
 
 
-def test_one_prompt_and_bad_numbers():
+@pytest.mark.slow
+def test_one_prompt_of_several():
     one = run(small(), [3], 4, samples_per_prompt=4)
     assert_same(run(small(), [[3], [5]], 4, samples_per_prompt=4), one)
+
+
+def test_more_samples_than_the_prompts_have():
     for count in (0, 5):
         with pytest.raises(ValueError, match=f"1 prompts with 4 samples each are not {count} samples"):
             next(decode.stream(small(), [3], count, samples_per_prompt=4, max_length=9))

@@ -145,6 +145,7 @@ def test_samples_carry_on_where_they_stopped(first):
     assert_same(run(small(), num_samples=first), rows_of(usual(), slice(first)))
 
 
+@pytest.mark.slow
 def test_generate_is_the_stream_in_order():
     tokens, lengths, log_probs = decode.generate(
         small(), PROMPT, NUM_SAMPLES, max_length=MAX_LENGTH, seed=SEED, batch_size=8
@@ -228,7 +229,7 @@ print("same answers", *sizes)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_does_not_depend_on_the_devices(tmp_path):
     samples = usual()
     names = ("tokens", "lengths", "finished", "log_probs", "sample_log_probs")
@@ -370,7 +371,7 @@ def test_rows_stop_at_their_own_eos(batch_size):
     assert samples.finished.all() and samples.lengths.tolist() == [5, 4, 6, 10, 2, 7, 3]
 
 
-@pytest.mark.fast(3)
+@pytest.mark.fast(1)
 @pytest.mark.parametrize(
     "eos_ids, max_length, stop, finished",
     [
@@ -454,7 +455,7 @@ def test_no_more_slots_than_samples_where_that_pays(slots_held, monkeypatch):
 SEVERAL = [np.arange(40, 69), [3], [3, 100, 159, 5, 0]]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "prompt, eos_ids, max_length",
     [(PROMPT, tuple(range(0, 160, 8)), 40), (np.arange(70) + 40, EOS, 140), (SEVERAL, (), 40)],

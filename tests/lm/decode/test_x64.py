@@ -10,7 +10,7 @@ from tests.lm.decode.test_sampler import SMALL, Model, model
 OPTIONS = {"max_length": 12, "seed": 7, "batch_size": 4}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "knobs",
     [{"sample_temperature": 0.7, "top_k": 20, "top_p": 0.8, "min_p": 0.01}, {}],

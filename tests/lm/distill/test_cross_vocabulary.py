@@ -78,7 +78,7 @@ def test_aligned_divergence_is_the_definition(name):
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", losses.DIVERGENCES)
 def test_with_one_tokenizer_it_is_the_plain_divergence(name):
     batch, shared, student, teacher = setup(WORDS, WORDS)
@@ -151,6 +151,7 @@ def test_which_tokens_are_in_spans():
     assert (np.asarray(found) == wanted).all() and (wanted == batch.mask).all()  # all of these texts is aligned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", cross.KINDS)
 def test_masked_spans_are_never_read(kind):
     batch, shared, student, teacher = setup(WORDS, OTHER)

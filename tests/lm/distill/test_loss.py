@@ -241,7 +241,7 @@ print("equal")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_eight_devices_with_the_teacher_laid_out_otherwise():
     done = subprocess.run([sys.executable, "-c", MESHES], capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]

@@ -81,7 +81,7 @@ def test_codes_of_what_cannot_be_or_nearly():
     assert found[0] == -np.inf and found[1] == -64 and found[2] == 0
 
 
-@pytest.mark.fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("form, atol", [("float32", 1e-5), ("uint16", 4e-4)])
 def test_recorded_is_what_a_sort_of_the_logits_gives(corpus, tmp_path, form, atol):
     held = recorded(corpus, tmp_path / "c", 7, form)

@@ -203,7 +203,7 @@ for want in teacher.WANTS:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_give_the_same(tmp_path):
     leaves = {want: jax.tree.leaves(by_jit(want)) for want in teacher.WANTS}
     np.savez(tmp_path / "one.npz", **{f"{want} {i}": x for want in leaves for i, x in enumerate(leaves[want])})

@@ -24,7 +24,7 @@ def letters(words):
     return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, words[0])))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_text_is_the_mean_of_its_hidden_states(tmp_path):
     data = drawn(random_model(0), tmp_path / "data", 9).rows()
     model = random_model(5)
@@ -44,7 +44,7 @@ def test_a_model_with_another_tokenizer_reads_the_text(tmp_path):
     np.testing.assert_allclose(points, hidden_means(model, texts), atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_metrics_of_points_are_columns_with_their_bias(tmp_path):
     validation = drawn(random_model(0), tmp_path / "data", 60)
     weights.save(random_model(5), tmp_path / "embedder")

@@ -127,7 +127,7 @@ print(*estimates.corpus_entropy(corpus.open(sys.argv[1])), (peak() - before) / 1
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_entropy_of_a_large_corpus_takes_little_memory(tmp_path):  # N19
     rows, length, block = 200_000, 512, 1000  # 390 MiB of ids
     settings = {

@@ -344,7 +344,7 @@ def counted(monkeypatch):
 
 
 # 40 samples are 3 shards; 30 and 40 rows of at most 16 ids are 4 and 5 batches of 8
-@pytest.mark.fast(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(("where", "when"), [("sample", 1), ("score", 2), ("score", 6), ("result", 0)])
 def test_killed_and_continued_is_the_same_to_the_bit(counted, tmp_path, where, when):
     p_star, other = random_model(0), random_model(1)

@@ -53,6 +53,7 @@ def test_both_are_sums_over_all_answers_to_each_prompt(tmp_path):
     assert row["precision_per_sequence_se"] == pytest.approx(means.std(ddof=1) / np.sqrt(3), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_more_samples_than_prompts_have_are_refused(tmp_path):
     validation = answers(random_model(0), tmp_path / "data", PROMPTS[:1], 4)
     with pytest.raises(ValueError, match="has 1 prompts: num_samples=5 needs a larger samples_per_prompt"):

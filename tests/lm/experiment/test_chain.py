@@ -332,7 +332,7 @@ def kill_in(workdir, words, *config):
         os.kill(process.pid, signal.SIGKILL)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     done = subprocess.run(command(straight), capture_output=True, text=True)
@@ -373,7 +373,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_numbers(tmp_path):
         assert b == pytest.approx(a, rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_data_in_place_of_p_star(tmp_path):
     rng = random.Random(0)
     words = "the quick brown fox jumps over a lazy dog while rain falls on green hills".split()
@@ -403,7 +403,7 @@ def test_data_in_place_of_p_star(tmp_path):
 LOGITS = "configs/lm_logits_laptop.py:smoke"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_policy_from_config_to_report_and_after_kills(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     done = subprocess.run(command(straight, LOGITS), capture_output=True, text=True)
@@ -425,7 +425,7 @@ def test_every_policy_from_config_to_report_and_after_kills(tmp_path):
     assert page.count("on_policy") and (straight / "figures" / "frontier.png").stat().st_size > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_of_a_checkpoint_from_config_to_report(tmp_path):
     """Students begin as the teacher, a checkpoint, and train adapters; the frozen base is the teacher itself."""
     write_folder(tmp_path / "base")

@@ -136,6 +136,7 @@ for changes in eval(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 def test_models_of_any_source_are_split_over_the_mesh_before_the_first_stage(folders):
     """On three devices: tiny has 4 heads and a width of 64; teacher and student are made to fit."""
     three = {"mesh.tensor": 3, "mesh.data": 1}

@@ -16,7 +16,7 @@ from tests.lm.weights.checkpoints import (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layouts_over_eight_devices(tmp_path):
     model = weights.load(write_folder(tmp_path / "source"))
     write_gguf(tmp_path / "m.gguf", gguf_tensors(tensors_of(BLOCKS), BLOCKS), kind="Q8_0")
@@ -85,7 +85,7 @@ def test_layouts_over_eight_devices(tmp_path):
         assert_params(weights.load(tmp_path / name).params, tensors_of(TINY))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak memory from /proc")
 def test_there_is_no_second_copy_on_the_host(tmp_path):
     # 166 MB; the largest stacked weight is a fourth of it

@@ -84,7 +84,7 @@ def test_faults_before_any_work(tmp_path, changes, message):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_config_to_report_and_after_kills(tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     planned = subprocess.run([*command(straight, SMOKE), "--dry_run"], capture_output=True, text=True)

@@ -247,7 +247,7 @@ def test_a_mesh_that_cannot_be(tmp_path, words, message):
         assert "compiling" not in done.stderr and not (tmp_path / "w").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plan_of_a_chain_over_four_devices(tmp_path):
     words = command(
         tmp_path / "w", "--device=4xH100", "--config.mesh.fsdp=2", "--price_per_hour=2.5", "--mfu=0.3",

@@ -29,7 +29,7 @@ def test_too_few_prompts_are_refused():
         chain.validate(freeze(LmSpec, config))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_config_to_page(tmp_path):
     words = ["--config", "configs/lm_instruct_laptop.py:smoke", "--workdir", str(tmp_path / "w")]
 

@@ -260,7 +260,7 @@ WINDOWS = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma 3", "smollm 3, window"])
 def test_windows_over_a_mesh(name, tmp_path):
     """Scoring, a teacher's best tokens, and sampling through pages that are given back: the same as on one device."""

@@ -55,7 +55,7 @@ step = jax.jit(
 )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_slots_grow_end_and_start_again():
     """Six slots of two groups through 400 steps, in a pool that is made larger and smaller, against lists in NumPy."""
     random = np.random.RandomState(1)

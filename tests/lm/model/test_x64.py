@@ -38,7 +38,7 @@ SCRIPT = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_same_numbers_with_x64():
     (dtypes, ours), (more_dtypes, theirs) = (
         json.loads(run_python(SCRIPT, JAX_ENABLE_X64=flag).splitlines()[-1]) for flag in ("0", "1")

@@ -247,7 +247,7 @@ def test_a_smoke_run_has_prices_and_no_verdict(tmp_path, undrawn):
     assert cells(source, "Which knob buys precision most cheaply?")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_config_to_page(tmp_path):
     command = ["-m", "kd_jax.train", "--config", "configs/lm_frontier.py:smoke", "--workdir", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True)

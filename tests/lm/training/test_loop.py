@@ -107,7 +107,7 @@ def test_a_checkpoint_is_a_model(straight):
     assert jax.tree.structure(last.params) == jax.tree.structure(weights.load(folder / "model").params)
 
 
-@pytest.mark.fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at, changes", [(2, {}), (7, {}), (5, {"save_every": 2})])
 def test_interrupted_it_ends_with_the_same_numbers(straight, corpus, tmp_path, stop_at, changes):
     straight_folder, result = straight

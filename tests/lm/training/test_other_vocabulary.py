@@ -49,7 +49,7 @@ def train(folder, corpus, teacher, stop=None, **how):
     return training.train(spec, model(OTHER), members, compute=Compute(), stop=stop, distillation=distillation)[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_one_vocabulary_aligned_is_the_plain_loss(corpus, tmp_path):
     how = {"loss_temperature": 2.0, "teacher_temperature": 1.5, "hard_weight": 0.25}
     for vocabulary in ("same", "aligned"):
@@ -63,7 +63,7 @@ def test_with_one_vocabulary_aligned_is_the_plain_loss(corpus, tmp_path):
             assert aligned[name] == pytest.approx(plain[name], rel=1e-3 if plain["step"] > 1 else 1e-5), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how", [{"vocabulary": "aligned"}, {"vocabulary": "uld", "hard_weight": 0.5},
             {"vocabulary": "aligned", "policy": "on_policy", "divergence": "reverse_kl"}],

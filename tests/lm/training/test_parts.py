@@ -81,6 +81,7 @@ def test_interrupted_it_ends_with_the_same_numbers(straight, corpus, start, tmp_
     jax.tree.map(np.testing.assert_array_equal, weights.load(tmp_path).params, weights.load(folder).params)
 
 
+@pytest.mark.slow
 def test_the_adapter_folder_is_the_model_less_its_start(corpus, start, tmp_path):
     train([tmp_path], corpus, start, lora=LORA)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -116,6 +116,7 @@ def test_the_state_is_taken_over_three_times():
     assert update._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_evaluate_is_the_mean_over_all_batches(params, wanted):
     parts = [batches.arrange(TOKENS[i : i + 3], PROMPTS[i : i + 3], Layout(3, max_length=16)) for i in (0, 3, 6)]
     found = validation.make(LOSS)(params, [state_lib.place(part, None) for part in parts])["loss"]
@@ -160,7 +161,7 @@ print("equal")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_on_eight_devices():
     done = subprocess.run([sys.executable, "-c", MESHES], capture_output=True, text=True)
     assert done.stdout.strip() == "equal", done.stderr[-2000:]
