@@ -16,7 +16,7 @@ FLOORS = (
     ("losses", "runs"),
     ("fused", "reporting"),
     ("lm.model", "gmm.mixture", "gmm.sums"),
-    ("lm.weights", "lm.score", "gmm.kmeans", "gmm.gradient_fit", "gmm.sweep"),
+    ("lm.weights", "lm.score", "lm.sampler_spec", "gmm.kmeans", "gmm.gradient_fit", "gmm.sweep"),
     ("lm.corpus", "gmm.em"),
     ("lm.decode", "gmm.specs", "gmm.students"),
     ("lm.distill", "lm.evaluation", "gmm.findings"),

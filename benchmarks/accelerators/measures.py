@@ -21,9 +21,9 @@ from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.decode import slots as slots_lib
 from kd_jax.lm.decode import start as start_lib
-from kd_jax.lm.decode.next_token import WHOLE
 from kd_jax.lm.distill import loss as distill
 from kd_jax.lm.model import PRESETS, Architecture, Compute, Model, attention, flops, kv_cache
+from kd_jax.lm.sampler_spec import WHOLE
 from kd_jax.lm.training import state as state_lib
 from kd_jax.lm.training import update as update_lib
 from kd_jax.lm.training.recipe import TrainSpec

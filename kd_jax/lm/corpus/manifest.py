@@ -14,15 +14,17 @@ import numpy as np
 import pyarrow as pa
 
 import kd_jax
-from kd_jax.runs.settings import freeze, setting, spec
+from kd_jax.lm.sampler_spec import WHOLE, SamplerSpec
+from kd_jax.runs.settings import changes, freeze, setting, spec
 from kd_jax.storage.errors import RunError, again
 from kd_jax.storage.files import read_json
 
 FORMAT = 1
 
 
+# How the model was sampled are the settings of SamplerSpec; none is off.
 @spec
-class SampleSpec:
+class SampleSpec(changes(SamplerSpec)):
     """What sampled rows are a function of, and how they lie in files: a corpus is continued only where all is equal."""
 
     source: str = setting("", "where the model is from; a name, its content is the fingerprint")
@@ -35,9 +37,6 @@ class SampleSpec:
     samples_per_prompt: int | None = setting(None, "rows of each prompt, one after another", at_least=1)
     eos_ids: tuple[int, ...] = setting((), "ids that end a row", at_least=0)
     sample_temperature: float = setting(1.0, "tau", at_least=0)
-    top_k: int | None = setting(None, "draw from the K likeliest ids; none is off", at_least=0)
-    top_p: float | None = setting(None, "draw from the likeliest ids of this mass; none is off", at_least=0, at_most=1)
-    min_p: float | None = setting(None, "draw from ids of this share of the top; none is off", at_least=0, at_most=1)
     seed: int = setting(0, "of the samples", at_least=0)
     max_length: int = setting(1, "ids of the longest row, prompt included", at_least=1)
     num_samples: int = setting(1, "rows; the only setting that may grow", at_least=1)
@@ -77,9 +76,10 @@ class DataSpec:
 _NAMES = ("source", "prompt", "tokenizer_source")
 KINDS = {"samples": SampleSpec, "data": DataSpec}
 # Settings that came later, with what corpora without them have. They are written only where they differ, so that the
-# fingerprint of a corpus does not change with a new setting.
+# fingerprint of a corpus does not change with a new setting. Of the sampler's knobs, these three are the oldest.
 LATER = {
-    "min_p": None, "special_tokens": True, "whole_files": False, "messages_column": None, "prompt_column": None,
+    **dict.fromkeys(WHOLE.knobs().keys() - {"sample_temperature", "top_k", "top_p"}),
+    "special_tokens": True, "whole_files": False, "messages_column": None, "prompt_column": None,
     "response_column": None, "prompts_fingerprint": None, "samples_per_prompt": None, "selection": None,
 }  # fmt: skip
 SETTINGS, DATA_SETTINGS = (

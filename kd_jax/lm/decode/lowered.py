@@ -12,9 +12,9 @@ from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import prefill
 from kd_jax.lm.decode import slots as slots_lib
 from kd_jax.lm.decode import start as start_lib
-from kd_jax.lm.decode.next_token import WHOLE, SamplerSpec
 from kd_jax.lm.model import DEFAULT, Compute, Model, kv_cache
 from kd_jax.lm.model.kv_cache import PAGE
+from kd_jax.lm.sampler_spec import WHOLE, SamplerSpec
 from kd_jax.parallel import mesh as mesh_lib
 
 

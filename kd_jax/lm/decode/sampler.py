@@ -22,10 +22,10 @@ from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import prefill
 from kd_jax.lm.decode import slots as slots_lib
 from kd_jax.lm.decode import start as start_lib
-from kd_jax.lm.decode.next_token import WHOLE, SamplerSpec
 from kd_jax.lm.decode.slots import Rows, Settings, State
 from kd_jax.lm.model import DEFAULT, Compute, Model
 from kd_jax.lm.model.kv_cache import PAGE
+from kd_jax.lm.sampler_spec import WHOLE, SamplerSpec
 from kd_jax.parallel import distributed
 from kd_jax.parallel import mesh as mesh_lib
 

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import slots as slots_lib
-from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.decode.slots import Rows, Settings, State
 from kd_jax.lm.model import Architecture, Compute, Model, kv_cache
 from kd_jax.lm.model.kv_cache import PAGE, Pages
+from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.parallel import mesh as mesh_lib
 
 # FLOPs that take a CPU as long as loading one more compiled program from disk. An accelerator gains nothing from fewer

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import decode
 from kd_jax.lm.corpus import Corpus
-from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.model import DEFAULT, Compute, Model
+from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.parallel import distributed
 from kd_jax.runs import progress
 from kd_jax.storage.files import remove

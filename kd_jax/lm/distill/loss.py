@@ -27,11 +27,11 @@ from kd_jax import fused, losses
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus.batches import Batch, Pair
 from kd_jax.lm.decode import chosen_text
-from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.distill import cross_vocabulary, recorded_top_k
 from kd_jax.lm.distill.cross_vocabulary import Hidden
 from kd_jax.lm.distill.pairing import Pairing
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
+from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.metrics import Mean
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import setting, spec

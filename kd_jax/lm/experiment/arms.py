@@ -13,9 +13,9 @@ import re
 from typing import Any, NamedTuple
 
 from kd_jax.lm.decode.chosen_text import Text
-from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.distill.loss import DistillSpec
 from kd_jax.lm.experiment.specs import LmSpec
+from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.runs.settings import freeze, to_dict
 
 TRAIN = "p_star/train"

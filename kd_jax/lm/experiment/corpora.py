@@ -9,7 +9,6 @@ from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import evaluation, weights
 from kd_jax.lm.corpus import Corpus, documents, ingest
 from kd_jax.lm.decode import chosen_text, to_corpus
-from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.distill import alignment, recorded_top_k, reencoded
 from kd_jax.lm.evaluation import Entry, estimates
 from kd_jax.lm.experiment import arms as arms_lib
@@ -18,6 +17,7 @@ from kd_jax.lm.experiment.arms import TRAIN, Arm, Recording, of_teacher
 from kd_jax.lm.experiment.specs import LmSpec, described, make_mesh, planned_shape
 from kd_jax.lm.instruct import prompts
 from kd_jax.lm.model import Compute, Model
+from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.parallel import distributed
 from kd_jax.runs import packages

@@ -13,7 +13,6 @@ from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import evaluation
 from kd_jax.lm.corpus import Corpus
 from kd_jax.lm.decode.chosen_text import Text
-from kd_jax.lm.decode.next_token import SamplerSpec
 from kd_jax.lm.evaluation import Entry, embedding_map, paired
 from kd_jax.lm.evaluation import scores as scores_lib
 from kd_jax.lm.experiment import arms as arms_lib
@@ -23,6 +22,7 @@ from kd_jax.lm.experiment.arms import Arm, of_teacher
 from kd_jax.lm.experiment.specs import LmSpec, make_mesh
 from kd_jax.lm.instruct import pass_rate
 from kd_jax.lm.model import Model
+from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.lm.training.log import ROW
 from kd_jax.parallel import distributed
 from kd_jax.runs import stages

@@ -15,6 +15,7 @@ from kd_jax.lm.experiment.knobs import ContrastSpec
 from kd_jax.lm.report import cooling, expectations, summary
 from kd_jax.lm.report.cooling import Curve
 from kd_jax.lm.report.summary import Group
+from kd_jax.lm.sampler_spec import WHOLE
 from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
 from kd_jax.reporting import page, units
@@ -25,7 +26,7 @@ from kd_jax.runs.settings import freeze
 
 TEXTS = {"p_star": "p*'s text", "samples": "the teacher's text", "mix": "p*'s and the teacher's text"}
 _NATS = ("precision", "recall", "entropy", "kl_model_data", "kl_data_model")
-_SAMPLER = {"sample_temperature": "tau", "top_k": "top-k", "top_p": "top-p", "min_p": "min-p"}
+_SAMPLER = {name: "tau" if name == "sample_temperature" else name.replace("_", "-") for name in WHOLE.knobs()}
 
 
 def table(groups: list[Group]) -> Table:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from kd_jax.lm.sampler_spec import WHOLE
 from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
 from kd_jax.reporting import row_kinds, units
@@ -38,7 +39,7 @@ FIELDS = (
 )
 DISTILL_FIELDS = dict.fromkeys(("policy", "divergence", "data", "tail", "text_choice"), row_kinds.TEXT) | dict.fromkeys(
     ("parameter", "loss_temperature", "teacher_temperature", "hard_weight", "on_policy_fraction", "record_top_k",
-     "sample_temperature", "top_k", "top_p", "min_p", "text_rows", "text_share"),
+     *WHOLE.knobs(), "text_rows", "text_share"),
     row_kinds.NUMBER,
 )  # fmt: skip
 _NEEDED = {

@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from kd_jax.lm.decode import next_token
+from kd_jax.lm.sampler_spec import SamplerSpec
 
 BELOW_ONE = np.nextafter(np.float32(1), np.float32(0))
 WIDE = 49152
@@ -176,7 +177,7 @@ def test_min_p_by_hand(min_p, kept):
 )
 def test_log_prob_is_that_of_the_distribution_drawn_from(knobs):
     logits = np.float32(3 * np.random.RandomState(2).standard_normal((4, 50)))
-    spec = next_token.SamplerSpec(**knobs)
+    spec = SamplerSpec(**knobs)
     own, top = jax.jit(next_token.log_prob)(np.repeat(logits[:, None], 50, 1), np.arange(50)[None], **spec.arrays())
     temperature = knobs.get("sample_temperature", 1.0)
     cut = {name: value for name, value in knobs.items() if name != "sample_temperature"}
@@ -196,12 +197,12 @@ def test_raw_and_tempered_log_probs_of_a_known_case():
 
 
 def test_a_spec_is_off_by_default_and_reads_none_as_off():
-    whole = next_token.SamplerSpec()
+    whole = SamplerSpec()
     assert whole.knobs() == {"sample_temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
     # a manifest of before min-p, and the flags of a command line among others
-    assert next_token.SamplerSpec.of({"sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 3}) == whole
-    some = next_token.SamplerSpec(sample_temperature=0.8, top_k=50, min_p=0.1)
-    assert next_token.SamplerSpec.of(some.knobs()) == some and some.label == "tau-0.8-top_k-50-min_p-0.1"
+    assert SamplerSpec.of({"sample_temperature": 1.0, "top_k": None, "top_p": None, "seed": 3}) == whole
+    some = SamplerSpec(sample_temperature=0.8, top_k=50, min_p=0.1)
+    assert SamplerSpec.of(some.knobs()) == some and some.label == "tau-0.8-top_k-50-min_p-0.1"
     assert {name for name, value in some.arrays().items() if value is None} == {"top_p"}
 
 
