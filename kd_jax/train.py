@@ -88,6 +88,7 @@ def _experiment(config: ConfigDict) -> Any:
 
 
 def spec_of(config: ConfigDict) -> type | None:
+    """The class of the experiment's settings; None for an experiment without one."""
     return getattr(_experiment(config), "Spec", None)
 
 

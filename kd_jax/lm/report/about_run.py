@@ -179,6 +179,7 @@ def _num_teachers(groups: list[Group]) -> int:
 
 
 def captions(groups: list[Group]) -> dict[str, str]:
+    """What stands below each figure of the page, by the figure's name."""
     over = "seeds" if any(len(g.rows) > 1 for g in groups) else "sequences (one seed)"
     over = "teachers" if _num_teachers(groups) > 1 else over
     # A mean that is not finite has no place on an axis, but must not vanish without a word.
