@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     )
     config.num_train, config.num_validation, config.num_recall, config.num_samples = 400_000, 4000, 4000, 4000
     config.seeds = 5
-    config.train.update(epochs=2, batch_size=128, learning_rate=3e-4, row_length=2048, validations=10)
+    config.train.update(epochs=2, updates=0, batch_size=128, learning_rate=3e-4, row_length=2048, validations=10)
     config.compute.dtype = "bfloat16"
     return config
