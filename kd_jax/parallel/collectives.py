@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
+
+import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -16,6 +19,11 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.-]+ = (.*?) ([a-z][\w-]*)\((.*)$"
 _CALLED = re.compile(r"\b(?:condition|body|calls|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# {{0,1},{2,3}}, [2,4]<=[4,2]T(1,0), mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, or {} for all devices
+_GROUPS = re.compile(
+    r"(?:replica_groups|source_target_pairs)=(mesh\[.*?\}|\{\}|\{\{.*?\}\}|\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)"
+)
+_ORDER = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?\)?$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 
 
@@ -26,11 +34,13 @@ class Collective(NamedTuple):
         kind: one of KINDS.
         shapes: of the arrays on each device afterwards (for a reduce-scatter: before), as (dtype, sizes).
         times: how often one execution of the program runs it; in a loop, once a round.
+        groups: which devices communicate with each other, as the program writes it.
     """
 
     kind: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     times: int
+    groups: str = "{}"
 
     @property
     def bytes(self) -> int:
@@ -56,7 +66,9 @@ def read(text: str, *, rounds: int | None = None) -> list[Collective]:
             if times is None or operation != kind:
                 raise ValueError(f"{operation} in {name}: asynchronous, or in a loop of an unknown number of rounds")
             # The result of a reduce-scatter is a part; what is communicated is its operand.
-            found.append(Collective(kind, _shapes(rest.split(")")[0] if kind == "reduce-scatter" else shapes), times))
+            sizes = _shapes(rest.split(")")[0] if kind == "reduce-scatter" else shapes)
+            groups = _GROUPS.search(rest)
+            found.append(Collective(kind, sizes, times, groups[1] if groups else ""))
     return found
 
 
@@ -66,6 +78,70 @@ def totals(collectives: Iterable[Collective]) -> dict[str, int]:
     for one in collectives:
         found[one.kind] += one.bytes
     return dict(found)
+
+
+def between_slices(collectives: Iterable[Collective], *, devices: int, slices: int) -> float:
+    """Bytes that a device sends to devices of other slices in one execution, on average over the devices.
+
+    Within a slice, parts are summed before and spread after they go over the network between slices, as NCCL and the
+    TPU's runtime do: each slice then sends an array once, however many of its devices have it.
+
+    Args:
+        collectives: of the program.
+        devices: all of them, in the order of the mesh.
+        slices: equal parts of the devices.
+    Raises: ValueError for groups in a form that is not known.
+    """
+    total = 0
+    for one in collectives:
+        in_slice = members(one.groups, devices) * slices // devices
+        if one.kind == "collective-permute":
+            total += one.bytes * int((in_slice[:, 0] != in_slice[:, 1]).sum())
+            continue
+        for group in in_slice:
+            counts = np.unique_counts(group).counts
+            if one.kind == "all-to-all":
+                # Each device keeps or sends within its slice the parts for the devices there.
+                total += one.bytes * int((counts * (len(group) - counts)).sum()) / len(group)
+            else:
+                # An all-reduce is a reduce-scatter and an all-gather; each sends the array to one slice less than all.
+                total += one.bytes * (len(counts) - 1) * (2 if one.kind == "all-reduce" else 1)
+    return total / devices
+
+
+def members(groups: str, devices: int) -> np.ndarray:
+    """The devices of each group [group, member], by their places in the mesh.
+
+    Args:
+        groups: as the program writes them.
+        devices: how many there are.
+    Raises: ValueError for a form that is not known.
+    """
+    if groups == "{}":
+        return np.arange(devices)[None]
+    if groups.startswith("{{"):
+        return np.array(ast.literal_eval(groups.replace("{", "[").replace("}", "]")))
+    if "<=" in groups:
+        shape, _, source = groups.partition("<=")
+        return _in_order(source, devices).reshape(ast.literal_eval(shape))
+    if groups.startswith("mesh"):
+        axes, _, names = groups.removesuffix("}").partition("{")
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+        chosen = [list(sizes).index(name) for name in ast.literal_eval(f"[{names}]")]
+        source = axes.partition("device_ids=(")[2].strip()
+        ids = _in_order(source, devices).reshape(tuple(sizes.values()))
+        count = math.prod(ids.shape[axis] for axis in chosen)
+        return np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, count)
+    raise ValueError(f"groups of devices in a form that is not known: {groups!r}")
+
+
+def _in_order(text: str, devices: int) -> np.ndarray:
+    """Devices in the order of [4,2]T(1,0): numbered along an array of these sizes, whose axes are then permuted."""
+    form = _ORDER.search(text)
+    if form is None:
+        return np.arange(devices)
+    ids = np.arange(devices).reshape([int(size) for size in form[1].split(",")])
+    return (ids.transpose([int(axis) for axis in form[2].split(",")]) if form[2] else ids).ravel()
 
 
 def _computations(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:

@@ -22,6 +22,7 @@ class Chip(NamedTuple):
         usable: share of the memory that JAX allocates by default.
         cpu: whether it is this machine's CPU.
         mfu: share of the bfloat16 peak that trainings of others reached on it (docs/speed.md has the runs).
+        network: bytes a second that a device can send to other slices or nodes; None where no figure was found.
     """
 
     memory: float
@@ -31,33 +32,37 @@ class Chip(NamedTuple):
     usable: float = 0.75  # of a GPU: XLA_PYTHON_CLIENT_MEM_FRACTION
     cpu: bool = False
     mfu: float = 0.35  # where no published run was found
+    network: float | None = None
 
 
-def _tpu(memory: float, bfloat16: float, bandwidth: float, mfu: float = 0.35) -> Chip:
+def _tpu(memory: float, bfloat16: float, bandwidth: float, network: float | None, mfu: float = 0.35) -> Chip:
     # a TPU computes float32 as six bfloat16 products (jax.lax.Precision.HIGHEST)
-    return Chip(memory, bfloat16, bfloat16 / 6, bandwidth, usable=0.97, mfu=mfu)
+    return Chip(memory, bfloat16, bfloat16 / 6, bandwidth, usable=0.97, mfu=mfu, network=network)
 
 
 # From NVIDIA's data sheets (those titled "A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core GPU", "HGX
 # B200", "L4", "L40S" and the Ada GPU architecture white paper). Tensor cores without sparsity, where a sheet gives the
-# number with sparsity half of it; float32 is that of the ordinary cores; SXM boards unless the name says PCIe.
+# number with sparsity half of it; float32 is that of the ordinary cores; SXM boards unless the name says PCIe. Network:
+# of the DGX machines (data sheets "DGX A100", "DGX H100", "DGX H200", "DGX B200"), which have one adapter for each GPU,
+# of 200 Gb/s (A100) or 400 Gb/s. Other machines may have much less.
 GPUS = {
-    "A100-40GB": Chip(40, 312e12, 19.5e12, 1.555e12, mfu=0.45),
-    "A100-80GB": Chip(80, 312e12, 19.5e12, 2.039e12, mfu=0.45),
-    "H100": Chip(80, 989e12, 67e12, 3.35e12, mfu=0.3),
+    "A100-40GB": Chip(40, 312e12, 19.5e12, 1.555e12, mfu=0.45, network=25e9),
+    "A100-80GB": Chip(80, 312e12, 19.5e12, 2.039e12, mfu=0.45, network=25e9),
+    "H100": Chip(80, 989e12, 67e12, 3.35e12, mfu=0.3, network=50e9),
     "H100-PCIe": Chip(80, 756e12, 51e12, 2.0e12),
-    "H200": Chip(141, 989e12, 67e12, 4.8e12),
-    "B200": Chip(180, 2250e12, 80e12, 8.0e12),
+    "H200": Chip(141, 989e12, 67e12, 4.8e12, network=50e9),
+    "B200": Chip(180, 2250e12, 80e12, 8.0e12, network=50e9),
     "L4": Chip(24, 121e12, 30.3e12, 0.3e12),
     "L40S": Chip(48, 362e12, 91.6e12, 0.864e12),
     "RTX4090": Chip(24, 165e12, 82.6e12, 1.008e12),
 }
-# From Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e": a chip. JAX takes a chip for one device.
+# From Google Cloud's pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e": a chip. JAX takes a chip for one device. Network:
+# their data center network, 50 Gb/s a chip of v5p, 6.4 and 25.6 Tb/s for the 256 chips of a v5e and v6e pod.
 TPUS = {
-    "v4": _tpu(32, 275e12, 1.2e12),
-    "v5e": _tpu(16, 197e12, 0.819e12),
-    "v5p": _tpu(95, 459e12, 2.765e12, mfu=0.6),
-    "v6e": _tpu(32, 918e12, 1.64e12, mfu=0.42),
+    "v4": _tpu(32, 275e12, 1.2e12, None),
+    "v5e": _tpu(16, 197e12, 0.819e12, 3.125e9),
+    "v5p": _tpu(95, 459e12, 2.765e12, 6.25e9, mfu=0.6),
+    "v6e": _tpu(32, 918e12, 1.64e12, 12.5e9, mfu=0.42),
 }
 # In these names the number counts TensorCores, two a chip; in the others it counts chips.
 _COUNTS_CORES = ("v4", "v5p")
@@ -65,11 +70,12 @@ _SLICES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Devices(NamedTuple):
-    """`count` devices of one kind; `name` is the text they were asked for by."""
+    """`count` devices of one kind in `slices` slices or nodes; `name` is the text they were asked for by."""
 
     name: str
     count: int
     chip: Chip
+    slices: int = 1
 
 
 class Target(NamedTuple):
@@ -102,30 +108,35 @@ def target(text: str, mfu: float | None, price_per_hour: float | None) -> Target
 
 
 def parse(text: str) -> Devices:
-    """Devices from --device: "8xH100", "H200", "v5e-64" (or "v5litepod-64"), "v4-32", "1xCPU" for this machine.
+    """Devices from --device, by name and number.
+
+    "8xH100" or "H200": GPUs of one node; "2x 8xH100": of two. "v5e-64" (or "v5litepod-64"), "v4-32": a slice of TPUs;
+    "4x v5e-64": four slices. "1xCPU": this machine. The space may be left out.
 
     Raises: ValueError, listing the known devices, for another name, or for a TPU slice that does not exist.
     """
-    words = re.fullmatch(r"(?:([1-9]\d*)x)?([\w-]+)", text)
-    # A number before the name counts GPUs; of TPUs the name itself has the size.
-    count, name = (int(words[1] or 1), words[2]) if words else (1, text)
-    if name.lower() == "cpu" and count == 1:
+    words = re.fullmatch(r"(?:([1-9]\d*)x ?)?(?:([1-9]\d*)x)?([\w-]+)", text)
+    first, second, name = (int(words[1] or 1), words[2], words[3]) if words else (1, None, text)
+    if name.lower() == "cpu" and first == 1 and second is None:
         return Devices(text, 1, _this_machine())
+    # One number before a GPU's name counts GPUs, the first of two counts nodes. A TPU's name itself has the size.
+    slices, count = (first, int(second)) if second else (1, first)
     for known, chip in GPUS.items():
         if name.lower() == known.lower():
-            return Devices(text, count, chip)
+            return Devices(text, slices * count, chip, slices)
     kind, _, number = name.lower().replace("v5litepod", "v5e").partition("-")
-    if kind not in TPUS or not number.isdecimal() or count != 1:
+    if kind not in TPUS or not number.isdecimal() or second:
         raise ValueError(f"--device={text} is not known. These are:\n{known_devices()}")
-    return _slice(text, kind, int(number))
+    return Devices(text, first * _chips(text, kind, int(number)), TPUS[kind], first)
 
 
-def _slice(text: str, kind: str, number: int) -> Devices:
+def _chips(text: str, kind: str, number: int) -> int:
+    """Chips of a TPU slice."""
     cores = kind in _COUNTS_CORES  # two a chip, four chips a host
     if number % 8 or not number if cores else number not in _SLICES:
         sizes = "8, 16, ... TensorCores" if cores else f"{', '.join(map(str, _SLICES))} chips"
         raise ValueError(f"--device={text}: a {kind} slice has {sizes}, not {number}")
-    return Devices(text, number // 2 if cores else number, TPUS[kind])
+    return number // 2 if cores else number
 
 
 def known_devices() -> str:
@@ -135,7 +146,8 @@ def known_devices() -> str:
     for name, chip in TPUS.items():
         counts = "TensorCores" if name in _COUNTS_CORES else "chips"
         lines.append(f"  {name + '-N':14} {chip.memory:11.0f} {chip.bfloat16 / 1e12:13.0f}  a chip; N counts {counts}")
-    return "\n".join([*lines, "  1xCPU          this machine, measured"])
+    lines += ["  1xCPU          this machine, measured", 'Several nodes or slices: "2x 8xH100", "4x v5e-64"']
+    return "\n".join(lines)
 
 
 def pretend(devices: Devices) -> None:

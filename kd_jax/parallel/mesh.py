@@ -34,12 +34,21 @@ def one_axis(name: str, devices=None) -> Mesh:
     return Mesh(np.asarray(devices), (name,))
 
 
-def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, slices: int = 0) -> Mesh:
     """A mesh of axes data x fsdp x tensor over `devices` (default: all). One size may be -1: the rest of the devices.
 
-    Raises: ValueError where the product of the sizes is not the number of devices.
+    Between slices (of TPUs) and nodes (of GPUs) the network is slow. Only data spans it: devices along fsdp and tensor,
+    which communicate in every layer, are of one slice.
+
+    Args:
+        slices: equal parts of the devices, in their order, that are taken for slices. 0 takes the slices that the
+            devices themselves name; 1 lets every axis span all devices.
+    Raises: ValueError where the product of the sizes is not the number of devices, or where fsdp or tensor would span
+        slices.
     """
-    devices = jax.devices() if devices is None else devices
+    # Sorting keeps the order within a slice. It is the same for meshes of all sizes, as arrays of two meshes (student
+    # and teacher) can meet in one program only if both have their devices in one order.
+    devices = sorted(jax.devices() if devices is None else devices, key=_slice)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]
@@ -48,8 +57,21 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
         sizes[free[0]] = len(devices) // fixed
     if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != len(devices):
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices (one size may be -1: the devices left)")
+    in_slice = np.arange(len(devices)) * slices // len(devices) if slices else np.array([_slice(d) for d in devices])
+    groups = in_slice.reshape(sizes["data"], -1)
+    if (groups != groups[:, :1]).any():
+        raise ValueError(
+            f"mesh {asked}: fsdp x tensor = {groups.shape[1]} devices do not fit into a slice (or node); there are "
+            f"{len(set(in_slice.tolist()))} of {len(devices)} devices, and only data may span the network between them "
+            "(slices=1 lets every axis span it)"
+        )
     # Neighbours form a tensor group: it communicates in every layer, and neighbours have the fastest links.
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)
+
+
+def _slice(device: jax.Device) -> int:
+    # TPUs have this number, and GPUs of several processes, where it is the node's; CPUs do not.
+    return getattr(device, "slice_index", 0)
 
 
 def spec(axes: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:

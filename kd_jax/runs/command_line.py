@@ -155,7 +155,7 @@ def mesh(sizes: dict[str, int] | None) -> Any:
 
     if sizes is None:
         return mesh_lib.make() if distributed.several() else None
-    unknown = [name for name in sizes if name not in mesh_lib.AXES]
+    unknown = [name for name in sizes if name not in (*mesh_lib.AXES, "slices")]
     if unknown:
         raise ValueError(f"--mesh: {unknown[0]!r} is not an axis; there are {', '.join(mesh_lib.AXES)}")
     return mesh_lib.make(**sizes)

@@ -47,15 +47,61 @@ ENTRY %main (a: f32[16,3]) -> f32[2,3] {
 def test_loops_count_as_often_as_they_go_round():
     found = set(collectives.read(TEXT))
     assert found == {
-        Collective("all-gather", (("bf16", (4, 8)),), 15),
-        Collective("all-reduce", (("s32", ()), ("bf16", (4, 8))), 3),
-        Collective("collective-permute", (("pred", (7,)),), 1),
-        Collective("reduce-scatter", (("f32", (16, 3)),), 1),
+        Collective("all-gather", (("bf16", (4, 8)),), 15, "[4,2]<=[8]"),
+        Collective("all-reduce", (("s32", ()), ("bf16", (4, 8))), 3, "[1,8]<=[8]"),
+        Collective("collective-permute", (("pred", (7,)),), 1, "{{0,1},{1,0}}"),
+        Collective("reduce-scatter", (("f32", (16, 3)),), 1, "[1,8]<=[8]"),
     }
     assert collectives.totals(found) == {
         "all-gather": 15 * 64, "all-reduce": 3 * (4 + 64), "collective-permute": 7, "reduce-scatter": 192,
         "all-to-all": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "groups"),
+    [
+        ("{}", [range(8)]),
+        ("{{0,3},{1,2}}", [[0, 3], [1, 2]]),
+        ("[2,4]<=[8]", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        ("[2,4]<=[4,2]T(1,0)", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("[4,2]<=[2,2,2]T(2,1,0)", [[0, 4], [2, 6], [1, 5], [3, 7]]),
+        ("mesh['a'=4,'b'=2] {'a'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a', 'c'}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    ],
+)
+def test_devices_that_communicate(text, groups):
+    line = f"  %a = f32[2]{{0}} all-reduce(%b), channel_id=1, replica_groups={text}, use_global_device_ids=true"
+    (found,) = collectives.read(f"ENTRY %main (a: f32[2]) -> f32[2] {{\n{line}\n}}")
+    assert found.groups == text
+    assert collectives.members(text, 8).tolist() == [list(group) for group in groups]
+
+
+def test_groups_in_an_unknown_form():
+    with pytest.raises(ValueError, match="form that is not known"):
+        collectives.members("", 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "slices", "wanted"),
+    [
+        # 40 bytes in groups of two; each slice sends its sum once, of each group
+        ("all-reduce", "[4,2]<=[8]", 2, 0),
+        ("all-reduce", "[4,2]<=[2,4]T(1,0)", 2, 4 * 2 * 40 / 8),
+        # all devices: two slices send the array halved, twice (scatter and gather); four send three quarters, twice
+        ("all-reduce", "{}", 2, 2 * (2 * 40 / 2) / 8),
+        ("all-reduce", "{}", 4, 4 * (2 * 40 * 3 / 4) / 8),
+        ("all-gather", "{}", 4, 4 * (40 * 3 / 4) / 8),
+        ("reduce-scatter", "{}", 2, 2 * (40 / 2) / 8),
+        # half of what a device has is for devices of the other slice
+        ("all-to-all", "{}", 2, 40 / 2),
+        ("collective-permute", "{{0,1},{3,4},{7,0}}", 2, 2 * 40 / 8),
+    ],
+)
+def test_bytes_between_slices(kind, groups, slices, wanted):
+    part = Collective(kind, (("f32", (5,)),), 2, groups)
+    assert collectives.between_slices([part], devices=8, slices=slices) == pytest.approx(wanted)
 
 
 def test_a_loop_that_nobody_knows_the_end_of():
@@ -84,7 +130,8 @@ def found():
             _, sizes, parts = json.loads(line)
             shapes = [[(dtype, tuple(sizes)) for dtype, sizes in part["shapes"]] for part in parts]
             rows[policy, tuple(sizes)] = [
-                Collective(part["kind"], tuple(own), part["times"]) for part, own in zip(parts, shapes, strict=True)
+                Collective(part["kind"], tuple(own), part["times"], part["groups"])
+                for part, own in zip(parts, shapes, strict=True)
             ]
     return rows
 
@@ -139,6 +186,19 @@ def test_fsdp_gathers_weights_and_never_activations(found):
     assert there["all-gather"] <= 1.02 * 4 * (2 * layers + 2 * embedding)
     assert there["all-reduce"] <= 1.02 * 4 * (layers + 2 * embedding)
     assert there["all-to-all"] + there["collective-permute"] < 1e4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 1, 2), (4, 1, 2), (2, 2, 2)])
+def test_two_slices_send_each_other_the_gradients_once(found, mesh):
+    layers, embedding = matrices(STUDENT)
+    parts, count = found["training", mesh], mesh[0] * mesh[1] * mesh[2]
+    sent = collectives.between_slices(parts, devices=count, slices=2)
+    # however many devices share the work, and however weights are split over fsdp and tensor
+    assert sent * count == pytest.approx(2 * 4 * (layers + 2 * embedding), rel=0.03)
+    # weights and activations stay in a slice: only sums over data leave it
+    others = [part for part in parts if part.kind != "all-reduce"]
+    assert collectives.between_slices(others, devices=count, slices=2) == 0
 
 
 @pytest.mark.slow

@@ -24,10 +24,27 @@ from kd_jax.parallel import devices
 def test_devices_by_name(text, count, memory, tera):
     found = devices.parse(text)
     assert (found.count, found.chip.memory, found.chip.bfloat16) == (count, memory, tera * 1e12)
+    assert found.slices == 1
 
 
 @pytest.mark.parametrize(
-    "text", ["8xH101", "A100", "v5e", "v5-8", "v4litepod-8", "0xH100", "8xH100x", "", "2xv6e-8", "2xCPU"]
+    ("text", "slices", "count", "gigabits"),
+    [
+        ("4x v5e-64", 4, 256, 6.4e3 / 256),
+        ("2xv6e-8", 2, 16, 25.6e3 / 256),
+        ("2x v5p-16", 2, 16, 50),
+        ("2x 8xH100", 2, 16, 400),
+        ("4x4xa100-80gb", 4, 16, 200),
+    ],
+)
+def test_several_slices_and_their_network(text, slices, count, gigabits):
+    found = devices.parse(text)
+    assert (found.slices, found.count) == (slices, count)
+    assert 8 * found.chip.network / 1e9 == pytest.approx(gigabits)
+
+
+@pytest.mark.parametrize(
+    "text", ["8xH101", "A100", "v5e", "v5-8", "v4litepod-8", "0xH100", "8xH100x", "", "2x8xv6e-8", "2xCPU", "2x 1xCPU"]
 )
 def test_an_unknown_device_lists_those_that_are_known(text):
     with pytest.raises(ValueError) as raised:

@@ -78,6 +78,7 @@ def run(
 
 
 def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
+    spec = spec if target is None else planning.over_slices(spec, target.devices)
     try:
         checks.check_sources(spec)
         identity, other_vocabulary = roles.p_star_identity(spec), roles.other_vocabulary(spec) is not None

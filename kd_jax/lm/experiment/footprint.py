@@ -33,6 +33,7 @@ from kd_jax.lm.training import state as state_lib
 from kd_jax.lm.training import update as update_lib
 from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.losses import head
+from kd_jax.parallel import collectives
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.parallel.devices import GIB, Target
 
@@ -62,12 +63,13 @@ class Program(NamedTuple):
 
     Attributes:
         memory: that it needs.
-        rate: floating-point operations per second (as kd_jax.lm.experiment.cost counts them) measured on this machine;
-            None where it was not run.
+        rate: FLOP/s (as kd_jax.lm.experiment.cost counts them) measured on this machine; None where it was not run.
+        sent: bytes that a device sends to other slices for each token of the stage, on average.
     """
 
     memory: Memory
     rate: float | None = None
+    sent: float = 0.0
 
 
 def programs(spec: LmSpec, costs: dict[str, Cost], target: Target) -> dict[str, Program]:
@@ -115,6 +117,7 @@ def update(spec: LmSpec, cost: Cost, target: Target) -> Program:
     program, arguments = _update(spec, cost, target)
     compiled = program.lower(*arguments).compile()
     need = memory(compiled)
+    sent = _sent(compiled, target) / (cost.train.batch_size * spec.sampling.max_length * cost.count)
     if cost.arm is not None and cost.arm.rollouts:
         # Sampling and update take turns, so the larger of the two counts.
         slots = cost.arm.distill.rollout_batch_size or cost.train.batch_size
@@ -123,7 +126,7 @@ def update(spec: LmSpec, cost: Cost, target: Target) -> Program:
         state = _bytes(arguments[0]) - _bytes(arguments[0].params)
         need = max(need, rollout._replace(resident=rollout.resident + state), key=lambda one: one.total)
     if not _can_run(need, target):
-        return Program(need)
+        return Program(need, sent=sent)
     length = spec.sampling.max_length
     flops = flops_lib.training_flops(cost.shape, length)
     flops += 0 if cost.teacher is None else flops_lib.forward_flops(cost.teacher, length)
@@ -215,7 +218,7 @@ def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target
         compiled = jax.jit(run).lower(*arguments).compile()
     need = memory(compiled)
     if not _can_run(need, target):
-        return Program(need)
+        return Program(need, sent=_sent(compiled, target) / (rows * length))
     # what a row is filled up with is work, too
     flops = flops_lib.forward_flops(shape, spec.sampling.max_length) * rows * spec.sampling.max_length
     return Program(need, flops / _seconds(compiled, arguments))
@@ -250,6 +253,15 @@ def memory(compiled) -> Memory:
     # A donated argument and the output in its place are the same bytes, so they count once.
     resident = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(resident, analysis.temp_size_in_bytes)
+
+
+def _sent(compiled, target: Target) -> float:
+    """Bytes that a device sends to other slices in one execution of a program, on average."""
+    if target.devices.slices == 1:
+        return 0.0
+    # Loops whose number of rounds the program does not say send a few bytes a round: one round is counted.
+    parts = collectives.read(compiled.as_text(), rounds=1)
+    return collectives.between_slices(parts, devices=target.devices.count, slices=target.devices.slices)
 
 
 def _compute(target: Target, mesh, *, dtype: str, **more) -> Compute:

@@ -6,6 +6,7 @@ peak rate (MFU); sampling takes at least the time of reading the weights and the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -16,14 +17,33 @@ from kd_jax.lm.experiment import cost as cost_lib
 from kd_jax.lm.experiment import footprint
 from kd_jax.lm.experiment.cost import Cost
 from kd_jax.lm.experiment.footprint import Memory, Program
-from kd_jax.lm.experiment.specs import LmSpec, make_mesh
+from kd_jax.lm.experiment.specs import LmSpec, MeshSpec, make_mesh
 from kd_jax.lm.model import flops
 from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.parallel import mesh as mesh_lib
-from kd_jax.parallel.devices import GIB, Target
+from kd_jax.parallel.devices import GIB, Devices, Target
 
 # Share of the memory's bandwidth that reading weights and cache is taken to reach.
 BANDWIDTH_SHARE = 0.6
+
+
+def over_slices(spec: LmSpec, devices: Devices) -> LmSpec:
+    """The run with its meshes over the slices of the planned devices, which stand-ins on a CPU do not name themselves.
+
+    Args:
+        spec: of the run. Where it sets config.mesh.slices, that stays.
+        devices: the planned ones.
+    Raises: ValueError where fsdp or tensor would span slices.
+    """
+    if devices.slices == 1:
+        return spec
+
+    def sliced(sizes: MeshSpec) -> MeshSpec:
+        sizes = dataclasses.replace(sizes, slices=sizes.slices or devices.slices)
+        make_mesh(sizes)  # raises before anything is compiled
+        return sizes
+
+    return dataclasses.replace(spec, mesh=sliced(spec.mesh), teacher_mesh=sliced(spec.teacher_mesh))
 
 
 def show(spec: LmSpec, costs: dict[str, Cost], finished: Callable[[str], bool], target: Target) -> None:
@@ -52,7 +72,12 @@ def show(spec: LmSpec, costs: dict[str, Cost], finished: Callable[[str], bool], 
             f"{'finished' if done else 'to do'}"
         )
     print(f"at most {hours:.1f} hours are left, {disk / 1e9:.0f} GB on disk, cost {_price(hours, target)}")
-    for line in [_method(target), *_waste(spec), *_verdicts(spec, costs, programs, target)]:
+    for line in [
+        _method(target),
+        *_networks(spec, costs, programs, target),
+        *_waste(spec),
+        *_verdicts(spec, costs, programs, target),
+    ]:
         print(line)
 
 
@@ -80,7 +105,13 @@ def seconds(spec: LmSpec, cost: Cost, target: Target, program: Program | None = 
     if cost.kind == "training":
         dtype, filled = spec.compute.dtype, min(1.0, _filled(spec, cost.train))
     # Padding is computed like tokens: a row that is half full takes as long as a full one.
-    return cost.flops / (_peak(target, dtype) * target.mfu * filled)
+    return cost.flops / (_peak(target, dtype) * target.mfu * filled) + _network_seconds(cost, target, program)
+
+
+def _network_seconds(cost: Cost, target: Target, program: Program | None) -> float:
+    """The time of what goes over the network between slices; 0 where its bandwidth is not known."""
+    network = target.devices.chip.network
+    return 0.0 if program is None or network is None else cost.tokens * program.sent / network
 
 
 def _sampling_seconds(spec: LmSpec, cost: Cost, target: Target) -> float:
@@ -124,10 +155,11 @@ def _heading(spec: LmSpec, target: Target) -> str:
     devices, mesh = target.devices, make_mesh(spec.mesh)
     sizes = {name: 1 for name in mesh_lib.AXES} if mesh is None else mesh.shape
     rows = " x ".join(f"{name}={sizes[name]}" for name in mesh_lib.AXES)
+    slices = f" in {devices.slices} slices" if devices.slices > 1 else ""
     if devices.chip.cpu:
         return f"{devices.name}: this machine, {devices.chip.memory:.1f} GiB; mesh {rows}"
     return (
-        f"{devices.name}: {devices.count} devices of {devices.chip.memory:.0f} GiB and "
+        f"{devices.name}: {devices.count} devices{slices} of {devices.chip.memory:.0f} GiB and "
         f"{devices.chip.bfloat16 / 1e12:.0f} TFLOP/s (bfloat16; float32 {devices.chip.float32 / 1e12:.0f}); mesh {rows}"
     )
 
@@ -150,6 +182,27 @@ def _method(target: Target) -> str:
     )
 
 
+def _networks(spec: LmSpec, costs: dict[str, Cost], programs: dict[str, Program], target: Target) -> list[str]:
+    """Lines about what goes over the network between slices."""
+    devices, network = target.devices, target.devices.chip.network
+    if devices.slices == 1:
+        return []
+    if network is None:
+        return [f"the network between slices is not counted: no bandwidth is known for {devices.name}"]
+    lines = [
+        f"between slices: {network / 1e9:g} GB/s a device (published), never at the same time as arithmetic; latency, "
+        "and what sampling sends, are not counted"
+    ]
+    seen: list[Program] = []
+    for name, program in programs.items():
+        if program.sent and program not in seen:
+            seen.append(program)  # stages share programs
+            total = costs[name].tokens * program.sent
+            share = total / network / seconds(spec, costs[name], target, program)
+            lines.append(f"{name}: each device sends {total / 1e6:,.1f} MB to other slices, {share:.0%} of the time")
+    return lines
+
+
 def _waste(spec: LmSpec) -> list[str]:
     train = spec.train_of("student")
     filled = _filled(spec, train)
@@ -165,8 +218,8 @@ def _waste(spec: LmSpec) -> list[str]:
 def _verdicts(spec: LmSpec, costs: dict[str, Cost], programs: dict[str, Program], target: Target) -> list[str]:
     """A line for each program that does not fit, or fits only if JAX is told to take more of the memory."""
     chip, lines, seen = target.devices.chip, [], set()
-    for name, (need, _) in programs.items():
-        gib = need.total / GIB
+    for name, program in programs.items():
+        need, gib = program.memory, program.memory.total / GIB
         if need in seen or gib <= chip.usable * chip.memory:
             continue
         # Stages share programs: each is named once.

@@ -149,6 +149,10 @@ class MeshSpec:
     data: int = setting(-1, "groups of devices that each have some rows of a batch")
     fsdp: int = setting(1, "devices that share weights and optimiser state, and gather weights for each layer")
     tensor: int = setting(1, "devices that split heads, MLP and vocabulary")
+    slices: int = setting(
+        0, "TPU slices or GPU nodes, between which the network is slow: only data spans them; 0 as the devices say, 1 "
+        "lets fsdp and tensor span them, too", at_least=0,
+    )  # fmt: skip
 
 
 @spec

@@ -18,7 +18,7 @@ from kd_jax.lm.corpus import batches
 from kd_jax.lm.experiment import cost, footprint, planning
 from kd_jax.lm.experiment.arms import Recording, arms
 from kd_jax.lm.experiment.footprint import Memory, Program
-from kd_jax.lm.experiment.specs import LmSpec, planned_shape
+from kd_jax.lm.experiment.specs import LmSpec, MeshSpec, planned_shape
 from kd_jax.lm.model import PRESETS
 from kd_jax.lm.model.kv_cache import PAGE
 from kd_jax.lm.training import state as state_lib
@@ -210,6 +210,43 @@ def test_cost_is_the_price_of_what_is_left(monkeypatch, capsys):
     assert "cost ?" in shown(monkeypatch, capsys, [(1, 1), (1, 1)])
 
 
+def test_meshes_of_a_plan_lie_over_the_slices_of_its_devices(monkeypatch):
+    eight = jax.devices()[:1] * 8
+    monkeypatch.setattr(jax, "devices", lambda: eight)
+    config = smoke(**{"mesh.fsdp": 4})
+    assert planning.over_slices(config, devices.parse("v5e-8")) is config
+    planned = planning.over_slices(config, devices.parse("2x 4xH100"))
+    assert planned.mesh == MeshSpec(fsdp=4, slices=2) and planned.teacher_mesh == MeshSpec(slices=2)
+    with pytest.raises(ValueError, match="fsdp x tensor = 4 devices do not fit into a slice"):
+        planning.over_slices(config, devices.parse("4x 2xH100"))
+    # all axes over all devices, where the config says so
+    config = smoke(**{"mesh.fsdp": 8, "mesh.slices": 1})
+    assert planning.over_slices(config, devices.parse("2x 4xH100")).mesh == config.mesh
+
+
+def test_time_over_the_network_between_slices(monkeypatch, capsys):
+    config = smoke()
+    shape = planned_shape(config, "student")
+    costs = {"direct/seed-0": cost.training(config, shape), "evaluation": cost.evaluation(config, shape, shape)}
+    silent = Program(Memory(1, 1))
+    programs = {"direct/seed-0": silent._replace(sent=1e9), "evaluation": silent}
+    slices = target("2x v5e-4")
+    alone, over = (
+        planning.seconds(config, costs["direct/seed-0"], slices, program)
+        for program in (silent, programs["direct/seed-0"])
+    )
+    # a gigabyte for each token, at 25 Gbit/s
+    assert over - alone == pytest.approx(costs["direct/seed-0"].tokens * 1e9 / 3.125e9)
+    monkeypatch.setattr(footprint, "programs", lambda *_: programs)
+    planning.show(config, costs, lambda name: False, slices)
+    said = capsys.readouterr().out
+    assert "2x v5e-4: 8 devices in 2 slices of 16 GiB" in said and "between slices: 3.125 GB/s a device" in said
+    assert re.search(r"^direct/seed-0: each device sends [\d,.]+ MB to other slices, 100% of the time$", said, re.M)
+    assert "evaluation: each" not in said
+    planning.show(config, costs, lambda name: False, target("2x v4-8"))
+    assert "no bandwidth is known for 2x v4-8" in capsys.readouterr().out
+
+
 def command(workdir, *words):
     return ["--config=configs/lm_laptop.py:smoke", f"--workdir={workdir}", "--dry_run", *words]
 
@@ -250,14 +287,17 @@ def test_a_mesh_that_cannot_be(tmp_path, words, message):
 @pytest.mark.long
 def test_plan_of_a_chain_over_four_devices(tmp_path):
     words = command(
-        tmp_path / "w", "--device=4xH100", "--config.mesh.fsdp=2", "--price_per_hour=2.5", "--mfu=0.3",
+        tmp_path / "w", "--device=2x 2xH100", "--config.mesh.fsdp=2", "--price_per_hour=2.5", "--mfu=0.3",
         "--config.distill.policy=on_policy",
     )  # fmt: skip
     done = subprocess.run([sys.executable, "-m", "kd_jax.train", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = done.stdout
-    assert "4 devices of 80 GiB and 989 TFLOP/s" in said and "mesh data=2 x fsdp=2 x tensor=1" in said
+    assert "4 devices in 2 slices of 80 GiB and 989 TFLOP/s" in said and "mesh data=2 x fsdp=2 x tensor=1" in said
     assert "30% of the peak rate (--mfu)" in said and "everything whose shape the config says fits" in said
+    # of data alone: updates sum gradients over it, and nothing else goes from slice to slice
+    sends = re.findall(r"^(\S+): each device sends .* MB to other slices", said, re.M)
+    assert "teacher" in sends and not any(name.startswith(("samples", "evaluation")) for name in sends)
     for stage in ("p_star/train", "teacher", "samples/tau-1", "direct/seed-1", "on_policy/seed-0", "evaluation"):
         assert re.search(rf"^{stage} +\d+\.\d +[\d,]+ +\d\.\d\de", said, re.M), said
     assert not (tmp_path / "w").exists()
