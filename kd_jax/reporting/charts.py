@@ -14,6 +14,12 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
+# Symbols of ECharts that are told apart at a glance, for series that share a chart.
+SYMBOLS = ("rect", "triangle", "diamond", "roundRect", "pin", "arrow")
+STAR = "path://M12 1l3.2 7.6 8.3.7-6.3 5.4 1.9 8.1L12 18.5 4.9 22.8l1.9-8.1L.5 9.3l8.3-.7z"
+# A colour that is the text's own, dark on light paper and light on dark.
+INK = ""
+
 
 class Point(NamedTuple):
     """A point of a chart.
@@ -34,15 +40,16 @@ class Point(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Points of one kind, with an entry in the legend.
+    """Points of one kind, with an entry in the legend; series of one label share it.
 
     Attributes:
         label: of the legend.
         points: in order.
-        colour: of CSS.
+        colour: of CSS, or INK.
         symbol: of ECharts: "circle", "diamond", "triangle", "rect", "pin", "emptyCircle" and so on.
         size: of the symbol, in pixels.
         line: how the points are joined: "solid", "dashed", "dotted", or "" where they are not.
+        opacity: of points and line.
     """
 
     label: str
@@ -51,6 +58,24 @@ class Series(NamedTuple):
     symbol: str = "circle"
     size: int = 9
     line: str = ""
+    opacity: float = 1.0
+
+
+class Panel(NamedTuple):
+    """One of the diagrams of a chart.
+
+    Attributes:
+        title: above it.
+        series: those without a point are left out.
+        x_title, y_title: of the axes, with units.
+        y: lowest and highest value of the y axis; by default it shows all.
+    """
+
+    title: str
+    series: Sequence[Series]
+    x_title: str = ""
+    y_title: str = ""
+    y: tuple[float, float] | None = None
 
 
 class View(NamedTuple):
@@ -67,13 +92,29 @@ class View(NamedTuple):
 
 
 def chart(series: Sequence[Series], *, x_title: str, y_title: str, views: Sequence[View] = ()) -> dict[str, Any]:
-    """What interactive.js draws a chart from, as plain values.
+    """What interactive.js draws a chart of one diagram from, as plain values.
 
     Args:
         series: those without a point are left out.
         x_title, y_title: of the axes, with units.
         views: parts of it that have a button, beside the whole.
     """
+    return {**panels([Panel("", series, x_title, y_title)]), "views": [view._asdict() for view in views]}
+
+
+def panels(every: Sequence[Panel], *, shared: Sequence[Series] = (), same_axes: bool = False) -> dict[str, Any]:
+    """What interactive.js draws a chart of several diagrams from; they have one legend.
+
+    Args:
+        every: the diagrams, in order.
+        shared: series that each of them shows, behind its own.
+        same_axes: whether all have the same range, without numbers, and zoom together.
+    """
+    shown = [panel._asdict() | {"series": _drawn(panel.series)} for panel in every]
+    return {"panels": shown, "shared": _drawn(shared), "same_axes": same_axes, "views": []}
+
+
+def _drawn(series: Sequence[Series]) -> list[dict[str, Any]]:
     shown = []
     for one in series:
         points = [
@@ -83,7 +124,7 @@ def chart(series: Sequence[Series], *, x_title: str, y_title: str, views: Sequen
         ]  # fmt: skip
         if points:
             shown.append({**one._asdict(), "points": points})
-    return {"series": shown, "x_title": x_title, "y_title": y_title, "views": [view._asdict() for view in views]}
+    return shown
 
 
 def _known(error: float) -> float:

@@ -19,6 +19,8 @@ DIRECT = "#d1495b"
 DISTILLED = "#2b5d8a"
 TEACHER = "#3a7d44"
 INK = "#333333"
+# Colours of methods: Okabe and Ito's, which the colour-blind tell apart, without the two lightest and darkest.
+NAMED = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
 _LONGEST = 200
 
 

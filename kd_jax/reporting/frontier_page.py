@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -14,7 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from kd_jax.metrics.statistics import show
-from kd_jax.reporting.figures import CMAP, DIRECT, INK, canvas, plain, tidy
+from kd_jax.reporting import charts
+from kd_jax.reporting.charts import STAR, SYMBOLS, Point, Series, View
+from kd_jax.reporting.figures import CMAP, DIRECT, INK, NAMED, canvas, plain, tidy
 from kd_jax.reporting.page import mean_se
 from kd_jax.reporting.prices import LEVEL, Curve, Match, Price, prices, standing
 from kd_jax.reporting.tables import Number, Table
@@ -80,8 +82,8 @@ def figure(
     bar = drawn.colorbar(ScalarMappable(norm, _ENTROPY_MAP), ax=axes, pad=0.02, aspect=30)
     bar.set_label(entropy_label or rf"teacher's entropy  $-E_{{p'}}[\log p']$  ({unit})")
     drawn.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False, fontsize=9.5)
-    axes.set_xlabel(rf"recall  $E_{{p^*}}[\log p'']$  ({unit})")
-    axes.set_ylabel(rf"precision  $E_{{p''}}[\log p^*]$  ({unit})")
+    axes.set_xlabel(rf"recall  $E_{{p^*}}[\log p'']$  ({unit})  better $\rightarrow$")
+    axes.set_ylabel(rf"precision  $E_{{p''}}[\log p^*]$  ({unit})  better $\rightarrow$")
     axes.margins(0.04)
     tidy(axes)
     if zoom is not None:
@@ -98,6 +100,46 @@ def figure(
     return drawn
 
 
+def chart(
+    knobs: Sequence[Knob], reference: Knob, direct: Knob | None, *, also: Sequence[Knob] = (),
+    zoom: tuple[float, float] | None = None, unit: str = "nats", more: Sequence[Series] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """The interactive form of `figure`, with a colour for each knob; the pointer shows the teacher's entropy.
+
+    Args:
+        more: series beside the knobs'.
+    """
+    series = [
+        _series(knob, NAMED[i % len(NAMED)], SYMBOLS[i % len(SYMBOLS)], 9, "solid" if len(knob.values) > 1 else "")
+        for i, knob in enumerate(knobs)
+    ]
+    series += [*more, *(_series(knob, "", "emptyRoundRect", 15) for knob in also)]
+    series += [_series(reference, "", "emptyCircle", 15)] + (
+        [] if direct is None else [_series(direct, DIRECT, STAR, 18)]
+    )
+    views = []
+    if zoom is not None:
+        x, y = (float(_means(reference, name)[0][0]) for name in ("recall", "precision"))
+        views = [View("near the reference", (x - zoom[0], x + 0.08 * zoom[0]), (y - 0.15 * zoom[1], y + zoom[1]))]
+    return charts.chart(
+        series, x_title=f"recall, E[log p″] on p* ({unit}); better →",
+        y_title=f"precision, E[log p*] ({unit}); better →", views=views,
+    )  # fmt: skip
+
+
+def _series(knob: Knob, colour: str, symbol: str, size: int, line: str = "") -> Series:
+    names = ("recall", "precision", "teacher_entropy")
+    (x, x_error), (y, y_error), (entropy, entropy_error) = (_means(knob, name) for name in names)
+    points = []
+    for i, value in enumerate(knob.values):
+        facts = [
+            f"{knob.name} = {value}" if value else knob.name, f"precision {Number(y[i], y_error[i])}",
+            f"recall {Number(x[i], x_error[i])}", f"teacher's entropy {Number(entropy[i], entropy_error[i])}",
+        ]  # fmt: skip
+        points.append(Point(x[i], y[i], x_error[i], y_error[i], facts))
+    return Series(knob.name, points, colour, symbol, size, line)
+
+
 def _draw(axes, knobs, marked: Sequence[tuple], norm: Normalize) -> list[Line2D]:
     """All points and lines; returns the legend's entries.
 
@@ -105,14 +147,19 @@ def _draw(axes, knobs, marked: Sequence[tuple], norm: Normalize) -> list[Line2D]
     """
     handles = []
     for index, knob in enumerate(knobs):
-        # Colour is the entropy, so knobs differ by marker and line.
+        # Colour is the entropy where a knob changes it, so knobs differ by marker and line.
         marker, line = MARKERS[index % len(MARKERS)], LINES[index % len(LINES)]
         (x, xerr), (y, yerr) = _means(knob, "recall"), _means(knob, "precision")
-        colours = _ENTROPY_MAP(norm(_means(knob, "teacher_entropy")[0]))
+        entropy = _means(knob, "teacher_entropy")[0]
+        colours = _ENTROPY_MAP(norm(entropy))
+        # A knob of the loss leaves the entropy where it is, which then tells nothing: it gets a colour of its own.
+        own = len(entropy) > 1 and np.ptp(entropy) < 0.01 * (norm.vmax - norm.vmin)
+        colours = [NAMED[index % len(NAMED)]] * len(entropy) if own else colours
         axes.plot(x, y, color="0.5", linewidth=1.0, linestyle=line, zorder=1)
         axes.errorbar(x, y, xerr=xerr, yerr=yerr, fmt="none", ecolor="0.65", elinewidth=0.8, capsize=1.5, zorder=2)
         axes.scatter(x, y, c=colours, marker=marker, s=58, edgecolors=INK, linewidths=0.7, zorder=3)
-        style = {"color": "0.5", "markerfacecolor": "0.88", "markeredgecolor": INK, "markersize": 8}
+        face = colours[0] if own else "0.88"
+        style = {"color": "0.5", "markerfacecolor": face, "markeredgecolor": INK, "markersize": 8}
         label = plain(f"{knob.name}: {_span(knob.values)}")
         handles.append(Line2D([], [], marker=marker, linestyle=line, linewidth=1.0, label=label, **style))
     for knob, marker, colour, edge, size in marked:

@@ -5,45 +5,75 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const escape = (text) => text.replace(/[&<>]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
 
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  // An empty colour is the text's. On dark paper, dark colours are mixed with white.
+  const paint = (colour) => !colour ? value("--ink")
+    : dark.matches && echarts.color.lum(colour, 0) < 0.4 ? echarts.color.lift(colour, 0.4) : colour;
+  const range = (numbers) => {
+    const low = Math.min(...numbers), high = Math.max(...numbers), room = (high - low) * 0.05 || 1;
+    return [low - room, high + room];
+  };
+
+  // The series of ECharts for one of ours in diagram number `index`: its points, and their error bars.
+  function drawnSeries(one, index) {
+    const on = { name: one.label, xAxisIndex: index, yAxisIndex: index }, colour = paint(one.colour);
+    const drawn = [{
+      ...on, type: one.line ? "line" : "scatter", symbol: one.symbol, symbolSize: one.size, showAllSymbol: true,
+      itemStyle: { color: colour, opacity: one.opacity },
+      lineStyle: { color: colour, type: one.line, width: 1.5, opacity: one.opacity },
+      data: one.points.map((point) => ({ value: point.at, facts: point.facts, model: point.model })),
+      emphasis: { focus: "series" }, z: 3,
+    }];
+    // All bars are one line with gaps, under the same name, so that the legend hides them too.
+    const bars = one.points.flatMap(({ at: [x, y], error: [dx, dy] }) => [
+      ...(dx ? [[x - dx, y], [x + dx, y], ["-", "-"]] : []), ...(dy ? [[x, y - dy], [x, y + dy], ["-", "-"]] : [])]);
+    if (bars.length) drawn.push({
+      ...on, type: "line", data: bars, symbol: "none", silent: true, z: 2,
+      itemStyle: { color: colour }, lineStyle: { color: colour, width: 1.2, opacity: 0.7 },
+    });
+    return drawn;
+  }
+
   // `view` is a part of the plane: [lowest, highest] of both axes, or null for all of it.
   function options(chart, width, view) {
-    const ink = value("--ink"), line = value("--line");
-    const axis = (name, range) => ({
-      name, min: range && range[0], max: range && range[1], nameLocation: "middle", type: "value", scale: true, nameGap: 34, splitNumber: 6,
-      nameTextStyle: { color: ink, fontSize: 13 }, axisLabel: { color: ink }, axisLine: { onZero: false, lineStyle: { color: ink } },
-      splitLine: { lineStyle: { color: line } },
-    });
-    const series = [];
+    const ink = value("--ink"), grid = value("--line"), count = chart.panels.length, same = chart.same_axes;
+    const columns = Math.max(1, Math.min(count, Math.floor(width / 270))), wide = width / columns;
+    const high = count > 1 ? (same ? wide - 20 : 210) : 380, left = same ? 8 : 66, below = same ? 44 : 92;
+    const every = chart.panels.map((panel) => [...chart.shared, ...panel.series]);
+    const labels = [...new Set(every.flat().map((one) => one.label))];
     // the legend's own height is not known before it is drawn
-    const lines = Math.ceil(chart.series.reduce((sum, one) => sum + 7 * one.label.length + 48, 0) / width);
-    for (const one of chart.series) {
-      series.push({
-        name: one.label, type: "line", symbol: one.symbol, symbolSize: one.size, showAllSymbol: true,
-        itemStyle: { color: one.colour }, lineStyle: { color: one.colour, type: one.line || "solid", width: one.line ? 1.5 : 0 },
-        data: one.points.map((point) => ({ value: point.at, facts: point.facts, model: point.model })),
-        emphasis: { focus: "series" }, z: 3,
-      });
-      // An error bar is a line of its own, under the same name, so that the legend hides it too.
-      for (const { at: [x, y], error: [dx, dy] } of one.points)
-        for (const [on, ends] of [[dx, [[x - dx, y], [x + dx, y]]], [dy, [[x, y - dy], [x, y + dy]]]])
-          if (on) series.push({
-            name: one.label, type: "line", data: ends, symbol: "none", silent: true, z: 2,
-            itemStyle: { color: one.colour }, lineStyle: { color: one.colour, width: 1.2, opacity: 0.7 },
-          });
-    }
+    const lines = Math.ceil(labels.reduce((sum, label) => sum + 7 * label.length + 48, 0) / width);
+    const top = 22 * lines + (count > 1 ? 34 : 16);
+    const points = every.flat().flatMap((one) => one.points);
+    const [x, y] = view ? [view.x, view.y] : same ? [0, 1].map((i) => range(points.map((point) => point.at[i]))) : [];
+    const axis = (name, index, limits, nameGap) => ({
+      name, gridIndex: index, min: limits && limits[0], max: limits && limits[1], nameGap, nameLocation: "middle",
+      type: "value", scale: true, splitNumber: count > 1 ? 4 : 6, nameTextStyle: { color: ink, fontSize: 13 },
+      axisLabel: { color: ink, show: !same, hideOverlap: true, showMinLabel: !limits, showMaxLabel: !limits }, axisTick: { show: !same },
+      axisLine: { onZero: false, lineStyle: { color: ink } }, splitLine: { lineStyle: { color: grid } },
+    });
+    // Diagrams on the same axes zoom together, others each for itself.
+    const zooms = same ? [chart.panels.map((_, i) => i)] : chart.panels.map((_, i) => i);
+    const place = (i) => ({ left: left + (i % columns) * wide, top: top + Math.floor(i / columns) * (high + below) });
     return {
-      animation: false, series, xAxis: axis(chart.x_title, view && view.x),
-      yAxis: { ...axis(chart.y_title, view && view.y), nameGap: 44 },
-      legend: { type: "plain", top: 0, textStyle: { color: ink }, data: chart.series.map((one) => one.label) },
-      grid: { left: 66, right: 20, bottom: 56, top: 16 + 22 * lines },
-      dataZoom: [{ type: "inside", xAxisIndex: 0 }, { type: "inside", yAxisIndex: 0 }],
+      height: top + Math.ceil(count / columns) * (high + below) - 20,
+      animation: false, series: every.flatMap((series, i) => series.flatMap((one) => drawnSeries(one, i))),
+      title: chart.panels.map((panel, i) => ({
+        text: panel.title, left: place(i).left, top: place(i).top - 26, padding: 2,
+        textStyle: { color: ink, fontSize: 13, width: wide - 20, overflow: "truncate" },
+      })),
+      grid: chart.panels.map((_, i) => ({ ...place(i), width: wide - left - 20, height: high })),
+      xAxis: chart.panels.map((panel, i) => axis(panel.x_title, i, x, 30)),
+      yAxis: chart.panels.map((panel, i) => axis(panel.y_title, i, y || panel.y, 44)),
+      legend: { type: "plain", top: 0, textStyle: { color: ink }, data: labels },
+      dataZoom: zooms.flatMap((i) => [{ xAxisIndex: i }, { yAxisIndex: i }]).map((one) => ({ type: "inside", filterMode: "none", ...one })),
       toolbox: { right: 0, bottom: 0, feature: { restore: { title: "whole view" }, saveAsImage: { type: "svg", title: "save" } },
                  iconStyle: { borderColor: ink } },
       tooltip: {
         trigger: "item", confine: true, backgroundColor: value("--paper"), borderColor: value("--rule"),
-        textStyle: { color: ink, fontSize: 13 },
-        formatter: ({ data }) => (data.facts || []).map(escape).join("<br>")
-          + (data.model && browser ? "<br><i>click for its samples</i>" : ""),
+        textStyle: { color: ink, fontSize: 13 }, extraCssText: "max-width: 26rem; white-space: pre-line; overflow-wrap: anywhere",
+        formatter: ({ data }) => (data.facts || []).map(escape).join("\n")
+          + (data.model && browser ? "\n<i>click for its samples</i>" : ""),
       },
     };
   }
@@ -55,7 +85,13 @@
     figure.querySelector("img").replaceWith(place);
     const drawn = echarts.init(place, null, { renderer: "svg" });
     let view = null;
-    const draw = () => drawn.setOption(options(chart, place.clientWidth, view), true);
+    const draw = () => {
+      if (!place.clientWidth) return; // hidden
+      const { height, ...rest } = options(chart, place.clientWidth, view);
+      place.style.height = `${height}px`;
+      drawn.resize();
+      drawn.setOption(rest, true);
+    };
     draw();
     for (const one of chart.views.length ? [{ label: "whole" }, ...chart.views] : []) {
       const button = document.createElement("button");
@@ -64,8 +100,8 @@
       place.before(button);
     }
     drawn.on("click", ({ data }) => data.model && browser && browse(data.model));
-    addEventListener("resize", () => { drawn.resize(); draw(); });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
+    addEventListener("resize", draw);
+    dark.addEventListener("change", draw);
   }
 
   let browse = () => {};

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from scipy import stats
 
 from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
-from kd_jax.reporting import page, tables, units
+from kd_jax.reporting import charts, page, tables, units
+from kd_jax.reporting.charts import STAR, Point, Series
 from kd_jax.reporting.figures import INK, canvas, plain, tidy
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.runs.config import flatten
@@ -26,11 +28,15 @@ from kd_jax.storage import files
 
 # Points that are named in the figure; more would cover each other.
 _LABELLED = 12
+# Settings that the pointer shows of a point.
+_FACTS = 8
 TITLE = "Runs compared: precision against recall"
 METRICS = ("precision", "recall")
-TEMPLATE = """<p><strong>{{ lead }}</strong></p>
+TEMPLATE = """<p class="lead"><strong>{{ lead }}</strong></p>
 {% for text in caveats %}<p>{{ text }}</p>
-{% endfor %}{{ figure("compare", caption) }}
+{% endfor %}<nav></nav>
+<h2>All runs on one frontier</h2>
+{{ figure("compare", caption) }}
 {% for table in tables %}{{ section(table) }}
 {% endfor %}"""
 _CAPTION = (
@@ -158,7 +164,7 @@ def _welch(a: Interval, b: Interval) -> Interval:
 
 
 def write(runs: Sequence[Run], out: Path, command: str) -> tuple[Path, Table]:
-    """Writes out/compare.html and, in out/figures, the figure and each table as CSV.
+    """Writes out/compare.html and, in out/figures, the figure and the tables.
 
     Args:
         runs: two or more of one experiment, with names that differ; differences are from the first.
@@ -173,7 +179,8 @@ def write(runs: Sequence[Run], out: Path, command: str) -> tuple[Path, Table]:
     html = page.render(
         TEMPLATE, folder=out, command=command, title=TITLE, lead=_lead(runs, settings), caption=_CAPTION,
         caveats=[f"Smoke runs, too small for conclusions: {', '.join(smoke)}."] if smoke else [],
-        images=page.embed({"compare": figure(runs)}, out), tables=[students, settings],
+        images=page.embed({"compare": figure(runs)}, out), charts={"compare": chart(runs, settings)},
+        tables=[students, settings],
     )  # fmt: skip
     path = out / "compare.html"
     files.write_text(path, html)
@@ -233,18 +240,54 @@ def figure(runs: Sequence[Run]) -> Figure:
     """Recall against precision of all runs' students; a student whose mean is not finite is left out."""
     drawn = canvas(8.6, 6.4)
     axes = drawn.add_subplot()
-    # tab10 is told apart by most readers; more runs than that share a wider scale.
-    palette = colormaps["tab10"].colors if len(runs) <= 10 else colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))
-    for run, colour in zip(runs, palette, strict=False):
+    for run, colour in zip(runs, _palette(len(runs)), strict=True):
         axes.plot([], [], marker="o", color=colour, label=plain(run.name))
         for kind in dict.fromkeys(one.kind for one in run.students):
             _draw(axes, [one for one in run.students if one.kind == kind], kind, colour)
     _write_labels(axes, [one for one in runs[0].students if one.kind != "cooled"])
-    axes.set_xlabel(rf"recall  $E_{{p^*}}[\log p'']$  ({runs[0].unit})")
-    axes.set_ylabel(rf"precision  $E_{{p''}}[\log p^*]$  ({runs[0].unit})")
+    axes.set_xlabel(rf"recall  $E_{{p^*}}[\log p'']$  ({runs[0].unit})  better $\rightarrow$")
+    axes.set_ylabel(rf"precision  $E_{{p''}}[\log p^*]$  ({runs[0].unit})  better $\rightarrow$")
     tidy(axes)
     drawn.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9.5)
     return drawn
+
+
+def _palette(count: int) -> list[str]:
+    # tab10 is told apart by most readers; more runs than that share a wider scale.
+    colours = colormaps["tab10"].colors if count <= 10 else colormaps["turbo"](np.linspace(0.05, 0.95, count))
+    return [to_hex(colour) for colour in colours[:count]]
+
+
+def chart(runs: Sequence[Run], settings: Table) -> dict[str, Any]:
+    """The interactive form of `figure`; the pointer shows a student's numbers and how its run's settings differ.
+
+    Args:
+        runs: as `write` takes them.
+        settings: as `settings_table` returns it.
+    """
+    series = []
+    for place, (run, colour) in enumerate(zip(runs, _palette(len(runs)), strict=True), start=1):
+        differs = [f"{row[0]}: {row[place]}" for row in settings.rows if not row[0].startswith("(")]
+        differs = differs[:_FACTS] + ["…"] * (len(differs) > _FACTS)
+        for kind in dict.fromkeys(one.kind for one in run.students):
+            points = [_point(run, one, differs) for one in run.students if one.kind == kind]
+            symbol, size = (STAR, 16) if kind == "direct" else ("circle", 5 if kind == "cooled" else 9)
+            line = "dashed" if kind == "cooled" else "solid" if len(points) > 1 else ""
+            series.append(Series(run.name, points, colour, symbol, size, line))
+    return charts.chart(
+        series, x_title=f"recall, E[log p″] on p* ({runs[0].unit}); better →",
+        y_title=f"precision, E[log p*] ({runs[0].unit}); better →",
+    )  # fmt: skip
+
+
+def _point(run: Run, student: Student, differs: list[str]) -> Point:
+    both = {metric: estimate(student, metric) for metric in METRICS}
+    count = f"{len(student.members)} student{'s' * (len(student.members) > 1)}"
+    numbers = [f"{metric} {Number(*interval[:2])}" for metric, interval in both.items()]
+    precision, recall = both.values()
+    # as in the still figure, cooled students have no error bars
+    errors = (math.nan, math.nan) if student.kind == "cooled" else (recall.error, precision.error)
+    return Point(recall.mean, precision.mean, *errors, [run.name, f"{student.label}, {count}", *numbers, *differs])
 
 
 def _draw(axes: Any, students: Sequence[Student], kind: str, colour: Any) -> None:

@@ -72,14 +72,20 @@ def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
         for arm in CONTROLS:
             if Who(arm) in students:
                 _line(axes, students, [Who(arm)], color=TEACHER, fmt=MARKS[arm], markersize=7, zorder=3, linestyle="",
-                      label=f"student of the teacher's {arm} component")  # fmt: skip
+                      label="student of one component of the teacher" if arm == CONTROLS[0] else "_")  # fmt: skip
+                if axes is whole:
+                    ((u,), _), ((v,), _) = (_points(students, [Who(arm)], name) for name in _TWO)
+                    below = -14 if arm == CONTROLS[1] else 6  # neighbours can meet
+                    axes.annotate(
+                        arm, (u, v), (6, below), textcoords="offset points", fontsize=9, color=TEACHER, zorder=7
+                    )
         _line(axes, students, cooled, color=RED, fmt="o-", markersize=4, linewidth=1.6, zorder=5,
               label="direct student, cooled")  # fmt: skip
         _line(axes, students, cooled[:1], color=RED, fmt="*", markersize=14, zorder=6, linestyle="",
               markeredgecolor="white", label="direct student")  # fmt: skip
-        axes.set_xlabel(r"recall  $E_{p^*}[\log p'']$  (nats)")
+        axes.set_xlabel(r"recall  $E_{p^*}[\log p'']$  (nats)  better $\rightarrow$")
         tidy(axes)
-    whole.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats)")
+    whole.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats)  better $\rightarrow$")
     (x,), (y,) = (_points(students, cooled[:1], name)[0] for name in ("recall", "precision"))
     (left, right), (bottom, top) = _near(x, y)
     near.set(xlim=(left, right), ylim=(bottom, top))

@@ -75,8 +75,9 @@ FIT_HEAD = ("divergence", "on fresh draws", "on the fit's", "largest gradient no
 TEMPLATE = """<p class="lead"><strong>{{ finding }}</strong></p>
 <nav></nav>
 <h2>The frontier of every knob</h2>
-{{ figure("frontier", "Mean over seeds at each setting of each knob; bars are standard errors over seeds. Colour is "
- ~ "the entropy of the teacher's own samples under it: knobs of the loss leave it where it is.") }}
+{{ figure("frontier", "Mean over seeds at each setting of each knob; bars are standard errors over seeds. In the "
+ ~ "still figure colour is the entropy of the teacher's own samples under it; a knob of the loss, which leaves it "
+ ~ "where it is, has a colour of its own.") }}
 <p>{{ lead }}</p>
 {% for table in tables %}{{ section(table) }}
 {% endfor %}
@@ -121,6 +122,7 @@ def write(folder: str | Path) -> Path:
         images=page.embed(
             {"frontier": frontier_page.figure([*knobs, *cooled, *free], plain, direct, zoom=ZOOM)}, folder
         ),
+        charts={"frontier": frontier_page.chart([*knobs, *cooled, *free], plain, direct, zoom=ZOOM)},
     )
     path = folder / "report.html"
     files.write_text(path, html)

@@ -196,8 +196,24 @@ def captions(groups: list[Group]) -> dict[str, str]:
         "at lower temperatures, where it was evaluated there." + absent,
         "curves": f"Bars and band are standard errors over {over}; the dashed line is the direct student." + absent,
         "divergences": f"Divergences between student (p″) and p*, per token; errors over {over}.",
-        "training": "Each panel shows the loss that its models are trained on, mean over seeds with a band of one "
-        "standard error; values of different losses cannot be compared. The axis leaves out the first fall.",
+        "training": "First panels: the loss that their models are trained on, mean over seeds with a band of one "
+        "standard error; values of different losses cannot be compared. Then what is logged beside it. Axes leave out "
+        "the first fall.",
+    }
+
+
+def map_captions(rows: list[dict]) -> dict[str, str]:
+    """Captions of the maps of embeddings.
+
+    Args:
+        rows: of the run's embedding_map.jsonl.
+    """
+    share = f"{rows[0].get('share', math.nan):.0%}" if rows else ""
+    axes = "the same axes in all panels: p*'s in grey, the model's in colour. Under the pointer a point's text shows."
+    return {
+        "embedding_map": "Mean hidden states of texts on the two directions in which p*'s vary most "
+        f"({share} of their variance), {axes}",
+        "embedding_umap": f"The same by UMAP fitted to p*'s texts, {axes} Distances between far points mean little.",
     }
 
 

@@ -6,6 +6,8 @@ left out. All likelihoods are in nats per token.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
@@ -15,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from kd_jax.lm.report.cooling import Curve
 from kd_jax.lm.report.summary import ORDER, Group
-from kd_jax.reporting.figures import CMAP, DIRECT, DISTILLED, INK, canvas, plain, tidy
+from kd_jax.reporting.figures import CMAP, DIRECT, DISTILLED, INK, NAMED, canvas, plain, tidy
 from kd_jax.reporting.page import number
 
 # Without its yellow end, which is too light for lines on white.
@@ -23,8 +25,6 @@ TAU_MAP = ListedColormap(colormaps[CMAP](np.linspace(0.0, 0.9, 256)), name="tau"
 TAU = r"teacher's sampling temperature $\tau$"
 FAINT = {"s": 20, "alpha": 0.35, "linewidths": 0, "zorder": 2}
 BARS = {"fmt": "none", "elinewidth": 1.1, "capsize": 2.5, "zorder": 3}
-# Colours of arms by name: Okabe and Ito's, which the colour-blind tell apart, without the two lightest and darkest.
-NAMED = ("#E69F00", "#56B4E9", "#CC79A7", "#009E73", "#D55E00", "#0072B2")
 MARKS = "s^vP<X>p"
 
 
@@ -280,27 +280,29 @@ def curves(groups: list[Group]) -> Figure:
     return figure
 
 
-def embedding_map(rows: list[dict]) -> Figure:
+def embedding_map(rows: list[dict], x: str, y: str) -> Figure:
     """Embeddings of p*'s texts and of each model's in the plane, a panel a model, on the same axes.
 
     Args:
-        rows: of the run's embedding_map.jsonl; where it has UMAP's coordinates, a second row of panels shows them.
+        rows: of the run's embedding_map.jsonl.
+        x, y: the fields that have the coordinates.
     """
     names = list(dict.fromkeys(row["name"] for row in rows if row["arm"] != "p_star"))
-    axes_of = [("x", "y")] + [("umap_x", "umap_y")] * ("umap_x" in rows[0])
-    figure = canvas(3.0 * len(names), 3.1 * len(axes_of))
-    grid = figure.subplots(len(axes_of), len(names), sharex="row", sharey="row", squeeze=False)
-    for line, (x, y) in zip(grid, axes_of, strict=True):
-        for axes, name in zip(line, names, strict=True):
-            for colour, members in ((("0.6"), [r for r in rows if r["arm"] == "p_star"]),
-                                    (DISTILLED, [r for r in rows if r["name"] == name])):  # fmt: skip
-                axes.scatter(
-                    [r[x] for r in members], [r[y] for r in members], s=8, color=colour, alpha=0.6, linewidths=0
-                )
-            axes.set_title(plain(name), fontsize=9)
-            axes.set_xticks([])
-            axes.set_yticks([])
-        line[0].set_ylabel("principal components" if x == "x" else "UMAP")
+    columns = min(4, len(names))
+    lines = math.ceil(len(names) / columns)
+    figure = canvas(2.6 * columns, 2.7 * lines + 0.4)
+    grid = list(figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for axes, name in zip(grid, names, strict=False):
+        for colour, members in (("0.6", [r for r in rows if r["arm"] == "p_star"]),
+                                (DISTILLED, [r for r in rows if r["name"] == name])):  # fmt: skip
+            axes.scatter([r[x] for r in members], [r[y] for r in members], s=8, color=colour, alpha=0.6, linewidths=0)
+        axes.set_title(plain(name), fontsize=9)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes in grid[len(names) :]:
+        axes.set_axis_off()
+    handles = [marker("p*'s texts", "o", "0.6", 6), marker("the model's", "o", DISTILLED, 6)]
+    legend(figure, handles)
     return figure
 
 

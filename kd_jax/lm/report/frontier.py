@@ -15,7 +15,7 @@ from kd_jax.lm.report.summary import Group
 from kd_jax.metrics import statistics
 from kd_jax.reporting import charts, frontier_page, units
 from kd_jax.reporting.charts import Point, Series
-from kd_jax.reporting.figures import INK
+from kd_jax.reporting.figures import DIRECT
 from kd_jax.reporting.page import mean_se, show
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.reporting.units import Student
@@ -29,13 +29,13 @@ HEAD = (
 # What the pointer shows of a student, where it is known.
 FACTS = {"precision": "precision", "recall": "recall", "entropy": "entropy", "teacher_entropy": "teacher's entropy",
          "distinct_2": "distinct-2", "length_mean": "mean length"}  # fmt: skip
-SYMBOLS = ("rect", "triangle", "diamond", "roundRect", "pin", "arrow")
 
 
 class Section(NamedTuple):
-    """What the page shows of a run's knobs: the figure with its caption, the first sentences, and tables."""
+    """What the page shows of a run's knobs: the figure, its interactive form, their caption, sentences and tables."""
 
     figure: Figure
+    chart: dict[str, Any]
     caption: str
     headlines: list[str]
     tables: list[Table]
@@ -81,7 +81,9 @@ def section(frontier: Frontier | None, curves: dict[str, Curve], smoke: bool) ->
     if smoke:
         tables = [table._replace(texts=()) for table in tables]
     tables.append(_all_settings(frontier, students, curves))
-    return Section(figure(students, curves), _caption(frontier, students), headlines, tables)
+    return Section(
+        figure(students, curves), knob_chart(students, curves), _caption(frontier, students), headlines, tables
+    )
 
 
 def missing(frontier: Frontier | None, curves: dict[str, Curve]) -> list[str]:
@@ -208,13 +210,28 @@ def figure(students: KnobStudents, curves: dict[str, Curve]) -> Figure:
     return drawn
 
 
+def knob_chart(students: KnobStudents, curves: dict[str, Curve]) -> dict[str, Any]:
+    """The interactive form of `figure`."""
+    cooled = []
+    for arm, curve in curves.items():
+        points = (
+            [_cooled(curve, t) for t in curve.temperatures] if len(curve.temperatures) > 1 and curve.students else []
+        )
+        colour = DIRECT if arm == "direct" else "#999999"
+        cooled.append(Series(f"{curve.label}, cooled", points, colour, "circle", 6, "dashed"))
+    return frontier_page.chart(
+        students.knobs, students.reference, students.direct, also=students.also, unit=UNIT, more=cooled
+    )
+
+
 def _caption(frontier: Frontier, students: KnobStudents) -> str:
     return (
         f"Every setting of every knob, mean over {units.words(students.students)}; bars are standard errors over them, "
         f"lines join a knob's settings in order. The ring is the reference, {frontier.reference}, from which all are "
-        "counted; a hexagon is another student of the unchanged teacher; the star is the direct student. Dashed: "
-        "students over their own sample temperatures, the direct one's with numbers, where they were evaluated. Colour "
-        "is the teacher's entropy: of its sampled text, or of its distribution at the temperature in the loss."
+        "counted; a hexagon or rounded square is another student of the unchanged teacher; the star is the direct "
+        "student. Dashed: students over their own sample temperatures, the direct one's with numbers, where they were "
+        "evaluated. In the still figure colour is the teacher's entropy, of its sampled text or of its distribution at "
+        "the temperature in the loss; a knob that leaves it where it is has a colour of its own."
     )
 
 
@@ -275,14 +292,14 @@ def chart(groups: list[Group], curves: dict[str, Curve]) -> dict[str, Any]:
     series = []
     for i, group in enumerate([*direct, *distilled, *named]):
         arm = f"tau-{group.tau:g}" if group.arm == "distilled" else group.arm
-        symbol = "circle" if group.arm in ("direct", "distilled") else SYMBOLS[i % len(SYMBOLS)]
+        symbol = "circle" if group.arm in ("direct", "distilled") else charts.SYMBOLS[i % len(charts.SYMBOLS)]
         points = [_chart_point(group)]
         if arm in curves:
             points += [_cooled(curves[arm], t) for t in curves[arm].temperatures if t != 1 and curves[arm].students]
         style = {"size": 13 if group.arm == "direct" else 10, "line": "dashed" if len(points) > 1 else ""}
         series.append(Series(group.label, points, to_hex(colours[arm]), symbol, **style))
     if teacher:
-        series.append(Series("teacher", [_chart_point(group) for group in teacher], INK, "emptyDiamond", 9))
+        series.append(Series("teacher", [_chart_point(group) for group in teacher], charts.INK, "emptyDiamond", 9))
     return charts.chart(
         series, x_title="recall, E[log p″] on p*'s text (nats per token); better →",
         y_title="precision, E[log p*] (nats per token); better →",

@@ -70,8 +70,6 @@ summary { cursor: pointer; }
 .browser li { padding: .5rem .8rem; border-bottom: 1px solid var(--line); white-space: pre-wrap; }
 .browser small { color: var(--faint); } .browser label { margin-right: 1rem; white-space: nowrap; }
 .browser select { max-width: 100%; }
-.map svg { background: var(--shade); } .map circle { fill: #999; fill-opacity: .45; }
-.map .own { fill: var(--link); fill-opacity: .8; } .map circle:hover { fill: var(--warn); }
 """
 TEMPLATE = """{% if preregistered %}<p class="lead"><strong>{{ preregistered }}</strong></p>
 {% endif %}<p class="lead"><strong>{{ finding }}</strong></p>
@@ -102,14 +100,9 @@ text that reached the longest length allowed before it ended.</p>{% endif %}
 <ol></ol></div><p>They are shown where scripts run; samples.jsonl has them, too.</p>
 <script type="application/json" id="samples">{{ json(browsed) }}</script>{% endif %}
 {{ INSTRUCT }}
-{% if map %}<h2>Where the texts lie</h2>
-<div class="beside map">{% for panel in map %}<div><h3>{{ panel.label }}</h3>
-<svg width="{{ panel.size }}" height="{{ panel.size }}" role="img" aria-label="embeddings of {{ panel.label }}">
-{% for kind in ("real", "own") %}{% for x, y, text in panel[kind] %}<circle class="{{ kind }}" cx="{{ x }}"
-cy="{{ y }}" r="3"><title>{{ text }}</title></circle>{% endfor %}{% endfor %}</svg></div>{% endfor %}</div>
-<p class="note">Mean hidden states of texts on the two directions in which p*'s vary most ({{ map_share }} of their
-variance), the same axes in all panels: p*'s in grey, the model's in colour. Each point's text shows under the pointer.
-</p>{% endif %}
+{% if "embedding_map" in images %}<h2>Where the texts lie</h2>
+{{ figure("embedding_map", captions.embedding_map) }}
+{{ figure("embedding_umap", captions.embedding_umap) }}{% endif %}
 {% for table in tables %}{{ section(table) }}
 {% endfor %}
 {% if "curves" in images %}<h2>Against {% if "divergences" in images %}tau and {% endif %}the teacher's entropy</h2>
@@ -180,13 +173,16 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     frontier_config = _named(knobs.read, run.config, folder / "config.json")
     section = frontier.section(frontier_config, run.curves, run.smoke is not None)
     # What a run has no values for is left out, so that a page can be made at any time.
-    drawn, captions = _figures(run), about_run.captions(run.groups)
-    if places:  # in figures/ only: the page has the interactive one
-        page.embed({"embedding_map": figures.embedding_map(places)}, folder)
+    drawn, captions = _figures(run), about_run.captions(run.groups) | about_run.map_captions(places)
+    drawn |= {name: figures.embedding_map(places, *fields) for name, fields in samples_lib.maps(places).items()}
     if section is not None:
         drawn["frontier"], captions["frontier"] = section.figure, section.caption
-    # the frontier of knobs has prices in it, which only the still figure shows
-    made = {"frontier": frontier.chart(run.groups, run.curves)} if "frontier" in drawn and section is None else {}
+    made = samples_lib.map_charts(places)
+    if "frontier" in drawn:
+        made["frontier"] = frontier.chart(run.groups, run.curves) if section is None else section.chart
+    trainings = loss_curves.read(run.rows)
+    if trainings is not None:
+        drawn["training"], made["training"] = loss_curves.figure(trainings), loss_curves.chart(trainings)
     shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
     tables.save([*shown, cost], folder)
     html = page.render(
@@ -206,8 +202,6 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         charts=made,
         interactive=bool(samples),
         instruct=instruct_page.read(folder, run.rows, run.config.get("instruct")),
-        map=samples_lib.map_panels(places),
-        map_share=f"{places[0].get('share', math.nan):.0%}" if places else "",
         tables=shown,
         definitions=about_run.definitions(run.groups),
         missing=about_run.missing(run.rows, run.groups, samples) + frontier.missing(frontier_config, run.curves),
@@ -315,7 +309,7 @@ def _named(read: Callable[[dict], T], config: dict, path: Path) -> T:
 
 def _figures(run: _Run) -> dict[str, Figure]:
     """The figures that the run has values for."""
-    drawn = {"training": loss_curves.training(run.rows)}
+    drawn = {}
     if any(group.rows for group in run.groups):
         drawn["frontier"] = figures.frontier(run.groups, run.curves)
         drawn["curves"], drawn["divergences"] = figures.curves(run.groups), figures.divergences(run.groups)

@@ -1,15 +1,20 @@
-"""The samples of a run as a table of texts side by side."""
+"""The samples of a run: texts side by side, those of the page's browser, and maps of their embeddings."""
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from kd_jax.lm.report import summary
-from kd_jax.reporting import row_kinds
+from kd_jax.reporting import charts, row_kinds
+from kd_jax.reporting.charts import Panel, Point, Series
+from kd_jax.reporting.figures import DISTILLED
 from kd_jax.storage import files
 
+# Characters of a text that the pointer shows on a map.
+_LONGEST = 500
 # <|im_end|> and the like, and <s>, </s>, <pad>, <unk> and similar.
 SPECIAL = re.compile(r"(<\|[^<>|\s]+\|>|</?(?:s|pad|unk|bos|eos|mask)>)")
 FIELDS = dict.fromkeys(("name", "arm", "text"), row_kinds.TEXT) | dict.fromkeys(
@@ -85,29 +90,47 @@ def read_map(path: Path) -> list[dict]:
     return rows
 
 
-def map_panels(rows: list[dict], size: int = 300) -> list[dict[str, Any]]:
-    """A panel for each model: p*'s texts and the model's as points on the same axes, in pixels, with their texts."""
-    by_name: dict[str, list[dict]] = {}
+def map_charts(rows: list[dict]) -> dict[str, Any]:
+    """Interactive maps of embeddings, by name of the figure: a diagram a model, p*'s texts behind, on the same axes.
+
+    Args:
+        rows: as `read_map` returns them.
+    """
+    models: dict[str, list[dict]] = {}
     for row in rows:
-        by_name.setdefault(row["name"], []).append(row)
-    if not rows:
-        return []
-    low = {axis: min(row[axis] for row in rows) for axis in "xy"}
-    span = max(max(row[axis] for row in rows) - low[axis] for axis in "xy") or 1.0
+        models.setdefault(row["name"], []).append(row)
+    made = {}
+    for name, (x, y) in maps(rows).items():
 
-    def place(row: dict, axis: str) -> float:
-        return round(8 + (size - 16) * (row[axis] - low[axis]) / span, 1)
+        def series(members: list[dict], label: str, colour: str, x=x, y=y) -> Series:
+            points = [
+                Point(row[x], row[y], math.nan, math.nan, [_map_label(row), _shortened(row["text"])], row["name"])
+                for row in members
+            ]
+            return Series(label, points, colour, size=6)
 
-    def points(members: list[dict]) -> list[tuple[float, float, str]]:
-        # SVG counts y from the top
-        return [(place(row, "x"), size - place(row, "y"), row["text"].translate(CONTROL)) for row in members]
+        real = [series(members, "p*", "#999999") for members in models.values() if members[0]["arm"] == "p_star"]
+        every = [
+            Panel(_map_label(members[0]), [series(members, "the model", DISTILLED)])
+            for members in models.values() if members[0]["arm"] != "p_star"
+        ]  # fmt: skip
+        made[name] = charts.panels(every, shared=real, same_axes=True)
+    return made
 
-    real = points([row for row in rows if row["arm"] == "p_star"])
-    return [
-        {"label": summary.label(*summary.group_key({"seed": 0, **members[0]})), "size": size, "real": real,
-         "own": points(members)}
-        for members in by_name.values() if members[0]["arm"] != "p_star"
-    ]  # fmt: skip
+
+def maps(rows: list[dict]) -> dict[str, tuple[str, str]]:
+    """The fields of each map's coordinates, by name of its figure; none without rows, and UMAP's where rows have it."""
+    named = {"embedding_map": ("x", "y"), "embedding_umap": ("umap_x", "umap_y")}
+    return {name: fields for name, fields in named.items() if rows and fields[0] in rows[0]}
+
+
+def _map_label(row: dict) -> str:
+    return summary.label(*summary.group_key({"seed": 0, **row}))
+
+
+def _shortened(text: str) -> str:
+    text = text.translate(CONTROL)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "…"
 
 
 def _text(row: dict) -> dict[str, Any]:

@@ -32,7 +32,17 @@ FIELDS = (
     | {"seed": row_kinds.INTEGER, "teacher": row_kinds.INTEGER, "perplexity": row_kinds.ANY_NUMBER}
     | dict.fromkeys(("tau", "sample_temperature"), row_kinds.FINITE)
     | dict.fromkeys(
-        (*METRICS, "loss", "cross_entropy", "data_log_prob", "share_of_data_logging_checkpoints"), row_kinds.NUMBER
+        (
+            *METRICS,
+            "loss",
+            "cross_entropy",
+            "divergence",
+            "student_entropy",
+            "gradient_norm",
+            "data_log_prob",
+            "share_of_data_logging_checkpoints",
+        ),
+        row_kinds.NUMBER,
     )
     | dict.fromkeys((*(f"{name}_se" for name in METRICS), "length_sd"), row_kinds.FROM_ZERO)
     | dict.fromkeys(("step", "tokens", "seconds", "num_samples", "num_recall"), row_kinds.SIZE)

@@ -97,7 +97,15 @@ def test_each_panel_shows_the_loss_that_was_trained_on():
     text = row | {"name": "direct/seed-0", "arm": "direct", "divergence": None, "step": 10, "loss": 7.5}
     # before the evaluation only the rows themselves tell that a divergence is learnt
     assert list(loss_curves.by_loss([*losses, text])) == [("students", "cross-entropy"), ("students", "divergence")]
-    first, second = loss_curves.training([*losses, text, *rows_of(seeds=1)]).axes
+    trainings = loss_curves.read([*losses, text, *rows_of(seeds=1)])
+    first, second, *logged = loss_curves.figure(trainings).axes
     assert first.get_ylabel() == "cross-entropy (nats per token)"
     assert second.get_ylabel() == "forward KL (nats per token)"
     np.testing.assert_allclose(np.concatenate([line.get_ydata() for line in second.lines]), [0.75, 0.5])
+    assert [axes.get_title() for axes in logged][:2] == ["cross-entropy on the text", "divergence from the teacher"]
+    panel = loss_curves.chart(trainings)["panels"][1]
+    curve, chosen = panel["series"]
+    assert [point["at"] for point in curve["points"]] == [[10, 0.75], [20, 0.5]] and len(chosen["points"]) == 1
+    assert curve["points"][1]["facts"][1:] == [
+        "validation, update 20", "steps: 20", "forward KL (nats per token): 0.500"
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from kd_jax.lm.report import about_run, figures, loss_curves, summary
+from kd_jax.lm.report import about_run, figures, loss_curves, samples, summary
 from kd_jax.lm.report import page as report
 from kd_jax.metrics import statistics
 from kd_jax.reporting import page
@@ -398,7 +398,7 @@ def test_figures_hold_the_numbers():
     direct = [[np.mean(of(rows, "direct", None, m)) for m in ("recall", "precision")]]
     assert any(points.shape == (1, 2) and np.allclose(points, direct) for points in drawn)
     # Each chosen checkpoint on its validation loss, over the tokens it had been trained on: 200 steps of 1500.
-    panels = loss_curves.training(rows).axes[:2]
+    panels = loss_curves.figure(loss_curves.read(rows)).axes[:2]
     markers = np.concatenate([np.asarray(c.get_offsets()) for ax in panels for c in ax.collections])
     chosen = sorted(r["loss"] for r in rows if r["kind"] == "validation" and r["chosen"])
     assert sorted(y for x, y in markers if x == pytest.approx(0.3)) == pytest.approx(chosen)
@@ -406,7 +406,7 @@ def test_figures_hold_the_numbers():
 
 
 def test_map_of_embeddings(tmp_path, undrawn):
-    """A panel for each model, p*'s points in all of them, texts escaped."""
+    """A diagram for each model on the same axes, p*'s points in all of them, with each point's text."""
     folder, rng = make_run(tmp_path / "run", make_rows(seeds=1)), np.random.default_rng(0)
     rows = [
         {"name": name, "arm": arm, "tau": tau, "index": i, "share": 0.42, "x": rng.normal(), "y": rng.normal(),
@@ -416,12 +416,18 @@ def test_map_of_embeddings(tmp_path, undrawn):
     ]  # fmt: skip
     (folder / "embedding_map.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = report.write(folder).read_text(encoding="utf-8")
-    assert source.count("<svg width") == 2 and source.count('<circle class="real"') == 2 * 4
-    assert source.count("<title>&lt;b&gt;direct/seed-0 &amp; 3</title>") == 1 and "(42% of their" in source
+    chart = json.loads(re.search(r'id="chart-embedding_map">(.*?)</script>', source, flags=re.DOTALL)[1])
+    assert [panel["title"] for panel in chart["panels"]] == ["direct", "tau = 0.8"] and chart["same_axes"]
+    (real,), (direct,) = chart["shared"], chart["panels"][0]["series"]
+    assert [point["at"] for point in real["points"]] == [[row["x"], row["y"]] for row in rows[:4]]
+    assert direct["points"][3]["facts"] == ["direct", "<b>direct/seed-0 & 3"]
+    assert "(42% of their" in source and 'id="chart-embedding_umap"' not in source
     (folder / "embedding_map.jsonl").write_text(json.dumps(rows[0] | {"x": "a"}) + "\n")
     with pytest.raises(ValueError, match="embedding_map.jsonl, row 1"):
         report.write(folder)
-    assert figures.embedding_map([row | {"umap_x": 0.0, "umap_y": 1.0} for row in rows]).axes[3].get_title() == "a"
+    by_umap = [row | {"umap_x": 0.0, "umap_y": 1.0} for row in rows]
+    assert list(samples.maps(by_umap)) == ["embedding_map", "embedding_umap"]
+    assert figures.embedding_map(by_umap, "umap_x", "umap_y").axes[1].get_title() == "a"
 
 
 def test_the_preregistered_comparison_comes_first(tmp_path, undrawn):
