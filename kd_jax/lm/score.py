@@ -19,8 +19,13 @@ from jax.sharding import Mesh
 from kd_jax import fused
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
-from kd_jax.parallel import distributed
+from kd_jax.losses import head as head_lib
+from kd_jax.parallel import devices, distributed
 from kd_jax.parallel import mesh as mesh_lib
+
+# Tokens of a batch for each part of the mesh: on a CPU; the least and the most on other devices. The most are 10^13
+# operations of a model of 135M weights: some 30 ms of an H100, long beside a batch's way to the host and back.
+TOKENS, LEAST, MOST = 4096, 512, 32768
 
 
 def log_prob(
@@ -82,7 +87,7 @@ def per_token(
     """
     tokens, lengths = _check(model, np.asarray(tokens), np.asarray(lengths), list(prefix))
     compute = dataclasses.replace(compute, mesh=mesh)
-    batch_tokens = tokens_at_once(mesh) if batch_tokens is None else batch_tokens
+    batch_tokens = tokens_at_once(model, mesh) if batch_tokens is None else batch_tokens
     rows, width = tokens.shape[0], tokens.shape[1] - 1
     scored_from = max(0, len(prefix) - 1)
     mask = np.arange(width) < lengths[:, None] - 1
@@ -113,9 +118,35 @@ def _shapes(model: Model, function: Callable, arguments: tuple):
     return jax.eval_shape(function, logits, jax.ShapeDtypeStruct((1,), np.int32), *arguments)
 
 
-def tokens_at_once(mesh: Mesh | None = None, each: int = 4096) -> int:
-    """About how many tokens are scored at a time: `each` for every part of the mesh that rows are split over."""
-    return each * mesh_lib.batch_devices(mesh)
+def tokens_at_once(model: Model, mesh: Mesh | None = None, memory: float | None = None) -> int:
+    """About how many tokens are scored at a time, on all devices together.
+
+    For every part of the mesh that rows are split over these are TOKENS on a CPU; on other devices a power of two from
+    LEAST to MOST that needs at most half of the memory beside the weights. The weights count, and not what else is in
+    memory at the moment: a run that resumes has the same batches, and so the same rounding.
+
+    Args:
+        model: with weights, or their shapes.
+        mesh: where it lies, if on more than one device.
+        memory: bytes of a device; None for this process's devices.
+    """
+    memory = devices.limit() if memory is None else memory
+    if memory is None:
+        return TOKENS * mesh_lib.batch_devices(mesh)
+    room, each = (memory - mesh_lib.device_bytes(model.params)) / 2, MOST
+    while each > LEAST and _bytes_of_scoring(model.architecture, each) > room:
+        each //= 2
+    # Processes may be on different devices, but have to run the same batches.
+    return distributed.same(each) * mesh_lib.batch_devices(mesh)
+
+
+def _bytes_of_scoring(a: Architecture, tokens: int) -> int:
+    """An upper bound of what a device needs beside the weights to score as many tokens."""
+    # What a layer has at a time, as float32: residual stream and norms, MLP, heads, and scores of a block of queries.
+    heads = a.num_attention_heads * (a.head_dim + DEFAULT.query_block)
+    layer = 8 * a.hidden_size + 4 * a.intermediate_size + 4 * heads
+    # Logits of a chunk, and what is computed of them.
+    return 4 * (tokens * layer + 3 * min(tokens, head_lib.TOKENS) * a.vocab_size)
 
 
 def batches(

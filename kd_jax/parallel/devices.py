@@ -159,10 +159,14 @@ def pretend(devices: Devices) -> None:
     jax.config.update("jax_num_cpu_devices", devices.count)
 
 
+def limit() -> float | None:
+    """Bytes of one of this process's accelerators, as far as JAX may take them; None for a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def memory() -> float:
-    """Bytes of one of this process's devices, as far as JAX may take them; of a CPU, those of the machine."""
-    limits = jax.local_devices()[0].memory_stats() or {}
-    return limits.get("bytes_limit", _this_machine().memory * GIB)
+    """`limit`; of a CPU, the bytes of the machine."""
+    return limit() or _this_machine().memory * GIB
 
 
 def _this_machine() -> Chip:

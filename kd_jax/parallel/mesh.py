@@ -8,6 +8,7 @@ all-reduce activations or whole logits.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -199,3 +200,14 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
 def batch_devices(mesh: Mesh | None) -> int:
     """The number of devices that rows are split over; the number of rows must be a multiple of it."""
     return 1 if mesh is None else int(np.prod([mesh.shape.get(axis, 1) for axis in RULES["batch"]]))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of shapes with shardings, on one device."""
+
+    def one(leaf):
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(map(one, jax.tree.leaves(tree)))

@@ -4,6 +4,7 @@ import dataclasses
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +12,9 @@ from kd_jax.lm import decode, score
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.distill import loss as distill
-from kd_jax.lm.model import Architecture, Compute, Model
+from kd_jax.lm.model import PRESETS, Architecture, Compute, Model
+from kd_jax.parallel import devices
+from kd_jax.parallel import mesh as mesh_lib
 
 SHAPE = Architecture(
     vocab_size=4, hidden_size=24, intermediate_size=4, num_hidden_layers=1, num_attention_heads=2,
@@ -168,10 +171,46 @@ def test_scores_under_x64_are_the_same():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_tokens_at_once_grow_with_what_rows_are_split_over():
-    assert score.tokens_at_once() == 4096 and score.tokens_at_once(each=100) == 100
+def test_similar_lengths_share_a_batch():
     ((chosen, shape),) = score.batches(np.array([5, 30, 9]), 96)
     assert chosen.tolist() == [1, 2, 0] and shape == (3, 32)
+
+
+def test_tokens_at_once_are_those_that_memory_is_for():
+    model = Model(PRESETS["smollm2-135m"], model_lib.abstract(PRESETS["smollm2-135m"]))
+    # a CPU does not say what it has; a mesh has as many for each of its parts
+    assert score.tokens_at_once(model) == 4096
+    eight = mesh_lib.make(4, 1, 2, jax.devices()[:1] * 8)
+    assert score.tokens_at_once(model, eight) == 4 * 4096
+    sizes = [score.tokens_at_once(model, memory=gib * 2**30) for gib in (1, 2, 4, 8, 60)]
+    assert sizes == sorted(sizes) and {512, 32768} < set(sizes) and all(size & (size - 1) == 0 for size in sizes)
+    assert score.tokens_at_once(model, eight, memory=60 * 2**30) == 4 * 32768
+    # weights take their part
+    half = Model(model.architecture, model_lib.abstract(model.architecture, jnp.bfloat16))
+    assert score.tokens_at_once(half, memory=3 * 2**30) > score.tokens_at_once(model, memory=3 * 2**30)
+
+
+@pytest.mark.slow
+def test_a_batch_of_so_many_tokens_needs_half_of_the_memory_at_most(monkeypatch):
+    wide = dataclasses.replace(TINY, vocab_size=4000, hidden_size=96, intermediate_size=256)
+    model, memory = Model(wide, model_lib.abstract(wide)), 2**28
+    monkeypatch.setattr(devices, "limit", lambda: memory)
+    tokens = score.tokens_at_once(model)
+    assert score.LEAST < tokens < score.MOST
+    batch = jax.ShapeDtypeStruct((tokens // 256, 256), np.int32)
+    compiled = score.lower(model, batch, Compute(chunk_tokens=4096)).compile()
+    # no more, and not so little that memory would lie idle
+    assert 0.1 < compiled.memory_analysis().temp_size_in_bytes / memory <= 0.5
+
+
+def test_scores_where_memory_is_known(monkeypatch):
+    model, (tokens, lengths) = tiny(), rows()
+    expected, _ = score.log_prob(model, tokens, lengths)
+    monkeypatch.setattr(devices, "limit", lambda: 2**20)
+    monkeypatch.setattr(score, "LEAST", 32)
+    assert score.tokens_at_once(model) == 32
+    got, _ = score.log_prob(model, tokens, lengths)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
 def products(lowered):

@@ -33,8 +33,6 @@ from kd_jax.runs import progress
 FORMS = ("uint16", "float32")
 # Code 65534 stands for -64 nats, 65535 for -inf.
 _RANGE, _LAST, _NEVER = 64.0, 65534, 65535
-# Tokens that the teacher runs on at a time.
-_BATCH_TOKENS = 4096
 
 
 def encode(log_probs: np.ndarray) -> np.ndarray:
@@ -97,7 +95,8 @@ def recorder(
 ) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
     """A function that adds the columns TOP_K to rows of a corpus (kd_jax.lm.corpus.shards.SCHEMA).
 
-    Batches depend on the lengths of these rows alone, so a shard gets the same numbers whenever it is made.
+    Batches depend on the lengths of these rows and on the devices alone: on devices of one kind, a shard gets the same
+    numbers whenever it is made.
 
     Args:
         model: the teacher.
@@ -108,6 +107,7 @@ def recorder(
     # The same program wherever the teacher lies; only the layout differs.
     make = teacher_lib.jitted if mesh is None else functools.partial(teacher_lib.over_mesh, mesh=mesh)
     run = make(model, want="top_k", k=about["top_k"], compute=compute)
+    batch_tokens = score.tokens_at_once(model, mesh)
     # Half the bytes for every vocabulary up to 65536, SmolLM2's 49152 among them.
     id_type = np.uint16 if model.num_tokens <= 2**16 else np.uint32
     keep = encode if about["log_prob_format"] == "uint16" else functools.partial(np.asarray, dtype=np.float32)
@@ -122,7 +122,7 @@ def recorder(
 
     def record(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows, lengths = list(rows), np.array([row["length"] for row in rows])
-        for chosen, (size, width) in score.batches(lengths, _BATCH_TOKENS, mesh_lib.batch_devices(mesh)):
+        for chosen, (size, width) in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
             # Rows that fill up the batch have length 0: all of their outputs are masked.
             tokens, counts = np.zeros((size, width), np.int32), np.zeros(size, np.int32)
             for place, i in enumerate(chosen):

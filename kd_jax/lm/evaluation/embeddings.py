@@ -50,7 +50,7 @@ def mean_hidden_states(
     model = load()
     ids = _ids(rows.tokens, tokenizer, model)
     lengths = np.array([len(row) for row in ids])
-    batch_tokens = score.tokens_at_once(mesh) if batch_tokens is None else batch_tokens
+    batch_tokens = score.tokens_at_once(model, mesh) if batch_tokens is None else batch_tokens
     out = np.zeros((len(ids), model.architecture.hidden_size), np.float32)
     with progress.bar(label, 0, int(lengths.sum()), "token") as bar:
         for chosen, shape in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):

@@ -89,7 +89,7 @@ def score_rows(
     if not todo:
         return kept
     model = load()
-    batch_tokens = score.tokens_at_once(mesh) if batch_tokens is None else batch_tokens
+    batch_tokens = score.tokens_at_once(model, mesh) if batch_tokens is None else batch_tokens
     # One forward pass, then each sampler's distribution from the same logits.
     knobs = tuple(wanted[i].sampler.arrays() for i in todo)
     # A row counts as unscored if any of the samplers lacks it: one forward pass then serves them all.
@@ -235,7 +235,8 @@ def likeliest_ids(
         ids = arrays["ids"].copy() if str(arrays.get("key")) == text else ids
     if (ids >= 0).all():
         return ids
-    model, batch_tokens = load(), score.tokens_at_once(mesh) if batch_tokens is None else batch_tokens
+    model = load()
+    batch_tokens = score.tokens_at_once(model, mesh) if batch_tokens is None else batch_tokens
     saved = time.monotonic()
 
     def save() -> None:

@@ -6,7 +6,6 @@ and all arrays are shapes. Programs are run, and timed, only where the devices a
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
@@ -123,7 +122,7 @@ def update(spec: LmSpec, cost: Cost, target: Target) -> Program:
         slots = cost.arm.distill.rollout_batch_size or cost.train.batch_size
         rollout = sampling(spec, cost.shape, slots, spec.compute.dtype, target, jnp.float32)
         # the rollout's weights are the state's, and count once
-        state = _bytes(arguments[0]) - _bytes(arguments[0].params)
+        state = mesh_lib.device_bytes(arguments[0]) - mesh_lib.device_bytes(arguments[0].params)
         need = max(need, rollout._replace(resident=rollout.resident + state), key=lambda one: one.total)
     if not _can_run(need, target):
         return Program(need, sent=sent)
@@ -187,7 +186,9 @@ def sampling(
         model, prompt, max_length=spec.sampling.max_length, batch_size=slots, compute=compute, mesh=mesh
     )
     need = memory(program.compile())
-    return need._replace(resident=need.resident + _bytes(model.params))  # the loop has them unstacked, as a copy
+    return need._replace(
+        resident=need.resident + mesh_lib.device_bytes(model.params)
+    )  # the loop has them unstacked, as a copy
 
 
 def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target) -> Program:
@@ -204,7 +205,9 @@ def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target
     model = _model(shape, compute.dtype, mesh)
     # A batch of the longest rows, which needs the most memory.
     lengths = np.full(1, spec.sampling.max_length)
-    _, (rows, length) = next(score.batches(lengths, score.tokens_at_once(mesh), mesh_lib.batch_devices(mesh)))
+    chip = target.devices.chip
+    at_once = score.tokens_at_once(model, mesh, None if chip.cpu else chip.usable * chip.memory * GIB)
+    _, (rows, length) = next(score.batches(lengths, at_once, mesh_lib.batch_devices(mesh)))
     tokens = _shape((rows, length), np.int32, ("batch", None), mesh)
     arguments = [model.params, tokens]
     if top_k is None:
@@ -341,10 +344,3 @@ def _stacked(tree: Any, count: int) -> Any:
         return _struct((count, *leaf.shape), leaf.dtype, to)
 
     return jax.tree.map(one, tree)
-
-
-def _bytes(tree: Any) -> int:
-    """Bytes of a tree of shapes on one device."""
-    sizes = ((leaf, leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape))
-             for leaf in jax.tree.leaves(tree))  # fmt: skip
-    return sum(math.prod(shape) * leaf.dtype.itemsize for leaf, shape in sizes)
