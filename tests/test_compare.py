@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -51,7 +52,14 @@ def test_runs_of_mixtures_are_paired_by_seed_as_scipy_has_it(tmp_path, capsys):
     assert setting == {"setting": "num_distill", "a": "–", "b": "500"}
     page = (out / "compare.html").read_text(encoding="utf-8")
     assert "2 runs that differ in 1 setting: num_distill." in page and "data:image/svg+xml;base64," in page
-    assert "http:" not in page and "https:" not in page and "kd-jax compare" in page
+    # what scripts fetch (nothing) is seen in tests/reporting/test_browser.py
+    source = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert "http:" not in source and "https:" not in source and "kd-jax compare" in source
+    chart = json.loads(re.search(r'id="chart-compare">(.*?)</script>', page, flags=re.DOTALL)[1])
+    (beta,) = [one for one in chart["panels"][0]["series"] if one["label"] == "b" and one["line"] == "solid"]
+    assert beta["points"][1]["at"][1] == pytest.approx(np.mean(values[1]))
+    assert beta["points"][1]["facts"][:2] == ["b", "beta = 10, 6 students"]
+    assert beta["points"][1]["facts"][-1] == "num_distill: 500"
 
 
 def test_runs_are_called_by_the_part_of_the_path_that_differs():
