@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-# Symbols of ECharts that are told apart at a glance, for series that share a chart.
-SYMBOLS = ("rect", "triangle", "diamond", "roundRect", "pin", "arrow")
+# Symbols of ECharts for series that share a chart; its "pin" and "arrow" are not centred on their point.
+SYMBOLS = ("rect", "triangle", "diamond", "roundRect", "emptyTriangle", "emptyRect")
 STAR = "path://M12 1l3.2 7.6 8.3.7-6.3 5.4 1.9 8.1L12 18.5 4.9 22.8l1.9-8.1L.5 9.3l8.3-.7z"
 # A colour that is the text's own, dark on light paper and light on dark.
 INK = ""
@@ -46,7 +46,7 @@ class Series(NamedTuple):
         label: of the legend.
         points: in order.
         colour: of CSS, or INK.
-        symbol: of ECharts: "circle", "diamond", "triangle", "rect", "pin", "emptyCircle" and so on.
+        symbol: of ECharts: "circle", "diamond", "triangle", "rect", "emptyCircle" and so on.
         size: of the symbol, in pixels.
         line: how the points are joined: "solid", "dashed", "dotted", or "" where they are not.
         opacity: of points and line.
@@ -69,6 +69,7 @@ class Panel(NamedTuple):
         series: those without a point are left out.
         x_title, y_title: of the axes, with units.
         y: lowest and highest value of the y axis; by default it shows all.
+        x_log: whether the x axis is logarithmic.
     """
 
     title: str
@@ -76,6 +77,7 @@ class Panel(NamedTuple):
     x_title: str = ""
     y_title: str = ""
     y: tuple[float, float] | None = None
+    x_log: bool = False
 
 
 class View(NamedTuple):

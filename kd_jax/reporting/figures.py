@@ -5,9 +5,11 @@ Only matplotlib's object interface is used, so its global state stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -44,6 +46,32 @@ def tidy(axes) -> None:
     """A light grid and no top or right frame."""
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def label_points(axes, points: Sequence[tuple[float, float]], labels: dict[int, tuple[str, str]]) -> list[int]:
+    """Writes labels beside points, where there is room; call it when all is drawn.
+
+    Args:
+        axes: to write on.
+        points: all points that a label must not cover.
+        labels: text and colour by the index of its point.
+    Returns: the indices of labels that were written.
+    """
+    places = axes.transAxes.inverted().transform(axes.transData.transform(np.asarray(points, float).reshape(-1, 2)))
+    written: list[int] = []
+    for index, (text, colour) in labels.items():
+        x, y = places[index]
+        # About the width and height of the text, as shares of the axes; near the right edge it is left of its point.
+        wide, high = 0.02 + 0.014 * len(text), 0.05
+        left = x - wide if x + wide > 1 else x
+        others = [place for i, place in enumerate(places) if i != index]
+        covered = any(left <= u <= left + wide and -0.3 * high < v - y < high for u, v in others)
+        if np.isfinite((x, y)).all() and not covered:
+            align, offset = ("right", -7) if left < x else ("left", 7)
+            axes.annotate(plain(text), points[index], (offset, 4), textcoords="offset points", fontsize=8.5,
+                          color=colour, ha=align, va="bottom", zorder=7)  # fmt: skip
+            written.append(index)
+    return written
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:

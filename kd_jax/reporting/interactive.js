@@ -37,7 +37,7 @@
   // `view` is a part of the plane: [lowest, highest] of both axes, or null for all of it.
   function options(chart, width, view) {
     const ink = value("--ink"), grid = value("--line"), count = chart.panels.length, same = chart.same_axes;
-    const columns = Math.max(1, Math.min(count, Math.floor(width / 270))), wide = width / columns;
+    const columns = Math.max(1, Math.min(count === 4 ? 2 : count, Math.floor(width / 270))), wide = width / columns;
     const high = count > 1 ? (same ? wide - 20 : 210) : 380, left = same ? 8 : 66, below = same ? 44 : 92;
     const every = chart.panels.map((panel) => [...chart.shared, ...panel.series]);
     const labels = [...new Set(every.flat().map((one) => one.label))];
@@ -46,9 +46,9 @@
     const top = 22 * lines + (count > 1 ? 34 : 16);
     const points = every.flat().flatMap((one) => one.points);
     const [x, y] = view ? [view.x, view.y] : same ? [0, 1].map((i) => range(points.map((point) => point.at[i]))) : [];
-    const axis = (name, index, limits, nameGap) => ({
+    const axis = (name, index, limits, nameGap, type) => ({
       name, gridIndex: index, min: limits && limits[0], max: limits && limits[1], nameGap, nameLocation: "middle",
-      type: "value", scale: true, splitNumber: count > 1 ? 4 : 6, nameTextStyle: { color: ink, fontSize: 13 },
+      type, scale: true, splitNumber: count > 1 ? 4 : 6, nameTextStyle: { color: ink, fontSize: 13 },
       axisLabel: { color: ink, show: !same, hideOverlap: true, showMinLabel: !limits, showMaxLabel: !limits }, axisTick: { show: !same },
       axisLine: { onZero: false, lineStyle: { color: ink } }, splitLine: { lineStyle: { color: grid } },
     });
@@ -63,8 +63,8 @@
         textStyle: { color: ink, fontSize: 13, width: wide - 20, overflow: "truncate" },
       })),
       grid: chart.panels.map((_, i) => ({ ...place(i), width: wide - left - 20, height: high })),
-      xAxis: chart.panels.map((panel, i) => axis(panel.x_title, i, x, 30)),
-      yAxis: chart.panels.map((panel, i) => axis(panel.y_title, i, y || panel.y, 44)),
+      xAxis: chart.panels.map((panel, i) => axis(panel.x_title, i, x, 30, panel.x_log ? "log" : "value")),
+      yAxis: chart.panels.map((panel, i) => axis(panel.y_title, i, y || panel.y, 44, "value")),
       legend: { type: "plain", top: 0, textStyle: { color: ink }, data: labels },
       dataZoom: zooms.flatMap((i) => [{ xAxisIndex: i }, { yAxisIndex: i }]).map((one) => ({ type: "inside", filterMode: "none", ...one })),
       toolbox: { right: 0, bottom: 0, feature: { restore: { title: "whole view" }, saveAsImage: { type: "svg", title: "save" } },

@@ -56,8 +56,8 @@ def pages(tmp_path_factory):
 
 
 CHARTS = {
-    "lm": ["frontier", "embedding_map", "training"],
-    "gmm": ["frontier"],
+    "lm": ["frontier", "embedding_map", "curves", "divergences", "training"],
+    "gmm": ["frontier", "curves"],
     "compare": ["compare"],
     "knobs": ["frontier"],
 }
@@ -166,11 +166,11 @@ def test_samples_are_searched_and_shaded(browser, pages):
 @slow
 def test_a_button_shows_a_part(browser, pages):
     page = opened(browser, pages["gmm"], 1200)
-    whole = page.locator(".chart svg").inner_html()
+    whole = chart_of(page, "frontier").locator("svg").inner_html()
     page.get_by_role("button", name="near the direct student").click()
-    part = page.locator(".chart svg").inner_html()
+    part = chart_of(page, "frontier").locator("svg").inner_html()
     page.get_by_role("button", name="whole").click()
-    assert part != whole and page.locator(".chart svg").inner_html() == whole
+    assert part != whole and chart_of(page, "frontier").locator("svg").inner_html() == whole
 
 
 @slow

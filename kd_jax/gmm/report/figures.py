@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from kd_jax.gmm.mixture import Mixture
 from kd_jax.gmm.students import CONTROLS, DIRECT, DISTILLED, PLAIN
 from kd_jax.metrics.statistics import show, t_interval
 from kd_jax.reporting import charts
-from kd_jax.reporting.charts import Point, Series, View
+from kd_jax.reporting.charts import Panel, Point, Series, View
 from kd_jax.reporting.figures import CMAP, INK, TEACHER, canvas, tidy
 from kd_jax.reporting.figures import DIRECT as RED
 from kd_jax.reporting.figures import DISTILLED as BLUE
@@ -118,9 +119,11 @@ def chart(students: Students, ways: dict[str, list[Who]]) -> dict[str, Any]:
     shown = [
         series("student of a sharpened teacher", distilled, TEACHER, "diamond"),
         series("student of the unsharpened teacher, cooled", ways.get(COOLED_PLAIN, []), BLUE, "rect", "dashed"),
-        series("random choice: unsharpened or most sharpened", ways.get(RANDOM_CHOICE, []), "#777", "none", "dotted"),
+        series(
+            "random choice: unsharpened or most sharpened", ways.get(RANDOM_CHOICE, []), "#777777", "circle", "dotted"
+        ),
     ]
-    for arm, symbol in zip(CONTROLS, ("triangle", "pin", "arrow"), strict=True):
+    for arm, symbol in zip(CONTROLS, ("triangle", "emptyTriangle", "roundRect"), strict=True):
         whos = [who for who in [Who(arm)] if who in students]
         shown.append(series(f"student of the teacher's {arm} component", whos, "#9a6d00", symbol, ""))
     # last, so that it lies on top
@@ -131,6 +134,43 @@ def chart(students: Students, ways: dict[str, list[Who]]) -> dict[str, Any]:
         shown, x_title="recall, E[log p″] on p* (nats); better →", y_title="precision, E[log p*] (nats); better →",
         views=[near],
     )  # fmt: skip
+
+
+def curve_chart(students: Students) -> dict[str, Any]:
+    """The interactive form of `curves`."""
+    distilled = [Who(DISTILLED, beta) for beta in findings.betas(students)]
+    others = [who for who in (Who(PLAIN), *map(Who, CONTROLS)) if who in students]
+
+    def series(label: str, whos: list[Who], x_name: str | None, y_name: str, *style) -> Series:
+        y, y_half = _points(students, whos, y_name)
+        x, x_half = (
+            _points(students, whos, x_name) if x_name else ([who.beta for who in whos], np.full(len(whos), np.nan))
+        )
+        points = [
+            Point(x[i], y[i], x_half[i], y_half[i], [
+                label + (f", beta {who.beta:g}" if who.beta else ""), f"{y_name} {show(y[i], y_half[i])}",
+                *([f"entropy {show(x[i], x_half[i])}"] if x_name else []), "(95 % intervals)",
+            ]) for i, who in enumerate(whos)
+        ]  # fmt: skip
+        return Series(label, points, *style)
+
+    def panel(x_name: str | None, y_name: str) -> Panel:
+        shown = [series("distilled", distilled, x_name, y_name, BLUE, "circle", 7, "solid")]
+        if x_name:  # these have no beta
+            symbols = dict(zip((PLAIN, *CONTROLS), ("rect", "triangle", "emptyTriangle", "roundRect"), strict=True))
+            shown += [
+                series("unsharpened" if who.arm == PLAIN else f"{who.arm} component", [who], x_name, y_name, TEACHER,
+                       symbols[who.arm], 9) for who in others
+            ]  # fmt: skip
+        (mean,), (half,) = _points(students, [Who(DIRECT)], y_name)
+        at = [one.x for each in shown for one in each.points if math.isfinite(one.x)] or [math.nan]
+        facts = ["direct", f"{y_name} {show(mean, half)}", "(95 % intervals)"]
+        ends = [Point(x, mean, math.nan, math.nan, facts) for x in (min(at), max(at))]
+        shown.append(Series("direct", ends, RED, "circle", 6, "dashed"))
+        title = "entropy of what the student is fitted to (nats)" if x_name else "beta"
+        return Panel("", shown, title, f"{y_name} (nats); better →", x_log=x_name is None)
+
+    return charts.panels([panel(x_name, y_name) for y_name in _TWO[::-1] for x_name in (None, "teacher_entropy")])
 
 
 def _near(x: float, y: float) -> tuple[tuple[float, float], tuple[float, float]]:

@@ -68,10 +68,10 @@ TEMPLATE = """<p class="lead"><strong>{{ finding }}</strong></p>
 {% endfor %}<h2>Precision and recall against beta and teacher entropy</h2>
 {{ figure("curves", "Distilled students; the dashed line is the direct student's mean, with its 95 % interval. "
  ~ "Triangles: students of a single teacher component.") }}
-{% if others %}<h2>Other sizes and settings</h2>
+{% if "capacity" in images %}<h2>Capacity of teacher and student</h2>
 {{ figure("capacity", "What the largest beta changes, compared with the smallest; blue is a gain, red a loss.") }}
-{% for table in others %}{{ section(table) }}
-{% endfor %}{% endif %}
+{% endif %}{% for table in others %}{{ section(table) }}
+{% endfor %}
 """
 
 
@@ -114,7 +114,7 @@ def write(folder: str | Path) -> Path:
         tables=shown,
         others=others,
         images=page.embed(drawn, folder),
-        charts={"frontier": figures.chart(students, findings.ways(students))},
+        charts={"frontier": figures.chart(students, findings.ways(students)), "curves": figures.curve_chart(students)},
     )
     path = folder / "report.html"
     files.write_text(path, html)

@@ -8,6 +8,7 @@ from typing import Any
 
 from kd_jax.lm.instruct import contrast
 from kd_jax.reporting import row_kinds
+from kd_jax.reporting.tables import Number, Table
 from kd_jax.storage import files
 
 # Prompts on the page; answers.jsonl has all of them.
@@ -20,12 +21,9 @@ STYLE = """.verdict { font-weight: bold; } .right { color: #1a7f37; } .wrong { c
 #answers-right:checked ~ .scroll .wrong-one, #answers-wrong:checked ~ .scroll .right-one { visibility: hidden; }
 """
 # A radio button before the table hides what has the other verdict: no script is needed, nor is one allowed everywhere.
-TEMPLATE = """{% if instruct.rates or instruct.prompts %}<h2>Instructions</h2>
-{% if instruct.contrast %}<p>{{ instruct.contrast }}</p>{% endif %}
-{% if instruct.rates %}{{ grid(instruct.head, instruct.rates) }}
-<p class="note">Share of answers that a checker finds right, on held-out templates and nouns; best of n: the share of
-instructions with a right one among n answers.</p>{% endif %}
-{% if instruct.prompts %}<div>
+TEMPLATE = """{% if instruct.rates.rows %}{{ section(instruct.rates) }}{% endif %}
+{% if instruct.prompts %}<h2>Answers to instructions</h2>
+<div>
 <input type="radio" name="answers" id="answers-all" checked><label for="answers-all">all answers</label>
 <input type="radio" name="answers" id="answers-right"><label for="answers-right">right ones</label>
 <input type="radio" name="answers" id="answers-wrong"><label for="answers-wrong">wrong ones</label>
@@ -37,8 +35,12 @@ instructions with a right one among n answers.</p>{% endif %}
 {{ cell.answer }}</div>{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div></div>
 <p class="note">The first answer of each model at its lowest sample temperature, of the lowest seed, to the first
-{{ instruct.prompts | length }} test instructions; answers.jsonl has all of them.</p>{% endif %}
-{% endif %}"""
+{{ instruct.prompts | length }} test instructions; answers.jsonl has all of them.</p>{% endif %}"""
+_HEAD = ("model", "split", "temperature", "pass rate", "best of n", "distinct-2", "ends", "length")
+_NOTE = (
+    "Share of answers that a checker finds right, on held-out templates and nouns; best of n: the share of "
+    "instructions with a right one among n answers."
+)
 
 
 def read(folder: Path, rows: Sequence[dict[str, Any]], declared: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def read(folder: Path, rows: Sequence[dict[str, Any]], declared: dict[str, Any] 
     Args:
         folder: of the run, with answers.jsonl if it has any.
         rows: of its metrics.jsonl.
-        declared: the contrast that the config declares: its `arm` and `control`.
+        declared: the contrast that the config declares: its `arm` and `control`; None for a smoke run.
 
     Raises: ValueError, naming file and row, for one that is not an answer's.
     """
@@ -55,10 +57,10 @@ def read(folder: Path, rows: Sequence[dict[str, Any]], declared: dict[str, Any] 
     answers = files.read_rows(folder / "answers.jsonl") if (folder / "answers.jsonl").exists() else []
     for number, row in enumerate(answers, start=1):
         row_kinds.check(row, f"{folder / 'answers.jsonl'}, row {number}", _ANSWER)
-    return {
-        "head": ["model", "split", "temperature", "pass rate", "best of n", "distinct-2", "ends", "length"],
-        "rates": [_line(row) for row in rates], "contrast": _contrast(rates, declared), **side_by_side(answers),
-    }  # fmt: skip
+    said = _contrast(rates, declared)
+    lines = [_line(row) for row in rates]
+    table = Table("pass_rates", "Instructions: pass rates", _HEAD, lines, _NOTE, [said] if said else [])
+    return {"rates": table, **side_by_side(answers)}
 
 
 def side_by_side(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -90,12 +92,12 @@ def _arm(row: dict[str, Any]) -> str:
     return row["arm"] if row["tau"] is None else f"{row['arm']}, tau {row['tau']:g}"
 
 
-def _line(row: dict[str, Any]) -> list[str]:
+def _line(row: dict[str, Any]) -> list[str | Number]:
     name = "p*" if row["name"] == "p_star" else row["name"]
     return [
-        name, row["split"], f"{row['sample_temperature']:g}", f"{row['pass_rate']:.3f} ± {row['pass_rate_se']:.3f}",
-        f"{row['best_of_n']:.3f} (n = {row['samples_per_prompt']})", f"{row['distinct_2']:.3f}",
-        f"{row['finished']:.2f}", f"{row['length_mean']:.1f}",
+        name, row["split"], f"{row['sample_temperature']:g}", Number(row["pass_rate"], row["pass_rate_se"]),
+        Number(row["best_of_n"], remark=f" (n = {row['samples_per_prompt']})"),
+        *(Number(row[metric]) for metric in ("distinct_2", "finished", "length_mean")),
     ]  # fmt: skip
 
 

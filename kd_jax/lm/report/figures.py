@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 
 from kd_jax.lm.report.cooling import Curve
 from kd_jax.lm.report.summary import ORDER, Group
-from kd_jax.reporting.figures import CMAP, DIRECT, DISTILLED, INK, NAMED, canvas, plain, tidy
+from kd_jax.reporting.figures import CMAP, DIRECT, DISTILLED, INK, NAMED, canvas, label_points, plain, tidy
 from kd_jax.reporting.page import number
 
 # Without its yellow end, which is too light for lines on white.
@@ -138,9 +138,9 @@ def frontier(groups: list[Group], curves: dict[str, Curve]) -> Figure:
     if np.isfinite(x + y).any():
         axes.scatter(x, y, marker="s", s=45, color="0.5", zorder=4)
         handles.append(marker("other models", "s", "0.5", 7))
-    for group, colour, mark in arms_by_name(groups):
+    named = arms_by_name(groups)
+    for group, colour, mark in named:
         _draw_group(axes, group, colour, mark, size=60, edge=INK)
-        handles.append(marker(group.label, mark, colour, 8, markeredgecolor=INK, markeredgewidth=0.6))
     if any(len(group.rows) > 1 for group in (*distilled, *direct)):
         handles.append(marker("single seeds", "o", "0.5", 5, alpha=0.5))
     handles += draw_curves(axes, curves, colours_of(groups))
@@ -148,6 +148,13 @@ def frontier(groups: list[Group], curves: dict[str, Curve]) -> Figure:
     axes.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats per token)  better $\rightarrow$")
     axes.margins(0.08)
     tidy(axes)
+    # An arm is named beside its point; in the legend where there is no room.
+    shown = [*(group for group, _, _ in named), *distilled, *direct, *teacher]
+    points = list(zip(_column(shown, "recall")[0], _column(shown, "precision")[0], strict=True))
+    written = label_points(axes, points, {i: (group.label, INK) for i, (group, _, _) in enumerate(named)})
+    for i, (group, colour, mark) in enumerate(named):
+        if i not in written:
+            handles.append(marker(group.label, mark, colour, 8, markeredgecolor=INK, markeredgewidth=0.6))
     legend(figure, handles)
     return figure
 

@@ -1,22 +1,17 @@
-"""The frontier of a language-model run: its interactive chart, and the section that prices knobs of selectivity."""
+"""The section of a language-model run's page that prices knobs of selectivity."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from kd_jax.lm.experiment.knobs import Frontier
-from kd_jax.lm.report import comparison, figures
+from kd_jax.lm.report import comparison, figures, interactive
 from kd_jax.lm.report.cooling import Curve
-from kd_jax.lm.report.summary import Group
 from kd_jax.metrics import statistics
-from kd_jax.reporting import charts, frontier_page, units
-from kd_jax.reporting.charts import Point, Series
-from kd_jax.reporting.figures import DIRECT
-from kd_jax.reporting.page import mean_se, show
+from kd_jax.reporting import frontier_page, units
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.reporting.units import Student
 
@@ -25,10 +20,6 @@ COLUMNS = ("precision", "recall", "kl_model_data", "kl_data_model", "entropy", "
 HEAD = (
     "students", "arm", "precision", "recall", "KL(p″‖p*)", "KL(p*‖p″)", "entropy", "teacher's entropy", "measured on",
 )  # fmt: skip
-
-# What the pointer shows of a student, where it is known.
-FACTS = {"precision": "precision", "recall": "recall", "entropy": "entropy", "teacher_entropy": "teacher's entropy",
-         "distinct_2": "distinct-2", "length_mean": "mean length"}  # fmt: skip
 
 
 class Section(NamedTuple):
@@ -81,9 +72,11 @@ def section(frontier: Frontier | None, curves: dict[str, Curve], smoke: bool) ->
     if smoke:
         tables = [table._replace(texts=()) for table in tables]
     tables.append(_all_settings(frontier, students, curves))
-    return Section(
-        figure(students, curves), knob_chart(students, curves), _caption(frontier, students), headlines, tables
-    )
+    chart = frontier_page.chart(
+        students.knobs, students.reference, students.direct, also=students.also, unit=UNIT,
+        more=interactive.cooled(curves),
+    )  # fmt: skip
+    return Section(figure(students, curves), chart, _caption(frontier, students), headlines, tables)
 
 
 def missing(frontier: Frontier | None, curves: dict[str, Curve]) -> list[str]:
@@ -210,20 +203,6 @@ def figure(students: KnobStudents, curves: dict[str, Curve]) -> Figure:
     return drawn
 
 
-def knob_chart(students: KnobStudents, curves: dict[str, Curve]) -> dict[str, Any]:
-    """The interactive form of `figure`."""
-    cooled = []
-    for arm, curve in curves.items():
-        points = (
-            [_cooled(curve, t) for t in curve.temperatures] if len(curve.temperatures) > 1 and curve.students else []
-        )
-        colour = DIRECT if arm == "direct" else "#999999"
-        cooled.append(Series(f"{curve.label}, cooled", points, colour, "circle", 6, "dashed"))
-    return frontier_page.chart(
-        students.knobs, students.reference, students.direct, also=students.also, unit=UNIT, more=cooled
-    )
-
-
 def _caption(frontier: Frontier, students: KnobStudents) -> str:
     return (
         f"Every setting of every knob, mean over {units.words(students.students)}; bars are standard errors over them, "
@@ -277,53 +256,3 @@ def _unchanged(
         if on_p_star and temperatures == [1.0, None]:
             return float(own), float(metrics["teacher_entropy"].mean())
     return None
-
-
-def chart(groups: list[Group], curves: dict[str, Curve]) -> dict[str, Any]:
-    """Recall against precision: each arm's mean with errors, and its curve over sample temperatures.
-
-    Args:
-        groups: as `summary.summarise` returns them.
-        curves: students by arm, as `cooling.curves` returns them.
-    """
-    distilled, direct, teacher = figures.split(groups)
-    colours = figures.colours_of(groups)
-    named = [group for group, _, _ in figures.arms_by_name(groups)]
-    series = []
-    for i, group in enumerate([*direct, *distilled, *named]):
-        arm = f"tau-{group.tau:g}" if group.arm == "distilled" else group.arm
-        symbol = "circle" if group.arm in ("direct", "distilled") else charts.SYMBOLS[i % len(charts.SYMBOLS)]
-        points = [_chart_point(group)]
-        if arm in curves:
-            points += [_cooled(curves[arm], t) for t in curves[arm].temperatures if t != 1 and curves[arm].students]
-        style = {"size": 13 if group.arm == "direct" else 10, "line": "dashed" if len(points) > 1 else ""}
-        series.append(Series(group.label, points, to_hex(colours[arm]), symbol, **style))
-    if teacher:
-        series.append(Series("teacher", [_chart_point(group) for group in teacher], charts.INK, "emptyDiamond", 9))
-    return charts.chart(
-        series, x_title="recall, E[log p″] on p*'s text (nats per token); better →",
-        y_title="precision, E[log p*] (nats per token); better →",
-    )  # fmt: skip
-
-
-def _chart_point(group: Group) -> Point:
-    """An arm's mean as it was trained, with the settings that its first model's row has."""
-    facts = [group.label, f"{len(group.rows)} model{'s' * (len(group.rows) != 1)}"]
-    for name, label in FACTS.items():
-        estimate = group.estimates[name]
-        facts += [f"{label} {estimate.cell(len(group.rows))}"] if estimate.count else []
-    facts += [f"{key} {value}" for key, value in (group.rows[0].get("distill") or {}).items() if value is not None]
-    estimates = group.estimates["recall"], group.estimates["precision"]
-    return Point(
-        *(one.mean for one in estimates), *(one.error for one in estimates), facts, model=group.rows[0]["name"]
-    )
-
-
-def _cooled(curve: Curve, temperature: float) -> Point:
-    """The mean of an arm's students at a lower sample temperature of their own."""
-    index = curve.temperatures.index(temperature)
-    means = {name: mean_se(curve.values(name, curve.students)[index]) for name in FACTS}
-    facts = [f"{curve.label}, sampled at {temperature:g}"]
-    facts += [f"{FACTS[name]} {show(*value)}" for name, value in means.items() if np.isfinite(value[0])]
-    (x, x_error), (y, y_error) = means["recall"], means["precision"]
-    return Point(x, y, x_error, y_error, facts)

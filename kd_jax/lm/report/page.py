@@ -15,10 +15,10 @@ from kd_jax.lm.report import (
     about_run,
     comparison,
     cooling,
-    distillation_cost,
     expectations,
     figures,
     frontier,
+    interactive,
     loss_curves,
     summary,
 )  # fmt: skip
@@ -172,19 +172,12 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     samples, places = samples_lib.read(folder / "samples.jsonl"), samples_lib.read_map(folder / "embedding_map.jsonl")
     frontier_config = _named(knobs.read, run.config, folder / "config.json")
     section = frontier.section(frontier_config, run.curves, run.smoke is not None)
-    # What a run has no values for is left out, so that a page can be made at any time.
-    drawn, captions = _figures(run), about_run.captions(run.groups) | about_run.map_captions(places)
-    drawn |= {name: figures.embedding_map(places, *fields) for name, fields in samples_lib.maps(places).items()}
+    drawn, captions = _figures(run, section, places), about_run.captions(run.groups) | about_run.map_captions(places)
     if section is not None:
-        drawn["frontier"], captions["frontier"] = section.figure, section.caption
-    made = samples_lib.map_charts(places)
-    if "frontier" in drawn:
-        made["frontier"] = frontier.chart(run.groups, run.curves) if section is None else section.chart
-    trainings = loss_curves.read(run.rows)
-    if trainings is not None:
-        drawn["training"], made["training"] = loss_curves.figure(trainings), loss_curves.chart(trainings)
+        captions["frontier"] = section.caption
+    rates = instruct_page.read(folder, run.rows, None if run.smoke is not None else run.config.get("instruct"))
     shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
-    tables.save([*shown, cost], folder)
+    tables.save([*shown, cost, rates["rates"]], folder)
     html = page.render(
         TEMPLATE.replace("{{ INSTRUCT }}", instruct_page.TEMPLATE),
         folder=folder,
@@ -194,14 +187,14 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         finding=finding(run.groups, run.curves, run.standings),
         caveats=_caveats(run, section),
         findings=_findings(run),
-        images=page.embed(drawn, folder),
+        images=page.embed({name: figure for name, (figure, _) in drawn.items()}, folder),
         captions=captions,
         beside=beside,
         samples=samples_lib.side_by_side(samples),
         browsed=samples_lib.browsed(samples),
-        charts=made,
+        charts={name: chart for name, (_, chart) in drawn.items()},
         interactive=bool(samples),
-        instruct=instruct_page.read(folder, run.rows, run.config.get("instruct")),
+        instruct=rates,
         tables=shown,
         definitions=about_run.definitions(run.groups),
         missing=about_run.missing(run.rows, run.groups, samples) + frontier.missing(frontier_config, run.curves),
@@ -273,8 +266,8 @@ def _tables(run: _Run, section: frontier.Section | None) -> list[Table]:
     """All tables of models that have something to show, in the page's order."""
     every = [
         cooling.table(run.curves, run.standings, run.smoke is not None),
-        distillation_cost.table(run.curves),
-        distillation_cost.too_precise(run.rows),
+        comparison.cost_table(run.curves),
+        comparison.too_precise(run.rows),
         *([] if section is None else section.tables),
         comparison.table(run.groups),
         *(_model_table(run.groups, *each) for each in TABLES),
@@ -307,10 +300,25 @@ def _named(read: Callable[[dict], T], config: dict, path: Path) -> T:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _figures(run: _Run) -> dict[str, Figure]:
-    """The figures that the run has values for."""
-    drawn = {}
-    if any(group.rows for group in run.groups):
-        drawn["frontier"] = figures.frontier(run.groups, run.curves)
-        drawn["curves"], drawn["divergences"] = figures.curves(run.groups), figures.divergences(run.groups)
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+def _figures(
+    run: _Run, section: frontier.Section | None, places: list[dict]
+) -> dict[str, tuple[Figure, dict[str, Any]]]:  # fmt: skip
+    """Each figure with its interactive form; what the run has no values for is left out, so that a page can be made at
+    any time."""
+    groups, drawn = run.groups, {}
+    if any(group.rows for group in groups):
+        drawn["frontier"] = figures.frontier(groups, run.curves), interactive.frontier(groups, run.curves)
+        drawn["curves"] = figures.curves(groups), interactive.against(groups, interactive.CURVES, entropy=True)
+        divergences = figures.divergences(groups)
+        if divergences is not None:
+            drawn["divergences"] = (
+                divergences, interactive.against(groups, interactive.DIVERGENCES, entropy=False)
+            )  # fmt: skip
+    if section is not None:
+        drawn["frontier"] = section.figure, section.chart
+    trainings = loss_curves.read(run.rows)
+    if trainings is not None:
+        drawn["training"] = loss_curves.figure(trainings), loss_curves.chart(trainings)
+    maps = samples_lib.map_charts(places)
+    return drawn | {name: (figures.embedding_map(places, *fields), maps[name])
+                    for name, fields in samples_lib.maps(places).items()}  # fmt: skip

@@ -77,8 +77,9 @@ def test_answers_side_by_side(tmp_path):
     ]
     assert [cell["passed"] for _, cells in shown["prompts"] for cell in cells] == [True, True, False, False]
     read = page.read(tmp_path, ROWS, {"arm": "sharp", "control": "direct"})
-    assert len(read["rates"]) == 7 and "+0.300, 1 pairs of students." in read["contrast"] and not read["prompts"]
-    assert page.read(tmp_path, [], {"arm": "sharp", "control": "direct"})["contrast"] == ""
+    assert len(read["rates"].rows) == 7 and not read["prompts"]
+    assert "+0.300, 1 pairs of students." in read["rates"].texts[0]
+    assert not page.read(tmp_path, [], {"arm": "sharp", "control": "direct"})["rates"].texts
 
 
 def test_settings_that_cannot_work():

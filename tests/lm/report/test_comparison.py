@@ -72,7 +72,9 @@ def legend(figure):
 def test_figures_tell_arms_by_name_apart():
     groups = summary.summarise(rows_of())
     drawn = figures.frontier(groups, {})
-    assert {"online", "other", "direct (no teacher)"} <= set(legend(drawn)) and "other models" not in legend(drawn)
+    names = [*legend(drawn), *(text.get_text() for text in drawn.axes[0].texts)]
+    assert {"online", "other", "direct (no teacher)"} <= set(names) and "other models" not in names
+    assert names.count("online") == names.count("other") == 1
     colours = {}
     for collection in drawn.axes[0].collections:
         if hasattr(collection, "get_sizes") and len(collection.get_offsets()) == 1:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kd_jax.lm.report import cooling, distillation_cost
+from kd_jax.lm.report import comparison, cooling
 from tests.lm.report.test_cooling import TEMPERATURES, curve_of, direct, mean, rows_of
 
 HEADS = {"recall": "recall", "entropy": "entropy", "agreement": "agreement with p*"}
@@ -22,7 +22,7 @@ def column(table, head):
 
 def test_differences_at_matched_precision():
     rows = with_metrics(rows_of(direct() | {"student": [(1.0, -6.5, -7.4)], "beyond": [(1.0, -4.0, -9.0)]}))
-    table = distillation_cost.table(cooling.curves(rows))
+    table = comparison.cost_table(cooling.curves(rows))
     assert column(table, "students") == ["student", "beyond"]
     assert column(table, "direct sampled at") == ["0.9 to 0.8", "1, precision differs"]
     target = mean(rows, "student", 1.0, "precision")
@@ -37,11 +37,11 @@ def test_differences_at_matched_precision():
 
 def test_models_above_p_star_are_flagged_with_their_variety():
     rows = rows_of(direct(), distinct_2=0.8, repetition_4=0.0, entropy=3.0, data_log_prob=-6.6)
-    table = distillation_cost.too_precise(rows)
+    table = comparison.too_precise(rows)
     assert column(table, "sampled at") == ["1", "0.8", "0.7"]  # the first is the reference
     for t, excess in zip((1.0, 0.8, 0.7), column(table, "precision − p*'s own"), strict=True):
         assert excess.mean == pytest.approx(mean(rows, "direct", t, "precision") + 6.6)
     assert [cell.mean for cell in column(table, "distinct-2")] == pytest.approx([0.8] * 3)
-    none = distillation_cost.too_precise([row | {"data_log_prob": -1.0} for row in rows])
+    none = comparison.too_precise([row | {"data_log_prob": -1.0} for row in rows])
     assert not none.rows and none.texts == ["No model's samples are likelier under p* than its own validation samples."]
-    assert len(TEMPERATURES) == 4 and not distillation_cost.too_precise([]).texts
+    assert len(TEMPERATURES) == 4 and not comparison.too_precise([]).texts
