@@ -37,7 +37,8 @@
   // `view` is a part of the plane: [lowest, highest] of both axes, or null for all of it.
   function options(chart, width, view) {
     const ink = value("--ink"), grid = value("--line"), count = chart.panels.length, same = chart.same_axes;
-    const columns = Math.max(1, Math.min(count === 4 ? 2 : count, Math.floor(width / 270))), wide = width / columns;
+    const fit = same ? Math.min(4, Math.floor(width / 165)) : Math.floor(width / 270);
+    const columns = Math.max(1, Math.min(count === 4 ? 2 : count, fit)), wide = width / columns;
     const high = count > 1 ? (same ? wide - 20 : 210) : 380, left = same ? 8 : 66, below = same ? 44 : 92;
     const every = chart.panels.map((panel) => [...chart.shared, ...panel.series]);
     const labels = [...new Set(every.flat().map((one) => one.label))];
@@ -107,10 +108,14 @@
   let browse = () => {};
   if (browser) {
     const rows = read(browser.dataset.rows);
-    const [model, search, colour] = ["select", "[type=search]", "[type=checkbox]"].map((one) => browser.querySelector(one));
+    const [model, prompt, search, colour] = [".model", ".prompt", "[type=search]", "[type=checkbox]"].map((one) => browser.querySelector(one));
     const list = browser.querySelector("ol"), count = browser.querySelector(".count");
     for (const [name, label] of new Map(rows.map((row) => [row.name, row.label]))) model.add(new Option(label, name));
     model.add(new Option("all models", ""));
+    const prompts = [...new Set(rows.map((row) => row.prompt))];
+    prompt.add(new Option("all prompts", ""));
+    for (const one of prompts) if (one) prompt.add(new Option(one.length > 60 ? one.slice(0, 60) + "…" : one, one));
+    prompt.parentElement.hidden = prompts.length < 2;
     const piece = (text, log_prob) => {
       const span = document.createElement("span");
       span.textContent = text;
@@ -123,7 +128,7 @@
     };
     const show = () => {
       const wanted = search.value.toLowerCase();
-      const found = rows.filter((row) => (!model.value || row.name === model.value)
+      const found = rows.filter((row) => (!model.value || row.name === model.value) && (!prompt.value || row.prompt === prompt.value)
         && row.pieces.join("").toLowerCase().includes(wanted));
       count.textContent = `${found.length} of ${rows.length} samples`;
       list.replaceChildren(...found.map((row) => {
@@ -133,7 +138,7 @@
         return item;
       }));
     };
-    for (const control of [model, search, colour]) control.addEventListener("input", show);
+    for (const control of [model, prompt, search, colour]) control.addEventListener("input", show);
     browse = (name) => {
       if (![...model.options].some((one) => one.value === name)) return;
       model.value = name;

@@ -40,6 +40,7 @@ def pages(tmp_path_factory):
     samples = lm_pages.make_samples()
     for row in samples:
         row["pieces"] = re.split(r"(?= )", row["text"])
+        row["prompt_length"] = 1 + row["index"] % 2  # "The" or "The town"
         row["log_p_star"] = [None] + [-0.5 * i for i in range(1, len(row["pieces"]))]
     samples[0]["pieces"][0] = "</script><b>"
     folder = lm_pages.make_run(root / "lm", rows, samples)
@@ -116,7 +117,7 @@ def test_pointer_legend_and_click(browser, pages):
     assert f"precision {np.mean([r['precision'] for r in rows]):.3f}"[:-1] in tip.inner_text()
     assert "direct" in tip.inner_text() and "±" in tip.inner_text()
     page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert page.locator(".browser select").input_value() == "direct/seed-0"
+    assert page.locator(".browser .model").input_value() == "direct/seed-0"
     assert page.locator(".browser li").count() == 3
     page.evaluate("scrollTo(0, 0)")
     chart.locator("svg text", has_text="tau = 0.8").first.click()
@@ -148,9 +149,12 @@ def test_pointer_shows_run_and_settings_where_runs_are_compared(browser, pages):
 @slow
 def test_samples_are_searched_and_shaded(browser, pages):
     page = opened(browser, pages["lm"], 1200)
-    page.locator(".browser select").select_option("")
+    page.locator(".browser .model").select_option("")
     everything = len(lm_pages.make_samples())
     assert page.locator(".browser .count").inner_text() == f"{everything} of {everything} samples"
+    page.locator(".browser .prompt").select_option("The town")
+    assert page.locator(".browser li").count() == sum(row["index"] == 1 for row in lm_pages.make_samples())
+    page.locator(".browser .prompt").select_option("")
     page.locator(".browser [type=search]").fill("DIRECT none 1 2")
     assert page.locator(".browser li").count() == 1
     spans = page.locator(".browser li span")

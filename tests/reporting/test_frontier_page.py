@@ -91,3 +91,18 @@ def test_figure_of_little(knobs, tmp_path):
     from kd_jax.reporting import figures
 
     assert figures.save(frontier_page.figure(knobs, PLAIN, None), tmp_path, "little").stat().st_size > 1000
+
+
+def test_chart_has_means_errors_and_the_teachers_entropy():
+    direct = knob("direct", [-0.5], [-1])
+    made = frontier_page.chart([knob("k", [0, 2], [0, 3], noise=1.0, entropy=1.5)], PLAIN, direct, zoom=(6.0, 1.6))
+    first, reference, last = made["panels"][0]["series"]
+    assert [point["at"] for point in first["points"]] == [pytest.approx([-2.5, -7]), pytest.approx([-5.5, -5])]
+    assert first["points"][1]["error"] == pytest.approx([NOISE.std(ddof=1) / 2, 0])
+    facts = first["points"][1]["facts"]
+    assert (
+        facts[0] == "k = 2" and facts[2].startswith("recall -5.50 ± 0.1") and facts[3] == "teacher's entropy 1.500 ± 0"
+    )
+    assert (reference["label"], last["label"], last["line"]) == ("plain", "direct", "")
+    (view,) = made["views"]
+    assert view["x"] == pytest.approx((-8.5, -2.02)) and view["y"] == pytest.approx((-7.24, -5.4))

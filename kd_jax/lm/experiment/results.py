@@ -306,7 +306,8 @@ def sample_rows(
             rows.append({
                 "name": name, "arm": entry.arm, "tau": entry.tau, "teacher": entry.teacher, "seed": entry.seed,
                 "index": int(samples.index[i]), "text": _shown(p_star, ids), "finished": bool(samples.finished[i]),
-                "length": int(samples.length[i]), "log_p_star": scores[i],
+                "length": int(samples.length[i]), "prompt_length": int(samples.prompt_length[i]),
+                "log_p_star": scores[i],
                 "pieces": [f"{i} " for i in ids] if p_star.tokenizer is None else p_star.tokenizer.pieces(ids),
             })  # fmt: skip
     return rows

@@ -95,7 +95,8 @@ TEMPLATE = """{% if preregistered %}<p class="lead"><strong>{{ preregistered }}<
 text that reached the longest length allowed before it ended.</p>{% endif %}
 {% if browsed %}<h2>All samples of this page</h2>
 <div class="browser" data-rows="samples" hidden>
-<p><label>Model <select></select></label> <label>Search <input type="search"></label>
+<p><label>Model <select class="model"></select></label> <label hidden>Prompt <select class="prompt"></select></label>
+<label>Search <input type="search"></label>
 <label><input type="checkbox" checked> shade tokens that p* finds unlikely</label> <span class="count note"></span></p>
 <ol></ol></div><p>They are shown where scripts run; samples.jsonl has them, too.</p>
 <script type="application/json" id="samples">{{ json(browsed) }}</script>{% endif %}

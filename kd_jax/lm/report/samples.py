@@ -20,7 +20,7 @@ SPECIAL = re.compile(r"(<\|[^<>|\s]+\|>|</?(?:s|pad|unk|bos|eos|mask)>)")
 FIELDS = dict.fromkeys(("name", "arm", "text"), row_kinds.TEXT) | dict.fromkeys(
     ("tau", "sample_temperature"), row_kinds.FINITE
 )
-FIELDS |= dict.fromkeys(("seed", "index", "length"), row_kinds.INTEGER)
+FIELDS |= dict.fromkeys(("seed", "index", "length", "prompt_length"), row_kinds.INTEGER)
 # HTML allows no control characters but tab and newline; the others are shown by their pictures (U+2400 and on).
 CONTROL = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
 
@@ -40,17 +40,18 @@ def read(path: Path) -> list[dict]:
 
 
 def browsed(rows: list[dict]) -> list[dict[str, Any]]:
-    """What the browser of samples shows of each: its model, and its tokens with log p* where they were scored."""
+    """What the browser of samples shows of each: model, prompt, and tokens with log p* where they were scored."""
     shown = []
     for row in rows:
         scores = row.get("log_p_star") or []
         known = [value for value in scores if value is not None]
         seed = "" if row.get("seed") is None else f", seed {row['seed']}"
         seed = f", teacher {row['teacher']}{seed}" if row.get("teacher") else seed
+        pieces = [piece.translate(CONTROL) for piece in row.get("pieces") or [row["text"]]]
         shown.append({
             "name": row["name"], "label": summary.label(*summary.group_key(row)) + seed, "index": row["index"],
-            "pieces": [piece.translate(CONTROL) for piece in row.get("pieces") or [row["text"]]],
-            "log_p_star": scores, "total": sum(known) / len(known) if known else None, "cut": _cut(row),
+            "pieces": pieces, "prompt": "".join(pieces[: row.get("prompt_length") or 0]), "log_p_star": scores,
+            "total": sum(known) / len(known) if known else None, "cut": _cut(row),
         })  # fmt: skip
     return shown
 

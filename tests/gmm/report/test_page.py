@@ -179,3 +179,19 @@ def test_beside_is_the_frontier_and_the_slopes_of_the_first_setting(tmp_path):
 def test_who_is_read_from_fields(tmp_path):
     students = students_of(tmp_path, make_rows(cooled=True))
     assert [who.temperature for who in findings.temperatures(students, Who("direct"))] == [1.0, 0.5]
+
+
+def test_modes_that_a_density_has_dropped_are_marked(tmp_path):
+    make_panels(tmp_path / "panels.npz")
+    arrays = dict(np.load(tmp_path / "panels.npz"))
+    modes = np.array([[x, y] for x in (-1.0, 0, 1) for y in (-1.0, 0, 1) if x or y])
+    # At one mode, of variance 0.025: the next is 1 / 0.025 / 2 = 20 nats below it, and the lowest contour 4.5.
+    own = {"log_weights": np.zeros(1), "means": modes[-1:], "covariances": np.full((1, 2), 0.025)}
+    arrays |= {"p_star_means": modes, **{f"distilled_{name}": value for name, value in own.items()}}
+    # This one reaches all modes: 2 / 2.25 / 2 = 0.4 nats at the corners.
+    wide = {"log_weights": np.zeros(1), "means": np.zeros((1, 2)), "covariances": np.full((1, 2), 2.25)}
+    arrays |= {f"direct_{name}": value for name, value in wide.items()}
+    axes = figures.panels(arrays).axes
+    dots = [[c for c in one.collections if hasattr(c, "get_sizes")] for one in (axes[1], axes[4])]
+    crosses = [next(c for c in own if c.get_sizes() == [90]) for own in dots]
+    assert [len(each.get_offsets()) for each in crosses] == [0, 7]

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from kd_jax.lm.report import about_run, figures, loss_curves, samples, summary
+from kd_jax.lm.report import about_run, figures, interactive, loss_curves, samples, summary
 from kd_jax.lm.report import page as report
 from kd_jax.metrics import statistics
 from kd_jax.reporting import page
@@ -403,6 +403,21 @@ def test_figures_hold_the_numbers():
     chosen = sorted(r["loss"] for r in rows if r["kind"] == "validation" and r["chosen"])
     assert sorted(y for x, y in markers if x == pytest.approx(0.3)) == pytest.approx(chosen)
     assert panels[0].get_xlabel() == "tokens trained on (millions)"
+
+
+def test_curves_have_the_numbers_and_a_level_for_the_direct_student():
+    rows = make_rows()
+    chart = interactive.against(summary.summarise(rows), interactive.CURVES, entropy=True)
+    by_tau, by_entropy, *_ = chart["panels"]
+    assert len(chart["panels"]) == 4 and by_entropy["x_title"] == "teacher's entropy (nats per token)"
+    distilled, teacher, direct = by_tau["series"]
+    expected = [[tau, np.mean(of(rows, "distilled", tau, "precision"))] for tau in TAUS]
+    np.testing.assert_allclose([point["at"] for point in distilled["points"]], expected)
+    level = np.mean(of(rows, "direct", None, "precision"))
+    np.testing.assert_allclose([point["at"] for point in direct["points"]], [[0.8, level], [1.0, level]])
+    assert distilled["points"][0]["facts"][0] == "tau = 0.8" and len(teacher["points"]) == 4
+    entropies = [np.mean(of(rows, "distilled", tau, "teacher_entropy")) for tau in TAUS]
+    np.testing.assert_allclose([point["at"][0] for point in by_entropy["series"][0]["points"]], entropies)
 
 
 def test_map_of_embeddings(tmp_path, undrawn):
