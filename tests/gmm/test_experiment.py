@@ -125,6 +125,33 @@ def test_cooled_gaussians_have_scipys_recall_and_the_draws_of_the_cooled_density
 
 
 @pytest.mark.slow
+def test_a_student_of_several_components_is_cooled_by_its_weights_and_by_its_covariances():
+    setting = SMALL._replace(student_components=3, num_precision=50_000)
+    chain = jax.jit(lambda seed: experiment.chain(setting, seed, NUMBERS))(0)
+    fresh = students.ground(setting, 0, NUMBERS.separation, NUMBERS.tol).fresh
+    p_star = students.eight_modes(2)
+    log_weights, means, covariances = (np.asarray(leaf[DIRECT], np.float64) for leaf in chain.students)
+    modes = [multivariate_normal(mean, np.diag(covariance)) for mean, covariance in zip(*p_star[1:], strict=True)]
+    for t, temperature in enumerate(NUMBERS.temperatures):
+        for way in (0, 1):
+            weights = np.exp(log_weights) if way == 0 else np.exp(log_weights / temperature)
+            weights = weights / weights.sum()
+            scaled = covariances * (temperature if way == 0 else 1)
+            parts = [multivariate_normal(mean, scale) for mean, scale in zip(means, scaled, strict=True)]
+            density = sum(weight * part.pdf(fresh) for weight, part in zip(weights, parts, strict=True))
+            np.testing.assert_allclose(chain.curves.recall[t, way, DIRECT], np.log(density).mean(), rtol=1e-4)
+            # Precision by draws of NumPy's: equal within what two samples of this size differ.
+            draws = np.concatenate([
+                part.rvs(count, random_state=7)
+                for part, count in zip(parts, np.random.default_rng(7).multinomial(200_000, weights), strict=True)
+                if count
+            ])  # fmt: skip
+            scores = np.log(sum(mode.pdf(draws) for mode in modes) / len(modes))
+            error = scores.std() / np.sqrt(setting.num_precision)
+            assert abs(chain.curves.precision[t, way, DIRECT] - scores.mean()) < 5 * error
+
+
+@pytest.mark.slow
 def test_random_choice_equals_monte_carlo():
     one = Mixture(jnp.zeros(1), jnp.zeros((1, 2)), jnp.full((1, 2), 0.775))
     other = Mixture(jnp.zeros(1), jnp.ones((1, 2)), jnp.full((1, 2), 0.05))
