@@ -93,19 +93,19 @@ def chain(setting: Setting, seed: jax.Array, numbers: Numbers) -> Chain:
     # longer than running.
     sharpened = jax.vmap(sharpen, (None, 0))(shared.teacher, numbers.betas)
     teachers = _stack(_one(shared.teacher), sharpened, lib.controls(shared.teacher, seed))
-    corpora, distilled = lib.distil(setting, seed, teachers, numbers.tol)
+    corpora, distilled = lib.distil(setting, seed, shared, teachers, numbers.tol)
     students = _stack(_one(shared.direct), distilled)
     # As in the notebook, the direct student's notebook column is under the last, most selective, teacher.
     last = jax.tree.map(lambda leaf: leaf[-1], sharpened)
     judges, draws = _stack(_one(last), teachers), jnp.concatenate([corpora[:1], corpora])
-    scores = jax.vmap(partial(lib.score, setting, seed, shared))(students, judges, draws)
+    scores = jax.vmap(partial(lib.score, shared))(students, judges, draws)
     # What the direct student was fitted to are draws of p*.
     entropy = -lib.log_prob(shared.p_star, shared.data).mean()
     scores = scores._replace(
         teacher_entropy=scores.teacher_entropy.at[0].set(entropy),
         weight_entropy=scores.weight_entropy.at[0].set(lib.weight_entropy(shared.p_star)),
     )
-    simple = partial(lib.simple_score, setting, seed, shared)
+    simple = partial(lib.simple_score, shared)
     ways = [False, True] if setting.student_components > 1 else [False]
 
     def at_temperature(temperature):
@@ -134,9 +134,9 @@ def cell(setting: Setting, seed: jax.Array, sizes: Sizes, separation, betas, tol
     """One seed at sizes within those of `setting`: the direct student, then one for each beta, [1 + B]."""
     shared = lib.ground(setting, seed, separation, tol, sizes)
     teachers = jax.vmap(sharpen, (None, 0))(shared.teacher, betas)
-    corpora, distilled = lib.distil(setting, seed, teachers, tol, sizes)
+    corpora, distilled = lib.distil(setting, seed, shared, teachers, tol, sizes)
     # Entropies and scores may use all draws of the largest size: only the fits depend on how many there are.
-    scores = jax.vmap(partial(lib.simple_score, setting, seed, shared))(_stack(_one(shared.direct), distilled))
+    scores = jax.vmap(partial(lib.simple_score, shared))(_stack(_one(shared.direct), distilled))
     entropies = jax.vmap(lambda teacher, corpus: -lib.log_prob(teacher, corpus).mean())(teachers, corpora)
     of_data = -lib.log_prob(shared.p_star, shared.data).mean()
     return {**scores._asdict(), "teacher_entropy": jnp.concatenate([of_data[None], entropies])}

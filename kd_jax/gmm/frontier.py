@@ -79,12 +79,12 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
         if knob in numbers.teachers:
             teachers.append(jax.vmap(select, (None, 0))(shared.teacher, numbers.teachers[knob]))
     teachers = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *teachers)
-    corpora, students = lib.distil(setting, seed, teachers, numbers.tol)
-    corpus, key = corpora[0], lib.keys(seed)
+    corpora, students = lib.distil(setting, seed, shared, teachers, numbers.tol)
+    corpus, key = corpora[0], partial(jax.random.fold_in, jax.random.key(seed))
     starts = gradient_fit.starts_of(shared.teacher, jax.tree.map(lambda leaf: leaf[0], students), program.num_starts)
 
     def score(student, teacher, corpus):
-        scores = lib.score(setting, seed, shared, student, teacher, corpus)
+        scores = lib.score(shared, student, teacher, corpus)
         return {name: getattr(scores, name) for name in _SCORES}
 
     def by_gradient(target: Divergence):
@@ -102,7 +102,7 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
     pick = lambda index: jax.tree.map(lambda leaf: leaf[index], students)  # noqa: E731
     em_scores = jax.vmap(score)(students, teachers, corpora)
     cooled = lambda student: jax.vmap(  # noqa: E731
-        lambda t: lib.simple_score(setting, seed, shared, lib.cooled(student, t, by_weights=False))._asdict()
+        lambda t: lib.simple_score(shared, lib.cooled(student, t, by_weights=False))._asdict()
     )(numbers.temperatures)
     selective = len(numbers.teachers.get("beta", ()))
     pair = [lib.Simple(em_scores["precision"][i], em_scores["recall"][i]) for i in (0, selective)]

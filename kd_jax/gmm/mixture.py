@@ -5,6 +5,7 @@ points lie along the last axis ([D, N], [K, N]), the axis that a CPU's vector un
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -53,6 +54,41 @@ def log_prob(mixture: Mixture, x: jax.Array) -> jax.Array:
     return _log_sum(joint).reshape(x.shape[:-1])
 
 
+class Randomness(NamedTuple):
+    """The random numbers of draws, before a mixture makes draws of them.
+
+    Attributes:
+        uniform: [n], chooses the components.
+        noise: [D, n], standard normal.
+    """
+
+    uniform: jax.Array
+    noise: jax.Array
+
+
+def randomness(keys: jax.Array, dim: int, counts: Sequence[int], dtype: jnp.dtype = jnp.float32) -> list[Randomness]:
+    """Random numbers for `place`: for each key [P] those of so many draws in `dim` dimensions.
+
+    All come from one call of each generator, which XLA would compile anew for every call. Of one key, fewer random
+    numbers are the first of more.
+    """
+    most = max(counts)
+    pairs = jax.vmap(jax.random.split)(keys)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (most,), dtype))(pairs[:, 0])
+    noise = jax.vmap(lambda key: jax.random.normal(key, (dim * most,), dtype))(pairs[:, 1])
+    return [Randomness(uniform[i, :n], noise[i, : dim * n].reshape(dim, n)) for i, n in enumerate(counts)]
+
+
+def place(mixture: Mixture, numbers: Randomness) -> jax.Array:
+    """The draws [n, D] that a mixture makes of random numbers; see `sample`."""
+    cumulative = jnp.cumsum(jax.nn.softmax(mixture.log_weights))
+    # Dividing by the last value keeps u < 1 from ever reaching a trailing component of weight zero.
+    upper = cumulative / cumulative[-1]
+    # Inverse of the cumulative weights: one uniform number a draw, where jax.random.categorical takes K.
+    component = (numbers.uniform[None, :] >= upper[:-1, None]).sum(0)
+    return (_take(mixture.means, component) + _colour(mixture, component, numbers.noise)).T
+
+
 def sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
     """`n` independent draws [n, D], in random order: every draw picks its own component.
 
@@ -64,17 +100,8 @@ def sample(key: jax.Array, mixture: Mixture, n: int) -> jax.Array:
         mixture: with diagonal or full covariances.
         n: number of draws.
     """
-    dim = _dim(mixture)
-    key_component, key_noise = jax.random.split(key)
-    dtype = mixture.means.dtype
-    # Inverse of the cumulative weights: one uniform number a draw, where jax.random.categorical takes K.
-    uniform = jax.random.uniform(key_component, (n,), dtype)
-    noise = jax.random.normal(key_noise, (dim, n), dtype)
-    cumulative = jnp.cumsum(jax.nn.softmax(mixture.log_weights))
-    # Dividing by the last value keeps u < 1 from ever reaching a trailing component of weight zero.
-    upper = cumulative / cumulative[-1]
-    component = (uniform[None, :] >= upper[:-1, None]).sum(0)
-    return (_take(mixture.means, component) + _colour(mixture, component, noise)).T
+    (numbers,) = randomness(key[None], _dim(mixture), (n,), mixture.means.dtype)
+    return place(mixture, numbers)
 
 
 def sharpen(mixture: Mixture, beta: float | jax.Array) -> Mixture:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.gmm import em
-from kd_jax.gmm.mixture import Mixture, blend, cool, log_prob, sample, sharpen, weight_entropy
+from kd_jax.gmm.mixture import Mixture, Randomness, blend, cool, log_prob, place, randomness, sharpen, weight_entropy
 from kd_jax.metrics import Mean
 
 # What a random key is for: fold_in(key(seed), purpose).
 # The numbers decide every result: a new purpose goes to the end.
-DATA, TEACHER, DISTILL, STUDENT, DIRECT_FIT, PRECISION, RECALL, COMPONENT = range(8)
+NUM_PURPOSES = 8
+DATA, TEACHER, DISTILL, STUDENT, DIRECT_FIT, PRECISION, RECALL, COMPONENT = range(NUM_PURPOSES)
 
 AXES = ("dim", "num_data", "teacher_components", "student_components", "num_distill", "separation")
 # Students without a beta: fitted to the data, to the unchanged teacher, and to one component of the teacher.
@@ -80,6 +81,8 @@ class Ground(NamedTuple):
     p_star: Mixture
     data: jax.Array  # [num_data, D]
     fresh: jax.Array  # [num_recall, D], draws of p* that no model was fitted to
+    of_teachers: Randomness  # of the num_distill draws of each teacher
+    of_students: Randomness  # of the num_precision draws of each student
     teacher: Mixture
     direct: Mixture
 
@@ -99,10 +102,11 @@ def eight_modes(dim: int, separation: float | jax.Array = 1.0, variance: float =
     return Mixture(jnp.full(8, -np.log(8), means.dtype), means, jnp.full((8, dim), variance, means.dtype))
 
 
-def keys(seed: jax.Array):
-    """Purpose -> random key of one seed."""
-    # One key for each purpose: another number of draws for one of them leaves the others as they are.
-    return partial(jax.random.fold_in, jax.random.key(seed))
+def keys(seed: jax.Array) -> jax.Array:
+    """The random keys of one seed, by purpose."""
+    # One key for each purpose: another number of draws for one of them leaves the others as they are. All are made in
+    # one call, since XLA compiles the generator anew for each.
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(NUM_PURPOSES))
 
 
 def ground(
@@ -122,35 +126,42 @@ def ground(
     """
     key, fit = keys(seed), _fit(setting, tol)
     p_star = eight_modes(setting.dim, separation)
-    data = sample(key(DATA), p_star, setting.num_data)
+    purposes = {
+        DATA: setting.num_data, RECALL: setting.num_recall, DISTILL: setting.num_distill,
+        PRECISION: setting.num_precision,
+    }  # fmt: skip
+    numbers = randomness(key[np.array(list(purposes))], setting.dim, tuple(purposes.values()))
+    of_data, of_fresh, of_teachers, of_students = numbers
+    data = place(p_star, of_data)
     # Unused points have weight zero and unused components no points, so shapes do not depend on the sizes.
     of_teacher, of_student = {}, {}
     if sizes is not None:
         weights = _first(setting.num_data, sizes.num_data)
         of_teacher = {"sample_weights": weights, "num_active": sizes.teacher_components}
         of_student = {"sample_weights": weights, "num_active": sizes.student_components}
-    teacher = fit(key(TEACHER), data, setting.teacher_components, **of_teacher).mixture
-    direct = fit(key(DIRECT_FIT), data, setting.student_components, **of_student).mixture
-    return Ground(p_star, data, sample(key(RECALL), p_star, setting.num_recall), teacher, direct)
+    teacher = fit(key[TEACHER], data, setting.teacher_components, **of_teacher).mixture
+    direct = fit(key[DIRECT_FIT], data, setting.student_components, **of_student).mixture
+    return Ground(p_star, data, place(p_star, of_fresh), of_teachers, of_students, teacher, direct)
 
 
 def distil(
-    setting: Setting, seed: jax.Array, teachers: Mixture, tol: jax.Array, sizes: Sizes | None = None
+    setting: Setting, seed: jax.Array, shared: Ground, teachers: Mixture, tol: jax.Array, sizes: Sizes | None = None
 ) -> tuple[jax.Array, Mixture]:
     """Draws [T, num_distill, D] of each of the `teachers` (leading axis T), and the students fitted to them by EM.
 
     Args:
         setting, seed, tol, sizes: as of `ground`.
+        shared: of the seed.
         teachers: stacked, T of them.
     """
     key, fit = keys(seed), _fit(setting, tol)
-    # One key for all teachers: their draws differ as little as the teachers do.
-    corpora = jax.vmap(sample, (None, 0, None))(key(DISTILL), teachers, setting.num_distill)
+    # The same random numbers for all teachers: their draws differ as little as the teachers do.
+    corpora = jax.vmap(place, (0, None))(teachers, shared.of_teachers)
     more = {}
     if sizes is not None:
         weights = _first(setting.num_distill, sizes.num_distill)
         more = {"sample_weights": weights, "num_active": sizes.student_components}
-    return corpora, jax.vmap(lambda x: fit(key(STUDENT), x, setting.student_components, **more).mixture)(corpora)
+    return corpora, jax.vmap(lambda x: fit(key[STUDENT], x, setting.student_components, **more).mixture)(corpora)
 
 
 def _first(count: int, used: jax.Array) -> jax.Array:
@@ -180,7 +191,7 @@ def controls(teacher: Mixture, seed: jax.Array) -> Mixture:
     Returns: a Mixture with a leading axis of three.
     """
     # Drawn for each seed anew, so that "random" does not stand for one component of the run.
-    any_one = jax.random.randint(keys(seed)(COMPONENT), (), 0, teacher.log_weights.shape[0])
+    any_one = jax.random.randint(keys(seed)[COMPONENT], (), 0, teacher.log_weights.shape[0])
     chosen = jnp.stack([jnp.argmax(teacher.log_weights), any_one, jnp.argmin(teacher.log_weights)])
     return jax.vmap(one_component, (None, 0))(teacher, chosen)
 
@@ -190,19 +201,17 @@ def cooled(student: Mixture, temperature: jax.Array, by_weights: bool) -> Mixtur
     return sharpen(student, 1 / temperature) if by_weights else cool(student, temperature)
 
 
-def score(setting: Setting, seed: jax.Array, shared: Ground, student: Mixture, teacher: Mixture, corpus) -> Scores:
+def score(shared: Ground, student: Mixture, teacher: Mixture, corpus: jax.Array) -> Scores:
     """Scores of one student.
 
     Args:
-        setting, seed: as of `ground`.
-        shared: the seed's p*, data and fresh draws.
+        shared: the seed's p*, data, fresh draws and random numbers.
         student: to be scored.
         teacher: that the student was fitted to.
         corpus: [N, D] draws of the teacher, on which its entropy is estimated.
     """
     p_star, fresh = shared.p_star, shared.fresh
-    # The same random numbers for all students of a seed.
-    draws = sample(keys(seed)(PRECISION), student, setting.num_precision)
+    draws = place(student, shared.of_students)
     draws_star, draws_student = log_prob(p_star, draws), log_prob(student, draws)
     fresh_star, fresh_student = log_prob(p_star, fresh), log_prob(student, fresh)
     precision, recall, entropy = Mean.of(draws_star), Mean.of(fresh_student), Mean.of(-draws_student)
@@ -233,13 +242,13 @@ class Simple(NamedTuple):
     recall: jax.Array
 
 
-def simple_score(setting: Setting, seed: jax.Array, shared: Ground, student: Mixture) -> Simple:
+def simple_score(shared: Ground, student: Mixture) -> Simple:
     """Precision and recall alone, on the draws that `score` uses.
 
     Args:
-        setting, seed, shared, student: as of `score`.
+        shared, student: as of `score`.
     """
-    draws = sample(keys(seed)(PRECISION), student, setting.num_precision)
+    draws = place(student, shared.of_students)
     return Simple(log_prob(shared.p_star, draws).mean(), log_prob(student, shared.fresh).mean())
 
 

@@ -117,7 +117,7 @@ def test_cooled_gaussians_have_scipys_recall_and_the_draws_of_the_cooled_density
     # E log N(x; m, T C) needs only the fresh draws, which the student's recall at T = 1 was measured on as well
     direct = Mixture(*(leaf[0, DIRECT] for leaf in made.students))
     for t, temperature in enumerate(NUMBERS.temperatures):
-        fresh = sample(students.keys(0)(students.RECALL), students.eight_modes(2), SMALL.num_recall)
+        fresh = sample(students.keys(0)[students.RECALL], students.eight_modes(2), SMALL.num_recall)
         peer = multivariate_normal(direct.means[0], np.diag(temperature * direct.covariances[0])).logpdf(fresh)
         np.testing.assert_allclose(made.curves.recall[0, t, 0, DIRECT], peer.mean(), rtol=1e-4)
     # means at temperatures .9, .8, .6: the entropy falls, and the draws come nearer to the mean
@@ -157,7 +157,7 @@ def test_random_choice_equals_monte_carlo():
     other = Mixture(jnp.zeros(1), jnp.ones((1, 2)), jnp.full((1, 2), 0.05))
     p_star, key = students.eight_modes(2), jax.random.key(5)
     fresh = sample(jax.random.key(1), p_star, 100_000)
-    shared = students.Ground(p_star, fresh, fresh, one, one)
+    shared = students.Ground(p_star, fresh, fresh, None, None, one, one)
     draws = {name: sample(key, m, 100_000) for name, m in (("one", one), ("other", other))}
     pair = [students.Simple(log_prob(p_star, x).mean(), log_prob(m, fresh).mean())
             for m, x in ((one, draws["one"]), (other, draws["other"]))]  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from kd_jax.lm import decode, model, score, weights
 from tests.golden import families, texts, tiny
-from tests.lm.weights.test_golden import SOURCE, scored_part, table, tiny_model
+from tests.lm.weights.test_golden import SOURCE, UNLIKELY, scored_part, table, tiny_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -130,8 +130,10 @@ def test_family_export(name, family, tmp_path):
 
 def test_real_scores(real, theirs, rows):
     # In float64: its own float32 is up to 1.4e-4 from that (for the ids at the ends of the vocabulary), on some CPUs on
-    # the other side than ours.
-    assert_scores(real, copy.deepcopy(theirs).double(), list(rows.values()), 2e-4, 1e-3)
+    # the other side than ours. What ours may differ by is said at assert_log_probs.
+    double = copy.deepcopy(theirs).double()
+    assert_scores(real, double, [ids for name, ids in rows.items() if name not in UNLIKELY], 2.5e-4, 1e-3)
+    assert_scores(real, double, [rows[name] for name in UNLIKELY if name in rows], 1e-3, 1e-3)
 
 
 def test_real_logits_of_both_gguf_readers(real, theirs, rows):
@@ -166,7 +168,8 @@ def test_real_export(real, theirs, rows, tmp_path):
     for name, text in texts.TEXTS.items():
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == real.tokenizer.encode(text), name
     # Not of the ids that no text has: hidden states grow to 1200 there, where rounding alone takes each program in
-    # float32 more than 3e-4 away from float64.
+    # float32 more than 3e-4 away from float64. Of 8 million logits of the others, four differ by 2.1 to 2.4e-4 where
+    # XLA uses YNN's products (see test_golden.assert_log_probs).
     for name in ("json", "chinese", "numbers"):
         ours = our_logits(real, rows[name])
-        np.testing.assert_allclose(ours, their_logits(exported, rows[name]), rtol=0, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(ours, their_logits(exported, rows[name]), rtol=0, atol=3e-4, err_msg=name)
