@@ -42,7 +42,7 @@ TEMPLATE = """<p class="lead"><strong>{{ lead }}</strong></p>
 _CAPTION = (
     "Means with their standard errors, a colour for each run. Points are students sampled at temperature 1, a line "
     "joins settings of one kind, a star is the direct student, and a dashed line is the direct student sampled at "
-    "lower temperatures. Students of the first run are named."
+    "lower temperatures. The still figure names the students of the first run."
 )
 _NOTE = (
     "± standard error, in {unit}. Differences are from {first}. Paired: both runs have the same seeds and, for recall, "

@@ -92,7 +92,7 @@ def write(folder: str | Path) -> Path:
     if arrays.is_file():
         try:
             drawn["panels"] = figures.panels(_panels(arrays))
-        except ValueError as error:  # SciPy's, of shapes that are no mixture's
+        except (TypeError, ValueError) as error:  # NumPy's and SciPy's, of shapes that are no mixture's
             raise RunError(f"{arrays} is damaged: {error}") from error
     grid = capacity.grid(runs, spec, base_setting)
     if grid:
