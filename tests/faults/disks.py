@@ -12,7 +12,7 @@ def _tried(*command):
 
 
 @contextlib.contextmanager
-def small(folder, size="4m"):
+def small(folder, size="16m"):
     """A Disk of its own at `folder`, of `size`; the test is skipped where nobody may mount one."""
     folder.mkdir()
     if os.geteuid() or not _tried("mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder):
