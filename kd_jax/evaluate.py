@@ -114,6 +114,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     # Imported here: --help and typing errors do not wait for JAX.
     from kd_jax.lm import corpus, evaluation
     from kd_jax.parallel import distributed
+    from kd_jax.reporting import models_page
     from kd_jax.runs import cache
     from kd_jax.storage.files import write_json, write_rows
 
@@ -146,7 +147,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     seconds = round(time.perf_counter() - start, 3)
     write_json(out / "manifest.json", {**manifest, "status": "finished", "finished": _now(), "seconds": seconds})
     _print_table(rows)
-    print(f"\nrows: {out / 'metrics.jsonl'} ({seconds:.1f} s)")
+    print(f"\nrows: {out / 'metrics.jsonl'} ({seconds:.1f} s)\nreport: {models_page.write(rows, out)}")
 
 
 def _begin(out: Path, manifest: dict[str, Any]) -> None:

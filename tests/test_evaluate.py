@@ -197,6 +197,10 @@ def test_from_models_to_a_table(sources, tmp_path, capsys):
     for row in rows:
         assert [row["name"], *(f"{row[key]:.4f} ± {row[f'{key}_se']:.4f}" for key in keys)] in lines
 
+    assert f"report: {out / 'report.html'}" in text and (out / "figures" / "likelihood.csv").exists()
+    shown = (out / "report.html").read_text()
+    assert all(f"<td>{row['name']}</td>" in shown for row in rows) and "highest precision" in shown
+
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["kind"], manifest["status"]) == ("evaluation", "finished") and manifest["seconds"] > 0
     assert shlex.split(manifest["command"])[:3] == ["python", "-m", "kd_jax.evaluate"]

@@ -193,4 +193,6 @@ def _footer(folder: Path, command: str) -> list[tuple[str, str]]:
     # What it takes to make the run again.
     found = [(key, manifest[key]) for key in ("command", "versions", "device", "seed", "git_commit") if key in manifest]
     entries = [(key.replace("_", " "), text(value)) for key, value in found if value is not None]
-    return [*entries, ("report", command or f"python -m kd_jax.report {folder}")]
+    report = [("report", command or f"python -m kd_jax.report {folder}")]
+    # An evaluation makes its page itself.
+    return entries + report * (command != manifest.get("command"))
