@@ -212,6 +212,7 @@ def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target
     arguments = [model.params, tokens]
     if top_k is None:
         compiled = score.lower(model, tokens, compute).compile()
+        arguments.append((None,))  # no sampling temperature
     else:
         arguments.append(_shape((rows,), np.int32, ("batch",), mesh))
 

@@ -75,6 +75,14 @@ def test_a_teacher_and_records_are_held_too():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_scoring_is_run_and_timed_on_this_machine(top_k):
+    config = smoke()
+    program = footprint.scoring(config, planned_shape(config, "p_star"), top_k, target("1xCPU"))
+    assert 1e6 < program.rate < 1e13
+
+
+@pytest.mark.slow
 def test_another_vocabulary_needs_the_text_once_more():
     online = smoke(**{"distill.policy": "online", "distill.vocabulary": "aligned"})
     shape, teacher = planned_shape(online, "student"), dataclasses.replace(PRESETS["tiny"], vocab_size=50)
