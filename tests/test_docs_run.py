@@ -12,7 +12,7 @@ from tests.test_docs import PAGES, ROOT, blocks
 WITH_EXAMPLES = [page for page in PAGES if any(block.runs for block in blocks(page))]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("page", WITH_EXAMPLES, ids=lambda page: page.stem)
 def test_examples_of_a_page_run_in_order(page, tmp_path):
     scripts = Path(sys.executable).parent
