@@ -26,6 +26,8 @@ from kd_jax.reporting.tables import Number, Table
 from kd_jax.runs.config import flatten
 from kd_jax.storage import files
 
+# Beginnings of the settings that say what p* is: with another p*, numbers of two runs mean different things.
+_P_STAR = ("p_star.", "data.", "dim", "separation")
 # Points that are named in the figure; more would cover each other.
 _LABELLED = 12
 # Settings that the pointer shows of a point.
@@ -176,9 +178,13 @@ def write(runs: Sequence[Run], out: Path, command: str) -> tuple[Path, Table]:
     students, settings = student_table(runs), settings_table(runs)
     tables.save([students, settings], out)
     smoke = [run.name for run in runs if run.smoke]
+    caveats = [f"Smoke runs, too small for conclusions: {', '.join(smoke)}."] if smoke else []
+    apart = [row[0] for row in settings.rows if row[0].startswith(_P_STAR)]
+    if apart:
+        caveats.insert(0, f"These runs have different p* ({', '.join(apart)}): their numbers cannot be compared.")
     html = page.render(
         TEMPLATE, folder=out, command=command, title=TITLE, lead=_lead(runs, settings), caption=_CAPTION,
-        caveats=[f"Smoke runs, too small for conclusions: {', '.join(smoke)}."] if smoke else [],
+        caveats=caveats,
         images=page.embed({"compare": figure(runs)}, out), charts={"compare": chart(runs, settings)},
         tables=[students, settings],
     )  # fmt: skip
@@ -220,7 +226,8 @@ def settings_table(runs: Sequence[Run]) -> Table:
     keys = list(dict.fromkeys(key for row in flat for key in row))
     texts = {key: [_text(row[key]) if key in row else "–" for row in flat] for key in keys}
     lines = [[key, *values] for key, values in texts.items() if len(set(values)) > 1]
-    note = "All other settings are the same. In brackets: the code that made the run."
+    code = any(line[0].startswith("(") for line in lines)
+    note = "All other settings are the same." + " In brackets: the code that made the run." * code
     return Table("settings", "What differs", ("setting", *(run.name for run in runs)), lines, note)
 
 

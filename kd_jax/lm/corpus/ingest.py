@@ -34,7 +34,7 @@ def from_dataset(
     messages_column: str | None = None, prompt_column: str | None = None, response_column: str | None = None,
     num_samples: int | None = None, first: int = 0, eos: bool | int = True, prompt_ids: Sequence[int] = (),
     special_tokens: bool = False, whole_files: bool = False, shard_size: int = 1024, seed: int = 0,
-    streaming: bool | None = None, command: str | None = None,
+    streaming: bool | None = None, command: str | None = None, needed: tuple[int, str] = (0, ""),
 ) -> Corpus:  # fmt: skip
     """Makes a corpus (kind "data") of documents, or continues one after its last whole shard; returns it finished.
 
@@ -71,6 +71,8 @@ def from_dataset(
         seed: of the order.
         streaming: reads a hub id's data as they come, without a copy on disk; by default where num_samples is given.
         command: what was typed, for the manifest; by default this process's.
+        needed: how many documents there have to be in all, for corpora that are made later, and how this is reckoned,
+            for the message. A stream is not counted.
 
     Returns: the corpus.
     Raises: ValueError for arguments that do not go together, columns that are not there (naming those that are), ids
@@ -104,7 +106,7 @@ def from_dataset(
             data, chosen = None, {"data_fingerprint": identity}
         else:
             data = documents.load(source, paths, columns, tokenizer, identity)
-            places, skipped, chosen = _choose(data, settings)
+            places, skipped, chosen = _choose(data, settings, needed)
         target = corpus.create_or_resume(folder, settings | chosen, command=command, kind="data")
         if target.finished:
             return target
@@ -180,7 +182,9 @@ def _tokenizer_settings(tokenizer: Tokenizer | None, settings: dict[str, Any], e
     return {"tokenizer_fingerprint": tokenizer.fingerprint, "eos_ids": [] if eos_id is None else [eos_id]}
 
 
-def _choose(data: Documents, settings: dict[str, Any]) -> tuple[np.ndarray, dict[str, int], dict[str, Any]]:
+def _choose(
+    data: Documents, settings: dict[str, Any], needed: tuple[int, str]
+) -> tuple[np.ndarray, dict[str, int], dict[str, Any]]:  # fmt: skip
     """(where in the data the rows are, how many documents cannot be used, the settings known by now)."""
     usable, fingerprint, skipped = documents.survey(data)
     # raw bits, since NumPy may change what it makes of them from one version to the next
@@ -188,19 +192,21 @@ def _choose(data: Documents, settings: dict[str, Any]) -> tuple[np.ndarray, dict
     # Places are ranks among the usable documents, so ranges that do not overlap share no document.
     ranked, first = order[usable[order]], settings["first"]
     num_samples = settings.get("num_samples", len(ranked) - first)
-    if num_samples < 1 or first + num_samples > len(ranked):
-        raise ValueError(_too_few(data.source, len(ranked), skipped, settings))
+    if num_samples < 1 or max(first + num_samples, needed[0]) > len(ranked):
+        raise ValueError(_too_few(data.source, len(ranked), skipped, settings, needed))
     places = ranked[first : first + num_samples]
     return places, skipped, {"data_fingerprint": fingerprint, "num_samples": len(places)}
 
 
-def _too_few(source: str, usable: int, skipped: dict[str, int], settings: dict[str, Any]) -> str:
+def _too_few(
+    source: str, usable: int, skipped: dict[str, int], settings: dict[str, Any], needed: tuple[int, str] = (0, "")
+) -> str:  # fmt: skip
     asked = f"{settings['num_samples']} from place" if "num_samples" in settings else "those from place"
+    asked = f"{asked} {settings['first']} on were asked for"
+    if needed[0] > usable:
+        asked = f"{needed[0]} are needed ({needed[1]})"
     left_out = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in skipped.items())
-    return (
-        f"{source} has {usable} documents that can be used{f' (left out: {left_out})' if left_out else ''}; "
-        f"{asked} {settings['first']} on were asked for"
-    )
+    return f"{source} has {usable} documents that can be used{f' (left out: {left_out})' if left_out else ''}; {asked}"
 
 
 def _taken(data: Documents, target: Corpus, places: np.ndarray, skipped: dict[str, int]) -> Iterator[tuple]:

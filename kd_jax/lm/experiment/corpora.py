@@ -227,8 +227,13 @@ def _sample(
 
 
 def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[str, Any]:
-    """Rows of the data set as the corpus of a stage; their entropy is unknown."""
+    """Rows of the data set as the corpus of a stage; their entropy is unknown.
+
+    Raises: ValueError, in the first such stage, where the data have too few documents for all of the run's corpora.
+    """
     data = spec.data
+    count = spec.num_recall + spec.teachers * (spec.num_train + spec.num_validation)
+    needed = count, "num_recall + teachers x (num_train + num_validation)"
 
     def read() -> dict[str, Any]:
         # One process reads and tokenises for all.
@@ -236,7 +241,7 @@ def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[st
             packages.locate(data.source), folder / "corpus", spec.p_star.source, **data.reading, first=first,
             num_samples=num_samples, special_tokens=data.special_tokens,
             eos=True if data.eos_id is None else data.eos_id, seed=spec.seed, max_length=spec.sampling.max_length,
-            prompt_ids=spec.sampling.prompt_ids, shard_size=spec.sampling.shard_size,
+            prompt_ids=spec.sampling.prompt_ids, shard_size=spec.sampling.shard_size, needed=needed,
         )  # fmt: skip
         return corpus.manifest["counts"]
 

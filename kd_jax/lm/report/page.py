@@ -186,7 +186,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         title=TITLE if frontier_config is None else KNOBS_TITLE,
         preregistered=run.preregistered,
         finding=finding(run.groups, run.curves, run.standings),
-        caveats=_caveats(run, section),
+        caveats=_data(run.config) + _caveats(run, section),
         findings=_findings(run),
         images=page.embed({name: figure for name, (figure, _) in drawn.items()}, folder),
         captions=captions,
@@ -253,6 +253,18 @@ def _findings(run: _Run) -> list[tuple[str, str]]:
     if not any(g.arm == "distilled" for g in run.groups) and any(g.by_name for g in run.groups):
         return []
     return [(expectations.VERDICTS[one.verdict], one.text) for one in expectations.findings(run.groups)]
+
+
+def _data(config: dict[str, Any]) -> list[str]:
+    """Of a run on data: what p* is, and which model scores the samples."""
+    data, judge = config.get("data"), config.get("p_star")
+    if not (isinstance(data, dict) and isinstance(judge, dict) and data.get("source")):
+        return []
+    return [
+        f"Here p* is the data {data['source']}. The judge, {judge.get('source')}, stands in for it wherever this page "
+        "says “log p*”: it scores the samples for precision. Recall is measured on rows of the data that no model was "
+        "trained on."
+    ]
 
 
 def _caveats(run: _Run, section: frontier.Section | None) -> list[str]:

@@ -397,6 +397,10 @@ def test_fewer_documents_than_asked_for(source, words, tmp_path):
     message = "d.jsonl has 23 documents that can be used; 20 from place 4 on were asked for"
     with pytest.raises(ValueError, match=message):
         ingest.from_dataset(source, tmp_path / "c", words, max_length=9, ids_column="ids", num_samples=20, first=4)
+    with pytest.raises(ValueError, match=r"has 23 documents that can be used; 24 are needed \(two corpora\)"):
+        ingest.from_dataset(
+            source, tmp_path / "c", words, max_length=9, ids_column="ids", num_samples=4, needed=(24, "two corpora")
+        )
     with pytest.raises(ValueError, match="those from place 23 on"):
         ingest.from_dataset(source, tmp_path / "c", words, max_length=9, ids_column="ids", first=23)
     blank = write_text(tmp_path / "blank.txt", ["", " "])

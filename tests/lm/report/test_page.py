@@ -223,6 +223,16 @@ def test_a_teacher_at_other_temperatures_is_not_more_of_the_same():
     assert len(teacher.rows) == 1
 
 
+def test_a_run_on_data_says_who_judges(tmp_path, undrawn):
+    said = "Here p* is the data stories.jsonl. The judge, org/judge, stands in"
+    folder = make_run(tmp_path / "run", make_rows())
+    assert said not in report.write(folder).read_text()
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"data": {"source": "stories.jsonl"}, "p_star": {"source": "org/judge"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert said in report.write(folder).read_text()
+
+
 def test_smoke_run_says_so_and_concludes_nothing(tmp_path, undrawn):
     rows = [row | ({"num_samples": 64} if row["kind"] == "evaluation" else {}) for row in with_cooling(make_rows())]
     source, text = written(tmp_path / "run", rows)
