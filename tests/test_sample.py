@@ -380,7 +380,7 @@ def test_a_corpus_from_a_tiny_model(tmp_path, capsys):
         assert json.loads(line)["text"] == " ".join(names[i] for i in ids.tolist())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_prompts_of_a_file_with_several_samples_each(tmp_path, capsys):
     export_tiny(tmp_path / "model")
     lines = ["The cat", "w7", "w9 w8 The cat The cat"]

@@ -109,7 +109,7 @@ def test_help_lists_the_settings_of_the_config(door, capsys):
     assert "--config.size int how large (at least 1; default 2)" in shown and "--num_processes" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_closed_pipe_and_a_narrow_encoding(tmp_path):
     command = [sys.executable, "-m", "kd_jax.train", "--config", "configs/gmm.py", "--help"]
     with open(os.devnull) as closed:  # open for reading alone: whatever is printed fails

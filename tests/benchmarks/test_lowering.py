@@ -30,7 +30,7 @@ def test_all_programs(shape, platform):
     assert code == 0, output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whole_logits_are_a_fault(monkeypatch):
     """A scorer that makes the logits of all tokens at once is found, and its size is named."""
     monkeypatch.setattr("kd_jax.losses.head.TOKENS", 2**20)

@@ -90,7 +90,7 @@ def interrupted(folder, corpus, update):
         trainings.train(folder, corpus, stop=trainings.StopAt(folder, update))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_training_goes_on_from_before_a_damaged_checkpoint(straight, corpus, tmp_path):
     folder = tmp_path / "t"
     interrupted(folder, corpus, 7)

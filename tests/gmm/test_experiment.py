@@ -176,7 +176,7 @@ def test_random_choice_equals_monte_carlo():
         assert exact.recall[i] > (1 - share) * pair[0].recall + share * pair[1].recall
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cells_of_the_full_size_are_the_base_setting():
     cell = experiment.Cell(*(getattr(SPEC, axis) for axis in experiment.AXES))._replace(num_distill=200)
     small = cell._replace(num_data=50, teacher_components=2)
@@ -209,7 +209,7 @@ def test_other_batches_give_the_same_numbers(made):
     np.testing.assert_allclose(made.curves.recall[4], again.curves.recall[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_eight_devices_give_the_same_numbers(tmp_path):
     script = (
         "import sys, numpy as np, jax\n"

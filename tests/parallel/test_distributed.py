@@ -267,7 +267,7 @@ def test_one_that_waits_in_vain_says_for_whom(tmp_path, index):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_with_one_number_do_not_start(tmp_path):
     port = free_port()
     each = [spawn(train_command(tmp_path / "run", *cluster_flags(port, 3, i, timeout=10))) for i in (0, 1, 1)]

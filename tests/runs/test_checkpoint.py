@@ -128,7 +128,7 @@ print("ok")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_onto_another_number_of_devices(tmp_path):
     for count in (8, 1, 4):
         command = [sys.executable, "-c", DEVICES, str(count), str(tmp_path / "c")]
@@ -154,7 +154,7 @@ def test_loggers_are_as_they_were_once_the_checkpoints_are_closed(tmp_path):
     assert {name: logging.getLogger(name).filters for name in before} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_importing_every_module_changes_nothing_of_python_itself():
     script = """
 import logging, pkgutil, signal, sys, importlib, threading

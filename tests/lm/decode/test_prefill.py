@@ -52,7 +52,7 @@ def test_each_sample_begins_with_its_prompt_and_has_the_models_probabilities(usu
     assert 0.5 < usual.utilisation <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sample_j_of_prompt_i_depends_on_the_seed_i_and_j_alone(usual):
     assert_same(all_samples(batch_size=64), usual)
     # fewer prompts, fewer samples of each, and a start in the middle
@@ -67,7 +67,7 @@ def test_sample_j_of_prompt_i_depends_on_the_seed_i_and_j_alone(usual):
     assert (all_samples(seed=1).tokens != usual.tokens).any()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_prompts_have_in_common_runs_once(monkeypatch):
     ran = []
     monkeypatch.setattr(prefill, "_COMMON", 100)

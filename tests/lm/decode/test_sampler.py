@@ -316,7 +316,7 @@ def test_prompts_of_several_ids():
     assert_log_probs_of_forward(several)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_prompt_keeps_its_positions_beside_a_longer_one():  # S05
     short, long = [7, 8, 9], list(range(7, 15))
     options = {"num_samples": 2, "max_length": 24, "sample_temperature": 0, "batch_size": 2}

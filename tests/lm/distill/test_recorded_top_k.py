@@ -81,7 +81,7 @@ def test_codes_of_what_cannot_be_or_nearly():
     assert found[0] == -np.inf and found[1] == -64 and found[2] == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("form, atol", [("float32", 1e-5), ("uint16", 4e-4)])
 def test_recorded_is_what_a_sort_of_the_logits_gives(corpus, tmp_path, form, atol):
     held = recorded(corpus, tmp_path / "c", 7, form)
@@ -196,7 +196,7 @@ def test_codes_are_made_a_distribution_again():
     np.testing.assert_allclose(np.exp(log_probs).sum(-1) + np.exp(tail), 1, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_command_lines(tmp_path, capsys):
     weights.save(tiny(), tmp_path / "model")
     words = ["--model", tmp_path / "model", "--num_samples", 6, "--prompt_ids", 1, "--max_length", 9, "--shard_size", 4]

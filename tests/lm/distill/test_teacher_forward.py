@@ -78,7 +78,7 @@ def outputs(want):
     return {"jitted": by_jit(want), **others}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hidden_states_are_those_of_each_row_alone():
     expected, _ = reference()
     for name, got in outputs("hidden").items():

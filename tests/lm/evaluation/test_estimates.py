@@ -20,7 +20,7 @@ def test_the_two_averages_are_what_their_names_say():
     assert ratio_se == pytest.approx(math.sqrt(2 * (0.375**2 + 0.375**2)) / 8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_standard_errors_are_the_spread_over_repeats():
     random, repeats, count = np.random.default_rng(0), 3000, 150
     tokens = random.geometric(0.15, (repeats, count))

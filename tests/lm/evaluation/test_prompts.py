@@ -25,7 +25,7 @@ def answers(model, folder, prompts, each, seed=77):
     return to_corpus.sample(model, folder, about, command="test", label="test", prompts=prompts, batch_size=64)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_are_sums_over_all_answers_to_each_prompt(tmp_path):
     p_star, other, prompts = random_model(0), random_model(1), [[1, 2], [2, 3], [3, 1]]
     validation = answers(p_star, tmp_path / "data", prompts, EACH)

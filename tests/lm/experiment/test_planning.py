@@ -82,7 +82,7 @@ def test_scoring_is_run_and_timed_on_this_machine(top_k):
     assert 1e6 < program.rate < 1e13
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_vocabulary_needs_the_text_once_more():
     online = smoke(**{"distill.policy": "online", "distill.vocabulary": "aligned"})
     shape, teacher = planned_shape(online, "student"), dataclasses.replace(PRESETS["tiny"], vocab_size=50)

@@ -29,7 +29,7 @@ def test_too_few_prompts_are_refused():
         chain.validate(freeze(LmSpec, config))
 
 
-@pytest.mark.long
+@pytest.mark.slow  # CI runs it, though it is long: it is the only one of the whole experiment
 def test_from_config_to_page(tmp_path):
     words = ["--config", "configs/lm_instruct_laptop.py:smoke", "--workdir", str(tmp_path / "w")]
 

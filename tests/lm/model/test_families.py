@@ -227,7 +227,7 @@ MESH = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma 2", "olmo 2, grouped, biases"])
 def test_gradient_over_a_mesh(name, tmp_path):
     folder = families.write_folder(name, tmp_path / "m")

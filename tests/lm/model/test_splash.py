@@ -65,7 +65,7 @@ for sizes in ((1, 2, 2), (1, 1, 4)):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_over_a_mesh():
     subprocess.run([sys.executable, "-c", DEVICES], check=True)
 

@@ -69,7 +69,7 @@ def test_shallower_copy(params):
     assert (last.sliding_window, last.sliding_layers, last.num_hidden_layers) == (None, (), 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_new_adapters_change_nothing_and_merge(params):
     settings = Lora(rank=3, alpha=6.0, targets=("q", "o", "down"))
     adapters = lora.init(jax.random.key(1), TINY, settings)
@@ -97,7 +97,7 @@ def test_new_adapters_change_nothing_and_merge(params):
     assert jax.tree.structure(axes, is_leaf=lambda x: isinstance(x, tuple)) == jax.tree.structure(adapters)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradient_of_adapters_is_that_of_the_merged_weights(params):
     settings = Lora(rank=2, alpha=1.0)
     adapters = lora.init(jax.random.key(1), TINY, settings)

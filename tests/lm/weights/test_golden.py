@@ -107,7 +107,7 @@ def test_a_few_real_log_probs(real, golden):
         assert_log_probs(name, row, reference)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_log_probs(golden, scores):
     for name, (_, reference) in sequences(golden).items():
         assert_log_probs(name, scores[name][0], reference)
@@ -126,7 +126,7 @@ def prompts_of(golden):
     return [ids.tolist() for ids in split(golden["prompts"], golden["prompt_lengths"])]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_greedy_continuations(real, golden):
     prompts, (_, count) = prompts_of(golden), golden["greedy"].shape
     assert (len(prompts), count) == (8, 64)
@@ -143,7 +143,7 @@ def test_real_greedy_continuations(real, golden):
         np.testing.assert_array_equal(row[len(prompt) : len(prompt) + count], reference)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_samples_have_the_scorers_log_probs(real, golden):
     prompts = prompts_of(golden)
     # 50 new tokens for the longest prompt; the programs are those of the greedy continuations, as both round up to 128
@@ -159,7 +159,7 @@ def test_real_samples_have_the_scorers_log_probs(real, golden):
 FEW = ("recipe", "question", "c", "hindi", "two tokens", "repeated", "one token")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_scores_do_not_depend_on_batch_order_or_padding(real, golden, scores):
     few = [sequences(golden)[name] for name in FEW]
     # what lies beyond a row's length need not even be an id
