@@ -29,7 +29,10 @@ def test_they_hold_the_package_its_configs_and_nothing_else(built):
     modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("kd_jax/**/*.py")} | {"kd_jax/py.typed"}
     configs = {f"kd_jax/shipped/configs/{path.name}" for path in ROOT.glob("configs/*.py")}
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert inside == modules | configs
+    # what pages have inside them
+    reporting = ROOT / "kd_jax/reporting"
+    pages = {str(path.relative_to(ROOT)) for path in (*reporting.glob("*.js"), *reporting.glob("vendor/*"))}
+    assert inside == modules | configs | pages
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert modules | {"LICENSE", "README.md", "pyproject.toml", "requirements.txt", "setup.py"} <= names

@@ -223,8 +223,12 @@ def test_eight_devices_give_the_same_numbers(tmp_path):
     command = [sys.executable, "-c", script, str(tmp_path / "eight.npz")]
     subprocess.run(command, check=True, cwd=ROOT, env=environment)
     eight, one = np.load(tmp_path / "eight.npz"), experiment.sweep(SMALL, np.arange(11), NUMBERS).scores
-    for name in ("precision", "recall"):
-        np.testing.assert_allclose(eight[name], getattr(one, name), rtol=1e-4, atol=1e-4)
+    # Students of beta 100 and of one component are narrow: their recall divides by small variances, roundings with it.
+    for part, rtol in ((slice(0, LAST), 1e-4), (slice(LAST, None), 1e-3)):
+        for name in ("precision", "recall"):
+            np.testing.assert_allclose(
+                eight[name][:, part], getattr(one, name)[:, part], rtol=rtol, atol=1e-4
+            )  # fmt: skip
 
 
 def test_settings_vary_one_axis_at_a_time_and_the_grid_is_whole():

@@ -125,28 +125,28 @@ def test_a_vocabulary_within_the_other():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jensen_shannon"])
 def test_gradients_of_merged_spans_are_finite_differences(name):
-    p, q = RANDOM.standard_normal((2, 6)), RANDOM.standard_normal((2, 5))
-    shared, whole = Shared(jnp.array([0, 2, 4]), jnp.array([1, 2, 4])), jnp.array([-1, 2])
+    random = np.random.default_rng(0)
+    p, q, later = random.standard_normal((2, 6)), random.standard_normal((2, 5)), np.array([-0.4, -1.2])
+    with jax.enable_x64(True):
+        shared, whole = Shared(jnp.array([0, 2, 4]), jnp.array([1, 2, 4])), jnp.array([-1, 2])
+        single = jnp.array([False, False])
+        teacher = Start(jnp.asarray(p), jnp.array([3, 4]), jnp.zeros(2), single)
 
-    @jax.jit
-    def value(q, later):
-        student = Start(q, jnp.array([1, 3]), later, jnp.array([False, False]))
-        return losses.aligned_divergence(
-            name, teacher=start(p, [3, 4]), student=student, shared=shared, whole=whole
-        ).sum()
+        @jax.jit
+        def value(q, later):
+            student = Start(q, jnp.array([1, 3]), later, single)
+            return losses.aligned_divergence(name, teacher=teacher, student=student, shared=shared, whole=whole).sum()
 
-    q, later = jnp.float32(q), jnp.float32([-0.4, -1.2])
-    gradients = jax.grad(value, argnums=(0, 1))(q, later)
-    for i in np.ndindex(2, 5):
-        step = np.zeros((2, 5), np.float32)
-        step[i] = 1e-2
-        slope = (value(q + step, later) - value(q - step, later)) / 2e-2
-        np.testing.assert_allclose(gradients[0][i], slope, rtol=0, atol=2e-4)
-    for i in range(2):
-        step = 1e-2 * np.eye(2, dtype=np.float32)[i]
-        np.testing.assert_allclose(
-            gradients[1][i], (value(q, later + step) - value(q, later - step)) / 2e-2, rtol=0, atol=2e-4
-        )
+        gradients = jax.grad(value, argnums=(0, 1))(jnp.asarray(q), jnp.asarray(later))
+        for i in np.ndindex(2, 5):
+            step = np.zeros((2, 5))
+            step[i] = 1e-5
+            slope = (value(q + step, later) - value(q - step, later)) / 2e-5
+            np.testing.assert_allclose(gradients[0][i], slope, rtol=0, atol=1e-7)
+        for i in range(2):
+            step = 1e-5 * np.eye(2)[i]
+            slope = (value(q, later + step) - value(q, later - step)) / 2e-5
+            np.testing.assert_allclose(gradients[1][i], slope, rtol=0, atol=1e-7)
 
 
 @pytest.mark.slow
