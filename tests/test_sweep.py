@@ -148,7 +148,7 @@ def test_two_settings_of_one_name_are_called_by_more_of_their_keys():
     }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_sweep_of_language_models_ends_with_the_numbers_of_single_runs(tmp_path):
     small = ["--config", "lm_laptop:smoke", "--config.seeds=1", "--config.taus=(1.0,)"]
     command = [sys.executable, "-m", "kd_jax.sweep", *small, f"--workdir={tmp_path / 'w'}",
@@ -173,7 +173,7 @@ def test_a_killed_sweep_of_language_models_ends_with_the_numbers_of_single_runs(
     assert rows[0] == rows[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_of_mixtures_ends_with_a_page(tmp_path, capsys):
     words = ["--config", "gmm:smoke", f"--workdir={tmp_path}", "--config.num_distill=100,200"]
     assert sweep.main(["sweep", *words]) == 0

