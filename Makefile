@@ -40,7 +40,7 @@ $(PEERS): $(STAMP) requirements-bench.txt requirements-bench-no-deps.txt
 gmm: $(STAMP)
 	$(PY) -m kd_jax.train --config configs/gmm.py --workdir runs/gmm
 
-# the language-model experiment; about an hour on two cores
+# the language-model experiment; an hour or two on two cores
 laptop: $(STAMP)
 	$(PY) -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
 

@@ -253,23 +253,25 @@ def _now() -> str:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
+    from kd_jax.reporting.models_page import label
+
     print("nats per token (sum over all tokens / number of tokens), with the standard error over sequences")
-    _print_grid([[_label(row), *(_value(row[key], row[f"{key}_se"]) for key in _COLUMNS)] for row in rows])
+    _print_grid([[label(row), *(_value(row[key], row[f"{key}_se"]) for key in _COLUMNS)] for row in rows])
     for row in rows:
         if row["precision_num_infinite"]:
-            print(f"{_label(row)}: {row['precision_num_infinite']} of its samples have probability 0 under p*")
+            print(f"{label(row)}: {row['precision_num_infinite']} of its samples have probability 0 under p*")
         if row["recall_num_infinite"]:
-            print(f"{_label(row)}: {row['recall_num_infinite']} validation rows have probability 0 under it")
+            print(f"{label(row)}: {row['recall_num_infinite']} validation rows have probability 0 under it")
         # Two standard errors: a warning, not a test.
         if row["precision_excess"] is not None and row["precision_excess"] > 2 * row["precision_excess_se"]:
             print(
-                f"{_label(row)}: its samples are likelier under p* than p*'s own, which bad text can be too: entropy "
+                f"{label(row)}: its samples are likelier under p* than p*'s own, which bad text can be too: entropy "
                 f"{row['entropy']:.2f}, distinct-2 {row['distinct_2']:.2f}, repetition {row['repetition_4']:.2f}"
             )
     seeds = {}
     for row in rows:
         if row["seed"] is not None:
-            seeds.setdefault(_label({**row, "name": row["name"].rpartition("/seed-")[0]}), []).append(row)
+            seeds.setdefault(label({**row, "name": row["name"].rpartition("/seed-")[0]}), []).append(row)
     # The error over seeds says more than that over sequences, but needs two seeds.
     groups = {arm: group for arm, group in seeds.items() if len(group) > 1}
     if groups:
@@ -277,11 +279,6 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         _print_grid(
             [[f"{arm} ({len(group)})", *(_over_seeds(group, key) for key in _COLUMNS)] for arm, group in groups.items()]
         )
-
-
-def _label(row: dict[str, Any]) -> str:
-    tau = row["sample_temperature"]
-    return row["name"] if tau == 1 else f"{row['name']} at {tau:g}"
 
 
 def _over_seeds(group: list[dict[str, Any]], key: str) -> str:

@@ -67,10 +67,10 @@ class Randomness(NamedTuple):
 
 
 def randomness(keys: jax.Array, dim: int, counts: Sequence[int], dtype: jnp.dtype = jnp.float32) -> list[Randomness]:
-    """Random numbers for `place`: for each key [P] those of so many draws in `dim` dimensions.
+    """Random numbers for `place`: for each key [P] those of counts[p] draws in `dim` dimensions.
 
-    All come from one call of each generator, which XLA would compile anew for every call. Of one key, fewer random
-    numbers are the first of more.
+    One call of each generator makes all of them, since XLA compiles the generator anew for every call. The numbers of a
+    key do not depend on the counts: fewer are the first of more.
     """
     most = max(counts)
     pairs = jax.vmap(jax.random.split)(keys)

@@ -24,7 +24,7 @@ from kd_jax.parallel import devices, distributed
 from kd_jax.parallel import mesh as mesh_lib
 
 # Tokens of a batch for each part of the mesh: on a CPU; the least and the most on other devices. The most are 10^13
-# operations of a model of 135M weights: some 30 ms of an H100, long beside a batch's way to the host and back.
+# operations of a model of 135M weights: reckoned as some 30 ms of an H100, long beside a batch's way to the host.
 TOKENS, LEAST, MOST = 4096, 512, 32768
 
 
@@ -121,9 +121,9 @@ def _shapes(model: Model, function: Callable, arguments: tuple):
 def tokens_at_once(model: Model, mesh: Mesh | None = None, memory: float | None = None) -> int:
     """About how many tokens are scored at a time, on all devices together.
 
-    For every part of the mesh that rows are split over these are TOKENS on a CPU; on other devices a power of two from
-    LEAST to MOST that needs at most half of the memory beside the weights. The weights count, and not what else is in
-    memory at the moment: a run that resumes has the same batches, and so the same rounding.
+    On a CPU this is TOKENS for each part of the mesh that rows are split over. On other devices it is the largest power
+    of two from LEAST to MOST that needs at most half of the memory that the weights leave. What else is in memory at
+    the moment is not counted: a run that resumes has the same batches, and so the same rounding.
 
     Args:
         model: with weights, or their shapes.

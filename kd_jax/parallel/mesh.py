@@ -62,9 +62,9 @@ def make(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None, *, slices
     groups = in_slice.reshape(sizes["data"], -1)
     if (groups != groups[:, :1]).any():
         raise ValueError(
-            f"mesh {asked}: fsdp x tensor = {groups.shape[1]} devices do not fit into a slice (or node); there are "
-            f"{len(set(in_slice.tolist()))} of {len(devices)} devices, and only data may span the network between them "
-            "(slices=1 lets every axis span it)"
+            f"mesh {asked}: fsdp x tensor = {groups.shape[1]} devices do not fit into a slice (or node); the "
+            f"{len(devices)} devices are in {len(set(in_slice.tolist()))} of them, and only data may span the network "
+            "between them (slices=1 lets every axis span it)"
         )
     # Neighbours form a tensor group: it communicates in every layer, and neighbours have the fastest links.
     return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), AXES)

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from kd_jax.storage.files import replacing
@@ -46,6 +48,13 @@ def tidy(axes) -> None:
     """A light grid and no top or right frame."""
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def palette(count: int) -> list[str]:
+    """So many colours of CSS for things without an order, such as runs or models."""
+    # tab10 is told apart by most readers; more than that share a wider scale.
+    colours = colormaps["tab10"].colors if count <= 10 else colormaps["turbo"](np.linspace(0.05, 0.95, count))
+    return [to_hex(colour) for colour in colours[:count]]
 
 
 def label_points(axes, points: Sequence[tuple[float, float]], labels: dict[int, tuple[str, str]]) -> list[int]:

@@ -7,17 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from kd_jax.reporting import charts, page, tables
 from kd_jax.reporting.charts import Point, Series
-from kd_jax.reporting.figures import canvas, label_points, plain, tidy
+from kd_jax.reporting.figures import canvas, label_points, palette, plain, tidy
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.storage import files
 
 TITLE = "Models against p*: precision and recall"
+# What the columns distinct-2 and repetition-4 of a table of texts are.
+VARIETY = (
+    "Distinct-2: distinct pairs of tokens over all pairs, in all samples together; it falls with their number. "
+    "Repetition-4: mean over sequences of the share of runs of four tokens that occurred before."
+)
 # name, title, columns (name of a row's value, head) and note of each table
 TABLES = (
     ("likelihood", "Likelihood",
@@ -27,8 +30,7 @@ TABLES = (
     ("text", "The text",
      (("finished", "finished (share)"), ("length_mean", "mean length (tokens)"), ("distinct_2", "distinct-2"),
       ("repetition_4", "repetition-4"), ("calibration_error", "calibration error"), ("agreement", "agreement with p*")),
-     "Distinct-2: distinct pairs of tokens over all pairs, in all samples together; it falls with their number. "
-     "Repetition-4: mean over sequences of the share of runs of four tokens that occurred before."),
+     VARIETY),
     ("embeddings", "By embeddings",
      (("knn_precision", "precision"), ("knn_recall", "recall"), ("knn_density", "density"),
       ("knn_coverage", "coverage"), ("clipped_density", "clipped density"), ("clipped_coverage", "clipped coverage"),
@@ -69,16 +71,19 @@ def write(rows: Sequence[dict[str, Any]], folder: Path) -> Path:
 
 def lead(rows: Sequence[dict[str, Any]]) -> str:
     """The result in a sentence: which models have the highest precision and the highest recall."""
-    best = [max(rows, key=lambda row: row[name]) for name in ("precision", "recall")]
-    precision, recall = (
-        f"{label(row)} ({name} {Number(row[name], row[f'{name}_se'])} nats per token)"
-        for name, row in zip(("precision", "recall"), best, strict=True)
-    )
+    best, widest = (max(rows, key=lambda row: row[name]) for name in ("precision", "recall"))
     if len(rows) == 1:
-        return f"{precision[:-1]}, recall {Number(rows[0]['recall'], rows[0]['recall_se'])})."
-    if best[0] is best[1]:
-        return f"{label(best[0])} has the highest precision and the highest recall."
-    return f"The highest precision is that of {precision}, the highest recall that of {recall}."
+        return f"{label(best)} has {_value(best, 'precision')} and {_value(best, 'recall')}, in nats per token."
+    if best is widest:
+        return f"{label(best)} has the highest precision and the highest recall."
+    return (
+        f"{label(best)} has the highest precision ({_value(best, 'precision')}), {label(widest)} the highest recall "
+        f"({_value(widest, 'recall')}), in nats per token."
+    )
+
+
+def _value(row: dict[str, Any], name: str) -> str:
+    return f"{name} {Number(row[name], row[f'{name}_se'])}"
 
 
 def label(row: dict[str, Any]) -> str:
@@ -90,7 +95,8 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
     """Recall against precision; rows whose values are not finite are left out."""
     drawn = canvas(8.6, 5.6)
     axes, points, labels = drawn.add_subplot(), [], {}
-    for (name, several), colour in zip(_models(rows).items(), _colours(len(_models(rows))), strict=True):
+    models = _models(rows)
+    for (name, several), colour in zip(models.items(), palette(len(models)), strict=True):
         finite = [row for row in several if math.isfinite(row["precision"]) and math.isfinite(row["recall"])]
         if finite:
             labels[len(points)] = (plain(name), colour)
@@ -110,9 +116,10 @@ def figure(rows: Sequence[dict[str, Any]]) -> Figure:
 
 def chart(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The interactive form of `figure`."""
+    models = _models(rows)
     series = [
         Series(name, [_point(row) for row in several], colour, line="dashed" if len(several) > 1 else "")
-        for (name, several), colour in zip(_models(rows).items(), _colours(len(_models(rows))), strict=True)
+        for (name, several), colour in zip(models.items(), palette(len(models)), strict=True)
     ]
     return charts.chart(
         series, x_title="recall, E[log model] on p*'s text (nats per token); better →",
@@ -121,7 +128,7 @@ def chart(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _point(row: dict[str, Any]) -> Point:
-    numbers = [f"{name} {Number(row[name], row[f'{name}_se'])}" for name in ("precision", "recall", "entropy")]
+    numbers = [_value(row, name) for name in ("precision", "recall", "entropy")]
     facts = [label(row), *numbers, f"{row['num_samples']} samples", f"source: {row['source']}"]
     return Point(row["recall"], row["precision"], row["recall_se"], row["precision_se"], facts)
 
@@ -132,11 +139,6 @@ def _models(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     for row in sorted(rows, key=lambda row: -row["sample_temperature"]):
         models.setdefault(row["name"], []).append(row)
     return models
-
-
-def _colours(count: int) -> list[str]:
-    # tab10 is told apart by most readers; the labels tell more models than that apart.
-    return [to_hex(colormaps["tab10"].colors[i % 10]) for i in range(count)]
 
 
 def _table(rows: Sequence[dict[str, Any]], name: str, title: str, columns: Sequence[tuple], note: str) -> Table:

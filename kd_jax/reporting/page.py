@@ -193,6 +193,7 @@ def _footer(folder: Path, command: str) -> list[tuple[str, str]]:
     # What it takes to make the run again.
     found = [(key, manifest[key]) for key in ("command", "versions", "device", "seed", "git_commit") if key in manifest]
     entries = [(key.replace("_", " "), text(value)) for key, value in found if value is not None]
-    report = [("report", command or f"python -m kd_jax.report {folder}")]
     # An evaluation makes its page itself.
-    return entries + report * (command != manifest.get("command"))
+    if command and command == manifest.get("command"):
+        return entries
+    return [*entries, ("report", command or f"python -m kd_jax.report {folder}")]

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -21,7 +19,7 @@ from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
 from kd_jax.reporting import charts, page, tables, units
 from kd_jax.reporting.charts import STAR, Point, Series
-from kd_jax.reporting.figures import INK, canvas, plain, tidy
+from kd_jax.reporting.figures import INK, canvas, palette, plain, tidy
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.runs.config import flatten
 from kd_jax.storage import files
@@ -247,7 +245,7 @@ def figure(runs: Sequence[Run]) -> Figure:
     """Recall against precision of all runs' students; a student whose mean is not finite is left out."""
     drawn = canvas(8.6, 6.4)
     axes = drawn.add_subplot()
-    for run, colour in zip(runs, _palette(len(runs)), strict=True):
+    for run, colour in zip(runs, palette(len(runs)), strict=True):
         axes.plot([], [], marker="o", color=colour, label=plain(run.name))
         for kind in dict.fromkeys(one.kind for one in run.students):
             _draw(axes, [one for one in run.students if one.kind == kind], kind, colour)
@@ -259,12 +257,6 @@ def figure(runs: Sequence[Run]) -> Figure:
     return drawn
 
 
-def _palette(count: int) -> list[str]:
-    # tab10 is told apart by most readers; more runs than that share a wider scale.
-    colours = colormaps["tab10"].colors if count <= 10 else colormaps["turbo"](np.linspace(0.05, 0.95, count))
-    return [to_hex(colour) for colour in colours[:count]]
-
-
 def chart(runs: Sequence[Run], settings: Table) -> dict[str, Any]:
     """The interactive form of `figure`; the pointer shows a student's numbers and how its run's settings differ.
 
@@ -273,7 +265,7 @@ def chart(runs: Sequence[Run], settings: Table) -> dict[str, Any]:
         settings: as `settings_table` returns it.
     """
     series = []
-    for place, (run, colour) in enumerate(zip(runs, _palette(len(runs)), strict=True), start=1):
+    for place, (run, colour) in enumerate(zip(runs, palette(len(runs)), strict=True), start=1):
         differs = [f"{row[0]}: {row[place]}" for row in settings.rows if not row[0].startswith("(")]
         differs = differs[:_FACTS] + ["…"] * (len(differs) > _FACTS)
         for kind in dict.fromkeys(one.kind for one in run.students):

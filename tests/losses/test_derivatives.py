@@ -207,11 +207,7 @@ def top_k(hidden, head):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "function, dense",
-    [
-        (fused_cross_entropy, cross_entropy),
-        pytest.param(fused_distillation, distillation, marks=pytest.mark.slow),
-        pytest.param(fused_top_k, top_k, marks=pytest.mark.slow),
-    ],
+    [(fused_cross_entropy, cross_entropy), (fused_distillation, distillation), (fused_top_k, top_k)],
 )
 def test_fused_losses_have_all_derivatives_of_the_dense_ones(function, dense):
     random = np.random.default_rng(0)

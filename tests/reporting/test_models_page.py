@@ -20,10 +20,10 @@ ROWS = [row("a", -3.0, -4.0), row("a", -2.0, -5.0, 0.8), row("b", -3.5, -3.0), r
 
 def test_the_sentence_names_the_best():
     assert models_page.lead(ROWS) == (
-        "The highest precision is that of a at 0.8 (precision -2.00 ± 0.10 nats per token), the highest recall that of "
-        "b (recall -3.00 ± 0.10 nats per token)."
+        "a at 0.8 has the highest precision (precision -2.00 ± 0.10), b the highest recall (recall -3.00 ± 0.10), in "
+        "nats per token."
     )
-    assert models_page.lead(ROWS[:1]) == "a (precision -3.00 ± 0.10 nats per token, recall -4.00 ± 0.10)."
+    assert models_page.lead(ROWS[:1]) == "a has precision -3.00 ± 0.10 and recall -4.00 ± 0.10, in nats per token."
     assert models_page.lead([ROWS[0], row("d", -4, -5)]) == "a has the highest precision and the highest recall."
 
 

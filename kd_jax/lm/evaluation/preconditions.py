@@ -35,8 +35,8 @@ class MeasureSpec:
     )
     num_points: int = setting(2000, "texts of each model that are embedded, at most", at_least=20)
     batch_tokens: int | None = setting(
-        None, "tokens scored at a time; none: for each part of the mesh that rows are split over 4096 on a CPU, else "
-        "as many as memory allows (kd_jax.lm.score.tokens_at_once)", at_least=1,
+        None, "tokens scored at a time; none: 4096 on a CPU, else as many as memory allows, for each part of the mesh "
+        "that rows are split over (kd_jax.lm.score.tokens_at_once)", at_least=1,
     )  # fmt: skip
 
 

@@ -186,9 +186,8 @@ def sampling(
         model, prompt, max_length=spec.sampling.max_length, batch_size=slots, compute=compute, mesh=mesh
     )
     need = memory(program.compile())
-    return need._replace(
-        resident=need.resident + mesh_lib.device_bytes(model.params)
-    )  # the loop has them unstacked, as a copy
+    # The loop has the weights unstacked, as a copy.
+    return need._replace(resident=need.resident + mesh_lib.device_bytes(model.params))
 
 
 def scoring(spec: LmSpec, shape: Architecture, top_k: int | None, target: Target) -> Program:

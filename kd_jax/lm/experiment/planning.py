@@ -28,7 +28,9 @@ BANDWIDTH_SHARE = 0.6
 
 
 def over_slices(spec: LmSpec, devices: Devices) -> LmSpec:
-    """The run with its meshes over the slices of the planned devices, which stand-ins on a CPU do not name themselves.
+    """The run with its meshes over the slices of the planned devices.
+
+    The CPU devices that stand in for those are in no slice, so the settings have to say it.
 
     Args:
         spec: of the run. Where it sets config.mesh.slices, that stays.
@@ -190,8 +192,8 @@ def _networks(spec: LmSpec, costs: dict[str, Cost], programs: dict[str, Program]
     if network is None:
         return [f"the network between slices is not counted: no bandwidth is known for {devices.name}"]
     lines = [
-        f"between slices: {network / 1e9:g} GB/s a device (published), never at the same time as arithmetic; latency, "
-        "and what sampling sends, are not counted"
+        f"between slices: {network / 1e9:g} GB/s a device (published), assumed not to overlap with arithmetic; latency "
+        "and what sampling sends are not counted"
     ]
     seen: list[Program] = []
     for name, program in programs.items():

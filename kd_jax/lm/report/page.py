@@ -25,7 +25,7 @@ from kd_jax.lm.report import (
 from kd_jax.lm.report import samples as samples_lib
 from kd_jax.lm.report.cooling import Curve, Standing
 from kd_jax.lm.report.summary import Group
-from kd_jax.reporting import page, tables, units
+from kd_jax.reporting import models_page, page, tables, units
 from kd_jax.reporting.page import Beside
 from kd_jax.reporting.tables import Table
 from kd_jax.storage import files
@@ -49,9 +49,7 @@ TABLES = (
      (("finished", "finished (share)"), ("length_mean", "mean length (tokens)"), ("distinct_2", "distinct-2"),
       ("repetition_4", "repetition-4"), ("calibration_error", "calibration error"), ("agreement", "agreement with p*"),
       ("validation_perplexity", "validation perplexity")),
-     "Distinct-2: distinct pairs of tokens over all pairs, in all samples together; it falls with their number. "
-     "Repetition-4: mean over sequences of the share of runs of four tokens that occurred before. The validation "
-     "perplexity is the chosen checkpoint's, padding not counted."),
+     f"{models_page.VARIETY} The validation perplexity is the chosen checkpoint's, padding not counted."),
 )  # fmt: skip
 NOT_COOLED = (
     "The direct student was not evaluated at lower sample temperatures, which also trade recall for precision: this "
