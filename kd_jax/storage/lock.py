@@ -81,22 +81,30 @@ def _acquire(lock: Path, mine: dict[str, Any]) -> None:
     partial = lock.with_name(f"{NAME}.{mine['token']}")
     try:
         while not _create(lock, mine):
-            other, beat = _read(lock)
+            seen = other, beat = _read(lock)
             if other is None and not lock.exists():
                 continue  # it has just been given back
             # A process of this machine can be looked up; of another one only the heartbeat is known.
             here = other is not None and _is_here(other)
-            if _is_alive(other) if here else _beats(lock, other, beat, partial):
+            alive = _is_alive(other) if here else _beats(lock, other, beat, partial)
+            if alive is None:
+                continue  # it is another lock by now
+            if alive:
                 raise RunError(_refusal(lock.parent, other))
             _create(partial, mine)
-            if _take_over(lock, other, partial):
+            if _take_over(lock, seen, partial):
                 return
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _take_over(lock: Path, other: dict[str, Any] | None, partial: Path) -> bool:
-    """Whether `partial` could take the place of a dead lock; False where somebody else was quicker."""
+def _take_over(lock: Path, seen: tuple[dict[str, Any] | None, float], partial: Path) -> bool:
+    """Whether `partial` could take the place of a dead lock; False where somebody else was quicker.
+
+    Args:
+        seen: what `_read` gave of the dead lock. Its time counts too: a lock that is gone, or new and not written yet,
+            is as empty as one that a full disk left.
+    """
     # Several processes may find a lock dead at once. The claim lets one of them through, which then looks again.
     claim = lock.with_name(f"{NAME}.claim")
     if not _create(claim, {}):
@@ -106,7 +114,7 @@ def _take_over(lock: Path, other: dict[str, Any] | None, partial: Path) -> bool:
         time.sleep(0.05)
         return False
     try:
-        if _read(lock)[0] != other:
+        if _read(lock) != seen:
             return False
         os.replace(partial, lock)
         return True
@@ -114,8 +122,8 @@ def _take_over(lock: Path, other: dict[str, Any] | None, partial: Path) -> bool:
         claim.unlink(missing_ok=True)
 
 
-def _beats(lock: Path, other: dict[str, Any] | None, beat: float, partial: Path) -> bool:
-    """Whether the process of a lock gives a sign of life. False: none for STALE seconds, or the lock has changed."""
+def _beats(lock: Path, other: dict[str, Any] | None, beat: float, partial: Path) -> bool | None:
+    """Whether the process of a lock gives a sign of life within STALE seconds; None where the lock has changed."""
     partial.unlink(missing_ok=True)
     _create(partial, {})
     # both times are the file server's, so that it does not matter how the machines' clocks differ
@@ -126,10 +134,10 @@ def _beats(lock: Path, other: dict[str, Any] | None, beat: float, partial: Path)
     while time.monotonic() < end:
         time.sleep(0.02 if other is None else min(1.0, BEAT / 4))  # none: it is just being written
         content, latest = _read(lock)
-        if content != other:
-            return False
+        if content != other or (other is None and latest != beat):
+            return None
         if latest != beat:
-            return other is not None
+            return True
     return False
 
 

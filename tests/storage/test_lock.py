@@ -132,6 +132,21 @@ def test_a_lock_that_a_full_disk_left_empty_is_taken_over(tmp_path):
         assert json.loads((tmp_path / lock.NAME).read_text())["command"] == "y"
 
 
+def test_a_lock_that_was_empty_and_is_given_back_is_not_replaced(tmp_path, monkeypatch):
+    """Replacing is for dead locks: between looking and replacing, another process can have made a new one."""
+    path, sleep = tmp_path / lock.NAME, time.sleep
+    path.touch()  # as another process leaves it for a moment, between making and writing it
+
+    def meanwhile(seconds):
+        path.unlink(missing_ok=True)
+        monkeypatch.setattr(time, "sleep", sleep)
+
+    monkeypatch.setattr(time, "sleep", meanwhile)
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("the lock was replaced"))
+    with lock.held(tmp_path, "y"):
+        assert json.loads(path.read_text())["command"] == "y"
+
+
 RACE = """
 import os, sys, time
 from kd_jax.storage import lock
