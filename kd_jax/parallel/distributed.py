@@ -245,5 +245,7 @@ def leave(code: int) -> NoReturn:
     if _started:
         with contextlib.suppress(RunError):
             _barrier("kd_jax leaves", GRACE)
+            # all are here: without it the first to exit, if it is the coordinator, would abort the others
+            jax.distributed.shutdown()
     # not sys.exit: JAX's exit handlers would wait for processes that no longer answer
     os._exit(code)
