@@ -5,6 +5,8 @@ PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-dev
+# uv installs in seconds what takes pip two minutes; pip where uv cannot, as behind a mirror that only pip is told of
+install = $(PY) -m pip install -q uv && $(PY) -m uv pip install -q --python $(PY) $(1) || $(PY) -m pip install -q $(1)
 
 .PHONY: gmm laptop test test-all slow cluster fuzz parity lint bench docs clean
 .DEFAULT_GOAL := test
@@ -25,8 +27,8 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	  echo "building $(VENV) with $$found"; \
 	  "$$found" -m venv --clear $(VENV); \
 	fi
-	$(PY) -m pip install -q -r requirements-dev.txt
-	$(PY) -m pip install -q -e . --no-deps
+	$(call install,-r requirements-dev.txt)
+	$(call install,--no-deps -e .)
 	@touch $@
 
 # torch, transformers, TRL and Liger; the last line fails where a test would skip for want of one
@@ -44,13 +46,16 @@ gmm: $(STAMP)
 laptop: $(STAMP)
 	$(PY) -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
 
+# LLVM would optimise programs that run for milliseconds, which took a third of the time; `make test-all` lets it.
+QUICK := --xla_backend_optimization_level=0
 test: $(STAMP)
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not parity and not cluster" tests
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not parity and not cluster" tests
 
 # what takes long: chains that are killed and resumed, many devices
 slow: $(STAMP)
 	$(PY) -m pytest -q -n 2 --dist loadfile -m "slow and not parity and not cluster" tests
 
+test-all: QUICK :=
 test-all: test slow parity
 
 # several processes, and long rounds of faults: half an hour on two cores; SLURM's need it installed, and root
@@ -81,7 +86,7 @@ bench: $(PEERS)
 
 DOCS := $(VENV)/.stamp-docs
 $(DOCS): $(STAMP) requirements-docs.txt
-	$(PY) -m pip install -q -r requirements-docs.txt
+	$(call install,-r requirements-docs.txt)
 	@touch $@
 
 # Fails where a link or an anchor leads nowhere. The pages open from disk; for their search, serve them:

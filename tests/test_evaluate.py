@@ -172,6 +172,7 @@ def test_what_a_name_says(name, about):
     assert evaluate._arm(name) == about
 
 
+@pytest.mark.slow
 def test_from_models_to_a_table(sources, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["--model", f"ours={sources / 'ours'}", "--model", f"itself={sources / 'p_star'}"]

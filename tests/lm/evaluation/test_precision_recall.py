@@ -235,6 +235,7 @@ def test_a_truncated_model_never_gives_some_of_the_data(tmp_path):
     assert 0 < never < 60 and row["recall_num_infinite"] == never and row["recall"] == -math.inf
 
 
+@pytest.mark.slow
 def test_a_longer_model_against_numpy(tmp_path):
     architecture = dataclasses.replace(model_lib.PRESETS["tiny"], vocab_size=23)
     p_star, other = random_model(3, architecture), random_model(4, architecture)

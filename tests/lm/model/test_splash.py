@@ -36,7 +36,7 @@ def value_and_gradients(kind, segments, rule, mesh=None):
     return [out, *gradients]
 
 
-@pytest.mark.fast(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "segments,rule",
     [(packed(), Rule(scale=0.3, softcap=5.0, window=33)), (packed(), Rule()), (None, Rule())],
