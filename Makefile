@@ -6,7 +6,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-dev
 # uv installs in seconds what takes pip two minutes; pip where uv cannot, as behind a mirror that only pip is told of
-install = $(PY) -m pip install -q uv && $(PY) -m uv pip install -q --python $(PY) $(1) || $(PY) -m pip install -q $(1)
+pip := $(PY) -m pip --disable-pip-version-check install -q --no-compile
+install = $(pip) uv && $(PY) -m uv pip install -q --system-certs --python $(PY) $(1) || $(pip) $(1)
 
 .PHONY: gmm laptop test test-all slow cluster fuzz parity lint bench docs clean
 .DEFAULT_GOAL := test
