@@ -73,7 +73,8 @@ def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: i
             return _ingest(spec, folder, first, num_samples)
         return _sample(spec, model, folder, settings, name, first)
 
-    return Stage(name, settings, (), work, cost.sampling(spec, planned_shape(spec, "p_star"), num_samples))
+    price = cost.copying if spec.data.source else cost.sampling
+    return Stage(name, settings, (), work, price(spec, planned_shape(spec, "p_star"), num_samples))
 
 
 def samples(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None) -> Stage:

@@ -113,7 +113,7 @@ def training(
 
 
 def copying(spec: LmSpec, shape: Architecture | None, num_samples: int) -> Cost:
-    """The cost of choosing among samples that are there: disk space, and next to no time."""
+    """The cost of reading rows of data, or choosing among samples that are there: disk space, and next to no time."""
     return sampling(spec, shape, num_samples)._replace(tokens=0, flops=0.0)
 
 

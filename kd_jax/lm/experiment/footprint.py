@@ -72,7 +72,7 @@ class Program(NamedTuple):
 
 
 def programs(spec: LmSpec, costs: dict[str, Cost], target: Target) -> dict[str, Program]:
-    """The program of each stage whose shape the config says; stages with the same program share one compilation.
+    """The program of each stage that has one and whose shape the config says; equal programs are compiled once.
 
     Args:
         costs: of the stages, by name.
@@ -81,7 +81,7 @@ def programs(spec: LmSpec, costs: dict[str, Cost], target: Target) -> dict[str, 
     compiled: dict[Any, Program] = {}
     by_stage = {}
     for name, cost in costs.items():
-        if cost.shape is None:
+        if cost.shape is None or not cost.tokens:
             continue
         key = _key(cost)
         if key not in compiled:

@@ -66,8 +66,9 @@ def show(spec: LmSpec, costs: dict[str, Cost], finished: Callable[[str], bool], 
         stage_hours, done = seconds(spec, cost, target, programs.get(name)) / 3600, finished(name)
         # Only what is left counts.
         hours, disk = hours + (0 if done else stage_hours), disk + (0 if done else cost.disk)
-        rate = cost.tokens / stage_hours / 3600 if stage_hours else 0.0  # choosing samples takes no time
-        gib = programs[name].memory.total / GIB if name in programs else math.nan
+        # rows that are read or chosen take no time and no device
+        rate = cost.tokens / stage_hours / 3600 if stage_hours else 0.0
+        gib = programs[name].memory.total / GIB if name in programs else math.nan if cost.tokens else 0.0
         print(
             f"{name:24} {gib:12.1f} {cost.tokens:15,} {cost.flops:9.2e} {rate:12,.0f} "
             f"{stage_hours:9.2f} {cost.disk / 1e9:9.1f} {_price(stage_hours, target):>10}  "

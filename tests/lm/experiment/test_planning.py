@@ -12,10 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import lm_laptop, lm_paper
+from configs import lm_laptop, lm_paper, lm_prose_laptop
 from kd_jax import train
 from kd_jax.lm.corpus import batches
-from kd_jax.lm.experiment import cost, footprint, planning
+from kd_jax.lm.experiment import corpora, cost, footprint, planning
 from kd_jax.lm.experiment.arms import Recording, arms
 from kd_jax.lm.experiment.footprint import Memory, Program
 from kd_jax.lm.experiment.specs import LmSpec, MeshSpec, planned_shape
@@ -36,6 +36,18 @@ def smoke(**changes):
     config = lm_laptop.get_config("smoke")
     config.update_from_flattened_dict(changes)
     return freeze(LmSpec, config)
+
+
+def test_rows_of_data_are_read_not_sampled(tmp_path, capsys):
+    (tmp_path / "rows.txt").write_text("one\ntwo\n")
+    config = lm_prose_laptop.get_config("smoke")
+    config.data.source = str(tmp_path / "rows.txt")
+    spec = freeze(LmSpec, config)
+    price = corpora.validation(spec, "x").cost
+    assert price.tokens == price.flops == 0 and price.disk > 0
+    planning.show(spec, {"p_star/validation": price}, lambda _: False, target())
+    assert re.search(r"p_star/validation +0.0 +0 +0.00e\+00 +0 +0.00 ", capsys.readouterr().out)
+    assert corpora.validation(smoke(), "x").cost.flops > 0
 
 
 def num_bytes(tree):
