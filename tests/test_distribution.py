@@ -2,6 +2,7 @@
 
 import email
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -71,3 +72,21 @@ def test_the_wheel_works_from_any_folder(built, tmp_path):
     assert "--config.seeds" in run("train", "--config", "gmm", "--help")
     run("train", "--config", "gmm:smoke", "--workdir", "run")
     assert (tmp_path / "run/report.html").exists()
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_it_installs_with_its_dependencies_on_other_pythons(built, tmp_path, version):
+    # what a version manager has on PATH may be a script that refuses to run
+    candidates = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}*/bin/python")]
+    runs = [p for p in candidates if p and not subprocess.run([p, "-c", ""], capture_output=True).returncode]
+    if not runs:
+        pytest.skip(f"no Python {version} here")
+    python = tmp_path / "venv/bin/python"
+    for words in (
+        [runs[0], "-m", "venv", "--without-pip", tmp_path / "venv"],
+        [sys.executable, "-m", "uv", "pip", "install", "--system-certs", "--python", python, built[1]],
+        [python.with_name("kd-jax"), "train", "--config", "gmm:smoke", "--workdir", tmp_path / "run"],
+    ):
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr
+    assert "DeprecationWarning" not in done.stderr and (tmp_path / "run/report.html").exists()
