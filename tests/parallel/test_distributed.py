@@ -199,7 +199,6 @@ STOPPED = """
     )
     model, steps = Model(PRESETS["tiny"], None, eos_ids=(2,)), []
     member = training.Member(corpus_lib.open(arguments["corpus"]), 8, 5, Path(arguments["folder"]))
-    batch = training.Updates.__getitem__
 
     class Told(Stop):
         # the last process alone gets the signal, before its seventh update
