@@ -32,10 +32,11 @@ body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: 
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 a { color: var(--link); } nav ul { columns: 16rem; padding-left: 1.2rem; }
 /* A shade at an edge says that there is more: covers of the page's colour scroll with the table and uncover it. */
-.scroll { overflow-x: auto; overflow-wrap: normal; background: linear-gradient(90deg, var(--paper) 50%, transparent),
-          linear-gradient(270deg, var(--paper) 50%, transparent) right, linear-gradient(90deg, var(--rule), transparent),
-          linear-gradient(270deg, var(--rule), transparent) right; background-repeat: no-repeat;
-          background-size: 4rem 100%, 4rem 100%, 1rem 100%, 1rem 100%;
+.scroll { overflow-x: auto; overflow-wrap: normal;
+          background: linear-gradient(90deg, var(--paper) 50%, transparent),
+          linear-gradient(270deg, var(--paper) 50%, transparent) right,
+          linear-gradient(90deg, var(--rule), transparent), linear-gradient(270deg, var(--rule), transparent) right;
+          background-repeat: no-repeat; background-size: 4rem 100%, 4rem 100%, 1rem 100%, 1rem 100%;
           background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
