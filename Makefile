@@ -5,7 +5,7 @@ PYTHON ?=
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.stamp-dev
-# uv installs in seconds what takes pip two minutes; pip where uv cannot, as behind a mirror that only pip is told of
+# uv installs in seconds what takes pip two minutes. Where uv fails, as behind a mirror that only pip knows, pip does it.
 pip := $(PY) -m pip --disable-pip-version-check install -q --no-compile
 install = $(pip) uv && $(PY) -m uv pip install -q --system-certs --python $(PY) $(1) || $(pip) $(1)
 
@@ -47,7 +47,8 @@ gmm: $(STAMP)
 laptop: $(STAMP)
 	$(PY) -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
 
-# LLVM would optimise programs that run for milliseconds, which took a third of the time; `make test-all` lets it.
+# Without LLVM's optimisation, which took a sixth of the time for programs that run for milliseconds. `make test-all`
+# keeps it.
 QUICK := --xla_backend_optimization_level=0
 test: $(STAMP)
 	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(PY) -m pytest -q -n 2 --dist loadfile -m "not slow and not parity and not cluster" tests

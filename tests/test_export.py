@@ -28,7 +28,7 @@ def run(tmp_path, model):
     folder = make_run(tmp_path / "run", rows, git_commit="abc|def")
     config = {
         "experiment": "lm", "num_train": 96, "p_star": {"source": "org/p-star"}, "sampling": {"max_length": 16},
-        "student": {"width": 32, "source": "org/start"}, "train": {"learning_rate": 0.002},
+        "student": {"width": 32, "source": "org/start"}, "train": {"learning_rate": 0.002, "frozen": None},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     weights.save(model, folder / place / "model")
@@ -52,6 +52,7 @@ def test_a_student_of_a_run_with_its_card(run, tmp_path, model, capsys):
                  "| `train.learning_rate` | `0.002` |", "| tau-0.8/seed-1 | 1 |", "| direct/seed-1 | 1 |", "± 0.030",
                  "abc|def", f'from_pretrained("{out}")', "has no tokenizer", "arXiv:2505.13111"):  # fmt: skip
         assert part in text, part
+    assert "train.frozen" not in text  # it is not set
     # an export is replaced on request, and nothing else is
     assert exported(run, out, "--student", "tau-0.8/seed-1") == 2 and "is not empty" in capsys.readouterr().err
     assert exported(run, out, "--student", "tau-0.8/seed-1", "--overwrite") == 0

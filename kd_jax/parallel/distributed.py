@@ -235,17 +235,18 @@ def end() -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process with an exit code, after GRACE seconds at most.
+    """Ends this process with an exit code.
 
-    Processes that all fail for the same reason end together, each after its message; one that fails alone does not
-    wait longer for the others.
+    Processes that all fail for the same reason end together, each after its message. One that fails alone waits GRACE
+    seconds for the others and then ends.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     if _started:
-        with contextlib.suppress(RunError):
+        # RuntimeError: JAX's, where a process was killed meanwhile
+        with contextlib.suppress(RunError, RuntimeError):
             _barrier("kd_jax leaves", GRACE)
-            # all are here: without it the first to exit, if it is the coordinator, would abort the others
+            # All are here. If the coordinator exited without this, JAX would abort those that have not exited yet.
             jax.distributed.shutdown()
     # not sys.exit: JAX's exit handlers would wait for processes that no longer answer
     os._exit(code)

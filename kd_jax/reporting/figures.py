@@ -51,7 +51,7 @@ def tidy(axes) -> None:
 
 
 def palette(count: int) -> list[str]:
-    """So many colours of CSS for things without an order, such as runs or models."""
+    """`count` CSS colours for things without an order, such as runs or models."""
     # tab10 is told apart by most readers; more than that share a wider scale.
     colours = colormaps["tab10"].colors if count <= 10 else colormaps["turbo"](np.linspace(0.05, 0.95, count))
     return [to_hex(colour) for colour in colours[:count]]

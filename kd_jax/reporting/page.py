@@ -31,7 +31,7 @@ body { font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; color: 
        max-width: 60rem; margin: 2rem auto; padding: 0 1.2rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 a { color: var(--link); } nav ul { columns: 16rem; padding-left: 1.2rem; }
-/* A shade at an edge says that there is more: covers of the page's colour scroll with the table and uncover it. */
+/* A shade at an edge means that there is more. Covers in the page's colour move with the table and hide it there. */
 .scroll { overflow-x: auto; overflow-wrap: normal;
           background: linear-gradient(90deg, var(--paper) 50%, transparent),
           linear-gradient(270deg, var(--paper) 50%, transparent) right,

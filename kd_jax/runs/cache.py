@@ -11,12 +11,14 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 import jax
 
 from kd_jax.storage.errors import RunError
-from kd_jax.storage.files import write_text
+from kd_jax.storage.files import replacing
 
 # What reading a damaged or unexpected archive raises.
 _DAMAGED = (
@@ -49,6 +51,12 @@ def enable_compilation_cache() -> Path:
     # -1: programs of any size.
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path
+
+
+def shared(path: Path) -> AbstractContextManager[BinaryIO]:
+    """`replacing` for a file of the cache. Two processes may make the same file at once, and either is right."""
+    # so each fills a file of its own name: the rename of one would take the other's away
+    return replacing(path, path.with_name(f"{path.name}.{os.getpid()}.tmp"))
 
 
 def from_wheel(
@@ -113,7 +121,8 @@ def _stamp(path: Path, sha256: str) -> str:
 def _mark(path: Path, sha256: str) -> None:
     # in a shared cache that is read-only here, the file is hashed every time
     if os.access(path.parent, os.W_OK):
-        write_text(path.with_name(path.name + ".verified"), _stamp(path, sha256))
+        with shared(path.with_name(path.name + ".verified")) as file:
+            file.write(_stamp(path, sha256).encode())
 
 
 def _sha256(path: Path) -> str:

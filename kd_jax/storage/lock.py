@@ -102,8 +102,8 @@ def _take_over(lock: Path, seen: tuple[dict[str, Any] | None, float], partial: P
     """Whether `partial` could take the place of a dead lock; False where somebody else was quicker.
 
     Args:
-        seen: what `_read` gave of the dead lock. Its time counts too: a lock that is gone, or new and not written yet,
-            is as empty as one that a full disk left.
+        seen: content and time that `_read` returned for the dead lock. The content alone is not enough: a lock that is
+            gone, or new and not written yet, is as empty as one that a full disk left.
     """
     # Several processes may find a lock dead at once. The claim lets one of them through, which then looks again.
     claim = lock.with_name(f"{NAME}.claim")

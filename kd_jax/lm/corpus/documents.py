@@ -23,7 +23,6 @@ from kd_jax.lm.corpus import conversations, readers, shards
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.runs import cache, progress
 from kd_jax.storage.errors import RunError
-from kd_jax.storage.files import replacing
 
 SOURCES = (
     f"a file, a glob of files or a folder of them ({readers.FORMATS}), or a data set on the Hugging Face hub, "
@@ -197,8 +196,7 @@ def load(source: str, paths: list[str], columns: Columns, tokenizer: Tokenizer, 
         kind = pa.large_list(pa.int32()) if columns.kind == "ids" else pa.large_string()
         schema = pa.schema({"document": kind})
         rows = stream(source, paths, columns)
-        # The process is in the temporary name: two runs may make the same copy at once, and either is right.
-        with replacing(path, path.with_suffix(f".{os.getpid()}.tmp")) as file, pa.ipc.new_file(file, schema) as arrow:
+        with cache.shared(path) as file, pa.ipc.new_file(file, schema) as arrow:
             while batch := list(itertools.islice(rows, _BATCH)):
                 arrow.write_batch(pa.record_batch([pa.array(batch, kind)], schema=schema))
     # Mapped into memory: a document is read from disk when it is taken.

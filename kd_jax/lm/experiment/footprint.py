@@ -72,7 +72,7 @@ class Program(NamedTuple):
 
 
 def programs(spec: LmSpec, costs: dict[str, Cost], target: Target) -> dict[str, Program]:
-    """The program of each stage that has one and whose shape the config says; equal programs are compiled once.
+    """The program of each stage that runs one, where the config says its shape; equal programs are compiled once.
 
     Args:
         costs: of the stages, by name.

@@ -30,7 +30,7 @@ BANDWIDTH_SHARE = 0.6
 def over_slices(spec: LmSpec, devices: Devices) -> LmSpec:
     """The run with its meshes over the slices of the planned devices.
 
-    The CPU devices that stand in for those are in no slice, so the settings have to say it.
+    CPU devices stand in for the planned ones and belong to no slice, so the settings have to name the slices.
 
     Args:
         spec: of the run. Where it sets config.mesh.slices, that stays.

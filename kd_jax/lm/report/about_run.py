@@ -270,8 +270,8 @@ def _card(run: Path, name: str, own: list[dict], rows: list[dict], config: dict[
     smoke = summary.smoke_samples(summary.summarise(rows)) is not None
     summary_text = f"A language model made with kd_jax, as a {role}. It learnt {learnt}."
     flat = {key: value for key, value in flatten(config).items() if key.startswith((f"{role}.", "train.", "seed"))}
-    flat = {key: value for key, value in flat.items() if value not in (None, "", [], ())}  # unset ones say nothing
-    settings = {**flat, **{f"distill.{key}": value for key, value in (row.get("distill") or {}).items()}}
+    flat |= {f"distill.{key}": value for key, value in (row.get("distill") or {}).items()}
+    settings = {key: value for key, value in flat.items() if value not in (None, "", [], ())}  # those that are set
     return Card(
         title=f"{name} of {run.absolute().name}",
         summary=summary_text + " It comes from a smoke run and is good for nothing but tests." * smoke,
