@@ -219,7 +219,10 @@ def check_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequenc
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(there).free
     if needed > free:
-        raise RunError(f"models and checkpoints need {needed / 1e9:.1f} GB, and {there} has {free / 1e9:.1f} GB free")
+        raise RunError(
+            f"models and checkpoints need {needed / 1e6:,.1f} MB, and {there} has {free / 1e6:,.1f} MB free: make room "
+            "there, and the same command resumes"
+        )
     memory, mesh = devices.memory(), make_mesh(spec.mesh)
     split = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
     for name, cost in ((stage.name, stage.cost) for stage in left):

@@ -156,7 +156,7 @@ def test_what_has_no_room_is_said_before_the_first_stage(tmp_path, monkeypatch, 
     spec = freeze(LmSpec, lm_laptop.get_config("smoke"))
     with monkeypatch.context() as changed:
         changed.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e5))
-        with pytest.raises(RunError, match=f"models and checkpoints need 0.0 GB, and {tmp_path} has 0.0 GB free"):
+        with pytest.raises(RunError, match=f"need 1.0 MB, and {tmp_path} has 0.1 MB free: make room there"):
             chain.run(spec, tmp_path / "run")
         checks.check_room(spec, tmp_path / "run", chain.plan(spec, "p*"), ["p_star"])  # trains nothing
         chain.run(spec, tmp_path / "run", dry_run=True)
