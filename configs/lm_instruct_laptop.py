@@ -40,8 +40,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.arms["logits"] = ConfigDict({"policy": "online"})
     config.arms["sharpened"] = ConfigDict({"policy": "online", "teacher_temperature": 0.8})
     config.instruct.update(
-        num_validation=16, num_test=48, samples_per_prompt=4, sample_temperatures=(1.0, 0.8, 0.6), arm="sharpened"
-    )
+        num_validation=24, num_test=48, samples_per_prompt=4, sample_temperatures=(1.0, 0.6, 0.3),
+        kinds=("sentence", "fact", "copy"), arm="sharpened",
+    )  # fmt: skip
     config.train.update(epochs=0, updates=150, batch_size=4, learning_rate=1e-3, validations=3)
     if arg == "smoke":
         config.p_star.update(source="", architecture="tiny")

@@ -5,7 +5,8 @@
 
 Prompts are those of smol-smoltalk (Apache 2.0), which small SmolLM2-Instruct models were tuned on. Teacher and students
 are trained from scratch, as in the paper. Arms, the declared contrast, and what would confirm or refute it are those of
-configs/lm_instruct_laptop.py. For accelerators: --dry_run says what each stage costs. Not run yet.
+configs/lm_instruct_laptop.py; instructions are of all kinds, and one more arm learns four times as much of the
+teacher's text (four answers to each prompt). For accelerators: --dry_run says what each stage costs. Not run yet.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +24,10 @@ def get_config() -> ConfigDict:
     )
     config.num_train, config.num_validation, config.num_recall, config.num_samples = 400_000, 4000, 4000, 4000
     config.seeds = 5
+    config.arms["x4"] = ConfigDict(
+        {"policy": "sequence", "text_rows": 4 * config.num_train, "sampler": {"sample_temperature": 0.8}}
+    )
+    config.instruct.update(kinds=(), num_validation=48, num_test=256, sample_temperatures=(1.0, 0.8, 0.6))
     config.train.update(epochs=2, updates=0, batch_size=128, learning_rate=3e-4, row_length=2048, validations=10)
     config.compute.dtype = "bfloat16"
     return config

@@ -45,8 +45,9 @@ def numbers(workdir):
     workdir = Path(workdir)
     rows = [{k: v for k, v in row.items() if k not in TIMED} for row in read_rows(workdir / "metrics.jsonl")]
     found = {"rows": rows}
-    if (workdir / "samples.jsonl").exists():
-        found["samples"] = (workdir / "samples.jsonl").read_text()
+    for name in ("samples.jsonl", "answers.jsonl"):
+        if (workdir / name).exists():
+            found[name] = (workdir / name).read_text()
     for path in sorted(workdir.glob("stages/**/corpus/manifest.json")):
         shards = json.loads(path.read_text())["shards"]
         found[str(path.relative_to(workdir))] = [shard["sha256"] for shard in shards]

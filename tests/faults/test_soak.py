@@ -33,6 +33,14 @@ def test_the_chain_in_short(lm):
 
 
 @pytest.mark.cluster
+def test_instructions_in_short(tmp_path):
+    # more of the teacher's text, too, whose prompts repeat
+    more = "--config.arms={'more': {'policy': 'sequence', 'text_rows': 96, 'sampler': {'sample_temperature': 0.8}}}"
+    subject = soak.Subject(tmp_path, ["configs/lm_instruct_laptop.py:smoke", more, "--config.instruct.arm=more"])
+    assert soak.soak(subject, 6, seed=0, moments=("cpu", "rename", "term")) >= 1
+
+
+@pytest.mark.cluster
 def test_the_chain_on_a_full_disk(lm, tmp_path):
     wanted = lm.straight[0]
     with disks.small(tmp_path / "disk", "16m") as disk:

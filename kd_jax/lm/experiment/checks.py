@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from kd_jax.lm import evaluation
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.corpus import compatibility, ingest
-from kd_jax.lm.decode.chosen_text import Text
 from kd_jax.lm.distill import alignment
 from kd_jax.lm.experiment import knobs, roles
 from kd_jax.lm.experiment.arms import Arm, arms
@@ -44,8 +43,8 @@ def check(spec: LmSpec) -> None:
         alone = arm.policy == "on_policy" or (arm.distill is not None and arm.distill.vocabulary != "same")
         if alone and spec.train_of("student").together > 1:
             raise ValueError(f"config.train.together: {arm.name} trains its students one by one; set it to 1")
-        if spec.sampling.prompts and arm.text != Text():
-            raise ValueError(f"{arm.name}: text_rows and text_choice need one prompt for all (config.sampling.prompts)")
+        if spec.sampling.prompts and arm.text.choice != "all":
+            raise ValueError(f"{arm.name}: text_choice needs one prompt for all (config.sampling.prompts)")
         if arm.distill is not None and arm.distill.prompt_length >= spec.sampling.max_length:
             raise ValueError(
                 f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "

@@ -96,7 +96,7 @@ def samples(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None)
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh), teacher)
         if vocabulary is None:
-            return _sample(spec, model, folder, settings, name, first)
+            return _sample(spec, model, folder, settings, name, first, text_rows=arm.text.rows or spec.num_train)
         # The text of the student's prompt, whatever its ids are: both models' sequences are of the same texts.
         prompt = alignment.prompt(*_student_prompt(spec), model.tokenizer, model.eos_ids)
         _sample(spec, model, folder / TEACHERS_IDS, settings, name, first, prompt)
@@ -189,7 +189,7 @@ def _in_students_ids(spec: LmSpec, folder: Path, label: str) -> dict[str, Any]:
 def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int, first: int) -> dict[str, Any]:
     """The settings of a corpus of samples; settings of the sampler that are off are left out."""
     s = spec.sampling
-    return prompts.settings(s, first) | {
+    return prompts.settings(s, first, spec.instruct.kinds) | {
         "prompt": s.prompt, "prompt_ids": list(s.prompt_ids), "max_length": s.max_length, "shard_size": s.shard_size,
         "num_samples": num_samples, "seed": spec.seed + purpose, "dtype": s.dtype,
         **{name: value for name, value in sampler.knobs().items() if value is not None},
@@ -198,16 +198,17 @@ def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int
 
 def _sample(
     spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str, first: int,
-    prompt_ids: list[int] | None = None,
+    prompt_ids: list[int] | None = None, text_rows: int = 0,
 ) -> dict:  # fmt: skip
     """Samples the corpus of a stage; returns its counts and its entropy in nats per token.
 
     Args:
+        first, text_rows: of the prompts, see prompts.of_corpus.
         prompt_ids: of all samples, in place of config.sampling's.
     """
     tokenizer = model.tokenizer
     if prompt_ids is None:
-        prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"])
+        prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"], text_rows)
     else:
         prompt, chosen_prompts = {"prompt": None, "prompt_ids": prompt_ids}, None
     names = ("max_length", "shard_size", "num_samples", "seed", "dtype")

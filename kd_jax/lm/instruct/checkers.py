@@ -67,6 +67,17 @@ def one_word(answer: str, accepted: Sequence[str]) -> bool:
     return words(answer) in [words(one) for one in accepted]
 
 
+def states(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether the answer is one sentence, or part of one, of at most 20 words with an accepted word among them.
+
+    The word counts in any letter case, alone: "colder" is not "cold". A sentence ends at ".", "!" or "?" before a space
+    or at the end of the answer; what the sentence says beside the word is not looked at.
+    """
+    text, said = answer.strip(), words(answer)
+    ends_early = re.search(r"[.!?][\"'”’*)]*\s", text) or "\n" in text
+    return not ends_early and len(said) <= 20 and any(one.casefold() in said for one in accepted)
+
+
 def is_list(answer: str, items: Sequence[str]) -> bool:
     """Whether the answer is the list of these items in this order, each once.
 
@@ -112,8 +123,8 @@ def is_copy(answer: str, text: str) -> bool:
 
 
 CHECKERS: dict[str, Callable[..., bool]] = {
-    "name_three": names_three, "sentence": one_sentence_with, "one_word": one_word, "sort": is_list,
-    "count": is_number, "copy": is_copy,
+    "name_three": names_three, "sentence": one_sentence_with, "one_word": one_word, "fact": states,
+    "sort": is_list, "count": is_number, "copy": is_copy,
 }  # fmt: skip
 
 

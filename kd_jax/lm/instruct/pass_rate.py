@@ -40,6 +40,9 @@ class InstructSpec:
     num_test: int = setting(0, "instructions of held-out templates and nouns", at_least=0)
     samples_per_prompt: int = setting(1, "answers of a model to each instruction, for best of n", at_least=1)
     sample_temperatures: tuple[float, ...] = setting((1.0,), "of the answers", above=0)
+    kinds: tuple[str, ...] = setting(
+        (), "kinds of instructions, for training too; none takes all (kd_jax.lm.instruct.templates)"
+    )
     arm: str = setting("", "arm of the declared contrast: its pass rate minus the control's, as varied")
     control: str = setting("direct", "control of it, at the temperature that the validation split chooses")
 
@@ -49,7 +52,7 @@ class InstructSpec:
                 f"num_validation={self.num_validation} and num_test={self.num_test}: both are needed, or none"
             )
         for split, count in zip(SPLITS, (self.num_validation, self.num_test), strict=True):
-            instructions(split, count)
+            instructions(split, count, self.kinds)
 
 
 class Answers(NamedTuple):
@@ -113,7 +116,7 @@ def _corpora(
     folder: Path, max_length: int, mesh: Mesh | None,
 ) -> Iterator[tuple[str, float, list[Instruction], Corpus]]:  # fmt: skip
     for number, (split, count) in enumerate(zip(SPLITS, (instruct.num_validation, instruct.num_test), strict=True)):
-        asked = instructions(split, count)
+        asked = instructions(split, count, instruct.kinds)
         prompts = [prompt_files.encode(one.prompt, tokenizer) for one in asked]
         each = instruct.samples_per_prompt if split == "test" else 1
         for tau in instruct.sample_temperatures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,39 +29,43 @@ class Bytes:
         return bytes(int(i) if i < 256 else 63 for i in ids).decode(errors="replace")
 
 
-def load(sampling: Any, tokenizer: Any, *, seed: int, needed: int) -> list[list[int]]:
-    """The different prompts of config.sampling as ids, in an order by the seed.
+def load(sampling: Any, tokenizer: Any, *, seed: int, needed: int, kinds: Sequence[str] = ()) -> list[list[int]]:
+    """The different prompts of config.sampling as ids: sources in turn, each in an order by the seed.
 
-    Those that leave less than a quarter of max_length for an answer are left out.
+    The first of them are thus half of one source and half of another, whichever is larger. Those that leave less than
+    a quarter of max_length for an answer are left out.
 
     Args:
         sampling: with `prompts` (sources, see prompt_files.read, or TEMPLATES), `prompts_column` and `max_length`.
         tokenizer: of the model that answers; None for one of random weights.
         seed: of the order.
         needed: how many there have to be.
+        kinds: of the instructions from templates; none takes all.
 
     Raises: ValueError where there are fewer; and as prompt_files.read.
     """
     tokenizer = tokenizer or Bytes()
-    prompts = []
-    for source in sampling.prompts:
+    sources = []
+    for number, source in enumerate(sampling.prompts):
         if source == TEMPLATES:
-            prompts += [prompt_files.encode(one.prompt, tokenizer) for one in every("train")]
+            prompts = [prompt_files.encode(one.prompt, tokenizer) for one in every("train", kinds)]
         else:
-            prompts += prompt_files.read(source, tokenizer, sampling.prompts_column or None)
+            prompts = prompt_files.read(source, tokenizer, sampling.prompts_column or None)
+        order = np.argsort(np.random.Philox((seed, number)).random_raw(len(prompts)), kind="stable")
+        sources.append([tuple(prompts[i]) for i in order])
+    in_turn = [ids for row in itertools.zip_longest(*sources) for ids in row if ids is not None]
     # no prompt is trained on and measured with, so each one counts once
-    different = [list(ids) for ids in dict.fromkeys(map(tuple, prompts)) if len(ids) <= 3 * sampling.max_length // 4]
+    different = [list(ids) for ids in dict.fromkeys(in_turn) if len(ids) <= 3 * sampling.max_length // 4]
     if len(different) < needed:
         raise ValueError(
             f"config.sampling.prompts has {len(different)} different prompts that leave room for an answer, and "
             f"num_train, num_validation and num_recall need {needed}"
         )
-    order = np.argsort(np.random.Philox(seed).random_raw(len(different)), kind="stable")
-    return [different[i] for i in order]
+    return different
 
 
 def of_corpus(
-    spec: Any, tokenizer: Any, first: int, count: int
+    spec: Any, tokenizer: Any, first: int, count: int, text_rows: int = 0
 ) -> tuple[dict[str, Any], list[list[int]] | None]:  # fmt: skip
     """The settings of a corpus of samples that say what its rows begin with, and its prompts where they differ.
 
@@ -68,6 +73,8 @@ def of_corpus(
         spec: of the run (kd_jax.lm.experiment.specs.LmSpec).
         tokenizer: of the model that is sampled, or None.
         first, count: which of the run's prompts; one sample answers each.
+        text_rows: of a teacher's text, the rows for training: their prompts are p*'s training prompts, over and over
+            where there are more rows. Validation rows follow, with p*'s validation prompts.
 
     Raises: as `load`.
     """
@@ -77,20 +84,26 @@ def of_corpus(
         return {"prompt": sampling.prompt or None, "prompt_ids": ids}, None
     # p*'s corpora of all teachers and the validation rows have prompts of their own
     needed = spec.teachers * (spec.num_train + spec.num_validation) + spec.num_recall
-    chosen = load(sampling, tokenizer, seed=spec.seed, needed=needed)[first : first + count]
+    chosen = load(sampling, tokenizer, seed=spec.seed, needed=needed, kinds=spec.instruct.kinds)[first:]
+    if text_rows:
+        train, validation = chosen[: spec.num_train], chosen[spec.num_train :]
+        chosen = [train[i % len(train)] for i in range(text_rows)] + validation
+    chosen = chosen[:count]
     return prompt_files.settings(chosen, samples_per_prompt=1), chosen
 
 
-def settings(sampling: Any, first: int) -> dict[str, Any]:
+def settings(sampling: Any, first: int, kinds: Sequence[str] = ()) -> dict[str, Any]:
     """The settings that decide a stage's prompts; none where all samples share one. Nothing is fetched.
 
     Args:
         sampling: see `load`.
         first: the stage's first prompt.
+        kinds: see `load`.
 
     Raises: FileNotFoundError for a source that is not there.
     """
     if not sampling.prompts:
         return {}
-    content = [INSTRUCTIONS if source == TEMPLATES else prompt_files.identity(source) for source in sampling.prompts]
+    templates = {"templates": INSTRUCTIONS, "kinds": list(kinds)}
+    content = [templates if source == TEMPLATES else prompt_files.identity(source) for source in sampling.prompts]
     return {"prompts": content, "prompts_column": sampling.prompts_column, "first": first}

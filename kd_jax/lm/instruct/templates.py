@@ -7,7 +7,7 @@ from one split says how well it follows instructions it has not seen, not which 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from kd_jax.lm.instruct.words import CATEGORIES, FACTS, NOUNS
 
 SPLITS = ("train", "validation", "test")
 # Raised when the templates or their words change: runs that used them are then other runs.
-INSTRUCTIONS = "instructions 1"
+INSTRUCTIONS = "instructions 2"
 
 WORDINGS = {
     "name_three": {
@@ -33,6 +33,11 @@ WORDINGS = {
         "train": ("What is {}? Answer with one word.", "Answer with one word: what is {}?"),
         "validation": ("Tell me {} in a single word.",),
         "test": ("In one word, what is {}?", "What is {}? Reply with just one word."),
+    },
+    "fact": {
+        "train": ("What is {}?", "Please tell me {}."),
+        "validation": ("Do you know {}?",),
+        "test": ("Can you tell me what is {}?", "I would like to know {}."),
     },
     "sort": {
         "train": ("Sort these words alphabetically: {}", "Put these words in alphabetical order: {}"),
@@ -68,24 +73,33 @@ class Instruction(NamedTuple):
     template: str
 
 
-def instructions(split: str, count: int, *, seed: int = 0) -> list[Instruction]:
+def instructions(split: str, count: int, kinds: Sequence[str] = (), *, seed: int = 0) -> list[Instruction]:
     """The first `count` instructions of a split: kinds in turn, each in a random order of its own.
 
     More of them begin with the same ones. Where a kind has no more, the others go on.
 
-    Raises: ValueError where the split has fewer, or is not one of SPLITS.
+    Args:
+        split: one of SPLITS.
+        count: how many.
+        kinds: keys of WORDINGS; none takes all.
+        seed: of the order.
+
+    Raises: ValueError where the split has fewer, or is not one of SPLITS, or a kind is not in WORDINGS.
     """
-    mixed = every(split, seed=seed)
+    mixed = every(split, kinds, seed=seed)
     if count > len(mixed):
         raise ValueError(f"split {split!r} has {len(mixed)} instructions, not {count}")
     return mixed[:count]
 
 
-def every(split: str, *, seed: int = 0) -> list[Instruction]:
-    """All instructions of a split, in the order of `instructions`."""
+def every(split: str, kinds: Sequence[str] = (), *, seed: int = 0) -> list[Instruction]:
+    """All instructions of a split, or those of some kinds, in the order of `instructions`."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} must be one of {', '.join(SPLITS)}")
-    each = [list(_kind(kind, split, seed)) for kind in WORDINGS]
+    for kind in kinds:
+        if kind not in WORDINGS:
+            raise ValueError(f"kind {kind!r} of instructions must be one of {', '.join(WORDINGS)}")
+    each = [list(_kind(kind, split, seed)) if kind in (kinds or WORDINGS) else [] for kind in WORDINGS]
     for number, several in enumerate(each):
         # A generator for each kind: a kind that gets more instructions leaves the order of the others alone.
         order = np.random.default_rng((seed, SPLITS.index(split), number)).permutation(len(several))
@@ -137,6 +151,6 @@ def _to_copy(split: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 _FILLINGS = {
-    "name_three": _categories, "sentence": _nouns, "one_word": _facts, "sort": _to_sort, "count": _to_count,
-    "copy": _to_copy,
+    "name_three": _categories, "sentence": _nouns, "one_word": _facts, "fact": _facts, "sort": _to_sort,
+    "count": _to_count, "copy": _to_copy,
 }  # fmt: skip

@@ -42,9 +42,16 @@ CATEGORIES = {
 
 NOUNS = {
     "train": "river garden teacher window mountain letter kitchen bridge picture doctor island bottle candle forest "
-    "market pencil rabbit summer ticket village".split(),
-    "validation": "ocean basket winter school blanket farmer castle mirror hammer library".split(),
-    "test": "dragon butter station planet feather pocket sailor thunder violin umbrella carpet engine".split(),
+    "market pencil rabbit summer ticket village apple bird boat book box bread brother cake camera chair church city "
+    "clock cloud coffee computer country dinner door dress driver farm father finger fire fish floor flower friend "
+    "game glass gold grass hat horse hospital hotel house king lake lamp leaf machine map milk money moon morning "
+    "mother museum music newspaper night nurse paper park party phone piano pilot plate queen rain ring road roof room "
+    "rope salt sand sea ship shirt shoe shop singer sister sky snow song soup spoon star stone store storm street "
+    "student sugar sun table tea train tree uncle wall watch water wind woman wood yard".split(),
+    "validation": "ocean basket winter school blanket farmer castle mirror hammer library cousin desert envelope "
+    "helmet jungle".split(),
+    "test": "dragon butter station planet feather pocket sailor thunder violin umbrella carpet engine airport balloon "
+    "button canyon curtain elephant factory guitar harbor jacket lantern meadow".split(),
 }
 
 # Questions with one word as their answer, and the words that are accepted.
@@ -54,16 +61,27 @@ FACTS = {
         "the opposite of day": "night", "the opposite of happy": "sad unhappy", "the capital of France": "Paris",
         "the capital of Italy": "Rome", "the color of grass": "green", "the color of snow": "white",
         "the opposite of old": "young new", "the capital of England": "London", "the color of coal": "black",
+        "the opposite of good": "bad evil", "the opposite of long": "short", "the opposite of early": "late",
+        "the opposite of love": "hate hatred", "the opposite of high": "low", "the opposite of in": "out",
+        "the capital of China": "Beijing", "the capital of Canada": "Ottawa", "the capital of Greece": "Athens",
+        "the capital of Austria": "Vienna", "the capital of Ireland": "Dublin", "the capital of India": "Delhi",
+        "the color of milk": "white", "the color of a ripe tomato": "red", "the color of an orange": "orange",
+        "the largest ocean": "Pacific", "the first month of the year": "January", "the day after Monday": "Tuesday",
     },
     "validation": {
         "the opposite of fast": "slow", "the opposite of open": "closed shut close", "the capital of Spain": "Madrid",
         "the color of blood": "red", "the opposite of left": "right", "the capital of Japan": "Tokyo",
+        "the opposite of war": "peace", "the capital of Portugal": "Lisbon", "the color of a lemon": "yellow",
+        "the last month of the year": "December",
     },
     "test": {
         "the opposite of wet": "dry", "the opposite of rich": "poor", "the capital of Germany": "Berlin",
         "the color of a ripe banana": "yellow", "the opposite of light": "dark heavy",
         "the capital of Russia": "Moscow", "the opposite of strong": "weak",
         "the color of the sky on a clear day": "blue", "the capital of Egypt": "Cairo",
-        "the opposite of full": "empty hungry",
+        "the opposite of full": "empty hungry", "the opposite of true": "false untrue",
+        "the opposite of near": "far", "the capital of Norway": "Oslo", "the capital of Poland": "Warsaw",
+        "the color of a carrot": "orange", "the day after Friday": "Saturday", "the opposite of black": "white",
+        "the capital of Cuba": "Havana", "the largest planet": "Jupiter", "the color of a frog": "green",
     },
 }  # fmt: skip

@@ -66,6 +66,21 @@ ANSWERS = {
             "Cold. It is cold.", "Sure, cold", "1. cold",
         ],
     ),
+    "fact": (
+        COLD,
+        [
+            "cold", "Cold.", "cool", "The opposite of hot is cold.", "It is cold.", "Cold, of course!", "**Cold**",
+            "The answer is: cold.", "\"Cold.\"", "I think it's cold", "cold?", "The opposite of hot is \"cold.\"",
+            "That would be COOL.", "  It is cold.\n", "The opposite of hot, which is warm, is cold.", "cold or cool",
+            "Sure, the opposite of hot is cold!", "It is 10 degrees cold.", "(cold)", "Ice is cold, fire is hot.",
+        ],
+        [
+            "", "hot", "The opposite of hot is warm.", "colder", "Coldness.", "It is cooler.", "c o l d", "freezing",
+            "It is cold. Ice is cold.", "Cold! Very cold.", "It is\ncold", "Cold.\n\nIs that right?", "scold",
+            "I do not know.", "The opposite of hot is", "It is hot. It is cold.", "What is it? It is cold.",
+            "very " * 40 + "cold", "coldcold", "The opposite of hot is cald.",
+        ],
+    ),
     "sort": (
         SORTED,
         [

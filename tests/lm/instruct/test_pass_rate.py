@@ -85,5 +85,5 @@ def test_answers_side_by_side(tmp_path):
 def test_settings_that_cannot_work():
     with pytest.raises(ValueError, match="both are needed"):
         InstructSpec(num_test=3)
-    with pytest.raises(ValueError, match="'validation' has 50 instructions, not 51"):
-        InstructSpec(num_test=3, num_validation=51)
+    with pytest.raises(ValueError, match="'validation' has 84 instructions, not 85"):
+        InstructSpec(num_test=3, num_validation=85)

@@ -5,7 +5,7 @@ import pytest
 from kd_jax.lm.instruct import CHECKERS, SPLITS, instructions
 from kd_jax.lm.instruct.words import CATEGORIES, FACTS, NOUNS
 
-SIZES = {"train": 200, "validation": 50, "test": 128}
+SIZES = {"train": 1112, "validation": 84, "test": 284}
 
 
 def test_splits_share_neither_wordings_nor_what_fills_them():
@@ -26,7 +26,10 @@ def test_splits_share_neither_wordings_nor_what_fills_them():
 def test_order_is_the_seeds_and_more_begin_with_the_same():
     assert instructions("test", 60)[:20] == instructions("test", 20)
     assert instructions("test", 20, seed=1) != instructions("test", 20)
-    assert [one.kind for one in instructions("train", 6)] == list(CHECKERS)
+    assert [one.kind for one in instructions("train", len(CHECKERS))] == list(CHECKERS)
+    assert [one.kind for one in instructions("test", 4, ("copy", "fact"))] == ["fact", "copy"] * 2
+    with pytest.raises(ValueError, match="kind 'copies' of instructions must be one of name_three"):
+        instructions("test", 4, ("copies",))
 
 
 def test_arguments_are_what_the_prompts_ask_for():
