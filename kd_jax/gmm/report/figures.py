@@ -76,10 +76,9 @@ def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
                       label="student of one component of the teacher" if arm == CONTROLS[0] else "_")  # fmt: skip
                 if axes is whole:
                     ((u,), _), ((v,), _) = (_points(students, [Who(arm)], name) for name in _TWO)
-                    below = -14 if arm == CONTROLS[1] else 6  # neighbours can meet
-                    axes.annotate(
-                        arm, (u, v), (6, below), textcoords="offset points", fontsize=9, color=TEACHER, zorder=7
-                    )
+                    offset, align = ((-6, -14), "right") if arm == CONTROLS[1] else ((6, 6), "left")  # neighbours
+                    axes.annotate(arm, (u, v), offset, textcoords="offset points", fontsize=9, color=TEACHER,
+                                  ha=align, zorder=7)  # fmt: skip
         _line(axes, students, cooled, color=RED, fmt="o-", markersize=4, linewidth=1.6, zorder=5,
               label="direct student, cooled")  # fmt: skip
         _line(axes, students, cooled[:1], color=RED, fmt="*", markersize=14, zorder=6, linestyle="",
