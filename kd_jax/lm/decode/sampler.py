@@ -60,7 +60,7 @@ class Samples(NamedTuple):
 
 
 def generate(
-    model: Model, prompt: Sequence[int] | Sequence[Sequence[int]], num_samples: int, *, max_length: int,
+    model: Model, prompt: str | Sequence[int] | Sequence[str | Sequence[int]], num_samples: int, *, max_length: int,
     sampler: SamplerSpec = WHOLE, seed: int = 0, samples_per_prompt: int | None = None, batch_size: int = 64,
     compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
@@ -86,15 +86,15 @@ def generate(
 
 
 def stream(
-    model: Model, prompt: Sequence[int] | Sequence[Sequence[int]], num_samples: int, *, max_length: int,
+    model: Model, prompt: str | Sequence[int] | Sequence[str | Sequence[int]], num_samples: int, *, max_length: int,
     sampler: SamplerSpec = WHOLE, seed: int = 0, samples_per_prompt: int | None = None, first: int = 0,
     batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
 ) -> Iterator[Samples]:  # fmt: skip
     """Yields samples first .. num_samples - 1 as they finish, about once a second.
 
     Args:
-        prompt: ids that all samples start with, or a list of such lists; sample i starts with number i modulo their
-            count, or as samples_per_prompt says.
+        prompt: text or ids that all samples start with, or a list of such; sample i starts with number i modulo their
+            count, or as samples_per_prompt says. A text is encoded as it is, without BOS or chat template.
         samples_per_prompt: k of these start with each prompt: sample i * k + j is sample j of prompt i, and a function
             of the seed, i and j.
         max_length: longest sample, prompt included.
@@ -159,7 +159,11 @@ def _sampler(sampler: SamplerSpec, knobs: dict[str, float | None]) -> SamplerSpe
 def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
     """The prompts as a list of lists of ids. Raises ValueError for arguments that cannot work."""
     # One prompt may be given as it is, without a list around it.
-    prompts = [list(map(int, p)) for p in ([prompt] if not len(prompt) or np.ndim(prompt[0]) == 0 else prompt)]
+    single = isinstance(prompt, str) or not len(prompt) or (not isinstance(prompt[0], str) and np.ndim(prompt[0]) == 0)
+    given = [prompt] if single else prompt
+    if model.tokenizer is None and any(isinstance(p, str) for p in given):
+        raise ValueError("a prompt is text, and the model has no tokenizer; give token ids")
+    prompts = [model.tokenizer.encode(p) if isinstance(p, str) else list(map(int, p)) for p in given]
     for number, ids in enumerate(prompts):
         if not ids:
             raise ValueError(f"prompt {number} is empty; start with a BOS id or a text")

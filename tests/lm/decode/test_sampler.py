@@ -156,6 +156,19 @@ def test_generate_is_the_stream_in_order():
     np.testing.assert_array_equal(log_probs, samples.log_probs)
 
 
+def test_prompts_as_text():
+    letters = types.SimpleNamespace(encode=lambda text: [ord(letter) - ord("a") for letter in text], vocab_size=24)
+    counts = chain(COUNT_UP)._replace(tokenizer=letters)
+    tokens, lengths, _ = decode.generate(counts, "fg", 2, max_length=6)
+    assert tokens.tolist() == [[5, 6, 7, 8, 9, 10]] * 2 and lengths.tolist() == [6, 6]
+    tokens, _, _ = decode.generate(counts, ["fg", [2], "b"], 3, max_length=4)
+    assert tokens.tolist() == [[5, 6, 7, 8], [2, 3, 4, 5], [1, 2, 3, 4]]
+    with pytest.raises(ValueError, match="prompt is text, and the model has no tokenizer"):
+        decode.generate(chain(COUNT_UP), "fg", 2, max_length=6)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        decode.generate(counts, "", 2, max_length=6)
+
+
 def test_nothing_to_do():
     assert list(decode.stream(small(), PROMPT, 4, first=4, max_length=9)) == []
     tokens, lengths, log_probs = decode.generate(small(), PROMPT, 0, max_length=9)
