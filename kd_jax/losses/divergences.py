@@ -135,7 +135,7 @@ def distillation_loss(
         mask: bool [...].
         divergence: a key of `DIVERGENCES`; `parameter` is its beta or alpha.
         temperature, teacher_temperature, num_tokens: as in `forward_kl`.
-    Returns: the Mean, in nats.
+    Returns: the Mean, in nats; differentiate its `mean`.
     Raises: ValueError as in `divergence`, for a weight outside [0, 1] or without labels, and for shapes that differ.
     """
     hard_weight = parameters.checked_hard_weight(labels, hard_weight)
