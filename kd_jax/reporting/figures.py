@@ -86,7 +86,7 @@ def label_points(axes, points: Sequence[tuple[float, float]], labels: dict[int, 
 def save(figure: Figure, folder: Path, name: str) -> Path:
     """Writes `name`.pdf, `name`.png (150 dpi) and `name`.svg into `folder`; returns the SVG's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Laid out once: each savefig would do it again, which takes longer than drawing.
+    # The layout is made once. Otherwise each savefig makes it again, which takes longer than drawing.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     # PDF for papers, PNG for slides and READMEs, SVG for the page.

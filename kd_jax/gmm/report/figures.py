@@ -76,7 +76,8 @@ def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
                       label="student of one component of the teacher" if arm == CONTROLS[0] else "_")  # fmt: skip
                 if axes is whole:
                     ((u,), _), ((v,), _) = (_points(students, [Who(arm)], name) for name in _TWO)
-                    offset, align = ((-6, -14), "right") if arm == CONTROLS[1] else ((6, 6), "left")  # neighbours
+                    # the middle one of three in a row: its label would touch a neighbour's on their side
+                    offset, align = ((-6, -14), "right") if arm == CONTROLS[1] else ((6, 6), "left")
                     axes.annotate(arm, (u, v), offset, textcoords="offset points", fontsize=9, color=TEACHER,
                                   ha=align, zorder=7)  # fmt: skip
         _line(axes, students, cooled, color=RED, fmt="o-", markersize=4, linewidth=1.6, zorder=5,

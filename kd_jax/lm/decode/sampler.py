@@ -159,10 +159,10 @@ def _sampler(sampler: SamplerSpec, knobs: dict[str, float | None]) -> SamplerSpe
 def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
     """The prompts as a list of lists of ids. Raises ValueError for arguments that cannot work."""
     # One prompt may be given as it is, without a list around it.
-    single = isinstance(prompt, str) or not len(prompt) or (not isinstance(prompt[0], str) and np.ndim(prompt[0]) == 0)
-    given = [prompt] if single else prompt
+    several = not isinstance(prompt, str) and any(isinstance(p, str) or np.ndim(p) for p in prompt)
+    given = prompt if several else [prompt]
     if model.tokenizer is None and any(isinstance(p, str) for p in given):
-        raise ValueError("a prompt is text, and the model has no tokenizer; give token ids")
+        raise ValueError("the model has no tokenizer, so prompts must be token ids, not text")
     prompts = [model.tokenizer.encode(p) if isinstance(p, str) else list(map(int, p)) for p in given]
     for number, ids in enumerate(prompts):
         if not ids:

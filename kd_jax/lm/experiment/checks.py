@@ -44,7 +44,9 @@ def check(spec: LmSpec) -> None:
         if alone and spec.train_of("student").together > 1:
             raise ValueError(f"config.train.together: {arm.name} trains its students one by one; set it to 1")
         if spec.sampling.prompts and arm.text.choice != "all":
-            raise ValueError(f"{arm.name}: text_choice needs one prompt for all (config.sampling.prompts)")
+            raise ValueError(
+                f"{arm.name}: text_choice needs one prompt for all rows, and config.sampling.prompts is set"
+            )
         if arm.distill is not None and arm.distill.prompt_length >= spec.sampling.max_length:
             raise ValueError(
                 f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "

@@ -203,7 +203,7 @@ def _sample(
     """Samples the corpus of a stage; returns its counts and its entropy in nats per token.
 
     Args:
-        first, text_rows: of the prompts, see prompts.of_corpus.
+        first, text_rows: which prompts, see prompts.of_corpus.
         prompt_ids: of all samples, in place of config.sampling's.
     """
     tokenizer = model.tokenizer

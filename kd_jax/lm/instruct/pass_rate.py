@@ -22,7 +22,7 @@ from kd_jax.lm.decode import SamplerSpec, to_corpus
 from kd_jax.lm.evaluation import Entry, EvaluationSpec, LazyModel, estimates
 from kd_jax.lm.instruct import checkers
 from kd_jax.lm.instruct.prompts import Bytes
-from kd_jax.lm.instruct.templates import Instruction, instructions
+from kd_jax.lm.instruct.templates import WORDINGS, Instruction, instructions
 from kd_jax.lm.model import Compute
 from kd_jax.runs.settings import setting, spec
 
@@ -40,9 +40,7 @@ class InstructSpec:
     num_test: int = setting(0, "instructions of held-out templates and nouns", at_least=0)
     samples_per_prompt: int = setting(1, "answers of a model to each instruction, for best of n", at_least=1)
     sample_temperatures: tuple[float, ...] = setting((1.0,), "of the answers", above=0)
-    kinds: tuple[str, ...] = setting(
-        (), "kinds of instructions, for training too; none takes all (kd_jax.lm.instruct.templates)"
-    )
+    kinds: tuple[str, ...] = setting((), "kinds of instructions, for training too; none takes all", one_of=WORDINGS)
     arm: str = setting("", "arm of the declared contrast: its pass rate minus the control's, as varied")
     control: str = setting("direct", "control of it, at the temperature that the validation split chooses")
 

@@ -13,6 +13,8 @@ from kd_jax.lm.instruct.templates import INSTRUCTIONS, every
 
 # The source of prompts that stands for our own templates: those of the split "train".
 TEMPLATES = "templates"
+# Raised when `load` takes other prompts, or another order: finished stages are then not reused.
+_ORDER = "sources in turn"
 
 
 class Bytes:
@@ -32,7 +34,7 @@ class Bytes:
 def load(sampling: Any, tokenizer: Any, *, seed: int, needed: int, kinds: Sequence[str] = ()) -> list[list[int]]:
     """The different prompts of config.sampling as ids: sources in turn, each in an order by the seed.
 
-    The first of them are thus half of one source and half of another, whichever is larger. Those that leave less than
+    So the first prompts are half of one source and half of another, whatever their sizes. Prompts that leave less than
     a quarter of max_length for an answer are left out.
 
     Args:
@@ -73,8 +75,8 @@ def of_corpus(
         spec: of the run (kd_jax.lm.experiment.specs.LmSpec).
         tokenizer: of the model that is sampled, or None.
         first, count: which of the run's prompts; one sample answers each.
-        text_rows: of a teacher's text, the rows for training: their prompts are p*'s training prompts, over and over
-            where there are more rows. Validation rows follow, with p*'s validation prompts.
+        text_rows: training rows of a teacher's text; 0 for other corpora. They have p*'s training prompts, which start
+            again where there are more rows. The validation rows after them have p*'s validation prompts.
 
     Raises: as `load`.
     """
@@ -106,4 +108,4 @@ def settings(sampling: Any, first: int, kinds: Sequence[str] = ()) -> dict[str, 
         return {}
     templates = {"templates": INSTRUCTIONS, "kinds": list(kinds)}
     content = [templates if source == TEMPLATES else prompt_files.identity(source) for source in sampling.prompts]
-    return {"prompts": content, "prompts_column": sampling.prompts_column, "first": first}
+    return {"prompts": content, "prompts_column": sampling.prompts_column, "order": _ORDER, "first": first}

@@ -64,8 +64,8 @@ FACTS = {
         "the opposite of good": "bad evil", "the opposite of long": "short", "the opposite of early": "late",
         "the opposite of love": "hate hatred", "the opposite of high": "low", "the opposite of in": "out",
         "the capital of China": "Beijing", "the capital of Canada": "Ottawa", "the capital of Greece": "Athens",
-        "the capital of Austria": "Vienna", "the capital of Ireland": "Dublin", "the capital of India": "Delhi",
-        "the color of milk": "white", "the color of a ripe tomato": "red", "the color of an orange": "orange",
+        "the capital of Austria": "Vienna", "the capital of Ireland": "Dublin", "the capital of Sweden": "Stockholm",
+        "the color of milk": "white", "the color of a ripe tomato": "red", "the color of a leaf": "green",
         "the largest ocean": "Pacific", "the first month of the year": "January", "the day after Monday": "Tuesday",
     },
     "validation": {

@@ -163,7 +163,7 @@ def test_prompts_as_text():
     assert tokens.tolist() == [[5, 6, 7, 8, 9, 10]] * 2 and lengths.tolist() == [6, 6]
     tokens, _, _ = decode.generate(counts, ["fg", [2], "b"], 3, max_length=4)
     assert tokens.tolist() == [[5, 6, 7, 8], [2, 3, 4, 5], [1, 2, 3, 4]]
-    with pytest.raises(ValueError, match="prompt is text, and the model has no tokenizer"):
+    with pytest.raises(ValueError, match="the model has no tokenizer, so prompts must be token ids"):
         decode.generate(chain(COUNT_UP), "fg", 2, max_length=6)
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         decode.generate(counts, "", 2, max_length=6)

@@ -87,3 +87,5 @@ def test_settings_that_cannot_work():
         InstructSpec(num_test=3)
     with pytest.raises(ValueError, match="'validation' has 84 instructions, not 85"):
         InstructSpec(num_test=3, num_validation=85)
+    with pytest.raises(ValueError, match="copies.*one of name_three"):
+        InstructSpec(kinds=("copies",))

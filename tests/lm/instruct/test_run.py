@@ -29,6 +29,13 @@ def test_too_few_prompts_are_refused():
         chain.validate(freeze(LmSpec, config))
 
 
+def test_a_choice_among_answers_to_many_prompts_is_refused():
+    config = lm_instruct_laptop.get_config("smoke")
+    config.arms["likely"] = {"policy": "sequence", "text_choice": "likeliest", "text_share": 0.5}
+    with pytest.raises(ValueError, match="likely: text_choice needs one prompt for all rows"):
+        chain.validate(freeze(LmSpec, config))
+
+
 @pytest.mark.slow  # CI runs it, though it is long: it is the only one of the whole experiment
 def test_from_config_to_page(tmp_path):
     words = ["--config", "configs/lm_instruct_laptop.py:smoke", "--workdir", str(tmp_path / "w")]

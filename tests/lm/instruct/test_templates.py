@@ -1,4 +1,5 @@
 import itertools
+import re
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_order_is_the_seeds_and_more_begin_with_the_same():
     assert instructions("test", 20, seed=1) != instructions("test", 20)
     assert [one.kind for one in instructions("train", len(CHECKERS))] == list(CHECKERS)
     assert [one.kind for one in instructions("test", 4, ("copy", "fact"))] == ["fact", "copy"] * 2
-    with pytest.raises(ValueError, match="kind 'copies' of instructions must be one of name_three"):
+    with pytest.raises(ValueError, match="'test' has 0 instructions, not 4"):
         instructions("test", 4, ("copies",))
 
 
@@ -43,5 +44,8 @@ def test_arguments_are_what_the_prompts_ask_for():
                 assert one.arguments == {"number": len(words)}
             elif one.kind == "copy":
                 assert one.prompt.endswith(one.arguments["text"])
+            elif one.kind in ("one_word", "fact"):
+                # repeating the question is no answer
+                assert not set(one.arguments["accepted"]) & set(re.findall(r"\w+", one.prompt))
             elif one.kind == "sentence":
                 assert one.arguments["word"] in one.prompt
