@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
 from kd_jax.lm.instruct import contrast
-from kd_jax.reporting import row_kinds
+from kd_jax.reporting import charts, row_kinds, units
+from kd_jax.reporting.charts import Panel, Point, Series
+from kd_jax.reporting.figures import INK, canvas, plain, tidy
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.storage import files
 
@@ -21,7 +28,8 @@ STYLE = """.verdict { font-weight: bold; } .right { color: #1a7f37; } .wrong { c
 #answers-right:checked ~ .scroll .wrong-one, #answers-wrong:checked ~ .scroll .right-one { visibility: hidden; }
 """
 # A radio button before the table hides what has the other verdict: no script is needed, nor is one allowed everywhere.
-TEMPLATE = """{% if instruct.rates.rows %}{{ section(instruct.rates) }}{% endif %}
+TEMPLATE = """{% if instruct.rates.rows %}{{ section(instruct.rates) }}
+{{ figure("pass_rates", captions.pass_rates) }}{% endif %}
 {% if instruct.prompts %}<h2>Answers to instructions</h2>
 <div>
 <input type="radio" name="answers" id="answers-all" checked><label for="answers-all">all answers</label>
@@ -36,31 +44,96 @@ TEMPLATE = """{% if instruct.rates.rows %}{{ section(instruct.rates) }}{% endif 
 {% endfor %}</tbody></table></div></div>
 <p class="note">The first answer of each model at its lowest sample temperature, of the lowest seed, to the first
 {{ instruct.prompts | length }} test instructions; answers.jsonl has all of them.</p>{% endif %}"""
-_HEAD = ("model", "split", "temperature", "pass rate", "best of n", "distinct-2", "ends", "length")
-_NOTE = (
-    "Share of answers that a checker finds right, on held-out templates and nouns; best of n: the share of "
-    "instructions with a right one among n answers."
+CAPTION = (
+    "Left: share of right answers against how varied they are, a point for each sample temperature. "
+    "Right: share of instructions with a right answer among n. Test instructions; bars are standard errors."
 )
+_COLUMNS = {
+    "pass_rate": "pass rate", "best_of_n": "best of n", "distinct_2": "distinct-2", "repetition_4": "repetition-4",
+    "finished": "ends", "length_mean": "length",
+}  # fmt: skip
+_MARKS = "os^vP<X>D"
+_PANELS = {"pass_rate": "pass rate of one answer", "best_of_n": "best of {n} answers"}
 
 
-def read(folder: Path, rows: Sequence[dict[str, Any]], declared: dict[str, Any] | None = None) -> dict[str, Any]:
+def read(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What TEMPLATE shows of a run.
 
     Args:
         folder: of the run, with answers.jsonl if it has any.
         rows: of its metrics.jsonl.
-        declared: the contrast that the config declares: its `arm` and `control`; None for a smoke run.
 
     Raises: ValueError, naming file and row, for one that is not an answer's.
     """
-    rates = [row for row in rows if row.get("kind") == "instruct"]
     answers = files.read_rows(folder / "answers.jsonl") if (folder / "answers.jsonl").exists() else []
     for number, row in enumerate(answers, start=1):
         row_kinds.check(row, f"{folder / 'answers.jsonl'}, row {number}", _ANSWER)
-    said = _contrast(rates, declared)
-    lines = [_line(row) for row in rates]
-    table = Table("pass_rates", "Instructions: pass rates", _HEAD, lines, _NOTE, [said] if said else [])
-    return {"rates": table, **side_by_side(answers)}
+    return {"rates": table(rows), **side_by_side(answers)}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Pass rates on the test split, a line for each arm and sample temperature."""
+    groups = _groups(rows)
+    lines = [
+        [label, f"{tau:g}", *(Number(*_mean(members, metric)) for metric in _COLUMNS)]
+        for label, by_temperature in groups.items() for tau, members in by_temperature.items()
+    ]  # fmt: skip
+    first = next((row for row in rows if row.get("kind") == "instruct" and row["split"] == "test"), None)
+    note = "" if first is None else (
+        f"Share of answers that a checker finds right, on {first['num_instructions']} instructions of held-out "
+        f"templates and nouns, n = {first['samples_per_prompt']} answers to each. Best of n: the share of instructions "
+        "with a right answer among these. Ends: the share of answers that end before the longest length. ± standard "
+        "error, over instructions where an arm has one student, else over students."
+    )  # fmt: skip
+    return Table("pass_rates", "Instructions: pass rates", ("model", "sampled at", *_COLUMNS.values()), lines, note)
+
+
+def figure(rows: Sequence[dict[str, Any]], colours: Mapping[str, Any]) -> tuple[Figure, dict[str, Any]] | None:
+    """Pass rate and best of n against variety, a curve for each arm: still and interactive; None without such rows.
+
+    Args:
+        rows: of metrics.jsonl.
+        colours: of matplotlib, by the arm's label; one that has none, such as p*, is drawn in the text's colour.
+    """
+    groups = _groups(rows)
+    if not groups:
+        return None
+    drawn, panels = canvas(9.2, 4.2), []
+    first = next(row for by_temperature in groups.values() for members in by_temperature.values() for row in members)
+    for axes, (metric, text) in zip(drawn.subplots(1, 2), _PANELS.items(), strict=True):
+        title, series = text.format(n=first["samples_per_prompt"]), []
+        for i, (label, by_temperature) in enumerate(groups.items()):
+            colour, mark = colours.get(label, INK), _MARKS[i % len(_MARKS)]
+            points = [(_mean(m, "distinct_2"), _mean(m, metric), tau) for tau, m in by_temperature.items()]
+            x, y, error = ([p[0][0] for p in points], *([p[1][j] for p in points] for j in (0, 1)))
+            axes.errorbar(x, y, yerr=np.nan_to_num(error), color=colour, marker=mark, markersize=6, linewidth=1.3,
+                          capsize=2.5, label=plain(label))  # fmt: skip
+            at = [Point(a, b, math.nan, e, [f"{label}, sampled at {tau:g}", f"{title} {b:.3f}", f"distinct-2 {a:.3f}"])
+                  for a, b, e, (*_, tau) in zip(x, y, error, points, strict=True)]  # fmt: skip
+            shown = charts.INK if label not in colours else to_hex(colour)
+            series.append(Series(label, at, shown, charts.SYMBOLS[i % len(charts.SYMBOLS)], line="solid"))
+        axes.set_xlabel("distinct-2 of the answers; more varied →")
+        axes.set_ylabel(title)
+        tidy(axes)
+        panels.append(Panel("", series, "distinct-2 of the answers", title))
+    drawn.legend(handles=axes.get_legend_handles_labels()[0], loc="outside upper center", ncols=5, frameon=False)
+    return drawn, charts.panels(panels)
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, dict[float, list[dict[str, Any]]]]:
+    """Rows of the test split by arm and sample temperature, in their order."""
+    groups: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for row in rows:
+        if row.get("kind") == "instruct" and row["split"] == "test":
+            groups.setdefault(_arm(row), {}).setdefault(row["sample_temperature"], []).append(row)
+    return groups
+
+
+def _mean(rows: Sequence[dict[str, Any]], metric: str) -> tuple[float, float]:
+    """Mean over students with its standard error; of one student the error is over instructions, where it is known."""
+    if len(rows) == 1:
+        return rows[0][metric], rows[0].get(f"{metric}_se", math.nan)
+    return units.interval([units.student(row) for row in rows], np.array([row[metric] for row in rows]))[:2]
 
 
 def side_by_side(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -89,26 +162,25 @@ def _key(row: dict[str, Any]) -> tuple:
 def _arm(row: dict[str, Any]) -> str:
     if row["arm"] == "p_star":
         return "p*"
-    return row["arm"] if row["tau"] is None else f"{row['arm']}, tau {row['tau']:g}"
+    return row["arm"] if row["tau"] is None else f"tau = {row['tau']:g}"
 
 
-def _line(row: dict[str, Any]) -> list[str | Number]:
-    name = "p*" if row["name"] == "p_star" else row["name"]
-    return [
-        name, row["split"], f"{row['sample_temperature']:g}", Number(row["pass_rate"], row["pass_rate_se"]),
-        Number(row["best_of_n"], remark=f" (n = {row['samples_per_prompt']})"),
-        *(Number(row[metric]) for metric in ("distinct_2", "finished", "length_mean")),
-    ]  # fmt: skip
+def declared(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str | None:
+    """The contrast that the config declares, in a sentence; None where there is none.
 
-
-def _contrast(rates: Sequence[dict[str, Any]], declared: dict[str, Any] | None) -> str:
-    if not declared or not declared.get("arm") or not rates:
-        return ""
-    arm, control = declared["arm"], declared["control"]
+    Args:
+        rows: of metrics.jsonl.
+        settings: config.instruct.
+    """
+    rates = [row for row in rows if row.get("kind") == "instruct"]
+    if not settings.get("arm") or not rates:
+        return None
+    arm, control = settings["arm"], settings["control"]
     out = contrast.at_equal_variety(rates, arm=arm, control=control)
-    said = f"Declared before the run: pass rate of {arm} minus that of {control} at its best temperature, as varied"
+    said = f"Declared before the run: pass rate of {arm} minus that of {control}, as varied"
     if out["difference"] is None:
         return f"{said}: no seed can be compared, as {arm} is nowhere as varied as {control}."
     interval = "" if out["low"] is None else f" (95 % interval {out['low']:+.3f} to {out['high']:+.3f})"
     outside = f"; {len(out['outside'])} more cannot be compared" if out["outside"] else ""
-    return f"{said}: {out['difference']:+.3f}{interval}, {len(out['pairs'])} pairs of students{outside}."
+    count = len(out["pairs"])
+    return f"{said}: {out['difference']:+.3f}{interval}, {count} pair{'s' * (count > 1)} of students{outside}."

@@ -169,8 +169,10 @@ def _draw_distilled(figure: Figure, axes, distilled: list[Group]) -> Line2D:
         axes.scatter(*_seeds(group, "recall", "precision"), color=colour, **FAINT)
     axes.errorbar(x, y, xerr=xerr, yerr=yerr, ecolor="0.35", **BARS)
     axes.scatter(x, y, c=colours, s=75, edgecolors="white", linewidths=0.8, zorder=4)
-    colourbar(figure, axes, taus)
-    return marker("distilled", "o", "0.75", 9, markerfacecolor=DISTILLED, linestyle="-")
+    if len(taus) > 1:  # a single one has no scale
+        colourbar(figure, axes, taus)
+        return marker("distilled", "o", "0.75", 9, markerfacecolor=DISTILLED, linestyle="-")
+    return marker(distilled[0].label, "o", colours[0], 9)
 
 
 def _draw_group(axes, group: Group, colour, mark: str, size: float, edge: str) -> None:

@@ -148,7 +148,10 @@ def _read(folder: Path) -> _Run:
     groups, curves, config = summary.summarise(rows), cooling.curves(rows), page.read_json(folder / "config.json")
     named, smoke = _named(comparison.read_contrast, config, folder / "config.json"), summary.smoke_samples(groups)
     at_equal = named.arm if named.at_equal_precision and (named.other, named.metric) == ("direct", "recall") else None
-    preregistered = comparison.preregistered(named, curves) if smoke is None else None
+    preregistered = None
+    if smoke is None:
+        preregistered = instruct_page.declared(rows, config.get("instruct") or {})
+        preregistered = preregistered or comparison.preregistered(named, curves)
     return _Run(
         rows, config, page.read_json(folder / "manifest.json"), groups, curves, cooling.standings(curves, at_equal),
         preregistered, smoke,
@@ -174,7 +177,8 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     drawn, captions = _figures(run, section, places), about_run.captions(run.groups) | about_run.map_captions(places)
     if section is not None:
         captions["frontier"] = section.caption
-    rates = instruct_page.read(folder, run.rows, None if run.smoke is not None else run.config.get("instruct"))
+    rates = instruct_page.read(folder, run.rows)
+    captions["pass_rates"] = instruct_page.CAPTION
     shown, cost = _tables(run, section), about_run.cost(run.rows, run.manifest)
     tables.save([*shown, cost, rates["rates"]], folder)
     html = page.render(
@@ -327,6 +331,10 @@ def _figures(
             )  # fmt: skip
     if section is not None:
         drawn["frontier"] = section.figure, section.chart
+    colours = figures.colours_of(groups)
+    rates = instruct_page.figure(run.rows, {curve.label: colours.get(arm, "0.5") for arm, curve in run.curves.items()})
+    if rates is not None:
+        drawn["pass_rates"] = rates
     trainings = loss_curves.read(run.rows)
     if trainings is not None:
         drawn["training"] = loss_curves.figure(trainings), loss_curves.chart(trainings)

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from kd_jax.lm.instruct import contrast, page, pass_rate
+from kd_jax.lm.instruct import contrast, pass_rate
 from kd_jax.lm.instruct.pass_rate import Answers, InstructSpec
 
 
@@ -26,7 +26,7 @@ def row(arm, split, tau, rate, variety, seed=0):
     return {
         "kind": "instruct", "name": f"{arm}/seed-{seed}", "arm": arm, "tau": None, "seed": seed, "split": split,
         "sample_temperature": tau, "pass_rate": rate, "pass_rate_se": 0.1, "best_of_n": rate, "samples_per_prompt": 1,
-        "distinct_2": variety, "finished": 1.0, "length_mean": 9.0,
+        "distinct_2": variety, "repetition_4": 0.0, "finished": 1.0, "length_mean": 9.0, "num_instructions": 8,
     }  # fmt: skip
 
 
@@ -51,35 +51,11 @@ def test_contrast_by_hand():
     varied = [{**one, "distinct_2": 0.99} if one["arm"] == "direct" else one for one in ROWS]
     out = contrast.at_equal_variety(varied, arm="sharp", control="direct")
     assert out["difference"] is None and out["outside"] == [(0, 0)]
-
-
-def answer(name, arm, seed, tau, index, passed):
-    return {
-        "name": name, "arm": arm, "tau": None, "seed": seed, "sample_temperature": tau, "index": index,
-        "prompt": f"prompt {index}", "task": "copy", "answer": f"{name} says {index} at {tau}", "passed": passed,
-        "split": "test",
-    }  # fmt: skip
-
-
-def test_answers_side_by_side(tmp_path):
-    rows = [
-        answer(name, arm, seed, tau, index, index == 0)
-        for name, arm, seed in [("p_star", "p_star", None), *((f"direct/seed-{n}", "direct", n) for n in (1, 0))]
-        for tau in (1.0, 0.6)
-        for index in range(2)
-    ]  # fmt: skip
-    shown = page.side_by_side(rows)
-    assert shown["columns"] == ["p* at 0.6", "direct at 0.6"]
-    assert [prompt for prompt, _ in shown["prompts"]] == ["prompt 0", "prompt 1"]
-    assert [cell["answer"] for cell in shown["prompts"][1][1]] == [
-        "p_star says 1 at 0.6",
-        "direct/seed-0 says 1 at 0.6",
-    ]
-    assert [cell["passed"] for _, cells in shown["prompts"] for cell in cells] == [True, True, False, False]
-    read = page.read(tmp_path, ROWS, {"arm": "sharp", "control": "direct"})
-    assert len(read["rates"].rows) == 7 and not read["prompts"]
-    assert "+0.300, 1 pairs of students." in read["rates"].texts[0]
-    assert not page.read(tmp_path, [], {"arm": "sharp", "control": "direct"})["rates"].texts
+    # The best temperature is 0.6, but there sharp is never as little varied. At 1 it has .3 at its .8.
+    varied = [{**one, "distinct_2": {1.0: 0.8, 0.6: 0.4}[one["sample_temperature"]]} if one["arm"] == "direct" else one
+              for one in ROWS]  # fmt: skip
+    out = contrast.at_equal_variety(varied, arm="sharp", control="direct")
+    assert out["difference"] == pytest.approx(0.3 - 0.9) and out["outside"] == []
 
 
 def test_settings_that_cannot_work():

