@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,28 +31,32 @@ from kd_jax.reporting import page, units
 from kd_jax.storage.files import append_rows, read_rows
 
 
-def precision(judge: Model, tokenizer: Tokenizer, samples: Corpus) -> float:
-    """The judge's log-probability of the samples' text, nats per token of the samples.
+def precisions(judge: Model, tokenizer: Tokenizer, every: Sequence[Corpus]) -> list[float]:
+    """The judge's log-probability of the text of each corpus, nats per token of its samples.
 
     Args:
         judge: with a tokenizer.
         tokenizer: of the samples.
-        samples: after one prompt.
+        every: corpora of samples after the same prompt. They are scored together: fewer shapes are compiled.
     """
-    held, texts, count = samples.rows(), [], 0
-    prompt = samples.manifest["settings"]["prompt_ids"]
-    prefix = alignment.prompt(tokenizer, prompt, judge.tokenizer, judge.eos_ids)
+    prefix = alignment.prompt(tokenizer, every[0].manifest["settings"]["prompt_ids"], judge.tokenizer, judge.eos_ids)
     continues = any(alignment.pieces(judge.tokenizer, prefix))
-    for ids, start, finished in zip(held.tokens, held.prompt_length, held.finished, strict=True):
-        body = ids[start : len(ids) - int(finished)].tolist()
-        texts.append(alignment.reencode(tokenizer, body, judge.tokenizer, continues=continues).ids)
-        count += len(body)
-    texts = [ids for ids in texts if ids]  # an empty sample has no text to score
+    texts, owner, counts = [], [], np.zeros(len(every))
+    for number, corpus in enumerate(every):
+        held = corpus.rows()
+        for ids, start, finished in zip(held.tokens, held.prompt_length, held.finished, strict=True):
+            body = ids[start : len(ids) - int(finished)].tolist()
+            text = alignment.reencode(tokenizer, body, judge.tokenizer, continues=continues).ids
+            counts[number] += len(body)
+            if text:  # an empty sample has nothing to score
+                texts.append(text)
+                owner.append(number)
     lengths = np.array([len(ids) for ids in texts])
     tokens = np.zeros((len(texts), lengths.max()), np.int32)
     for row, ids in zip(tokens, texts, strict=True):
         row[: len(ids)] = ids
-    return float(score.log_prob(judge, tokens, lengths, prefix=prefix)[0].sum(dtype=np.float64) / count)
+    sums = score.log_prob(judge, tokens, lengths, prefix=prefix)[0].sum(axis=1, dtype=np.float64)
+    return (np.bincount(owner, sums, len(every)) / counts).tolist()
 
 
 def main() -> None:
@@ -67,15 +72,16 @@ def main() -> None:
     kept = args.run / "judges" / (re.sub(r"[^\w.=-]", "_", args.judge) + ".jsonl")
     kept.parent.mkdir(exist_ok=True)
     known = {(row["name"], row["temperature"]): row for row in read_rows(kept)} if kept.exists() else {}
-    theirs = []
-    for row in tqdm(students, "second judge"):
-        name, temperature = row["name"], summary.sample_temperature(row)
-        if (name, temperature) not in known:
-            place = evaluation.home(args.run / "evaluation", name, SamplerSpec(sample_temperature=temperature))
-            found = precision(judge, tokenizer, corpus_lib.open(place / "samples"))
-            known[name, temperature] = {"name": name, "temperature": temperature, "precision": found}
-            append_rows(kept, [known[name, temperature]])
-        theirs.append(row | {"precision": known[name, temperature]["precision"]})
+    for name in tqdm(dict.fromkeys(row["name"] for row in students), "second judge"):
+        temperatures = [summary.sample_temperature(row) for row in students if row["name"] == name]
+        left = [t for t in temperatures if (name, t) not in known]
+        homes = [evaluation.home(args.run / "evaluation", name, SamplerSpec(sample_temperature=t)) for t in left]
+        if left:
+            found = precisions(judge, tokenizer, [corpus_lib.open(home / "samples") for home in homes])
+            rows = [{"name": name, "temperature": t, "precision": p} for t, p in zip(left, found, strict=True)]
+            append_rows(kept, rows)
+            known |= {(row["name"], row["temperature"]): row for row in rows}
+    theirs = [row | {"precision": known[row["name"], summary.sample_temperature(row)]["precision"]} for row in students]
     print(table(students, theirs, comparison.read_contrast(config).arm))
 
 

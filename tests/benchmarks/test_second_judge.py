@@ -27,7 +27,7 @@ def test_precision_is_the_judges_log_probability_of_the_text(tmp_path):
         total += sum(log_probs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1]))
     rows = corpus.rows()
     count = sum(map(len, rows.tokens)) - rows.prompt_length.sum() - rows.finished.sum()
-    assert second_judge.precision(judge, PIECES, corpus) == pytest.approx(total / count, rel=1e-5)
+    assert second_judge.precisions(judge, PIECES, [corpus, corpus]) == pytest.approx([total / count] * 2, rel=1e-5)
 
 
 def test_table_has_both_judges():
