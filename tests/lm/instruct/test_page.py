@@ -3,6 +3,7 @@
 import pytest
 
 from kd_jax.lm.instruct import page
+from kd_jax.lm.report import summary
 from tests.lm.instruct.test_pass_rate import ROWS
 
 
@@ -36,6 +37,13 @@ def test_declared_contrast_in_a_sentence():
     assert "+0.300, 1 pair of students." in page.declared(ROWS, {"arm": "sharp", "control": "direct"})
     assert page.declared([], {"arm": "sharp", "control": "direct"}) is None
     assert page.declared(ROWS, {"arm": "", "control": "direct"}) is None
+
+
+def test_an_arm_by_name_is_not_merged_with_the_students_of_its_tau():
+    rows = [{**ROWS[2], "arm": arm, "tau": tau} for arm, tau in (("distilled", 0.8), ("x4", 0.8), ("direct", None))]
+    labels = [line[0] for line in page.table(rows).rows]
+    assert labels == ["tau = 0.8", "x4, tau = 0.8", "direct"]
+    assert labels == [summary.label(row["arm"], row["tau"]) for row in rows]  # as the rest of the page has them
 
 
 def test_table_and_figure_have_a_line_for_each_arm_and_temperature():

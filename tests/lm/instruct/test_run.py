@@ -70,7 +70,7 @@ def test_from_config_to_page(tmp_path):
     assert len(answers) == 5 * 2 * 6 and {row["name"] for row in answers} == {row["name"] for row in checked}
     html = (folder / "report.html").read_text()
     assert "Instructions: pass rates" in html and 'class="verdict wrong"' in html
-    assert "Declared before the run" not in html  # a smoke run decides nothing
+    assert "The declared contrast" not in html  # a smoke run decides nothing
     before = (folder / "metrics.jsonl").read_text()
     run()
     assert (folder / "metrics.jsonl").read_text() == before
