@@ -27,7 +27,7 @@ from kd_jax.lm.report import comparison, cooling, summary
 from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.metrics import statistics
-from kd_jax.reporting import page, units
+from kd_jax.reporting import page, tables, units
 from kd_jax.storage.files import append_rows, read_rows
 
 
@@ -95,7 +95,8 @@ def table(own: list[dict], theirs: list[dict], declared: str) -> str:
         declared: the arm of the declared comparison, marked with a star.
     """
     first, second = cooling.curves(own), cooling.curves(theirs)
-    lines = [("students", "sampled at", "precision", "by the second", "recall - cooled direct's", "by the second")]
+    head = ("students", "sampled at", "precision", "by the second", "recall - cooled direct's", "by the second")
+    lines = []
     for arm, curve in first.items():
         for t in curve.temperatures:
             cells = []
@@ -107,9 +108,7 @@ def table(own: list[dict], theirs: list[dict], declared: str) -> str:
                 cells.append((statistics.show(*units.interval(curve.students, values)[:2]), apart))
             star = "*" * (arm == declared and t == 1)
             lines.append((curve.label + star, f"{t:g}", cells[0][0], cells[1][0], cells[0][1], cells[1][1]))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-    return "\n".join(text.rstrip() for text in texts)
+    return "\n".join(tables.to_text(tables.Table("judges", "", head, lines)))
 
 
 if __name__ == "__main__":
