@@ -72,11 +72,14 @@ def _check_effect(spec: LmSpec, groups: Sequence[Arm]) -> None:
     for part, used, why in (
         ("data", spec.data.source, "config.data.source is empty"),
         ("contrast", spec.contrast.arm, "config.contrast.arm is empty"),
-        ("instruct", spec.instruct.num_test, "config.instruct.num_test is 0"),
         ("frontier", spec.frontier.knobs, "config.frontier.knobs is empty"),
         ("teacher_mesh", any(arm.distill is not None for arm in groups), "no student learns a teacher's distributions"),
     ):
         unused += [] if used else [(part, (), why)]
+    if not spec.instruct.num_test:
+        kinds = {"kinds"} if prompts.TEMPLATES in spec.sampling.prompts else set()  # these choose what is learnt, too
+        names = tuple(field.name for field in dataclasses.fields(spec.instruct) if field.name not in kinds)
+        unused.append(("instruct", names, "config.instruct.num_test is 0"))
     if not spec.sampling.prompts:
         unused.append(("sampling", ("prompts_column",), "config.sampling.prompts is empty"))
         if not spec.data.source:

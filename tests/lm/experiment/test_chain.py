@@ -17,6 +17,7 @@ from benchmarks import lm_capacity as benchmark
 from configs import (
     lm_capacity,
     lm_frontier,
+    lm_instruct_laptop,
     lm_laptop,
     lm_logits_laptop,
     lm_paper,
@@ -246,6 +247,7 @@ def test_rollouts_are_of_students_alone():
     ({"data.text_column": "a"}, "config.data.text_column='a' has no effect: config.data.source is empty"),
     ({"contrast.metric": "entropy"}, "config.contrast.metric='entropy' has no effect: config.contrast.arm is empty"),
     ({"instruct.sample_temperatures": (0.5,)}, "has no effect: config.instruct.num_test is 0"),
+    ({"instruct.kinds": ("copy",)}, "config.instruct.kinds=('copy',) has no effect: config.instruct.num_test is 0"),
     ({"frontier.gains": (9.0,)}, "config.frontier.gains=(9.0,) has no effect"),
     ({"teacher_mesh.tensor": 2}, "config.teacher_mesh.tensor=2 has no effect: no student learns"),
     ({"evaluation.num_points": 50}, "config.evaluation.num_points=50 has no effect"),
@@ -261,6 +263,14 @@ def test_faults_before_any_work(changes, message):
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=re.escape(message)):
         validate(config)
+
+
+def test_kinds_of_instructions_can_be_learnt_without_a_test():
+    config = lm_instruct_laptop.get_config("smoke")
+    unchecked = {"instruct.num_validation": 0, "instruct.num_test": 0, "instruct.arm": "", "instruct.kinds": ("copy",)}
+    unchecked |= {"instruct.sample_temperatures": (1.0,), "instruct.samples_per_prompt": 1, "num_train": 24}
+    config.update_from_flattened_dict(unchecked)
+    validate(config)
 
 
 def test_training_by_updates_leaves_the_stages_of_epochs_as_they_were():
