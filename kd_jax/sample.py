@@ -138,7 +138,7 @@ def _check_length(args: argparse.Namespace, prompt_ids: list[int]) -> None:
 def _sample(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.lm import corpus, decode, weights
     from kd_jax.lm.distill import recorded_top_k
-    from kd_jax.lm.model import Compute
+    from kd_jax.lm.model import Compute, unstack
     from kd_jax.parallel import distributed
     from kd_jax.runs import cache, progress
 
@@ -158,6 +158,8 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
             k, form = args.record_top_k, args.log_prob_format
             settings["teacher"] = recorded_top_k.settings(model, settings["source"], k, form, args.dtype, None)
             record = recorded_top_k.recorder(model, settings["teacher"], compute=compute, mesh=mesh)
+        elif mesh is None:
+            model = model._replace(params=unstack(model.params, delete=True))  # nothing else reads them here
 
         def open_corpus() -> dict[str, Any]:
             return corpus.create_or_resume(args.out, settings, command=command_line.command(argv)).manifest

@@ -82,7 +82,7 @@ def source(tmp_path):
 @pytest.fixture
 def sampler(source, monkeypatch):
     """A door that loads a model without weights, and draws from the scripted sampler."""
-    params = {"embedding": np.ones((3, 2), np.float32)}
+    params = {"embedding": np.ones((3, 2), np.float32), "layers": ()}
     model = model_lib.Model(model_lib.PRESETS["tiny"], params, (EOS,), BOS, tokenizer=tokenizer())
     fake = Sampler()
     fake.model = model
@@ -289,7 +289,7 @@ def test_other_settings_are_refused_before_the_model_is_loaded(sampler, source, 
     assert "seed: 0 -> 1" in text and "sample_temperature: 1.0 -> 0.9" in text
     assert "10 -> 9" in error_of(capsys, sampling(source, tmp_path / "c", "--num_samples", 9))
     monkeypatch.setattr(weights, "load", load)
-    sampler.model = sampler.model._replace(params={"embedding": np.zeros((3, 2), np.float32)})
+    sampler.model = sampler.model._replace(params={"embedding": np.zeros((3, 2), np.float32), "layers": ()})
     assert "model_fingerprint" in error_of(capsys, sampling(source, tmp_path / "c"))
 
 

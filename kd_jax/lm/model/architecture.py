@@ -274,3 +274,25 @@ def logical_axes(architecture: Architecture) -> dict[str, Any]:
     """A tuple of logical axis names for each weight, in the tree of `abstract`; kd_jax.parallel.mesh reads them."""
     boxed = jax.eval_shape(lambda: _boxed(architecture, jax.random.key(0)))
     return jax.tree.map(lambda box: box.names, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+
+
+def unstack(params: dict[str, Any], *, delete: bool = False) -> dict[str, Any]:
+    """The same weights with a tuple of layers instead of a stack; a copy, so that no step of decoding copies any.
+
+    Args:
+        params: in the tree of `abstract`; unstacked ones are returned as they are.
+        delete: whether to delete each stack once it is copied. Weights that are only sampled from, by `params` which
+            are not used again, are then in memory once.
+    """
+    stacks = params["layers"]
+    if isinstance(stacks, tuple):
+        return params
+    # by number: an array on the devices of several processes cannot be iterated over
+    layers = [{} for _ in range(len(next(iter(stacks.values()))))]
+    for name, stack in stacks.items():
+        for i, layer in enumerate(layers):
+            layer[name] = stack[i]
+        if delete:
+            jax.block_until_ready(layers)
+            stack.delete()
+    return {**params, "layers": tuple(layers)}

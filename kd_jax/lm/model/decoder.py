@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from kd_jax import fused
 from kd_jax.lm.model import attention, kv_cache, rotary
-from kd_jax.lm.model.architecture import AXES, Architecture, LayerKind
+from kd_jax.lm.model.architecture import AXES, Architecture, LayerKind, unstack
 from kd_jax.lm.model.kv_cache import Cache, Pages
 from kd_jax.parallel import mesh as mesh_lib
 
@@ -94,14 +94,6 @@ def empty_cache(architecture: Architecture, rows: int, length: int, dtype=jnp.fl
     """A cache of zeros with room for `length` positions in each of `rows` rows."""
     a = architecture
     return kv_cache.empty(a.num_hidden_layers, rows, a.num_key_value_heads, a.head_dim, length, dtype)
-
-
-def unstack(params: dict[str, Any]) -> dict[str, Any]:
-    """The same weights with a tuple of layers instead of a stack; a copy, so that no step of decoding copies any."""
-    stacks = params["layers"]
-    count = len(next(iter(stacks.values())))
-    # by number: an array on the devices of several processes cannot be iterated over
-    return {**params, "layers": tuple({name: stack[i] for name, stack in stacks.items()} for i in range(count))}
 
 
 def forward(

@@ -221,6 +221,16 @@ def test_extend_is_forward(rows, sizes, unstacked_sizes):
         np.testing.assert_allclose(hidden, whole, atol=1e-4, err_msg=f"pieces of {size}")
 
 
+def test_weights_that_are_only_sampled_from_are_held_once():
+    given = jax.tree.map(jnp.array, weights_of(SMALL))
+    copies = jax.tree.map(np.array, given["layers"])
+    layers = model.unstack(given, delete=True)["layers"]
+    assert all(stack.is_deleted() for stack in given["layers"].values()) and not given["embedding"].is_deleted()
+    for name, stack in copies.items():
+        np.testing.assert_array_equal([layer[name] for layer in layers], stack)
+    assert model.unstack(given | {"layers": layers})["layers"] is layers
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_extend_from_prompts_of_different_lengths(side):
