@@ -1,6 +1,7 @@
 """Instruction tuning: does a selective teacher help where quality counts more than diversity?
 
     python -m kd_jax.train --config configs/lm_instruct_laptop.py --workdir runs/instruct
+    python -m kd_jax.train --config configs/lm_instruct_laptop.py:scratch --workdir runs/scratch    (students of 7 M)
     python -m kd_jax.train --config configs/lm_instruct_laptop.py:smoke --workdir runs/smoke    (tiny, minutes)
 
 p* is SmolLM2-135M-Instruct, and students are cut from it: its first and last ten layers, two thirds of all. They learn
@@ -55,7 +56,11 @@ def get_config(arg: str = "") -> ConfigDict:
         kinds=("sentence", "fact", "copy"), arm="sharpened",
     )  # fmt: skip
     config.train.update(epochs=0, updates=150, batch_size=4, learning_rate=3e-4, validations=3)
-    if arg == "smoke":
+    if arg == "scratch":  # small students from random weights, the shape that is configs/lm.py's
+        config.student.update(source="", layers_kept="")
+        config.train.update(learning_rate=2e-3, batch_size=8)
+        config.seeds = 1
+    elif arg == "smoke":
         config.p_star.update(source="", architecture="tiny")
         config.teacher.update(source="", layers=2, width=32, heads=2, kv_heads=1, mlp=64)
         config.student.update(source="", layers_kept="", layers=1, width=16, heads=2, kv_heads=1, mlp=32)
@@ -66,5 +71,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.instruct.update(num_validation=6, num_test=6, samples_per_prompt=2, sample_temperatures=(1.0, 0.8))
         config.train.update(epochs=0, updates=3, batch_size=16, validations=1, log_every=2)
     elif arg:
-        raise ValueError(f"configs/lm_instruct_laptop.py:{arg} is not known; there is lm_instruct_laptop.py:smoke")
+        raise ValueError(f"configs/lm_instruct_laptop.py:{arg} is not known; there are :scratch and :smoke")
     return config

@@ -287,10 +287,13 @@ def test_training_by_updates_leaves_the_stages_of_epochs_as_they_were():
 
 
 @pytest.mark.parametrize("module", [
-    lm_capacity, lm_frontier, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick, lm_prose_laptop, lm_text,
+    lm_capacity, lm_frontier, lm_instruct_laptop, lm_laptop, lm_logits_laptop, lm_paper, lm_paper_quick,
+    lm_prose_laptop, lm_text,
 ])  # fmt: skip
 def test_configs_are_valid(module):
     validate(module.get_config())
+    if module is lm_instruct_laptop:
+        validate(module.get_config("scratch"))
 
 
 def test_the_papers_students_learn_for_one_epoch_and_its_scripts_for_five():
