@@ -44,32 +44,35 @@ class Log:
             write_rows(self._path, [row for row in read_rows(self._path, ROW, cut=True) if row["step"] <= first])
         self._track = trackers.Tracker(names if self._leads else (), folder)
         self._ceiling, self._clock = tokens_at_ceiling, clock
-        # tokens, time, and seconds of rollouts at the previous row; the rate that the bar shows
-        self._previous, self._rate = None, ""
+        # tokens learnt and computed, time, and seconds of rollouts at the previous row; the rate that the bar shows
+        self._computed, self._previous, self._rate = 0, None, ""
         self._bar = progress.bar(tags["name"], first, total, "update", quiet=quiet)
 
-    def update(self, done: int, tokens: int, metrics: Metrics, on_policy: bool | None = None) -> None:
+    def update(self, done: int, tokens: int, computed: int, metrics: Metrics, on_policy: bool | None = None) -> None:
         """Logs an update.
 
         Args:
             done: its number, from 1.
             tokens: learnt from so far.
+            computed: tokens of this update, those of prompts included and padding not.
             metrics: its metrics, as floats.
             on_policy: whether it learnt from the student's own samples; None where no update does.
         """
         self._bar.update(1)
+        self._computed += computed
         if done % self._every and done != self._total:
             return
-        now, speed, share = time.perf_counter(), None, None
+        now, speed, utilisation, share = time.perf_counter(), None, None, None
         rollouts = self._clock.seconds["rollouts"]
         # The first row has no rate: its time includes the compilation.
         if self._previous is not None:
-            seconds = now - self._previous[1]
-            speed, share = (tokens - self._previous[0]) / seconds, (rollouts - self._previous[2]) / seconds
-        self._previous = tokens, now, rollouts
+            learnt, through, then, rolled = self._previous
+            speed, share = (tokens - learnt) / (now - then), (rollouts - rolled) / (now - then)
+            # The share of the FLOPs that the device can do is the model FLOPs utilisation (MFU).
+            utilisation = (self._computed - through) / (now - then) / self._ceiling
+        self._previous = tokens, self._computed, now, rollouts
         values = {"loss": metrics.loss, "gradient_norm": metrics.gradient_norm, "learning_rate": metrics.learning_rate}
-        # The share of the FLOPs that the device can do is the model FLOPs utilisation (MFU).
-        values |= {"tokens_per_second": speed, "share_of_ceiling": speed and speed / self._ceiling}
+        values |= {"tokens_per_second": speed, "share_of_ceiling": utilisation}
         if on_policy is not None:
             values |= {"on_policy": on_policy, "share_of_rollouts": share}
         self._rate = self._rate if speed is None else f", {speed:.0f} tokens/s"

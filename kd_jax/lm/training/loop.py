@@ -249,7 +249,7 @@ def _fetch(
         values = jax.tree.map(lambda leaf, i=i: float(leaf[i]), numbers)
         session.check(done, values, each[i])
         with session.clock("logging"):
-            log.update(done, tokens[i], values, session.on_policy(done))
+            log.update(done, tokens[i], int((each[i].segments > 0).sum()), values, session.on_policy(done))
 
 
 def _save(sessions: list[Session], logs: list[Log], state: State, done: int, evaluate: Evaluate | None) -> None:

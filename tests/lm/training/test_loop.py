@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import types
 from types import SimpleNamespace
 
 import jax
@@ -15,6 +16,7 @@ from kd_jax.lm import training, weights
 from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.lm.training import Member, TrainSpec, loop
 from kd_jax.lm.training.log import Log
+from kd_jax.lm.training.update import Metrics
 from kd_jax.runs.run import Clock
 from kd_jax.storage.files import read_json, read_rows
 
@@ -279,6 +281,20 @@ def test_a_loss_beyond_what_exp_holds_is_logged(tmp_path):
     log.close()
     (row,) = read_rows(tmp_path / "metrics.jsonl")
     assert row["loss"] == 800.0 and row["perplexity"] == float("inf")
+
+
+def test_prompts_count_as_work_and_not_as_learnt(tmp_path, monkeypatch):
+    times = iter([10.0, 14.0])
+    clock = types.SimpleNamespace(perf_counter=lambda: next(times))
+    monkeypatch.setattr("kd_jax.lm.training.log.time", clock)
+    log = Log(tmp_path, {"name": "a"}, 0, 2, 1, (), tokens_at_ceiling=100.0, clock=Clock(), quiet=True)
+    for done, learnt in ((1, 20), (2, 60)):
+        log.update(done, learnt, 120, Metrics(1.0, 9, 1.0, 1.0))
+    log.close()
+    first, second = read_rows(tmp_path / "metrics.jsonl")
+    assert first["tokens_per_second"] is first["share_of_ceiling"] is None
+    # in 4 seconds, 40 tokens are learnt, and 120 run through the model: 0.3 of what it could do
+    assert second["tokens_per_second"] == 10.0 and second["share_of_ceiling"] == 0.3
 
 
 @pytest.mark.slow
