@@ -241,6 +241,7 @@ def contrast(listed: Sequence[Match], way: str, who: str, gain: float) -> str:
     if not wanted:
         return f"The preregistered contrast, at a gain of {gain:g} nats of precision, is not defined in this run."
     difference, more = wanted[0].difference, "more" if wanted[0].difference.mean > 0 else "less"
+    above = f"{gain:g} nat{'s' * (gain != 1)}"
     # The sentence says more or less, so an interval on one side of 0 is given by its sizes.
     low, high = (
         sorted((abs(difference.low), abs(difference.high)))
@@ -248,7 +249,7 @@ def contrast(listed: Sequence[Match], way: str, who: str, gain: float) -> str:
         else (difference.low, difference.high)
     )
     return (
-        f"The preregistered contrast: at equal precision, {gain:g} nats above the direct student's, {who} have "
+        f"The preregistered contrast: at equal precision, {above} above the direct student's, {who} have "
         f"{show(abs(difference.mean), difference.error)} nats {more} recall than the direct student sampled at a lower "
         f"temperature (95 % interval {low:.2f} to {high:.2f}, t test over {difference.dof + 1:g} seeds)."
     )
