@@ -28,10 +28,11 @@ Seed 0 may be run first (--config.seeds=1); the other two follow whatever it sho
 Changed after seed 0 at temperatures 1, 0.6 and 0.3: the first comparison could not be read. `direct` was best at 0.3,
 where its answers are less varied than sharpened's at any of the three. So `direct` is now taken at its best temperature
 among those at which sharpened can be as varied, temperatures 0.8 and 0.45 were added, and recall and samples for
-precision went from 48 rows to 96. Seeds 1 and 2 have not been run: they decide, and seed 0 shows what to expect.
-Seed 0 by this rule: +0.103. Best of 4 did not turn the order round (docs/language_models.md).
+precision went from 48 rows to 96. Seed 0 by this rule: +0.103. Seeds 1 and 2 came after it, on another machine, with
+seed 0 once more: +0.101, -0.013 and +0.243, mean +0.110 (-0.208 to +0.429). Undecided. Best of 4 did not turn the order
+round (docs/language_models.md).
 
-Cost: seed 0 took 89 minutes on two AVX2 cores, part of its evaluation twice.
+Cost: 147 minutes on two AVX-512 cores, with other work beside it at times.
 """
 
 from ml_collections import ConfigDict
