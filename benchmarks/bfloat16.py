@@ -45,9 +45,8 @@ def main() -> None:
     for dtype, (ids, lengths, _) in drawn.items():
         each = {by: scores(by, ids, lengths).sum(1) / (lengths - 1) for by in models}
         difference = each["bfloat16"] - each["float32"]
-        print(
-            f"  samples of {dtype}: " + ", ".join(f"{show(value)} nats a token by {by}" for by, value in each.items())
-        )
+        scored = ", ".join(f"{show(value)} by {by}" for by, value in each.items())
+        print(f"  samples of {dtype}, nats a token: {scored}")
         print(f"    bfloat16 - float32: {show(difference)}; of a sample at most {np.abs(difference).max():.4f}")
 
 

@@ -1,7 +1,7 @@
 """Instruction tuning: does a selective teacher help where quality counts more than diversity?
 
     python -m kd_jax.train --config configs/lm_instruct_laptop.py --workdir runs/instruct
-    python -m kd_jax.train --config configs/lm_instruct_laptop.py:scratch --workdir runs/scratch    (students of 7 M)
+    python -m kd_jax.train --config configs/lm_instruct_laptop.py:scratch --workdir runs/scratch    (small students)
     python -m kd_jax.train --config configs/lm_instruct_laptop.py:smoke --workdir runs/smoke    (tiny, minutes)
 
 p* is SmolLM2-135M-Instruct, and students are cut from it: its first and last ten layers, two thirds of all. They learn
@@ -57,7 +57,7 @@ def get_config(arg: str = "") -> ConfigDict:
         kinds=("sentence", "fact", "copy"), arm="sharpened",
     )  # fmt: skip
     config.train.update(epochs=0, updates=150, batch_size=4, learning_rate=3e-4, validations=3)
-    if arg == "scratch":  # small students from random weights, the shape that is configs/lm.py's
+    if arg == "scratch":  # students from random weights, of the default shape
         config.student.update(source="", layers_kept="")
         config.train.update(learning_rate=2e-3, batch_size=8)
         config.seeds = 1

@@ -158,8 +158,6 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
             k, form = args.record_top_k, args.log_prob_format
             settings["teacher"] = recorded_top_k.settings(model, settings["source"], k, form, args.dtype, None)
             record = recorded_top_k.recorder(model, settings["teacher"], compute=compute, mesh=mesh)
-        elif mesh is None:
-            model = model._replace(params=unstack(model.params, delete=True))  # nothing else reads them here
 
         def open_corpus() -> dict[str, Any]:
             return corpus.create_or_resume(args.out, settings, command=command_line.command(argv)).manifest
@@ -171,6 +169,8 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
             print(f"{args.out}: {rows.num_rows} of {num_samples} samples are there, {left}")
         if not rows.finished:
             each = {} if prompts is None else {"samples_per_prompt": args.samples_per_prompt}
+            if record is None and mesh is None:  # nothing but sampling reads the weights
+                model = model._replace(params=unstack(model.params, delete=True))
             stream = decode.stream(
                 model, prompts or settings["prompt_ids"], num_samples, max_length=settings["max_length"],
                 sampler=_sampler(args), seed=args.seed, first=rows.num_rows, batch_size=args.batch_size,

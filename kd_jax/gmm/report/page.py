@@ -160,11 +160,11 @@ def _finding(compared: list[Match], students: Students) -> str:
 
 
 def _setup(spec: GmmSpec, seeds: int) -> str:
-    students = f"{spec.student_components} component{'s' * (spec.student_components != 1)}"
+    components = f"{spec.student_components} component{'s' * (spec.student_components != 1)}"
     return (
         f"p* is 8 Gaussians in {spec.dim} dimensions. A teacher of {spec.teacher_components} components is fitted "
         f"to {spec.num_data} draws of p* and sharpened by raising its weights to the power beta; students of "
-        f"{students} are fitted to {spec.num_distill} draws of it (distilled) or to the "
+        f"{components} are fitted to {spec.num_distill} draws of it (distilled) or to the "
         f"data (direct). {seeds} seeds, each with data and a teacher of its own. Precision is the mean of log p* over "
         "a student's samples, recall the mean of the student's log density over fresh draws of p*."
     )

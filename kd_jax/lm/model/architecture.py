@@ -281,8 +281,8 @@ def unstack(params: dict[str, Any], *, delete: bool = False) -> dict[str, Any]:
 
     Args:
         params: in the tree of `abstract`; unstacked ones are returned as they are.
-        delete: whether to delete each stack once it is copied. Weights that are only sampled from, by `params` which
-            are not used again, are then in memory once.
+        delete: whether to delete each stack once it is copied, so that memory holds the weights once. `params` cannot
+            be used afterwards.
     """
     stacks = params["layers"]
     if isinstance(stacks, tuple):
