@@ -26,6 +26,11 @@ def student(row: dict) -> Student:
     return row.get("teacher") or 0, row.get("seed")
 
 
+def arm(row: dict) -> str:
+    """The arm of a row as the config names it: rows of config.taus have the arm "distilled" and their tau."""
+    return f"tau-{row['tau']:g}" if row["arm"] == "distilled" and row.get("tau") is not None else row["arm"]
+
+
 def per_unit(students: Sequence[Student], values: np.ndarray) -> np.ndarray:
     """Values [student, ...] averaged within the units: [teacher, ...] where there are several, else as they are."""
     teachers = [teacher for teacher, _ in students]

@@ -111,8 +111,15 @@ def _short(value: Any) -> str:
 
 def _check_names(spec: LmSpec, names: list[str]) -> None:
     """That the arms named by other settings are arms of the run, and that the contrast can be made."""
-    contrast = spec.contrast
+    contrast, instruct = spec.contrast, spec.instruct
+    if contrast.arm and instruct.arm:
+        raise ValueError(
+            f"config.contrast.arm={contrast.arm!r} and config.instruct.arm={instruct.arm!r}: "
+            "a run declares one comparison; leave one of them empty"
+        )
     named = {"config.cooled_arms": spec.cooled_arms}
+    if instruct.arm:
+        named |= {"config.instruct.arm": (instruct.arm,), "config.instruct.control": (instruct.control,)}
     if contrast.arm:
         named |= {"config.contrast.arm": (contrast.arm,), "config.contrast.other": (contrast.other,)}
     for key, arms_named in named.items():

@@ -24,7 +24,7 @@ def at_equal_variety(
 
     Args:
         rows: of kind "instruct".
-        arm, control: names of arms that share teachers and seeds.
+        arm, control: names of arms that share teachers and seeds, as the config has them ("tau-0.8", "direct").
         metric: of the rows, "pass_rate" or "best_of_n".
 
     Returns: `difference`, `low` and `high` of its 95 % interval over pairs (None for fewer than two), `pairs`, the
@@ -32,7 +32,7 @@ def at_equal_variety(
         temperatures.
     """
     differences, pairs, outside = [], [], []
-    for pair in sorted({units.student(row) for row in rows if row["arm"] == control}):
+    for pair in sorted({units.student(row) for row in rows if units.arm(row) == control}):
         # np.interp needs a rising axis.
         curve = sorted(_of(rows, arm, pair, "test"), key=lambda row: row["distinct_2"])
         variety = [row["distinct_2"] for row in curve]
@@ -57,4 +57,4 @@ def at_equal_variety(
 
 
 def _of(rows: Sequence[dict[str, Any]], arm: str, pair: units.Student, split: str) -> list[dict[str, Any]]:
-    return [row for row in rows if (row["arm"], units.student(row), row["split"]) == (arm, pair, split)]
+    return [row for row in rows if (units.arm(row), units.student(row), row["split"]) == (arm, pair, split)]

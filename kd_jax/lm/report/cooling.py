@@ -104,7 +104,7 @@ def curves(rows: list[dict]) -> dict[str, Curve]:
     rows_of: dict[str, dict[float, dict[Student, dict]]] = {}
     for row in summary.of_kind(rows, "evaluation"):
         if summary.is_student_row(row):
-            arm = rows_of.setdefault(summary.arm_name(row), {})
+            arm = rows_of.setdefault(units.arm(row), {})
             arm.setdefault(summary.sample_temperature(row), {})[units.student(row)] = row
     made = {}
     for arm, by_temperature in rows_of.items():

@@ -161,11 +161,6 @@ def group_key(row: dict) -> tuple:
     return arm, None if tau is None else float(tau), row["name"] if alone else None
 
 
-def arm_name(row: dict) -> str:
-    """The name of a student's arm: rows of config.taus have the arm "distilled", and their tau tells them apart."""
-    return f"tau-{row['tau']:g}" if row["arm"] == "distilled" and row.get("tau") is not None else row["arm"]
-
-
 def label(arm: str, tau: float | None, name: str | None = None) -> str:
     """How the page names a group.
 

@@ -109,10 +109,16 @@ def test_more_teachers_of_data_share_no_document():
     ({"cooled_arms": ("tau-3",)}, "config.cooled_arms: 'tau-3' is not one of"),
     ({"evaluation.sample_temperatures": (1.0,)}, "config.contrast.at_equal_precision needs direct at several"),
     ({"cooled_arms": ("tau-1",)}, "config.contrast.at_equal_precision needs direct at several"),
+    ({"instruct.arm": "tau-1"}, "config.contrast.arm='tau-0.5' and config.instruct.arm='tau-1': a run declares one"),
+    ({"contrast.arm": "", "instruct.arm": "tau-2"}, "config.instruct.arm: 'tau-2' is not one of the run's arms"),
+    ({"contrast.arm": "", "instruct.arm": "tau-1", "instruct.control": "x"}, "config.instruct.control: 'x'"),
 ])  # fmt: skip
 def test_faults_of_the_contrast(changes, message):
     config = lm_laptop.get_config("smoke")
     config.update_from_flattened_dict({"contrast.arm": "tau-0.5", **changes})
+    if "instruct.arm" in changes:
+        config.sampling.update(prompt="", prompt_ids=(), prompts=("templates:validation",))
+        config.instruct.update(num_validation=4, num_test=4)
     with pytest.raises(ValueError, match=re.escape(message)):
         validate(config)
 

@@ -38,6 +38,13 @@ ROWS = [
 ]  # fmt: skip
 
 
+def test_contrast_of_arms_by_tau_has_the_names_of_the_config():
+    by_tau = [{**one, "arm": "distilled", "tau": 0.8} if one["arm"] == "sharp" else one for one in ROWS]
+    other = [{**one, "tau": 1.0, "pass_rate": 0.0} for one in by_tau if one["arm"] == "distilled"]
+    out = contrast.at_equal_variety([*by_tau, *other], arm="tau-0.8", control="direct")
+    assert out["difference"] == pytest.approx(0.3)
+
+
 def test_contrast_by_hand():
     out = contrast.at_equal_variety(ROWS, arm="sharp", control="direct")
     # direct at 0.6 has distinct-2 .55: half way between sharp's .5 and .6, so .6 against .3
