@@ -13,7 +13,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 
 CHUNK = 256  # rows whose distances to all points of the other set are held at a time
 
@@ -114,6 +113,8 @@ def expected_coverage(num_real: int, num_fake: int, k: int) -> np.ndarray:
         num_real, num_fake: points of each set.
         k: which neighbour a ball reaches to.
     """
+    from scipy import stats  # half a second, which every command would pay
+
     draws, inside = np.arange(num_fake + 1)[:, None], np.arange(k)
     probability = stats.betabinom.pmf(inside, draws, k, num_real - k)
     return 1 - ((k - inside) * probability).sum(axis=1) / k

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy import optimize, stats
+from scipy.special import stdtr, stdtridf, stdtrit
 
 
 class Interval(NamedTuple):
@@ -41,7 +41,7 @@ class Interval(NamedTuple):
         """Two-sided, of the hypothesis that the mean is zero. NaN without an error; an error of 0 gives 0 or 1."""
         if not self.error:
             return float(self.mean == 0)
-        return float(2 * stats.t.sf(abs(self.mean) / self.error, self.dof))
+        return float(2 * stdtr(self.dof, -abs(self.mean) / self.error))
 
 
 def t_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
@@ -60,7 +60,7 @@ def t_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -
     # ddof = 1, as the mean is estimated from the same values. t instead of the normal, as the error of a few values is
     # itself uncertain.
     mean, error, dof = values.mean(), values.std(ddof=1) / np.sqrt(values.size), values.size - 1
-    reach = stats.t.ppf((1 + confidence) / 2, dof) * error
+    reach = stdtrit(dof, (1 + confidence) / 2) * error
     return Interval(float(mean), float(error), float(mean - reach), float(mean + reach), float(dof))
 
 
@@ -88,7 +88,7 @@ def two_way(values: np.ndarray, confidence: float = 0.95) -> Interval:
     unit_part = by_unit.var(ddof=1) / units
     # By chance the difference can fall below zero; a variance cannot.
     sequence_part = max(by_sequence.var(ddof=1) / sequences - interaction, 0.0)
-    quantiles = stats.t.ppf((1 + confidence) / 2, [units - 1, sequences - 1])
+    quantiles = stdtrit([units - 1, sequences - 1], (1 + confidence) / 2)
     error = np.sqrt(unit_part + sequence_part)
     reach = np.sqrt(quantiles**2 @ [unit_part, sequence_part])
     dof = _dof(reach / error, confidence, units - 1, sequences - 1) if error else units - 1
@@ -97,9 +97,7 @@ def two_way(values: np.ndarray, confidence: float = 0.95) -> Interval:
 
 def _dof(quantile: float, confidence: float, one: float, other: float) -> float:
     """The degrees of freedom of the t distribution with this quantile; they lie between those of the parts."""
-    low, high = min(one, other), max(one, other)
-    miss = lambda dof: stats.t.ppf((1 + confidence) / 2, dof) - quantile  # noqa: E731
-    return optimize.brentq(miss, low, high) if miss(low) > 0 > miss(high) else low if miss(low) <= 0 else high
+    return np.clip(stdtridf((1 + confidence) / 2, quantile), min(one, other), max(one, other))
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
+from scipy.special import stdtrit
 
 from kd_jax.metrics import statistics
 from kd_jax.metrics.statistics import Interval
@@ -159,7 +159,7 @@ def _welch(a: Interval, b: Interval) -> Interval:
     error, mean = float(np.sqrt(parts.sum())), b.mean - a.mean
     spread = sum(part**2 / dof for part, dof in zip(parts, (a.dof, b.dof), strict=True) if dof)
     dof = parts.sum() ** 2 / spread if spread else math.inf
-    reach = stats.t.ppf(0.975, dof) * error
+    reach = stdtrit(dof, 0.975) * error
     return Interval(mean, error, mean - reach, mean + reach, float(dof))
 
 
