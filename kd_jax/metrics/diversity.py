@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_jax.metrics.mean import Mean
+from kd_jax.metrics.points import checked
 
 
 def vendi_score(points: jax.Array) -> float:
@@ -21,7 +22,7 @@ def vendi_score(points: jax.Array) -> float:
         points: [N, D]; at most one [min(N, D), min(N, D)] matrix is made of them.
     """
     # The factor undoes the division by the small kernel's size; the eigenvalues are those of the kernel / N.
-    return vendi_score_of_kernel(_cosine_kernel(jnp.asarray(points)) * (min(points.shape) / len(points)))
+    return vendi_score_of_kernel(_cosine_kernel(_with_directions(points)) * (min(points.shape) / len(points)))
 
 
 def vendi_score_of_kernel(kernel: np.ndarray) -> float:
@@ -53,7 +54,7 @@ def prompt_diversity(points: jax.Array, prompts: jax.Array) -> Mean:
         prompts: int [N], which prompt each belongs to, from 0.
     Returns: a Mean over the prompts with two samples or more, from 0 (all the same) to 2; NaN if there are none.
     """
-    return _prompt_diversity(jnp.asarray(points), jnp.asarray(prompts), int(np.max(prompts)) + 1)
+    return _prompt_diversity(_with_directions(points), jnp.asarray(prompts), int(np.max(prompts)) + 1)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -67,6 +68,13 @@ def _prompt_diversity(points, prompts, num_prompts):
     return Mean.of(1 - cosine, where=pairs > 0)
 
 
+def _with_directions(points):
+    points = checked(points, "the points")
+    zero = np.flatnonzero(~np.asarray(points.any(axis=1)))
+    if len(zero):
+        raise ValueError(f"row {zero[0]} of the points is zero, and has no direction to compare")
+    return points
+
+
 def _directions(points):
-    points = points.astype(jnp.promote_types(points.dtype, jnp.float32))
     return points / jnp.linalg.norm(points, axis=-1, keepdims=True)

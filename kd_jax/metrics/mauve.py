@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax.metrics.points import checked
+
 # Values of the mixture weight; the area is a trapezoid sum over them.
 _GRID = 1001
 _HIGHEST = jax.lax.Precision.HIGHEST  # distances keep float32's digits on every device
@@ -44,9 +46,10 @@ def compare(
     Raises: ValueError for sets that differ in N or D, whose scores could not be compared, and for a number of buckets
         below 2 or above N.
     """
-    real = jnp.asarray(real, jnp.float32)
+    real = checked(real, "the real points")
+    fakes = {name: checked(fake, f"the points of {name}") for name, fake in fakes.items()}
     for name, fake in fakes.items():
-        if np.shape(fake) != real.shape or real.ndim != 2:
+        if np.shape(fake) != real.shape:
             raise ValueError(
                 f"{name} has shape {np.shape(fake)} and the real points {real.shape}: only sets of the same number of "
                 "points [N, D] have scores that can be compared"
@@ -57,7 +60,7 @@ def compare(
         raise ValueError(f"num_buckets={buckets} must be from 2 to the number of points, {len(real)}")
     scores = {}
     for name, fake in fakes.items():
-        points = jnp.concatenate([real, jnp.asarray(fake, jnp.float32)])
+        points = jnp.concatenate([real, fake]).astype(jnp.float32)
         # Real and fake points are clustered together, and the same start is used for every set.
         cluster = np.asarray(_clusters(jax.random.key(seed), points, buckets))
         p, q = (np.bincount(part, minlength=buckets) / len(real) for part in np.split(cluster, 2))

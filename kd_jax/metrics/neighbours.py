@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kd_jax.metrics.points import checked
+
 CHUNK = 256  # rows whose distances to all points of the other set are held at a time
 
 
@@ -121,9 +123,9 @@ def expected_coverage(num_real: int, num_fake: int, k: int) -> np.ndarray:
 
 
 def _checked(real, fake, k):
-    real, fake = jnp.asarray(real), jnp.asarray(fake)
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise ValueError(f"need points [N, D] and [M, D], not {real.shape} and {fake.shape}")
+    real, fake = checked(real, "the real points"), checked(fake, "the fake points")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(f"need points of one dimension, not {real.shape} and {fake.shape}")
     if not 1 <= k < min(len(real), len(fake)):
         raise ValueError(f"k={k} must be at least 1 and below the number of points ({len(real)} and {len(fake)})")
     return real, fake

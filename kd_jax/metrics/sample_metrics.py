@@ -22,7 +22,8 @@ class Samples:
     Attributes:
         fake: [M, D], embeddings of a model's samples.
         real: [N, D], embeddings of data; None for metrics of the samples alone.
-        prompts: int [M], which prompt each of the samples continues, from 0; None without prompts.
+        prompts: int [G], which prompt each of the grouped samples continues, from 0; None without prompts.
+        grouped: [G, D], samples with several of each prompt; `fake` by default.
         k: which neighbour a ball reaches to.
         num_buckets, seed: of MAUVE.
     """
@@ -30,6 +31,7 @@ class Samples:
     fake: np.ndarray
     real: np.ndarray | None = None
     prompts: np.ndarray | None = None
+    grouped: np.ndarray | None = None
     k: int = 5
     num_buckets: int | None = None
     seed: int = 0
@@ -110,7 +112,11 @@ _ROWS = (
     SampleMetric(
         "prompt_diversity", "mean cosine distance between samples of one prompt (Kirk et al. 2024)", ("prompts",),
         "cosine distance", "samples of one prompt differ more",
-        lambda samples: float(diversity.prompt_diversity(samples.fake, samples.prompts).mean),
+        lambda samples: float(
+            diversity.prompt_diversity(
+                samples.fake if samples.grouped is None else samples.grouped, samples.prompts
+            ).mean
+        ),
     ),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Texts as points: the mean hidden state of a model over each text, kept in a file.
+"""Texts as points: the mean hidden state of a model over each generated text, kept in a file.
 
 The model is any that loads, best not p* (whose own likelihood is a metric already). Where it has another tokenizer than
 the corpus, texts are decoded and encoded again.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ def mean_hidden_states(
     path: Path, key: dict[str, Any], load: Callable[[], Model], rows: Rows, tokenizer: Any, *, label: str,
     batch_tokens: int | None = None, compute: Compute = DEFAULT, mesh: Mesh | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """The embedding of each row, float32 [n, width]: its last hidden states, averaged over all of its tokens.
+    """The embedding of each row, float32 [n, width]: its last hidden states, averaged over the tokens after
+    the prompt (two answers to one long prompt would otherwise lie close together, whatever they say).
 
     Args:
         path: the .npz it is kept in.
@@ -40,7 +41,7 @@ def mean_hidden_states(
         tokenizer: of the rows; None where they are ids of the model that embeds.
         label: of the progress bar.
         batch_tokens: about how many tokens run at a time; by default score.tokens_at_once.
-    Raises: RunError where the file is damaged.
+    Raises: RunError where the file is damaged, FloatingPointError where an embedding is not finite.
     """
     text = json.dumps(key, sort_keys=True)
     if path.exists():
@@ -48,22 +49,30 @@ def mean_hidden_states(
         if str(arrays.get("key")) == text:
             return arrays["embeddings"]
     model = load()
-    ids = _ids(rows.tokens, tokenizer, model)
+    ids, starts = _ids(rows, tokenizer, model)
     lengths = np.array([len(row) for row in ids])
     batch_tokens = score.tokens_at_once(model, mesh) if batch_tokens is None else batch_tokens
     out = np.zeros((len(ids), model.architecture.hidden_size), np.float32)
     with progress.bar(label, 0, int(lengths.sum()), "token") as bar:
         for chosen, shape in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
-            # Rows that only fill up the last batch have length 1: a mean over no position would be NaN.
-            batch, sizes = np.zeros(shape, np.int32), np.ones(shape[0], np.int32)
+            batch, inside = np.zeros(shape, np.int32), np.zeros(shape, bool)
+            inside[:, 0] = True  # of rows that only fill up the last batch: a mean over no position would be NaN
             for i, row in enumerate(chosen):
-                batch[i, : lengths[row]], sizes[i] = ids[row], lengths[row]
+                batch[i, : lengths[row]] = ids[row]
+                inside[i] = False
+                inside[i, starts[row] : lengths[row]] = True
             if mesh is not None:
-                batch = distributed.spread(batch, mesh_lib.sharding(("batch", None), mesh))
-                sizes = distributed.spread(sizes, mesh_lib.sharding(("batch",), mesh))
-            means = distributed.fetch(_means(model.params, batch, sizes, model.architecture, compute))
+                batch, inside = (
+                    distributed.spread(array, mesh_lib.sharding(("batch", None), mesh)) for array in (batch, inside)
+                )
+            means = distributed.fetch(_means(model.params, batch, inside, model.architecture, compute))
             out[chosen] = means[: len(chosen)]
             bar.update(int(lengths[chosen].sum()))
+    wrong = np.flatnonzero(~np.isfinite(out).all(axis=1))
+    if len(wrong):
+        raise FloatingPointError(
+            f"{label}: the embedding of row {wrong[0]} is not finite ({len(wrong)} in all); try the model in float32"
+        )
     # Every process has all of the means; one of them writes.
     if distributed.leads():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,21 +81,21 @@ def mean_hidden_states(
     return out
 
 
-def _ids(tokens: Sequence[np.ndarray], tokenizer: Any, model: Model) -> list[np.ndarray]:
-    """The rows as ids of the model that embeds, at most as many as it has positions, and at least one."""
+def _ids(rows: Rows, tokenizer: Any, model: Model) -> tuple[list[np.ndarray], np.ndarray]:
+    """The rows as ids of the model that embeds, at most as many as it has positions, and where each text begins."""
     limit = model.architecture.max_position_embeddings
     own = compatibility.tokenizer_fingerprint(model)
-    if tokenizer is None or own in (None, tokenizer.fingerprint):
-        return [np.asarray(row)[:limit] for row in tokens]
-    encoded = (model.tokenizer.encode(tokenizer.decode(row)) for row in tokens)
-    # a text of no token, such as a lone EOS, still has to be a point: the first id stands for it
-    return [np.asarray(row or [0])[:limit] for row in encoded]
+    pairs = [(ids[:start], ids[start:]) for ids, start in zip(rows.tokens, rows.prompt_length, strict=True)]
+    if tokenizer is not None and own not in (None, tokenizer.fingerprint):
+        pairs = [[model.tokenizer.encode(tokenizer.decode(part)) for part in pair] for pair in pairs]
+    # A text of no token, such as a lone EOS, still has to be a point: the token before it, or the first id.
+    ids = [np.asarray([*prompt, *text] or [0])[:limit] for prompt, text in pairs]
+    return ids, np.array([min(len(prompt), len(row) - 1) for (prompt, _), row in zip(pairs, ids, strict=True)])
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _means(params, tokens, lengths, architecture: Architecture, compute: Compute) -> jax.Array:
+def _means(params, tokens, inside, architecture: Architecture, compute: Compute) -> jax.Array:
     # float32 before the sum: in bfloat16 a mean over hundreds of positions loses its digits
     hidden = model_lib.forward(params, architecture, tokens, compute=compute).astype(jnp.float32)
     # selected, not multiplied: padding may hold anything
-    inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    return jnp.where(inside[..., None], hidden, 0).sum(axis=1) / lengths[:, None].astype(jnp.float32)
+    return jnp.where(inside[..., None], hidden, 0).sum(axis=1) / inside.sum(axis=1, dtype=jnp.float32)[:, None]

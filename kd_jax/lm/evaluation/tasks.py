@@ -171,7 +171,7 @@ def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: Sa
         "samples": samples, "num_samples": spec.num_samples, "dtype": spec.dtype,
     }  # fmt: skip
     if plan.embedder is not None:
-        key["embedding_model"] = plan.embedder.fingerprint
+        key |= {"embedding_model": plan.embedder.fingerprint, "num_points": spec.num_points, "points_seed": spec.seed}
     # Given samples are of one temperature, and need no folder for it.
     where = home(plan.folder, name, WHOLE if entry.samples is not None else sampler)
     row = distributed.once(lambda: _kept_row(where, key), f"reading {where}")

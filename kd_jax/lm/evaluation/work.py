@@ -97,18 +97,26 @@ def _p_star_ids(plan: Plan) -> np.ndarray:
 
 
 def _points(plan: Plan, task: Task, samples: Data) -> metrics.Samples:
-    """Equally many points of samples and of validation rows."""
-    size = _num_points(plan)
-    fake = _embeddings(plan, task.home / "embeddings.npz", samples, size, f"{task.name}: embeddings")
+    """Points of samples and validation rows; of samples with prompts of their own, one of each prompt beside a row."""
+    size, each = _num_points(plan), _samples_per_prompt(plan)
+    fake = _embeddings(plan, task.home / "embeddings.npz", samples, size * each, f"{task.name}: embeddings")
     # Metrics of groups (one a prompt) need the prompts as numbers; equal prompts get the same one.
     starts = [tuple(ids[:end]) for ids, end in zip(samples.rows.tokens, samples.rows.prompt_length, strict=True)]
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(starts))}
-    prompts = np.array([number[prompt] for prompt in starts[:size]])
-    return metrics.Samples(fake=fake, real=_data_points(plan)[:size], prompts=prompts, seed=plan.spec.seed)
+    prompts = np.array([number[prompt] for prompt in starts[: len(fake)]])
+    # Samples of one prompt lie in a row, and are alike: together they would seem to cover few of the data.
+    return metrics.Samples(
+        fake=fake[::each], real=_data_points(plan)[:size], grouped=fake, prompts=prompts, seed=plan.spec.seed
+    )
 
 
 def bias_of(plan: Plan) -> dict[str, metrics.Bias]:
-    """The metrics of points between two sets of validation rows, each as large as a model's set."""
+    """The metrics of points between two sets of validation rows, each as large as a model's set.
+
+    None where rows have prompts of their own: a model's samples share the rows' prompts, two sets of rows do not.
+    """
+    if plan.data.prompts is not None:
+        return {}
     points = _data_points(plan)
     return metrics.self_bias(metrics.Samples(fake=points, real=points, seed=plan.spec.seed))
 
@@ -119,13 +127,18 @@ def _data_points(plan: Plan) -> np.ndarray:
 
 def _num_points(plan: Plan) -> int:
     # half of the validation rows at most: the bias is that of one half against the other
-    return min(plan.spec.num_points, plan.spec.num_samples, len(plan.data.rows.length) // 2)
+    samples = plan.spec.num_samples // _samples_per_prompt(plan)
+    return min(plan.spec.num_points, samples, len(plan.data.rows.length) // 2)
+
+
+def _samples_per_prompt(plan: Plan) -> int:
+    return 1 if plan.data.prompts is None else plan.spec.samples_per_prompt
 
 
 def _embeddings(plan: Plan, path: Path, data: Data, size: int, label: str) -> np.ndarray:
     """Those of the first `size` rows."""
     rows = data.rows._replace(**{n: column[:size] for n, column in data.rows._asdict().items() if column is not None})
-    key = _scores_key(plan, plan.embedder, data) | {"num_rows": size}
+    key = _scores_key(plan, plan.embedder, data) | {"num_rows": size, "of": "generated tokens"}
     return embeddings.mean_hidden_states(
         path, key, plan.embedder.load, rows, plan.p_star.metadata.tokenizer, label=label,
         batch_tokens=plan.spec.batch_tokens, **plan.run,

@@ -11,25 +11,27 @@ from kd_jax.lm.weights.tokenizer import Tokenizer
 from tests.lm.evaluation.test_precision_recall import SMALL, drawn, random_model, settings
 
 
-def hidden_means(model, rows):
-    """From the forward pass of one row at a time."""
+def hidden_means(model, rows, starts):
+    """From the forward pass of one row at a time, over the tokens from `starts` on."""
     out = []
-    for ids in rows:
+    for ids, start in zip(rows, starts, strict=True):
         hidden = model_lib.forward(model.params, model.architecture, np.asarray(ids)[None])
-        out.append(np.asarray(hidden, np.float64)[0].mean(axis=0))
+        out.append(np.asarray(hidden, np.float64)[0, start:].mean(axis=0))
     return np.array(out)
 
 
 def letters(words):
-    return Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, words[0])))
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, words[0]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(backend)
 
 
 @pytest.mark.long
-def test_a_text_is_the_mean_of_its_hidden_states(tmp_path):
+def test_a_text_is_the_mean_of_the_hidden_states_after_its_prompt(tmp_path):
     data = drawn(random_model(0), tmp_path / "data", 9).rows()
     model = random_model(5)
     points = embeddings.mean_hidden_states(tmp_path / "e.npz", {"a": 1}, lambda: model, data, None, label="test")
-    np.testing.assert_allclose(points, hidden_means(model, data.tokens), atol=1e-5)
+    np.testing.assert_allclose(points, hidden_means(model, data.tokens, data.prompt_length), atol=1e-5)
     # kept, by its key
     again = embeddings.mean_hidden_states(tmp_path / "e.npz", {"a": 1}, None, data, None, label="test")
     np.testing.assert_array_equal(again, points)
@@ -40,8 +42,8 @@ def test_a_model_with_another_tokenizer_reads_the_text(tmp_path):
     data = drawn(random_model(0), tmp_path / "data", 9).rows()
     model = random_model(5)._replace(tokenizer=letters("ebcda"))
     points = embeddings.mean_hidden_states(tmp_path / "e.npz", {}, lambda: model, data, letters("abcde"), label="test")
-    texts = [model.tokenizer.encode(letters("abcde").decode(ids)) for ids in data.tokens]
-    np.testing.assert_allclose(points, hidden_means(model, texts), atol=1e-5)
+    texts = [["ebcda".index("abcde"[i]) for i in ids] for ids in data.tokens]
+    np.testing.assert_allclose(points, hidden_means(model, texts, data.prompt_length), atol=1e-5)
 
 
 @pytest.mark.long
@@ -50,14 +52,18 @@ def test_metrics_of_points_are_columns_with_their_bias(tmp_path):
     weights.save(random_model(5), tmp_path / "embedder")
     spec = settings(30, embedding_model=str(tmp_path / "embedder"), num_points=25)
     (row,) = evaluation.evaluate(random_model(0), {"m": Entry(random_model(1))}, validation, spec, tmp_path / "out")
-    samples = corpus.open(tmp_path / "out/m/samples").rows().tokens[:25]
-    fake, real = (hidden_means(random_model(5), rows) for rows in (samples, validation.rows().tokens[:50]))
+    samples, rows = corpus.open(tmp_path / "out/m/samples").rows(0, 25), validation.rows(0, 50)
+    fake, real = (hidden_means(random_model(5), part.tokens, part.prompt_length) for part in (samples, rows))
     expected = metrics.knn_precision_recall(np.float32(real[:25]), np.float32(fake), 5)
     assert row["knn_precision"] == pytest.approx(float(expected.precision), abs=1e-6)
     assert row["knn_coverage"] == pytest.approx(float(expected.coverage), abs=1e-6)
     assert -1 < row["knn_recall_bias"] <= 0.1 and row["vendi_score_bias"] is None and row["vendi_score"] > 1
     names = {name for metric in metrics.SAMPLE_METRICS for name in (metric, f"{metric}_bias")}
     assert names <= set(row)
+    # another number of points is another result, in the same folder
+    fewer = settings(30, embedding_model=str(tmp_path / "embedder"), num_points=20)
+    (other,) = evaluation.evaluate(random_model(0), {"m": Entry(random_model(1))}, validation, fewer, tmp_path / "out")
+    assert other["vendi_score"] != row["vendi_score"] and other["recall"] == row["recall"]
     # without an embedding model these are absent, and all else is the same
     plain = settings(30)
     (other,) = evaluation.evaluate(random_model(0), {"m": Entry(random_model(1))}, validation, plain, tmp_path / "b")

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 
-from kd_jax.lm import corpus, evaluation
+from kd_jax import metrics
+from kd_jax.lm import corpus, evaluation, weights
 from kd_jax.lm.corpus import prompt_files
 from kd_jax.lm.decode import WHOLE, SamplerSpec, to_corpus
 from kd_jax.lm.evaluation import Entry, EvaluationSpec, LazyModel, estimates, scores
 from kd_jax.lm.evaluation.scores import Wanted
+from tests.lm.evaluation.test_embeddings import hidden_means
 from tests.lm.evaluation.test_precision_recall import EOS, VOCAB, log_prob, random_model, settings
 
 PROMPTS = [[1], [2, 3], [3, 1, 1]]
@@ -38,10 +40,10 @@ def test_both_are_sums_over_all_answers_to_each_prompt(tmp_path):
     )
     np.testing.assert_allclose(np.exp(p).sum(axis=1), 1, rtol=1e-5)
     lengths = np.array([len(ids) for ids in ANSWERS])
-    for name, weights, values in (("precision", np.exp(q), p), ("recall", np.exp(p), q)):
-        expected = (weights * values).sum() / (weights * lengths).sum()
+    for name, chances, values in (("precision", np.exp(q), p), ("recall", np.exp(p), q)):
+        expected = (chances * values).sum() / (chances * lengths).sum()
         assert abs(row[name] - expected) < 0.1 and row[name] == pytest.approx(expected, rel=0.04), name
-        assert abs(row[f"{name}_per_sequence"] - (weights * values).sum() / 3) < 0.2
+        assert abs(row[f"{name}_per_sequence"] - (chances * values).sum() / 3) < 0.2
     drawn = corpus.open(tmp_path / "out" / "other" / "samples").rows()
     assert prompt_files.of_rows(drawn) == [prompt for prompt in prompts for _ in range(EACH)]
     # errors are by prompt: three of them, however many answers
@@ -106,3 +108,23 @@ def test_only_what_the_mask_says_is_scored(tmp_path):
     ids = scores.likeliest_ids(tmp_path / "ids.npz", {}, lambda: model, rows, label="rows")
     (same,) = scores.score_rows([Wanted(tmp_path / "t.npz", {})], lambda: model, rows, label="rows", other=ids)
     assert len(ids) == 4 and same.agreement.tolist() == [3, 1]
+
+
+@pytest.mark.slow
+def test_points_of_answers_are_one_a_prompt_and_all_of_them_for_diversity(tmp_path):
+    prompts = [[1, a, b] for a in range(VOCAB) for b in range(VOCAB) if EOS not in (a, b)] + [
+        [3, 1, a] for a in (0, 1, 3, 4)
+    ]
+    validation = answers(random_model(0), tmp_path / "data", prompts, 2)
+    weights.save(random_model(5), tmp_path / "embedder")
+    spec = settings(60, samples_per_prompt=3, embedding_model=str(tmp_path / "embedder"))
+    (row,) = evaluation.evaluate(random_model(0), {"m": Entry(random_model(1))}, validation, spec, tmp_path / "out")
+    samples, data = corpus.open(tmp_path / "out/m/samples").rows(), validation.rows()
+    fake, real = (hidden_means(random_model(5), part.tokens, part.prompt_length) for part in (samples, data))
+    expected = metrics.knn_precision_recall(np.float32(real[:20]), np.float32(fake[::3]), 5)
+    assert (row["knn_recall"], row["knn_density"]) == pytest.approx((expected.recall, expected.density), abs=1e-6)
+    units = fake / np.linalg.norm(fake, axis=1, keepdims=True)
+    own = [1 - units[i : i + 3] @ units[i : i + 3].T for i in range(0, 60, 3)]
+    assert row["prompt_diversity"] == pytest.approx(np.mean([one[np.triu_indices(3, 1)] for one in own]), abs=1e-5)
+    # two sets of rows have different prompts, a model's samples and the rows the same ones
+    assert row["knn_recall_bias"] is None
