@@ -103,7 +103,7 @@ def split(words: Sequence[str], types: dict[str, Any]) -> tuple[list[str], dict[
         if len(values) > 1:
             grid[flag] = values
         else:
-            fixed.append(word)
+            fixed.append(f"{flag}={values[0]}" if values and "=" in word else word)
     return fixed, grid
 
 
@@ -119,7 +119,8 @@ def split_values(text: str, hint: Any) -> list[str]:
     values = [match[1] for match in re.finditer(pattern, text) if match.start() < len(text)]
     members = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
     if not members:
-        return [value.strip("\"'") for value in values] if len(values) > 1 else [text]
+        quoted = hint is str and len(values) == 1 and values[0][:1] in ('"', "'")
+        return [value.strip("\"'") for value in values] if len(values) > 1 or quoted else [text]
     if len(values) < 2 or not all(value[:1] in ("[", "(") for value in values):
         return [text]
     # Texts in a tuple are written as a,b without quotes; other tuples as in Python.

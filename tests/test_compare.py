@@ -1,6 +1,7 @@
 """The page of several runs: its differences against SciPy, how they are paired, and what is refused."""
 
 import csv
+import html
 import json
 import re
 
@@ -149,3 +150,11 @@ def test_what_cannot_be_compared_is_said_before_anything_is_written(tmp_path, ca
     make_run(tmp_path / "young", [row for row in make_rows(seeds=1, taus=(1.0,)) if row["kind"] != "evaluation"])
     assert compare.main(["compare", *(str(tmp_path / word) for word in words), f"--out={tmp_path / 'out'}"]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_another_prompt_is_another_p_star(tmp_path):
+    a, b = lm_pair(tmp_path)
+    for value, said in (("The", False), ("Once upon", True)):
+        runs = [run._replace(config={**run.config, "sampling": {"prompt": p}}) for run, p in ((a, "The"), (b, value))]
+        path, _ = run_comparison.write(runs, tmp_path / "out", "kd-jax compare a b")
+        assert ("p* differs between these runs (sampling.prompt)" in html.unescape(path.read_text())) == said

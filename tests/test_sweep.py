@@ -46,6 +46,7 @@ class Spec:
         ("", str, [""]),
         ("The,A", str, ["The", "A"]),
         ("'Hello, world',A", str, ["Hello, world", "A"]),
+        ('"Once upon a time, there"', str, ["Once upon a time, there"]),
         ("none,0.5", float | None, ["none", "0.5"]),
         ("0.8,1.0", tuple[float, ...], ["0.8,1.0"]),
         ("(0.8,1.0)", tuple[float, ...], ["(0.8,1.0)"]),

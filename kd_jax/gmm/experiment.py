@@ -230,7 +230,7 @@ def plan_of(spec: Spec) -> list[Part]:
         largest = {name: max(getattr(c, name) for c in group) for name in ("dim", *Sizes._fields)}
         # One program for the group: sizes within the largest are traced.
         setting = base._replace(**largest)
-        size = chunk_size(setting, 1 + len(spec.vary.betas), spec.memory_gib)
+        size = chunk_size(setting, 1 + len(spec.vary_betas), spec.memory_gib)
         plan += seed_parts(spec, setting, size, min(spec.vary.seeds, spec.seeds), tuple(group))
     return plan
 
@@ -245,7 +245,7 @@ def run(spec: Spec, folder: Path) -> dict:
 
     def program(part: Part, seeds) -> dict:
         if part.cells:
-            return {"cells": cell_sweep(part.setting, seeds, part.cells, spec.vary.betas, spec.tol)}
+            return {"cells": cell_sweep(part.setting, seeds, part.cells, spec.vary_betas, spec.tol)}
         made = sweep(part.setting, seeds, numbers)
         return {name: _plain(value) for name, value in made._asdict().items()}
 
@@ -282,7 +282,7 @@ def _like(spec: Spec, part: Part) -> dict:
     """Arrays of the shapes and types that a part's program makes."""
     seeds, numbers = np.zeros(part.keep, np.uint32), jax.tree.map(np.float32, numbers_of(spec))
     if part.cells:
-        shape = (part.keep, len(part.cells), 1 + len(spec.vary.betas))
+        shape = (part.keep, len(part.cells), 1 + len(spec.vary_betas))
         return {"cells": {name: np.zeros(shape, np.float32) for name in (*Simple._fields, "teacher_entropy")}}
     # Traced only: nothing is computed to learn the shapes.
     shapes = jax.eval_shape(partial(_chains, part.setting), seeds, numbers)
@@ -321,7 +321,7 @@ def _cell_rows(spec: Spec, part: Part, scores: dict):
     """A row for each student of each cell and seed."""
     for c, setting in enumerate(part.cells):
         for s in range(part.keep):
-            for i, beta in enumerate((None, *spec.vary.betas)):
+            for i, beta in enumerate((None, *map(float, spec.vary_betas))):
                 who = {
                     "seed": part.first + s,
                     "arm": DISTILLED if i else DIRECT,

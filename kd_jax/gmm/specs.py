@@ -92,7 +92,7 @@ class VarySpec:
     separation: tuple[float, ...] = setting((), "values of separation", above=0)
     grid: tuple[int, ...] = setting((1, 2, 4, 8), "component counts: every teacher with every student", at_least=1)
     seeds: int = setting(200, "seeds of each of these settings", at_least=1)
-    betas: tuple[float, ...] = setting((1.0, 10.0, 100.0), "betas of each of these settings", above=0)
+    num_betas: int = setting(3, "betas of each of these settings, from beta_min to beta_max", at_least=2)
 
 
 @spec
@@ -114,6 +114,11 @@ class GmmSpec(SweepSpec):
     def __post_init__(self):
         if self.beta_min > self.beta_max:
             raise ValueError(f"beta_min={self.beta_min} must not be above beta_max={self.beta_max}")
+        if (self.num_betas == 1) != (self.beta_min == self.beta_max):
+            raise ValueError(
+                f"num_betas={self.num_betas} from beta_min={self.beta_min} to beta_max={self.beta_max}: "
+                "one beta needs equal ends, and several need different ones"
+            )
         # one axis is varied at a time, so each is checked beside the base's other settings
         vary, own = self.vary, (self.teacher_components, self.student_components)
         self.check_sizes(min((self.num_data, *vary.num_data)), min((self.num_distill, *vary.num_distill)), max(own))
@@ -123,8 +128,16 @@ class GmmSpec(SweepSpec):
     @property
     def betas(self) -> np.ndarray:
         """[num_betas] log-spaced from beta_min to beta_max, both included."""
+        return self._spaced(self.num_betas)
+
+    @property
+    def vary_betas(self) -> np.ndarray:
+        """Fewer of them, with the same ends: the page compares the ends of all settings in one table."""
+        return self._spaced(1 if self.num_betas == 1 else self.vary.num_betas)
+
+    def _spaced(self, count: int) -> np.ndarray:
         # Log-spaced: selectivity changes with the logarithm of beta.
-        return np.geomspace(self.beta_min, self.beta_max, self.num_betas).astype(np.float32)
+        return np.geomspace(self.beta_min, self.beta_max, count).astype(np.float32)
 
 
 @spec

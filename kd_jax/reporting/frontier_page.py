@@ -242,12 +242,8 @@ def contrast(listed: Sequence[Match], way: str, who: str, gain: float) -> str:
         return f"The preregistered contrast, at a gain of {gain:g} nats of precision, is not defined in this run."
     difference, more = wanted[0].difference, "more" if wanted[0].difference.mean > 0 else "less"
     above = f"{gain:g} nat{'s' * (gain != 1)}"
-    # The sentence says more or less, so an interval on one side of 0 is given by its sizes.
-    low, high = (
-        sorted((abs(difference.low), abs(difference.high)))
-        if difference.low * difference.high > 0
-        else (difference.low, difference.high)
-    )
+    # The sentence says how much more, or how much less; its interval does too.
+    low, high = (difference.low, difference.high) if more == "more" else (-difference.high, -difference.low)
     return (
         f"The preregistered contrast: at equal precision, {above} above the direct student's, {who} have "
         f"{show(abs(difference.mean), difference.error)} nats {more} recall than the direct student sampled at a lower "

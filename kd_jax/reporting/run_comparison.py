@@ -24,8 +24,9 @@ from kd_jax.reporting.tables import Number, Table
 from kd_jax.runs.config import flatten
 from kd_jax.storage import files
 
-# Beginnings of the settings that say what p* is: with another p*, numbers of two runs mean different things.
-_P_STAR = ("p_star.", "data.", "dim", "separation")
+# Beginnings of the settings that say what p* is, a distribution of whole texts after a prompt: with another one,
+# numbers of two runs mean different things.
+_P_STAR = ("p_star.", "data.", "sampling.prompt", "sampling.max_length", "dim", "separation")
 # Points that are named in the figure; more would cover each other.
 _LABELLED = 12
 # Settings that the pointer shows of a point.
@@ -179,7 +180,7 @@ def write(runs: Sequence[Run], out: Path, command: str) -> tuple[Path, Table]:
     caveats = [f"Smoke runs, too small for conclusions: {', '.join(smoke)}."] if smoke else []
     apart = [row[0] for row in settings.rows if row[0].startswith(_P_STAR)]
     if apart:
-        caveats.insert(0, f"These runs have different p* ({', '.join(apart)}): their numbers cannot be compared.")
+        caveats.insert(0, f"p* differs between these runs ({', '.join(apart)}): their numbers cannot be compared.")
     html = page.render(
         TEMPLATE, folder=out, command=command, title=TITLE, lead=_lead(runs, settings), caption=_CAPTION,
         caveats=caveats,

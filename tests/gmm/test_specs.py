@@ -62,6 +62,8 @@ def test_every_config_freezes_and_every_setting_says_what_it_is():
     "config, flags, text",
     [
         ("gmm", {"beta_min": 2, "beta_max": 1}, "beta_min=2.0 must not be above beta_max=1.0"),
+        ("gmm", {"beta_max": 1}, "one beta needs equal ends"),
+        ("gmm", {"num_betas": 1}, "one beta needs equal ends"),
         ("gmm", {"num_data": 3}, "num_data=3 points are fewer than 4 components"),
         ("gmm", {"num_distill": 3, "student_components": 4}, "num_distill=3 points are fewer than 4 components"),
         ("gmm", {"vary.num_data": "(2,)"}, "num_data=2 points are fewer than 4 components"),

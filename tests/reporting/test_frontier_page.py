@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from kd_jax.metrics.statistics import Interval
 from kd_jax.reporting import frontier_page
 from kd_jax.reporting.frontier_page import Knob
+from kd_jax.reporting.prices import Match
 
 NOISE = np.array([-0.3, -0.1, 0.1, 0.3])
 
@@ -106,3 +108,15 @@ def test_chart_has_means_errors_and_the_teachers_entropy():
     assert (reference["label"], last["label"], last["line"]) == ("plain", "direct", "")
     (view,) = made["views"]
     assert view["x"] == pytest.approx((-8.5, -2.02)) and view["y"] == pytest.approx((-7.24, -5.4))
+
+
+@pytest.mark.parametrize(
+    "low, high, said",
+    [(-0.31, 0.17, "0.070 ± 0.086 nats less recall"), (-0.20, -0.02, "0.110 ± 0.086 nats less recall"),
+     (0.02, 0.20, "0.110 ± 0.086 nats more recall"), (-0.17, 0.31, "0.070 ± 0.086 nats more recall")],
+)  # fmt: skip
+def test_contrast_has_the_sign_of_its_words(low, high, said):
+    match = Match("way", 1.0, Interval((low + high) / 2, 0.086, low, high, 5), 0.4)
+    text = frontier_page.contrast([match], "way", "they", 1.0)
+    ends = (-high, -low) if "less" in said else (low, high)
+    assert said in text and "95 % interval {:.2f} to {:.2f},".format(*ends) in text
