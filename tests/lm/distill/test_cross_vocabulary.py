@@ -70,11 +70,11 @@ def test_aligned_divergence_is_the_definition(name):
         p, q = (np.array([mass[event] for event in masses[0]]) for mass in masses)
         p, q = (p, q) if name == "forward_kl" else (q, p)
         wanted[row, span] = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 1e-15)
-    found = cross.linear_aligned_divergence(
+    total, found = cross.linear_aligned_divergence(
         teacher=teacher, student=student, pair=pair, shared=shared, divergence=name, temperature=temperature,
         teacher_temperature=teacher_temperature, chunk=3,
     )  # fmt: skip
-    assert pair.mask.sum() > 10
+    assert pair.mask.sum() > 10 and float(total) == pytest.approx(wanted.sum(), rel=2e-5)
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
 
 
@@ -84,23 +84,23 @@ def test_with_one_tokenizer_it_is_the_plain_divergence(name):
     batch, shared, student, teacher = setup(WORDS, WORDS)
 
     def aligned(hidden, head):
-        values = cross.linear_aligned_divergence(
+        total, values = cross.linear_aligned_divergence(
             teacher=teacher, student=Hidden(hidden, head, student.tokens), pair=batch.pair, shared=shared,
             divergence=name, temperature=2.0, chunk=4,
         )  # fmt: skip
-        return cross.at_first_tokens(values, batch.pair.student, batch.mask.shape[1])
+        return total, cross.at_first_tokens(values, batch.pair.student, batch.mask.shape[1])
 
     def plain(hidden, head):
         # The rows of the pair are filled up to another length.
         states = teacher.states[:, : batch.mask.shape[1]]
         logits = {"teacher_logits": states @ teacher.head.T, "student_logits": hidden @ head.T}
-        return jnp.where(batch.mask, losses.divergence(name, **logits, temperature=2.0), 0)
+        values = jnp.where(batch.mask, losses.divergence(name, **logits, temperature=2.0), 0)
+        return values.sum(), values
 
-    both = [jax.jit(f)(*student[:2]) for f in (aligned, plain)]
-    np.testing.assert_allclose(*both, rtol=1e-5, atol=1e-6)
-    found, wanted = (
-        jax.jit(jax.grad(lambda *x, f=f: f(*x).sum(), argnums=(0, 1)))(*student[:2]) for f in (aligned, plain)
+    (found, values), (wanted, plain_values) = (
+        jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(*student[:2]) for f in (aligned, plain)
     )
+    np.testing.assert_allclose(values, plain_values, rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(found, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=2e-6 + 1e-4 * np.abs(theirs).max())
 
@@ -108,7 +108,7 @@ def test_with_one_tokenizer_it_is_the_plain_divergence(name):
 def test_universal_distance_of_spans():
     batch, shared, student, teacher = setup(WORDS, OTHER)
     pair = batch.pair
-    found = cross.linear_aligned_divergence(teacher=teacher, student=student, pair=pair, shared=shared, kind="uld")
+    _, found = cross.linear_aligned_divergence(teacher=teacher, student=student, pair=pair, shared=shared, kind="uld")
     p, q = whole_log_probs(teacher, 1), whole_log_probs(student, 1)
     wanted = np.zeros(pair.mask.shape)
     for row, span in zip(*np.nonzero(pair.mask), strict=True):
@@ -122,6 +122,50 @@ def test_universal_distance_of_spans():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", cross.KINDS)
+def test_its_gradient_is_that_of_whole_logits(kind):
+    batch, shared, student, teacher = setup(WORDS, OTHER)
+    pair = jax.tree.map(jnp.asarray, batch.pair)
+    rows = jnp.arange(pair.mask.shape[0])[:, None]
+
+    def start(states, head, side, spans):
+        log_probs = jax.nn.log_softmax(states @ head.T)
+        of_next = jnp.take_along_axis(log_probs, jnp.roll(side.tokens, -1, 1)[..., None], -1)[..., 0]
+        # position by position, as far as the longest span goes
+        later = sum(
+            jnp.where(n < spans.length, of_next[rows, jnp.minimum(spans.first + n - 1, of_next.shape[1] - 1)], 0)
+            for n in range(1, int(batch.pair.teacher.length.max()) + 2)
+        )
+        first = side.tokens[rows, spans.first]
+        return losses.Start((states @ head.T)[rows, spans.first - 1], first, later, spans.length == 1)
+
+    def dense(states, head):
+        both = start(*teacher[:2], teacher, pair.teacher), start(states, head, student, pair.student)
+        if kind == "uld":
+            values = losses.universal_distance(teacher_logits=both[0].logits, student_logits=both[1].logits)
+        else:
+            whole = jnp.where(pair.mask, pair.whole, 0)
+            values = losses.aligned_divergence(
+                "reverse_kl", teacher=both[0], student=both[1], shared=shared, whole=whole
+            )
+        return jnp.where(pair.mask, values, 0).sum()
+
+    def ours(states, head):
+        return cross.linear_aligned_divergence(
+            teacher=teacher, student=student._replace(states=states, head=head), pair=pair, shared=shared, kind=kind,
+            divergence="reverse_kl", chunk=4,
+        )[0]  # fmt: skip
+
+    assert (pair.student.length > 1).any() and (pair.teacher.length > 1).any()
+    (value, gradient), (wanted, wanted_gradient) = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*student[:2]) for f in (ours, dense)
+    )
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    for got, right in zip(gradient, wanted_gradient, strict=True):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-5 * np.abs(right).max())
+
+
+@pytest.mark.slow
 def test_chunks_change_nothing_and_the_teacher_has_no_gradient():
     batch, shared, *sides = setup(WORDS, OTHER)
 
@@ -131,7 +175,7 @@ def test_chunks_change_nothing_and_the_teacher_has_no_gradient():
         )
         return cross.linear_aligned_divergence(
             teacher=teacher, student=student, pair=batch.pair, shared=shared, divergence="jensen_shannon", chunk=chunk
-        ).sum()
+        )[0]
 
     arrays = [side[:2] for side in sides]
     one, other = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(arrays, chunk) for chunk in (2, 1000))
@@ -162,7 +206,7 @@ def test_masked_spans_are_never_read(kind):
         side = student._replace(states=states)
         return cross.linear_aligned_divergence(
             teacher=teacher, student=side, pair=pair, shared=shared, kind=kind, divergence="reverse_kl"
-        ).sum()
+        )[0]
 
     value, gradient = jax.value_and_grad(loss)(student.states)
     assert value == 0 and not np.asarray(gradient).any()
