@@ -46,7 +46,8 @@ def _parser() -> command_line.Parser:
     ends = parser.add_argument_group("how a row begins and ends")
     add = ends.add_argument
     add("--prompt_ids", type=command_line.ids, default=[], metavar="1", help="ids that rows begin with, such as BOS")
-    add("--eos_id", type=number(int, at_least=0), metavar="ID", help="id that ends a document (the tokenizer's EOS)")
+    add("--eos_id", type=command_line.ids, metavar="ID",
+        help="id that ends a document (the tokenizer's EOS); 1,107 for a model with several")  # fmt: skip
     parser.flag("eos", "end documents with EOS (true)", group=ends, default=True)
     hub = parser.add_argument_group("data sets of the hub")
     hub.add_argument("--split", default="train", metavar="NAME", help="part of the data set (train)")

@@ -16,6 +16,9 @@ import numpy as np
 
 from kd_jax.lm.weights.tokenizer import Tokenizer
 
+# Raised when `encode` makes other rows of the same conversations: finished stages are then not reused.
+VERSION = 2
+
 
 class Conversation(NamedTuple):
     """A conversation in ids.
@@ -34,14 +37,14 @@ def encode(
 ) -> Conversation:
     """Encodes a conversation; what comes after the assistant's last turn is left out.
 
-    A conversation ends with the special token that closes the last turn, or with EOS where the template closes it with
-    none: a model would not learn to stop.
+    A conversation ends with the first EOS after the last turn. Where the template closes a turn with none, such as
+    <|im_end|> for a model whose EOS is <|endoftext|>, EOS is put there: a model would not learn to stop.
 
     Args:
         messages: each with "role" and "content". Without a chat template, one turn of a user and one of the assistant:
             their texts.
         tokenizer: with the chat template.
-        eos_ids: the EOS, or none; by default the tokenizer's.
+        eos_ids: the ids that end a sequence, or none; the first one is put where none is. By default the tokenizer's.
 
     Returns: the conversation.
     Raises: ValueError for messages without a turn of the assistant, or that the template refuses.
@@ -49,12 +52,12 @@ def encode(
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and message.get("content")]
     if not turns or not all(isinstance(message.get("content", ""), str) for message in messages):
         raise ValueError("the assistant has no turn, or some content is not text")
-    pieces = _pieces(messages, turns, tokenizer) if tokenizer.chat_template else list(_plain(messages, turns))
-    ids, learnt = _encode(pieces, tokenizer)
     if eos_ids is None:
         eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    if not tokenizer.is_special(ids[-1]):
-        ids, learnt = [*ids, *eos_ids], [*learnt, *[True] * len(eos_ids)]
+    pieces = _pieces(messages, turns, tokenizer, eos_ids) if tokenizer.chat_template else list(_plain(messages, turns))
+    ids, learnt = _encode(pieces, tokenizer)
+    if eos_ids and ids[-1] not in eos_ids:
+        ids, learnt = [*ids, eos_ids[0]], [*learnt, True]
     return Conversation(np.array(ids, np.int32), np.array(learnt, bool))
 
 
@@ -78,7 +81,9 @@ def _plain(messages: Sequence[dict[str, Any]], turns: list[int]) -> Iterator[tup
     return ((message["content"], i == 1) for i, message in enumerate(messages))
 
 
-def _pieces(messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def _pieces(
+    messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tokenizer, eos_ids: Sequence[int]
+) -> list[tuple[str, bool]]:
     """The rendered conversation in pieces: (text, whether the assistant says it)."""
     marks = {turn: f"<<reply {turn}>>" for turn in turns}
     marked = [{**message, "content": marks.get(i, message["content"])} for i, message in enumerate(messages)]
@@ -86,7 +91,7 @@ def _pieces(messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tok
     for mark in marks.values():
         prompt, _, rest = rest.partition(mark)
         prompts.append(prompt)
-    end = rest.rstrip() or rest  # what ends a turn; a line feed after it belongs to the next prompt
+    end = _end(rest, tokenizer, eos_ids)
     rendered = tokenizer.render(messages[: turns[-1] + 1])
     for clean in (str, str.strip):  # some templates strip the text
         said = [clean(messages[turn]["content"]) for turn in turns]
@@ -103,3 +108,11 @@ def _pieces(messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tok
         words = prompt.removeprefix(start).rstrip(" ")
         pieces += [(words, False), (prompt.removeprefix(start)[len(words) :] + text + finish, True)]
     return pieces
+
+
+def _end(rest: str, tokenizer: Tokenizer, eos_ids: Sequence[int]) -> str:
+    """What of the text after a reply ends its turn: all up to the first EOS, or all but a line feed."""
+    ids, spans = tokenizer.encode_with_spans(rest)
+    first = next((stop for i, (_, stop) in zip(ids, spans, strict=True) if i in eos_ids), None)
+    # a line feed after the end belongs to the next prompt
+    return rest[:first] if first else rest.rstrip() or rest

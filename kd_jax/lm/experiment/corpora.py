@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import evaluation, weights
-from kd_jax.lm.corpus import Corpus, documents, ingest
+from kd_jax.lm.corpus import Corpus, conversations, documents, ingest
 from kd_jax.lm.decode import chosen_text, to_corpus
 from kd_jax.lm.distill import alignment, recorded_top_k, reencoded
 from kd_jax.lm.evaluation import Entry, estimates
@@ -58,6 +58,8 @@ def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: i
     }  # fmt: skip
     if spec.data.source:
         settings |= {"data": to_dict(spec.data), "data_identity": documents.identity(spec.data.source), "first": first}
+    if spec.data.conversations:
+        settings["conversations"] = conversations.VERSION
 
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
         model = roles.p_star(spec)
@@ -230,14 +232,19 @@ def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[st
     data = spec.data
     count = spec.num_recall + spec.teachers * (spec.num_train + spec.num_validation)
     needed = count, "num_recall + teachers x (num_train + num_validation)"
+    eos = True if data.eos_id is None else data.eos_id
+    if data.conversations:
+        # a chat template may close a turn with another EOS of the model than the tokenizer's
+        p_star = described(spec.p_star.source)
+        eos = list(dict.fromkeys([p_star.tokenizer.eos_id if eos is True else eos, *p_star.eos_ids]))
 
     def read() -> dict[str, Any]:
         # One process reads and tokenises for all.
         corpus = ingest.from_dataset(
             packages.locate(data.source), folder / "corpus", spec.p_star.source, **data.reading, first=first,
-            num_samples=num_samples, special_tokens=data.special_tokens,
-            eos=True if data.eos_id is None else data.eos_id, seed=spec.seed, max_length=spec.sampling.max_length,
-            prompt_ids=spec.sampling.prompt_ids, shard_size=spec.sampling.shard_size, needed=needed,
+            num_samples=num_samples, special_tokens=data.special_tokens, eos=eos, seed=spec.seed,
+            max_length=spec.sampling.max_length, prompt_ids=spec.sampling.prompt_ids,
+            shard_size=spec.sampling.shard_size, needed=needed,
         )  # fmt: skip
         return corpus.manifest["counts"]
 

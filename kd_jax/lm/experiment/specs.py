@@ -53,6 +53,11 @@ class DataSpec:
     eos_id: int | None = setting(None, "id that ends a document; none is the tokenizer's EOS", at_least=0)
 
     @property
+    def conversations(self) -> bool:
+        """Whether rows are requests and answers."""
+        return bool(self.messages_column or self.prompt_column)
+
+    @property
     def reading(self) -> dict[str, Any]:
         """What `ingest.check_source` and `ingest.from_dataset` take of these settings, by argument."""
         columns = ("text_column", "ids_column", "messages_column", "prompt_column", "response_column")

@@ -41,10 +41,8 @@ def smollm2():
     return Tokenizer.from_gguf(SMOLLM2)
 
 
-def with_template(tokenizer, template):
-    return Tokenizer(
-        tokenizer.backend, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=2, chat_template=template
-    )
+def with_template(tokenizer, template, eos_id=2):
+    return Tokenizer(tokenizer.backend, bos_id=tokenizer.bos_id, eos_id=eos_id, pad_id=2, chat_template=template)
 
 
 def test_masks_of_two_turns_by_hand(smollm2):
@@ -122,6 +120,44 @@ def test_the_end_of_the_last_turn_is_learnt_once(smollm2, name, eos_ids, end):
         assert tokenizer.decode(ids[-1:]) == "\n\n"
     else:
         assert tokenizer.decode(ids[-1:]) == end and learnt[-1] and not tokenizer.is_special(ids[-2])
+
+
+CLOSED = TEMPLATES["chatml"].replace("{% if add", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if add")
+
+
+@pytest.mark.parametrize("template, text", [
+    (TEMPLATES["chatml"], "Hello.<|im_end|><|endoftext|>"),
+    (TEMPLATES["chatml"].replace("<|im_end|>\n", "<|im_end|>"), "Hello.<|im_end|><|endoftext|>"),
+    (CLOSED, "Hello.<|im_end|>\n<|endoftext|>"),
+])  # fmt: skip
+def test_a_turn_that_another_token_closes_ends_with_eos(smollm2, saved, template, text):
+    """A base model with a ChatML template: <|im_end|> (2) closes a turn, and its EOS is <|endoftext|> (0)."""
+    saved.chat_template = template
+    theirs = saved.apply_chat_template(TWO_TURNS[:2], tokenize=True, return_dict=False)
+    base = with_template(smollm2, template, eos_id=0)
+    ids, learnt = conversations.encode(TWO_TURNS[:2], base)
+    said = saved.encode(text)
+    assert ids[learnt].tolist() == said and learnt[-len(said) :].all()
+    assert ids[:-1].tolist() == theirs[: len(ids) - 1]
+    # a model that <|im_end|> ends, too, says nothing after it
+    ids, learnt = conversations.encode(TWO_TURNS[:2], base, [0, 2])
+    assert ids.tolist() == theirs[: len(ids)] and saved.decode(ids[learnt]) == "Hello.<|im_end|>"
+
+
+def test_a_corpus_of_a_base_model_ends_with_its_eos(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    with_template(smollm2, TEMPLATES["chatml"], eos_id=0).save(tmp_path / "base")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"ask": "Hi", "answer": "Hello."}) + "\n")
+    for eos, end in ((True, [2, 0]), ([0, 2], [2]), (False, [2])):
+        made = ingest.from_dataset(
+            tmp_path / "d.jsonl", tmp_path / str(eos), tmp_path / "base", max_length=64, prompt_column="ask",
+            response_column="answer", eos=eos,
+        )  # fmt: skip
+        rows = made.rows()
+        assert rows.tokens[0].tolist()[-2:] == [*smollm2.encode("."), *end][-2:] and rows.finished == [bool(eos)]
+        assert rows.loss_mask[0][-2:].all() and made.manifest["settings"]["eos_ids"] == (
+            [0] if eos is True else eos or []
+        )
 
 
 def test_template_that_rewrites_earlier_turns_is_refused(smollm2):
