@@ -47,8 +47,12 @@ def encode(
         eos_ids: the ids that end a sequence, or none; the first one is put where none is. By default the tokenizer's.
 
     Returns: the conversation.
-    Raises: ValueError for messages without a turn of the assistant, or that the template refuses.
+    Raises: ValueError for messages without a turn of the assistant, with calls of tools, or that the template refuses.
     """
+    for i, message in enumerate(messages):
+        # The call comes after the text that is learnt: a model would learn to end its turn without it.
+        if message.get("tool_calls"):
+            raise ValueError(f"messages[{i}].tool_calls: calls of tools cannot be learnt")
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and message.get("content")]
     if not turns or not all(isinstance(message.get("content", ""), str) for message in messages):
         raise ValueError("the assistant has no turn, or some content is not text")
@@ -99,8 +103,8 @@ def _pieces(
             break
     else:
         raise ValueError("the chat template changes the assistant's text, or puts something else around it")
-    # Each reply ends with what the template puts after it (such as EOS), if the next prompt begins with that.
-    ends = [end if prompt.startswith(end) else "" for prompt in prompts[1:]] + [end]
+    # The last turn may be closed by more than the others, such as <|end|> and EOS.
+    ends = [end if prompt.startswith(end) else _shared(end, prompt, tokenizer) for prompt in prompts[1:]] + [end]
     starts = ["", *ends[:-1]]
     pieces = []
     for prompt, start, text, finish in zip(prompts, starts, said, ends, strict=True):
@@ -116,3 +120,15 @@ def _end(rest: str, tokenizer: Tokenizer, eos_ids: Sequence[int]) -> str:
     first = next((stop for i, (_, stop) in zip(ids, spans, strict=True) if i in eos_ids), None)
     # a line feed after the end belongs to the next prompt
     return rest[:first] if first else rest.rstrip() or rest
+
+
+def _shared(end: str, prompt: str, tokenizer: Tokenizer) -> str:
+    """The whole tokens that the end of the last turn and the prompt after another turn begin with alike."""
+    (ids, spans), (others, _) = (tokenizer.encode_with_spans(text) for text in (end, prompt))
+    shared = 0
+    for i, other, (start, stop) in zip(ids, others, spans, strict=False):
+        if i != other:
+            break
+        # a line feed after the end belongs to the next prompt, unless it is part of a token, as in Phi-3
+        shared = stop if end[start:stop].strip() else shared
+    return end[:shared]

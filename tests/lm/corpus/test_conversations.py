@@ -144,6 +144,32 @@ def test_a_turn_that_another_token_closes_ends_with_eos(smollm2, saved, template
     assert ids.tolist() == theirs[: len(ids)] and saved.decode(ids[learnt]) == "Hello.<|im_end|>"
 
 
+def test_the_end_of_every_turn_is_learnt(smollm2, saved):
+    """Also where EOS closes the last turn once more, as in Phi-3's template."""
+    saved.chat_template = CLOSED
+    theirs = saved.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
+    ids, learnt = conversations.encode(TWO_TURNS, with_template(smollm2, CLOSED, eos_id=0))
+    assert ids.tolist() == theirs
+    spans = "".join("x" if one else " " for one in learnt).split(" ")
+    texts = ["Hello.<|im_end|>", "Good bye!<|im_end|>\n<|endoftext|>"]
+    assert [len(span) for span in spans if span] == [len(saved.encode(text)) for text in texts]
+    assert saved.decode(ids[learnt]) == "".join(texts)
+
+
+def test_calls_of_tools_are_refused(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    call = {"type": "function", "function": {"name": "search", "arguments": {}}}
+    # a column of Parquet has the field in all turns
+    plain = [{**turn, "tool_calls": None} for turn in TWO_TURNS]
+    called = [*plain[:3], {**plain[3], "tool_calls": [call]}]
+    smollm2.save(tmp_path / "tokenizer")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"m": talk}) + "\n" for talk in (plain, called)))
+    with pytest.raises(ValueError, match=r"conversation 1: messages\[3\].tool_calls: calls of tools cannot be learnt"):
+        ingest.from_dataset(
+            tmp_path / "d.jsonl", tmp_path / "c", tmp_path / "tokenizer", max_length=64, messages_column="m"
+        )
+
+
 def test_a_corpus_of_a_base_model_ends_with_its_eos(smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
     with_template(smollm2, TEMPLATES["chatml"], eos_id=0).save(tmp_path / "base")
