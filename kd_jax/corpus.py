@@ -67,10 +67,9 @@ def _make(args: argparse.Namespace, argv: list[str]) -> None:
     corpus = ingest.from_dataset(
         packages.locate(args.data), args.out, args.tokenizer, **options, command=command_line.command(argv)
     )
-    counts, skipped = corpus.manifest["counts"], corpus.manifest.get("skipped") or {}
-    left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in skipped.items())
+    counts = corpus.manifest["counts"]
     print(f"{counts['rows']} rows, {counts['tokens']} tokens, {counts['finished']} rows end with EOS")
-    print(f"left out: {left_out or 'none'}")
+    print(f"left out: {ingest.left_out(corpus.manifest.get('skipped'))}")
     print(f"corpus: {args.out}")
 
 

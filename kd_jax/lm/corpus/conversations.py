@@ -1,14 +1,14 @@
 """Conversations as token ids, with a mask of the tokens that the assistant says.
 
-The tokenizer's chat template renders a conversation twice, as transformers does: as it is, and with a mark in place of
-each turn of the assistant. The marks tell where the turns are in the text; nothing is searched for in the ids. Where a
+The tokenizer's chat template renders a conversation twice, as transformers does: as it is, and with a mark after each
+reply of the assistant. The marks tell where the replies end in the text; nothing is searched for in the ids. Where a
 token would lie across the border of a prompt and a reply, the two are encoded apart and their ids concatenated, so that
-"Call foo(" and ")" stay four ids. What a template puts before a reply, such as <think></think>, is not learnt.
+"Call foo(" and ")" stay four ids. What a template puts before a reply, such as <think></think>, is not learnt; thoughts
+that are part of a reply are.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +18,20 @@ from kd_jax.lm.weights.tokenizer import Tokenizer
 
 # Raised when `encode` makes other rows of the same conversations: finished stages are then not reused.
 VERSION = 2
+# After each reply, to find its end. A text that has it is taken for one that the template changes.
+_MARK = "<<end of reply>>"
+
+
+class Unusable(ValueError):
+    """A conversation that nothing can be learnt from; data may have such.
+
+    Attributes:
+        reason: why, as it is counted.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 class Conversation(NamedTuple):
@@ -47,15 +61,21 @@ def encode(
         eos_ids: the ids that end a sequence, or none; the first one is put where none is. By default the tokenizer's.
 
     Returns: the conversation.
-    Raises: ValueError for messages without a turn of the assistant, with calls of tools, or that the template refuses.
+    Raises: Unusable where the assistant says nothing, or where the template does not render what it says as it is, as
+        one that leaves out the thoughts of earlier turns; ValueError for messages without a turn of the assistant, with
+        calls of tools, or that the template refuses.
     """
     for i, message in enumerate(messages):
         # The call comes after the text that is learnt: a model would learn to end its turn without it.
         if message.get("tool_calls"):
             raise ValueError(f"messages[{i}].tool_calls: calls of tools cannot be learnt")
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and message.get("content")]
-    if not turns or not all(isinstance(message.get("content", ""), str) for message in messages):
+    contents = [message.get("content", "") for message in messages]
+    replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    if replies and not any(str(contents[i] or "").strip() for i in replies):
+        raise Unusable("empty", "the assistant says nothing")
+    if not replies or not all(isinstance(content, str) for content in contents):
         raise ValueError("the assistant has no turn, or some content is not text")
+    turns = [i for i in replies if contents[i].strip()]
     if eos_ids is None:
         eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     pieces = _pieces(messages, turns, tokenizer, eos_ids) if tokenizer.chat_template else list(_plain(messages, turns))
@@ -89,25 +109,25 @@ def _pieces(
     messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tokenizer, eos_ids: Sequence[int]
 ) -> list[tuple[str, bool]]:
     """The rendered conversation in pieces: (text, whether the assistant says it)."""
-    marks = {turn: f"<<reply {turn}>>" for turn in turns}
-    marked = [{**message, "content": marks.get(i, message["content"])} for i, message in enumerate(messages)]
-    prompts, rest = [], tokenizer.render(marked[: turns[-1] + 1])
-    for mark in marks.values():
-        prompt, _, rest = rest.partition(mark)
-        prompts.append(prompt)
-    end = _end(rest, tokenizer, eos_ids)
-    rendered = tokenizer.render(messages[: turns[-1] + 1])
+    messages = messages[: turns[-1] + 1]
+    rendered = tokenizer.render(messages)
     for clean in (str, str.strip):  # some templates strip the text
-        said = [clean(messages[turn]["content"]) for turn in turns]
-        if rendered == "".join(itertools.chain(*zip(prompts, said, strict=True), [rest])):
+        said = {turn: clean(messages[turn]["content"]) for turn in turns}
+        # After the text and not in its place: a template may look into it, for </think>.
+        marked = [{**turn, "content": said[i] + _MARK} if i in said else turn for i, turn in enumerate(messages)]
+        *parts, rest = tokenizer.render(marked).split(_MARK)
+        as_it_is = len(parts) == len(said) and all(map(str.endswith, parts, said.values()))
+        if as_it_is and "".join([*parts, rest]) == rendered:
             break
     else:
-        raise ValueError("the chat template changes the assistant's text, or puts something else around it")
+        raise Unusable("changed_by_the_chat_template", "the chat template changes the assistant's text")
+    prompts = list(map(str.removesuffix, parts, said.values()))
+    end = _end(rest, tokenizer, eos_ids)
     # The last turn may be closed by more than the others, such as <|end|> and EOS.
     ends = [end if prompt.startswith(end) else _shared(end, prompt, tokenizer) for prompt in prompts[1:]] + [end]
     starts = ["", *ends[:-1]]
     pieces = []
-    for prompt, start, text, finish in zip(prompts, starts, said, ends, strict=True):
+    for prompt, start, text, finish in zip(prompts, starts, said.values(), ends, strict=True):
         # Tokenizers join a space with the word after it, so the space before a reply is part of the reply.
         words = prompt.removeprefix(start).rstrip(" ")
         pieces += [(words, False), (prompt.removeprefix(start)[len(words) :] + text + finish, True)]

@@ -295,11 +295,13 @@ def problem(columns: Columns, tokenizer: Tokenizer, row: str | np.ndarray | None
         row: the document.
         index: its number, for messages.
     Raises: ValueError for an id that is not the tokenizer's (then the data are of another one), and for a conversation
-        without a turn of the assistant.
+        without a turn of the assistant, with calls of tools, or that the chat template refuses.
     """
     if columns.kind == "messages":
         try:
             learnt = conversations.encode(json.loads(row), tokenizer).learnt
+        except conversations.Unusable as error:
+            return error.reason
         except ValueError as error:
             raise ValueError(f"conversation {index}: {error}") from error
         return None if learnt[: columns.max_length].any() else "answer_beyond_max_length"

@@ -40,8 +40,8 @@ def from_dataset(
 
     A document of text or ids ends with EOS (once) and is `finished`; where ids and EOS together are more than
     max_length, the first max_length ids remain, without EOS and not finished. Documents that are empty or blank are
-    left out, and so are texts with a byte or character that the tokenizer has no token for; the manifest counts both
-    under `skipped`. Conversations: see kd_jax.lm.corpus.conversations.
+    left out, and so are texts with a byte or character that the tokenizer has no token for, and conversations that
+    nothing can be learnt from (kd_jax.lm.corpus.conversations); the manifest counts them under `skipped`.
 
     Which documents: those that can be used are put in an order that depends on `seed` alone (as they come, where they
     are streamed), and rows are the documents at the places first .. first + num_samples - 1. Ranges that do not
@@ -209,8 +209,13 @@ def _too_few(
     asked = f"{asked} {settings['first']} on were asked for"
     if needed[0] > usable:
         asked = f"{needed[0]} are needed ({needed[1]})"
-    left_out = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in skipped.items())
-    return f"{source} has {usable} documents that can be used{f' (left out: {left_out})' if left_out else ''}; {asked}"
+    more = f" (left out: {left_out(skipped)})" if skipped else ""
+    return f"{source} has {usable} documents that can be used{more}; {asked}"
+
+
+def left_out(skipped: dict[str, int] | None) -> str:
+    """How many documents were left out, and why, in words; `skipped` is of a corpus's manifest."""
+    return ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in (skipped or {}).items()) or "none"
 
 
 def _taken(data: Documents, target: Corpus, places: np.ndarray, skipped: dict[str, int]) -> Iterator[tuple]:

@@ -246,6 +246,7 @@ def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[st
             max_length=spec.sampling.max_length, prompt_ids=spec.sampling.prompt_ids,
             shard_size=spec.sampling.shard_size, needed=needed,
         )  # fmt: skip
+        print(f"left out of {data.source}: {ingest.left_out(corpus.manifest.get('skipped'))}", flush=True)
         return corpus.manifest["counts"]
 
     return {**distributed.once(read, f"reading {data.source}"), "entropy": None, "entropy_se": None}

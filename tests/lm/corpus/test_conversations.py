@@ -170,6 +170,51 @@ def test_calls_of_tools_are_refused(tmp_path, smollm2, monkeypatch):
         )
 
 
+# In the manner of Qwen 3: the last turn has thoughts, and those of earlier turns are left out.
+THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{% if loop.last %}<think>{{ m.content.split('</think>')[0].split('<think>')[-1] }}</think>{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\\n') if not loop.last else m.content.split('</think>')[-1] }}"
+    "{% else %}{{ '<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' and loop.last }}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+)
+THOUGHT = "<think>\nA greeting.\n</think>\n\n"
+
+
+def test_thoughts_are_learnt_where_the_template_keeps_them(smollm2, saved):
+    tokenizer = with_template(smollm2, THOUGHTS)
+    saved.chat_template = THOUGHTS
+    last = [*TWO_TURNS[:3], {"role": "assistant", "content": THOUGHT + "Good bye!"}]
+    ids, learnt = conversations.encode(last, tokenizer)
+    theirs = saved.apply_chat_template(last, tokenize=True, return_dict=False)
+    assert ids.tolist() == theirs[: len(ids)]
+    assert smollm2.decode(ids[learnt]) == f"Hello.<|im_end|>{THOUGHT}Good bye!<|im_end|>"
+    # a reply without any follows empty ones of the template, which are not the assistant's words
+    ids, learnt = conversations.encode(TWO_TURNS[:2], tokenizer)
+    assert smollm2.decode(ids[learnt]) == "Hello.<|im_end|>" and "</think>" in smollm2.decode(ids)
+
+
+def test_what_cannot_be_learnt_from_is_left_out_and_counted(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    with_template(smollm2, THOUGHTS).save(tmp_path / "tokenizer")
+
+    def made(name, rows, **columns):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ingest.from_dataset(
+            tmp_path / f"{name}.jsonl", tmp_path / name, tmp_path / "tokenizer", max_length=64, **columns
+        )
+
+    pairs = made(
+        "pairs", [{"ask": "Hi", "answer": text} for text in ("Hello.", "", None, " \n")], prompt_column="ask",
+        response_column="answer",
+    )  # fmt: skip
+    assert pairs.num_rows == 1 and pairs.manifest["skipped"] == {"empty": 3}
+    early = [TWO_TURNS[0], {"role": "assistant", "content": THOUGHT + "Hello."}, *TWO_TURNS[2:]]
+    talks = made("talks", [{"m": TWO_TURNS}, {"m": early}], messages_column="m")
+    assert talks.num_rows == 1 and talks.manifest["skipped"] == {"changed_by_the_chat_template": 1}
+    assert ingest.left_out(talks.manifest["skipped"]) == "1 changed by the chat template"
+
+
 def test_a_corpus_of_a_base_model_ends_with_its_eos(smollm2, tmp_path, monkeypatch):
     monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
     with_template(smollm2, TEMPLATES["chatml"], eos_id=0).save(tmp_path / "base")
