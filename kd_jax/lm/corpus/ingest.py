@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.lm import corpus, weights
-from kd_jax.lm.corpus import conversations, documents, shards
+from kd_jax.lm.corpus import conversations, documents, readers, shards
 from kd_jax.lm.corpus.documents import Columns, Documents
 from kd_jax.lm.corpus.manifest import DataSpec
 from kd_jax.lm.corpus.store import Arrival, Corpus
@@ -57,7 +57,8 @@ def from_dataset(
         text_column: column with the texts ("text").
         ids_column: column with lists of ids, instead.
         messages_column: column with conversations, lists of {"role", "content"} (or the same as JSON), instead.
-        prompt_column, response_column: columns of a request and its answer, conversations of one turn, instead.
+        prompt_column, response_column: columns of a request and its answer, conversations of one turn, instead. After
+            an `instruction` comes the column `input`, where there is one (Alpaca's form).
         num_samples: how many rows; all there are from `first` on by default, which a stream cannot tell.
         first: place of the first.
         eos: whether documents end with the tokenizer's EOS; an id where another one ends a document; or several ids: a
@@ -101,6 +102,9 @@ def from_dataset(
         # The commit that was just looked up, so that a push meanwhile does not mix two versions.
         paths = documents.files(source, split=split, subset=subset, revision=identity if on_hub else None)
         documents.check_columns(source, paths, columns)
+        if prompt_column and response_column != "input":
+            request = readers.request_columns(prompt_column, readers.names(paths[0]))
+            columns = columns._replace(names=(*request, response_column))
         if settings["streaming"]:
             # A stream is never read as a whole: its fingerprint is the commit, and documents come in their own order.
             data, chosen = None, {"data_fingerprint": identity}
