@@ -52,7 +52,7 @@ def check(spec: LmSpec) -> None:
                 f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "
                 f"config.sampling.max_length={spec.sampling.max_length}"
             )
-    if spec.sampling.prompts and spec.num_samples > spec.num_recall * spec.evaluation.samples_per_prompt:
+    if spec.own_prompts and spec.num_samples > spec.num_recall * spec.evaluation.samples_per_prompt:
         raise ValueError(
             f"config.num_samples={spec.num_samples} is above num_recall={spec.num_recall} prompts with "
             f"config.evaluation.samples_per_prompt={spec.evaluation.samples_per_prompt} samples each"

@@ -66,7 +66,7 @@ def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: i
         # Later stages read p*'s ids, tokenizer and shape here, without loading its weights.
         weights.save_about(model, folder)
         if spec.data.source:
-            return _ingest(spec, folder, first, num_samples)
+            return _ingest(spec, folder, first, num_samples, for_recall=purpose == VALIDATION_SEED)
         return _sample(spec, model, folder, settings, name, first)
 
     price = cost.copying if spec.data.source else cost.sampling
@@ -224,10 +224,11 @@ def _sample(
     return {**corpus.manifest["counts"], "entropy": entropy, "entropy_se": entropy_se}
 
 
-def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[str, Any]:
+def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int, for_recall: bool) -> dict[str, Any]:
     """Rows of the data set as the corpus of a stage; their entropy is unknown.
 
-    Raises: ValueError, in the first such stage, where the data have too few documents for all of the run's corpora.
+    Raises: ValueError, in the first such stage, where the data have too few documents for all of the run's corpora; and
+        where the rows for recall have too few different requests for the samples of the evaluation.
     """
     data = spec.data
     count = spec.num_recall + spec.teachers * (spec.num_train + spec.num_validation)
@@ -247,6 +248,10 @@ def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[st
             shard_size=spec.sampling.shard_size, needed=needed,
         )  # fmt: skip
         print(f"left out of {data.source}: {ingest.left_out(corpus.manifest.get('skipped'))}", flush=True)
+        if for_recall and data.conversations:
+            # before any training: the evaluation would refuse them after all of it
+            label, each = f"config.data.source={data.source}: recall's part", spec.evaluation.samples_per_prompt
+            evaluation.different_prompts(label, corpus.rows(), spec.num_samples, each)
         return corpus.manifest["counts"]
 
     return {**distributed.once(read, f"reading {data.source}"), "entropy": None, "entropy_se": None}

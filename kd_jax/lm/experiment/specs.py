@@ -220,6 +220,11 @@ class LmSpec:
         # Its own checks, before the run begins.
         Compute(**vars(self.compute))
 
+    @property
+    def own_prompts(self) -> bool:
+        """Whether rows have prompts of their own, and not one for all."""
+        return bool(self.sampling.prompts) or self.data.conversations
+
     def first_row(self, teacher: int) -> int:
         """Where a teacher's corpus of p* begins in the order of documents, or of prompts, that no two corpora share."""
         return self.num_recall + teacher * (self.num_train + self.num_validation) if teacher else 0

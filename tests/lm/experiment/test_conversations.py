@@ -1,0 +1,69 @@
+"""Conversations as the data of a run."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import lm_laptop
+from kd_jax.lm.experiment import chain
+from kd_jax.lm.experiment.specs import LmSpec
+from kd_jax.runs import stages
+from kd_jax.runs.settings import freeze
+from tests.lm.corpus.test_prompt_files import tokenizer
+from tests.lm.weights.checkpoints import TINY, write_folder
+
+ALL = 24
+
+
+@pytest.fixture(scope="module")
+def p_star(tmp_path_factory):
+    """A model of random weights whose ids are 40 words; id 1 ends a turn."""
+    folder = tmp_path_factory.mktemp("models") / "p_star"
+    write_folder(folder, architecture=dataclasses.replace(TINY, vocab_size=40), eos_token_id=1)
+    tokenizer().save(folder)
+    return folder
+
+
+@pytest.fixture
+def spec_of(p_star, tmp_path, monkeypatch):
+    """Settings of a small run of conversations, with changes to them."""
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+
+    def make(requests=range(ALL), **changes):
+        rows = [{"ask": f"w{4 + i} w5", "answer": "w6 w7"} for i in requests]
+        (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = lm_laptop.get_config("smoke")
+        config.p_star.update(source=str(p_star), architecture="tiny")
+        config.update_from_flattened_dict({
+            "data.source": str(tmp_path / "d.jsonl"), "data.prompt_column": "ask", "data.response_column": "answer",
+            "sampling.prompt_ids": (2,), "num_train": 8, "num_validation": 4, "num_recall": 6, "num_samples": 6,
+            "train.batch_size": 4, **changes,
+        })  # fmt: skip
+        return freeze(LmSpec, config)
+
+    return make
+
+
+def run(spec, folder, *groups):
+    """Runs groups of stages; returns all stages and their folders."""
+    planned = chain.plan(spec, "p*")
+    stages.run(folder, planned, groups)
+    return planned, stages.folders(folder, planned)
+
+
+def test_more_samples_than_requests_are_refused_before_any_work(spec_of):
+    chain.validate(spec_of())
+    with pytest.raises(ValueError, match="config.num_samples=7 is above num_recall=6 prompts"):
+        chain.validate(spec_of(num_samples=7))
+    chain.validate(spec_of(num_samples=7, **{"evaluation.samples_per_prompt": 2}))
+
+
+def test_requests_that_come_twice_are_refused_where_they_are_read(spec_of, tmp_path):
+    spec = spec_of([0] * ALL)
+    chain.validate(spec)
+    with pytest.raises(
+        ValueError, match="recall's part has 1 prompts: num_samples=6 needs a larger samples_per_prompt"
+    ):
+        run(spec, tmp_path / "run", "p_star")
+    run(spec_of([0] * ALL, **{"evaluation.samples_per_prompt": 6}), tmp_path / "run", "p_star")
