@@ -89,17 +89,23 @@ def samples(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None)
     if vocabulary is not None:
         settings["vocabulary"] = vocabulary
 
+    # a teacher that has learnt answers to requests is asked the same ones
+    asked = (of_teacher(TRAIN, teacher),) if spec.data.conversations else ()
+
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh), teacher)
         if vocabulary is None:
-            return _sample(spec, model, folder, settings, name, first, text_rows=arm.text.rows or spec.num_train)
+            requests = corpus_lib.open(inputs[asked[0]] / "corpus") if asked else None
+            rows = arm.text.rows or spec.num_train
+            return _sample(spec, model, folder, settings, name, first, text_rows=rows, asked=requests)
         # The text of the student's prompt, whatever its ids are: both models' sequences are of the same texts.
         prompt = alignment.prompt(*_student_prompt(spec), model.tokenizer, model.eos_ids)
         _sample(spec, model, folder / TEACHERS_IDS, settings, name, first, prompt)
         return _in_students_ids(spec, folder, name)
 
     price = cost.sampling(spec, planned_shape(spec, "teacher"), settings["num_samples"])
-    return Stage(name, settings | roles.teacher_identity(spec), roles.teacher_inputs(spec, teacher), work, price)
+    inputs = (*asked, *roles.teacher_inputs(spec, teacher))
+    return Stage(name, settings | roles.teacher_identity(spec), inputs, work, price)
 
 
 def chosen(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None) -> Stage:
@@ -194,17 +200,17 @@ def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int
 
 def _sample(
     spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str, first: int,
-    prompt_ids: list[int] | None = None, text_rows: int = 0,
+    prompt_ids: list[int] | None = None, text_rows: int = 0, asked: Corpus | None = None,
 ) -> dict:  # fmt: skip
     """Samples the corpus of a stage; returns its counts and its entropy in nats per token.
 
     Args:
-        first, text_rows: which prompts, see prompts.of_corpus.
+        first, text_rows, asked: which prompts, see prompts.of_corpus.
         prompt_ids: of all samples, in place of config.sampling's.
     """
     tokenizer = model.tokenizer
     if prompt_ids is None:
-        prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"], text_rows)
+        prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"], text_rows, asked)
     else:
         prompt, chosen_prompts = {"prompt": None, "prompt_ids": prompt_ids}, None
     names = ("max_length", "shard_size", "num_samples", "seed", "dtype")

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from configs import lm_laptop
-from kd_jax.lm.experiment import chain
+from kd_jax.lm import corpus
+from kd_jax.lm.experiment import chain, results
 from kd_jax.lm.experiment.specs import LmSpec
 from kd_jax.runs import stages
 from kd_jax.runs.settings import freeze
@@ -67,3 +68,36 @@ def test_requests_that_come_twice_are_refused_where_they_are_read(spec_of, tmp_p
     ):
         run(spec, tmp_path / "run", "p_star")
     run(spec_of([0] * ALL, **{"evaluation.samples_per_prompt": 6}), tmp_path / "run", "p_star")
+
+
+def prompts_of(folder):
+    """The ids of each row up to the assistant's first word, which comes after id 3."""
+    ids = [ids.tolist() for ids in corpus.open(folder / "corpus").rows().tokens]
+    return [row[: row.index(3) + 1] for row in ids]
+
+
+def test_the_teacher_answers_the_requests_of_its_own_corpus(spec_of, p_star, tmp_path):
+    changes = {"teachers": 2, "num_recall": 2, "num_samples": 2, "num_train": 4, "num_validation": 2, "taus": (1.0,)}
+    spec = spec_of(range(14), **changes, **{
+        "teacher.source": str(p_star), "arms": {"more": {"policy": "sequence", "text_rows": 10}}, "contrast.arm": "",
+        "evaluation.sample_temperatures": (1.0,), "cooled_arms": (),
+    })  # fmt: skip
+    planned, folders = run(spec, tmp_path / "run", "p_star", "samples")
+    requests = [prompts_of(folders[name]) for name in ("p_star/train", "p_star/teacher-1/train", "p_star/validation")]
+    assert sorted(sum(requests, [])) == [[2, 4 + i, 5, 3] for i in range(14)]
+    for own, name in zip(requests, ("samples", "samples/teacher-1"), strict=False):
+        assert prompts_of(folders[f"{name}/tau-1"]) == own
+        # more rows ask the training rows' requests again; those of the validation rows stay the last
+        assert prompts_of(folders[f"{name}/tau-1-rows-10"]) == own[:4] + own[:4] + own[:2] + own[4:]
+    inputs = {stage.name: stage.inputs for stage in planned}
+    assert inputs["samples/tau-1"] == ("p_star/train",)
+    assert inputs["samples/teacher-1/tau-1"] == ("p_star/teacher-1/train",)
+    # the teacher is evaluated on the requests of the validation rows, which those samples do not answer
+    teachers = results._teachers(spec, folders, corpus.open(folders["p_star/validation"] / "corpus"))
+    assert [(name, model.entry.samples) for name, model in teachers.items()] == [("teacher/tau-1", None)]
+
+
+def test_a_choice_among_answers_to_many_requests_is_refused(spec_of):
+    arm = {"policy": "sequence", "text_choice": "likeliest", "text_share": 0.5}
+    with pytest.raises(ValueError, match="likely: text_choice needs one prompt for all rows"):
+        chain.validate(spec_of(arms={"likely": arm}))
