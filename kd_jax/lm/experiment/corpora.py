@@ -253,7 +253,8 @@ def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int, for_recall
             max_length=spec.sampling.max_length, prompt_ids=spec.sampling.prompt_ids,
             shard_size=spec.sampling.shard_size, needed=needed,
         )  # fmt: skip
-        print(f"left out of {data.source}: {ingest.left_out(corpus.manifest.get('skipped'))}", flush=True)
+        if corpus.manifest.get("skipped"):
+            print(f"left out of {data.source}: {ingest.left_out(corpus.manifest['skipped'])}", flush=True)
         if for_recall and data.conversations:
             # before any training: the evaluation would refuse them after all of it
             label, each = f"config.data.source={data.source}: recall's part", spec.evaluation.samples_per_prompt

@@ -19,9 +19,9 @@ ALL = 24
 
 @pytest.fixture(scope="module")
 def p_star(tmp_path_factory):
-    """A model of random weights whose ids are 40 words; id 1 ends a turn."""
+    """A model of random weights whose ids are 40 words; id 1 ends a turn, and id 39 a sequence, too."""
     folder = tmp_path_factory.mktemp("models") / "p_star"
-    write_folder(folder, architecture=dataclasses.replace(TINY, vocab_size=40), eos_token_id=1)
+    write_folder(folder, architecture=dataclasses.replace(TINY, vocab_size=40), eos_token_id=[39, 1])
     tokenizer().save(folder)
     return folder
 
@@ -68,6 +68,17 @@ def test_requests_that_come_twice_are_refused_where_they_are_read(spec_of, tmp_p
     ):
         run(spec, tmp_path / "run", "p_star")
     run(spec_of([0] * ALL, **{"evaluation.samples_per_prompt": 6}), tmp_path / "run", "p_star")
+
+
+def test_rows_are_told_of_all_ends_and_a_run_says_what_is_left_out(spec_of, tmp_path, capsys):
+    spec = spec_of()
+    with open(tmp_path / "d.jsonl", "a") as file:
+        file.write(json.dumps({"ask": "w4", "answer": ""}) + "\n")
+    _, folders = run(spec, tmp_path / "run", "p_star")
+    assert f"left out of {tmp_path / 'd.jsonl'}: 1 empty\n" in capsys.readouterr().out
+    made = corpus.open(folders["p_star/train"] / "corpus")
+    assert made.manifest["settings"]["eos_ids"] == [1, 39]
+    assert all(ids.tolist()[-3:] == [6, 7, 1] for ids in made.rows().tokens)
 
 
 def prompts_of(folder):
