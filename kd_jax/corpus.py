@@ -46,7 +46,8 @@ def _parser() -> command_line.Parser:
     ends = parser.add_argument_group("how a row begins and ends")
     add = ends.add_argument
     add("--prompt_ids", type=command_line.ids, default=[], metavar="1", help="ids that rows begin with, such as BOS")
-    add("--eos_id", type=number(int, at_least=0), metavar="ID", help="id that ends a document (the tokenizer's EOS)")
+    add("--eos_id", type=command_line.ids, metavar="ID",
+        help="id that ends a document (the tokenizer's EOS); 1,107 for a model with several")  # fmt: skip
     parser.flag("eos", "end documents with EOS (true)", group=ends, default=True)
     hub = parser.add_argument_group("data sets of the hub")
     hub.add_argument("--split", default="train", metavar="NAME", help="part of the data set (train)")
@@ -66,10 +67,9 @@ def _make(args: argparse.Namespace, argv: list[str]) -> None:
     corpus = ingest.from_dataset(
         packages.locate(args.data), args.out, args.tokenizer, **options, command=command_line.command(argv)
     )
-    counts, skipped = corpus.manifest["counts"], corpus.manifest.get("skipped") or {}
-    left_out = ", ".join(f"{count} {reason.replace('_', ' ')}" for reason, count in skipped.items())
+    counts = corpus.manifest["counts"]
     print(f"{counts['rows']} rows, {counts['tokens']} tokens, {counts['finished']} rows end with EOS")
-    print(f"left out: {left_out or 'none'}")
+    print(f"left out: {ingest.left_out(corpus.manifest.get('skipped'))}")
     print(f"corpus: {args.out}")
 
 

@@ -184,7 +184,9 @@ class Sequences:
         if shards.LOSS_MASK not in self._table.column_names:
             return None
         column = self._table.select_columns(shards.LOSS_MASK).with_format("arrow")[np.asarray(rows)]
-        return shards.members(column[shards.LOSS_MASK].combine_chunks())
+        masks = shards.members(column[shards.LOSS_MASK].combine_chunks())
+        # Rows of another corpus that were mixed in may have none: all after the prompt is learnt.
+        return [mask if len(mask) else np.ones(n, bool) for mask, n in zip(masks, self.lengths[rows], strict=True)]
 
     def targets(self, rows: np.ndarray) -> list[Targets] | None:
         """The recorded teacher's Targets of the tokens after the prompt, a row each; None where none was recorded."""

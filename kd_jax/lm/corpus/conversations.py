@@ -1,20 +1,37 @@
 """Conversations as token ids, with a mask of the tokens that the assistant says.
 
-The tokenizer's chat template renders a conversation twice, as transformers does: as it is, and with a mark in place of
-each turn of the assistant. The marks tell where the turns are in the text; nothing is searched for in the ids. Where a
+The tokenizer's chat template renders a conversation twice, as transformers does: as it is, and with a mark after each
+reply of the assistant. The marks tell where the replies end in the text; nothing is searched for in the ids. Where a
 token would lie across the border of a prompt and a reply, the two are encoded apart and their ids concatenated, so that
-"Call foo(" and ")" stay four ids. What a template puts before a reply, such as <think></think>, is not learnt.
+"Call foo(" and ")" stay four ids. What a template puts before a reply, such as <think></think>, is not learnt; thoughts
+that are part of a reply are.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from kd_jax.lm.weights.tokenizer import Tokenizer
+
+# Raised when `encode` makes other rows of the same conversations: finished stages are then not reused.
+VERSION = 2
+# After each reply, to find its end. A text that has it is taken for one that the template changes.
+_MARK = "<<end of reply>>"
+
+
+class Unusable(ValueError):
+    """A conversation that nothing can be learnt from; data may have such.
+
+    Attributes:
+        reason: why, as it is counted.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 class Conversation(NamedTuple):
@@ -34,27 +51,37 @@ def encode(
 ) -> Conversation:
     """Encodes a conversation; what comes after the assistant's last turn is left out.
 
-    A conversation ends with the special token that closes the last turn, or with EOS where the template closes it with
-    none: a model would not learn to stop.
+    A conversation ends with the first EOS after the last turn. Where the template closes a turn with none, such as
+    <|im_end|> for a model whose EOS is <|endoftext|>, EOS is put there: a model would not learn to stop.
 
     Args:
         messages: each with "role" and "content". Without a chat template, one turn of a user and one of the assistant:
             their texts.
         tokenizer: with the chat template.
-        eos_ids: the EOS, or none; by default the tokenizer's.
+        eos_ids: the ids that end a sequence, or none; the first one is put where none is. By default the tokenizer's.
 
     Returns: the conversation.
-    Raises: ValueError for messages without a turn of the assistant, or that the template refuses.
+    Raises: Unusable where the assistant says nothing, or where the template does not render what it says as it is, as
+        one that leaves out the thoughts of earlier turns; ValueError for messages without a turn of the assistant, with
+        calls of tools, or that the template refuses.
     """
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and message.get("content")]
-    if not turns or not all(isinstance(message.get("content", ""), str) for message in messages):
+    for i, message in enumerate(messages):
+        # The call comes after the text that is learnt: a model would learn to end its turn without it.
+        if message.get("tool_calls"):
+            raise ValueError(f"messages[{i}].tool_calls: calls of tools cannot be learnt")
+    contents = [message.get("content", "") for message in messages]
+    replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    if replies and not any(str(contents[i] or "").strip() for i in replies):
+        raise Unusable("empty", "the assistant says nothing")
+    if not replies or not all(isinstance(content, str) for content in contents):
         raise ValueError("the assistant has no turn, or some content is not text")
-    pieces = _pieces(messages, turns, tokenizer) if tokenizer.chat_template else list(_plain(messages, turns))
-    ids, learnt = _encode(pieces, tokenizer)
+    turns = [i for i in replies if contents[i].strip()]
     if eos_ids is None:
         eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    if not tokenizer.is_special(ids[-1]):
-        ids, learnt = [*ids, *eos_ids], [*learnt, *[True] * len(eos_ids)]
+    pieces = _pieces(messages, turns, tokenizer, eos_ids) if tokenizer.chat_template else list(_plain(messages, turns))
+    ids, learnt = _encode(pieces, tokenizer)
+    if eos_ids and ids[-1] not in eos_ids:
+        ids, learnt = [*ids, eos_ids[0]], [*learnt, True]
     return Conversation(np.array(ids, np.int32), np.array(learnt, bool))
 
 
@@ -78,28 +105,50 @@ def _plain(messages: Sequence[dict[str, Any]], turns: list[int]) -> Iterator[tup
     return ((message["content"], i == 1) for i, message in enumerate(messages))
 
 
-def _pieces(messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+def _pieces(
+    messages: Sequence[dict[str, Any]], turns: list[int], tokenizer: Tokenizer, eos_ids: Sequence[int]
+) -> list[tuple[str, bool]]:
     """The rendered conversation in pieces: (text, whether the assistant says it)."""
-    marks = {turn: f"<<reply {turn}>>" for turn in turns}
-    marked = [{**message, "content": marks.get(i, message["content"])} for i, message in enumerate(messages)]
-    prompts, rest = [], tokenizer.render(marked[: turns[-1] + 1])
-    for mark in marks.values():
-        prompt, _, rest = rest.partition(mark)
-        prompts.append(prompt)
-    end = rest.rstrip() or rest  # what ends a turn; a line feed after it belongs to the next prompt
-    rendered = tokenizer.render(messages[: turns[-1] + 1])
+    messages = messages[: turns[-1] + 1]
+    rendered = tokenizer.render(messages)
     for clean in (str, str.strip):  # some templates strip the text
-        said = [clean(messages[turn]["content"]) for turn in turns]
-        if rendered == "".join(itertools.chain(*zip(prompts, said, strict=True), [rest])):
+        said = {turn: clean(messages[turn]["content"]) for turn in turns}
+        # After the text and not in its place: a template may look into it, for </think>.
+        marked = [{**turn, "content": said[i] + _MARK} if i in said else turn for i, turn in enumerate(messages)]
+        *parts, rest = tokenizer.render(marked).split(_MARK)
+        as_it_is = len(parts) == len(said) and all(map(str.endswith, parts, said.values()))
+        if as_it_is and "".join([*parts, rest]) == rendered:
             break
     else:
-        raise ValueError("the chat template changes the assistant's text, or puts something else around it")
-    # Each reply ends with what the template puts after it (such as EOS), if the next prompt begins with that.
-    ends = [end if prompt.startswith(end) else "" for prompt in prompts[1:]] + [end]
+        raise Unusable("changed_by_the_chat_template", "the chat template changes the assistant's text")
+    prompts = list(map(str.removesuffix, parts, said.values()))
+    end = _end(rest, tokenizer, eos_ids)
+    # The last turn may be closed by more than the others, such as <|end|> and EOS.
+    ends = [end if prompt.startswith(end) else _shared(end, prompt, tokenizer) for prompt in prompts[1:]] + [end]
     starts = ["", *ends[:-1]]
     pieces = []
-    for prompt, start, text, finish in zip(prompts, starts, said, ends, strict=True):
+    for prompt, start, text, finish in zip(prompts, starts, said.values(), ends, strict=True):
         # Tokenizers join a space with the word after it, so the space before a reply is part of the reply.
         words = prompt.removeprefix(start).rstrip(" ")
         pieces += [(words, False), (prompt.removeprefix(start)[len(words) :] + text + finish, True)]
     return pieces
+
+
+def _end(rest: str, tokenizer: Tokenizer, eos_ids: Sequence[int]) -> str:
+    """What of the text after a reply ends its turn: all up to the first EOS, or all but a line feed."""
+    ids, spans = tokenizer.encode_with_spans(rest)
+    first = next((stop for i, (_, stop) in zip(ids, spans, strict=True) if i in eos_ids), None)
+    # a line feed after the end belongs to the next prompt
+    return rest[:first] if first else rest.rstrip() or rest
+
+
+def _shared(end: str, prompt: str, tokenizer: Tokenizer) -> str:
+    """The whole tokens that the end of the last turn and the prompt after another turn begin with alike."""
+    (ids, spans), (others, _) = (tokenizer.encode_with_spans(text) for text in (end, prompt))
+    shared = 0
+    for i, other, (start, stop) in zip(ids, others, spans, strict=False):
+        if i != other:
+            break
+        # a line feed after the end belongs to the next prompt, unless it is part of a token, as in Phi-3
+        shared = stop if end[start:stop].strip() else shared
+    return end[:shared]

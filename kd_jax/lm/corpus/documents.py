@@ -42,7 +42,7 @@ class Columns(NamedTuple):
 
     Attributes:
         kind: "text", "ids" (lists of token ids), or "messages" (conversations).
-        names: the column of texts, of lists of ids or of messages; or those of the prompt and the response.
+        names: the column of texts, of lists of ids or of messages; or those of the request, and that of the response.
         whole_files: a .txt file is one document.
         max_length: ids of a row; a conversation has to have some of the assistant's among its first ones.
     """
@@ -245,9 +245,9 @@ def _as_ids(value: Any) -> np.ndarray | None:
 
 def _as_messages(*values: Any) -> str:
     """Messages as JSON; a prompt and its response are two."""
-    if len(values) == 2:
-        prompt, response = values
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    if len(values) > 1:
+        *request, response = values
+        messages = [{"role": "user", "content": readers.request(*request)}, {"role": "assistant", "content": response}]
     else:
         messages = json.loads(values[0]) if isinstance(values[0], str) else values[0]
     return json.dumps(messages)
@@ -295,11 +295,13 @@ def problem(columns: Columns, tokenizer: Tokenizer, row: str | np.ndarray | None
         row: the document.
         index: its number, for messages.
     Raises: ValueError for an id that is not the tokenizer's (then the data are of another one), and for a conversation
-        without a turn of the assistant.
+        without a turn of the assistant, with calls of tools, or that the chat template refuses.
     """
     if columns.kind == "messages":
         try:
             learnt = conversations.encode(json.loads(row), tokenizer).learnt
+        except conversations.Unusable as error:
+            return error.reason
         except ValueError as error:
             raise ValueError(f"conversation {index}: {error}") from error
         return None if learnt[: columns.max_length].any() else "answer_beyond_max_length"

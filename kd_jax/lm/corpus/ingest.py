@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kd_jax.lm import corpus, weights
-from kd_jax.lm.corpus import conversations, documents, shards
+from kd_jax.lm.corpus import conversations, documents, readers, shards
 from kd_jax.lm.corpus.documents import Columns, Documents
 from kd_jax.lm.corpus.manifest import DataSpec
 from kd_jax.lm.corpus.store import Arrival, Corpus
@@ -32,16 +32,16 @@ def from_dataset(
     source: str | os.PathLike, folder: str | os.PathLike, tokenizer_source: str | os.PathLike, *, max_length: int,
     split: str = "train", subset: str | None = None, text_column: str | None = None, ids_column: str | None = None,
     messages_column: str | None = None, prompt_column: str | None = None, response_column: str | None = None,
-    num_samples: int | None = None, first: int = 0, eos: bool | int = True, prompt_ids: Sequence[int] = (),
-    special_tokens: bool = False, whole_files: bool = False, shard_size: int = 1024, seed: int = 0,
-    streaming: bool | None = None, command: str | None = None, needed: tuple[int, str] = (0, ""),
+    num_samples: int | None = None, first: int = 0, eos: bool | int | Sequence[int] = True,
+    prompt_ids: Sequence[int] = (), special_tokens: bool = False, whole_files: bool = False, shard_size: int = 1024,
+    seed: int = 0, streaming: bool | None = None, command: str | None = None, needed: tuple[int, str] = (0, ""),
 ) -> Corpus:  # fmt: skip
     """Makes a corpus (kind "data") of documents, or continues one after its last whole shard; returns it finished.
 
     A document of text or ids ends with EOS (once) and is `finished`; where ids and EOS together are more than
     max_length, the first max_length ids remain, without EOS and not finished. Documents that are empty or blank are
-    left out, and so are texts with a byte or character that the tokenizer has no token for; the manifest counts both
-    under `skipped`. Conversations: see kd_jax.lm.corpus.conversations.
+    left out, and so are texts with a byte or character that the tokenizer has no token for, and conversations that
+    nothing can be learnt from (kd_jax.lm.corpus.conversations); the manifest counts them under `skipped`.
 
     Which documents: those that can be used are put in an order that depends on `seed` alone (as they come, where they
     are streamed), and rows are the documents at the places first .. first + num_samples - 1. Ranges that do not
@@ -57,11 +57,12 @@ def from_dataset(
         text_column: column with the texts ("text").
         ids_column: column with lists of ids, instead.
         messages_column: column with conversations, lists of {"role", "content"} (or the same as JSON), instead.
-        prompt_column, response_column: columns of a request and its answer, conversations of one turn, instead.
+        prompt_column, response_column: columns of a request and its answer, conversations of one turn, instead. After
+            an `instruction` comes the column `input`, where there is one (Alpaca's form).
         num_samples: how many rows; all there are from `first` on by default, which a stream cannot tell.
         first: place of the first.
-        eos: whether documents end with the tokenizer's EOS; an id where another one ends a document. Without it no row
-            is finished.
+        eos: whether documents end with the tokenizer's EOS; an id where another one ends a document; or several ids: a
+            document that ends with none of them gets the first. Without it no row is finished.
         prompt_ids: what each row is to begin with, such as BOS; rows that do already stay as they are. The prompt is
             not scored or trained on, nor is the first id of a row without one (prompt_length is at least 1).
         special_tokens: the text of a special token in a document, such as "<|endoftext|>", becomes its id; by default
@@ -101,6 +102,9 @@ def from_dataset(
         # The commit that was just looked up, so that a push meanwhile does not mix two versions.
         paths = documents.files(source, split=split, subset=subset, revision=identity if on_hub else None)
         documents.check_columns(source, paths, columns)
+        if prompt_column and response_column != "input":
+            request = readers.request_columns(prompt_column, readers.names(paths[0]))
+            columns = columns._replace(names=(*request, response_column))
         if settings["streaming"]:
             # A stream is never read as a whole: its fingerprint is the commit, and documents come in their own order.
             data, chosen = None, {"data_fingerprint": identity}
@@ -169,17 +173,21 @@ def _check(settings: dict[str, Any], on_hub: bool) -> None:
         raise ValueError(f"max_length={settings['max_length']} counts the prompt; nothing would follow its ids")
 
 
-def _tokenizer_settings(tokenizer: Tokenizer | None, settings: dict[str, Any], eos: bool | int) -> dict[str, Any]:
+def _tokenizer_settings(
+    tokenizer: Tokenizer | None, settings: dict[str, Any], eos: bool | int | Sequence[int]
+) -> dict[str, Any]:
     name = settings["tokenizer_source"]
     if tokenizer is None:
         raise ValueError(f"{name} has no tokenizer; name a source that has one as tokenizer_source")
-    eos_id = tokenizer.eos_id if eos is True else None if eos is False else eos
-    if eos is True and eos_id is None:
+    if isinstance(eos, bool):
+        eos = [tokenizer.eos_id] if eos else []
+    eos_ids = list(eos) if isinstance(eos, Sequence) else [eos]
+    if None in eos_ids:
         raise ValueError(f"the tokenizer of {name} names no EOS; give its id, or eos=False for rows without")
-    for i in [*settings["prompt_ids"], *([] if eos_id is None else [eos_id])]:
+    for i in [*settings["prompt_ids"], *eos_ids]:
         if not 0 <= i < tokenizer.vocab_size:
             raise ValueError(f"prompt_ids and eos: {i} is not an id of {name} (0 to {tokenizer.vocab_size - 1})")
-    return {"tokenizer_fingerprint": tokenizer.fingerprint, "eos_ids": [] if eos_id is None else [eos_id]}
+    return {"tokenizer_fingerprint": tokenizer.fingerprint, "eos_ids": eos_ids}
 
 
 def _choose(
@@ -205,8 +213,13 @@ def _too_few(
     asked = f"{asked} {settings['first']} on were asked for"
     if needed[0] > usable:
         asked = f"{needed[0]} are needed ({needed[1]})"
-    left_out = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in skipped.items())
-    return f"{source} has {usable} documents that can be used{f' (left out: {left_out})' if left_out else ''}; {asked}"
+    more = f" (left out: {left_out(skipped)})" if skipped else ""
+    return f"{source} has {usable} documents that can be used{more}; {asked}"
+
+
+def left_out(skipped: dict[str, int] | None) -> str:
+    """How many documents were left out, and why, in words; `skipped` is of a corpus's manifest."""
+    return ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in (skipped or {}).items()) or "none"
 
 
 def _taken(data: Documents, target: Corpus, places: np.ndarray, skipped: dict[str, int]) -> Iterator[tuple]:
@@ -264,18 +277,18 @@ def _row(index: int, ids: list[int], settings: dict[str, Any]) -> dict[str, Any]
     """A document as a row of kd_jax.lm.corpus.SCHEMA."""
     if not ids:
         raise ValueError(f"{settings['source']}: the tokenizer has no ids for the document of row {index}")
-    prompt, eos, max_length = settings["prompt_ids"], settings["eos_ids"], settings["max_length"]
+    prompt, eos_ids, max_length = settings["prompt_ids"], settings["eos_ids"], settings["max_length"]
     if ids[: len(prompt)] != prompt:
         ids = [*prompt, *ids]
     # a document that brings its own EOS does not get a second one
-    if ids[-1:] != eos:
-        ids = [*ids, *eos]
+    if ids[-1] not in eos_ids:
+        ids = [*ids, *eos_ids[:1]]
     # a cut document has no EOS: with one, a model would learn to stop at max_length
     cut = len(ids) > max_length
     tokens = np.array(ids[:max_length], np.int32)
     return {
         "index": index, "tokens": tokens, "length": len(tokens), "prompt_length": max(1, len(prompt)),
-        "finished": bool(eos) and not cut, "log_prob": None, "sample_log_prob": None,
+        "finished": bool(eos_ids) and not cut, "log_prob": None, "sample_log_prob": None,
     }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ class DataSpec:
     special_tokens: bool = setting(True, "text of special tokens becomes their ids")
     whole_files: bool = setting(False, "a .txt file is one document")
     prompt_ids: tuple[int, ...] = setting((), "ids that each row begins with", at_least=0)
-    eos_ids: tuple[int, ...] = setting((), "the id that ends a document", at_least=0)
+    eos_ids: tuple[int, ...] = setting((), "ids that end a document; the first is put where none is", at_least=0)
     seed: int = setting(0, "of the order of documents", at_least=0)
     max_length: int = setting(1, "ids of the longest row, prompt and EOS included", at_least=1)
     num_samples: int = setting(1, "rows; the only setting that may grow", at_least=1)

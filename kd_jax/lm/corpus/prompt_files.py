@@ -17,8 +17,6 @@ from kd_jax.runs import packages
 
 # Columns that are looked for where none is named: conversations, then texts.
 COLUMNS = ("messages", "prompt", "instruction", "text")
-# What an instruction is about, where it is in a column of its own (Alpaca's form).
-_INPUT = "input"
 
 
 def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = None) -> list[list[int]]:
@@ -42,13 +40,12 @@ def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = N
     names = readers.names(paths[0])
     column = column or next((name for name in COLUMNS if name in names), COLUMNS[1])
     documents.check_columns(str(source), paths, documents.Columns("text", (column,)))
-    columns = (column, _INPUT) if column == "instruction" and _INPUT in names else (column,)
+    columns = readers.request_columns(column, names)
     prompts = []
     for path in paths:
-        for number, (value, *more) in enumerate(readers.rows(path, columns)):
+        for number, values in enumerate(readers.rows(path, columns)):
             try:
-                text = "\n\n".join([value, *filter(None, more)]) if more else value
-                prompts.append(encode(text, tokenizer))
+                prompts.append(encode(readers.request(*values), tokenizer))
             except ValueError as error:
                 raise ValueError(f"{path}, row {number}: {error}") from error
     return prompts

@@ -58,6 +58,21 @@ def rows(file: str, columns: Sequence[str], whole_files: bool = False) -> Iterat
     return ([row.get(name) for name in columns] for row in _rows(file, columns, whole_files))
 
 
+def request_columns(column: str, present: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a request: of an `instruction` also `input`, what it is about (Alpaca's form), where it is there.
+
+    Args:
+        column: that is asked for.
+        present: the columns of the file.
+    """
+    return (column, "input") if column == "instruction" and "input" in present else (column,)
+
+
+def request(value: Any, about: str | None = None) -> Any:
+    """The values of `request_columns` in one: a text and what it is about, if that is not empty."""
+    return f"{value}\n\n{about}" if isinstance(value, str) and about else value
+
+
 def _rows(file: str, columns: Sequence[str] | None, whole_files: bool) -> Iterator[dict[str, Any]]:
     # The error names the row: in a file of millions of rows, "invalid JSON" alone would not help.
     number = 0

@@ -134,12 +134,21 @@ def read_data(p_star: LazyModel, validation: Corpus, spec: EvaluationSpec) -> Da
         raise ValueError(f"{label} has rows without a prompt, whose first token no model can score")
     prompts = None
     if compatibility.has_own_prompts(validation):
-        prompts = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_files.of_rows(rows)))]
-        if spec.num_samples > len(prompts) * spec.samples_per_prompt:
-            raise ValueError(
-                f"{label} has {len(prompts)} prompts: num_samples={spec.num_samples} needs a larger samples_per_prompt"
-            )
+        prompts = different_prompts(label, rows, spec.num_samples, spec.samples_per_prompt)
     return Data(rows, settings, fingerprint(validation, count), from_p_star, prompts)
+
+
+def different_prompts(label: str, rows: Rows, num_samples: int, samples_per_prompt: int) -> list[list[int]]:
+    """The prompts of the validation rows, each once.
+
+    Raises: ValueError, naming the corpus by its label, where they are too few for the samples.
+    """
+    prompts = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_files.of_rows(rows)))]
+    if num_samples > len(prompts) * samples_per_prompt:
+        raise ValueError(
+            f"{label} has {len(prompts)} prompts: num_samples={num_samples} needs a larger samples_per_prompt"
+        )
+    return prompts
 
 
 def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: SamplerSpec) -> Task:

@@ -43,16 +43,17 @@ def check(spec: LmSpec) -> None:
         alone = arm.policy == "on_policy" or (arm.distill is not None and arm.distill.vocabulary != "same")
         if alone and spec.train_of("student").together > 1:
             raise ValueError(f"config.train.together: {arm.name} trains its students one by one; set it to 1")
-        if spec.sampling.prompts and arm.text.choice != "all":
+        if spec.own_prompts and arm.text.choice != "all":
             raise ValueError(
-                f"{arm.name}: text_choice needs one prompt for all rows, and config.sampling.prompts is set"
+                f"{arm.name}: text_choice needs one prompt for all rows, and here they have their own "
+                "(config.sampling.prompts, or conversations as data)"
             )
         if arm.distill is not None and arm.distill.prompt_length >= spec.sampling.max_length:
             raise ValueError(
                 f"{arm.name}: prompt_length={arm.distill.prompt_length} leaves no room in "
                 f"config.sampling.max_length={spec.sampling.max_length}"
             )
-    if spec.sampling.prompts and spec.num_samples > spec.num_recall * spec.evaluation.samples_per_prompt:
+    if spec.own_prompts and spec.num_samples > spec.num_recall * spec.evaluation.samples_per_prompt:
         raise ValueError(
             f"config.num_samples={spec.num_samples} is above num_recall={spec.num_recall} prompts with "
             f"config.evaluation.samples_per_prompt={spec.evaluation.samples_per_prompt} samples each"

@@ -7,7 +7,7 @@ from typing import Any
 
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import evaluation, weights
-from kd_jax.lm.corpus import Corpus, documents, ingest
+from kd_jax.lm.corpus import Corpus, conversations, documents, ingest
 from kd_jax.lm.decode import chosen_text, to_corpus
 from kd_jax.lm.distill import alignment, recorded_top_k, reencoded
 from kd_jax.lm.evaluation import Entry, estimates
@@ -58,13 +58,15 @@ def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: i
     }  # fmt: skip
     if spec.data.source:
         settings |= {"data": to_dict(spec.data), "data_identity": documents.identity(spec.data.source), "first": first}
+    if spec.data.conversations:
+        settings["conversations"] = conversations.VERSION
 
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
         model = roles.p_star(spec)
         # Later stages read p*'s ids, tokenizer and shape here, without loading its weights.
         weights.save_about(model, folder)
         if spec.data.source:
-            return _ingest(spec, folder, first, num_samples)
+            return _ingest(spec, folder, first, num_samples, for_recall=purpose == VALIDATION_SEED)
         return _sample(spec, model, folder, settings, name, first)
 
     price = cost.copying if spec.data.source else cost.sampling
@@ -87,17 +89,23 @@ def samples(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None)
     if vocabulary is not None:
         settings["vocabulary"] = vocabulary
 
+    # a teacher that has learnt answers to requests is asked the same ones
+    asked = (of_teacher(TRAIN, teacher),) if spec.data.conversations else ()
+
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         model = roles.teacher(spec, inputs, spec.sampling.dtype, make_mesh(spec.mesh), teacher)
         if vocabulary is None:
-            return _sample(spec, model, folder, settings, name, first, text_rows=arm.text.rows or spec.num_train)
+            requests = corpus_lib.open(inputs[asked[0]] / "corpus") if asked else None
+            rows = arm.text.rows or spec.num_train
+            return _sample(spec, model, folder, settings, name, first, text_rows=rows, asked=requests)
         # The text of the student's prompt, whatever its ids are: both models' sequences are of the same texts.
         prompt = alignment.prompt(*_student_prompt(spec), model.tokenizer, model.eos_ids)
         _sample(spec, model, folder / TEACHERS_IDS, settings, name, first, prompt)
         return _in_students_ids(spec, folder, name)
 
     price = cost.sampling(spec, planned_shape(spec, "teacher"), settings["num_samples"])
-    return Stage(name, settings | roles.teacher_identity(spec), roles.teacher_inputs(spec, teacher), work, price)
+    inputs = (*asked, *roles.teacher_inputs(spec, teacher))
+    return Stage(name, settings | roles.teacher_identity(spec), inputs, work, price)
 
 
 def chosen(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None) -> Stage:
@@ -192,17 +200,17 @@ def _sampling(spec: LmSpec, num_samples: int, sampler: SamplerSpec, purpose: int
 
 def _sample(
     spec: LmSpec, model: Model, folder: Path, settings: dict[str, Any], label: str, first: int,
-    prompt_ids: list[int] | None = None, text_rows: int = 0,
+    prompt_ids: list[int] | None = None, text_rows: int = 0, asked: Corpus | None = None,
 ) -> dict:  # fmt: skip
     """Samples the corpus of a stage; returns its counts and its entropy in nats per token.
 
     Args:
-        first, text_rows: which prompts, see prompts.of_corpus.
+        first, text_rows, asked: which prompts, see prompts.of_corpus.
         prompt_ids: of all samples, in place of config.sampling's.
     """
     tokenizer = model.tokenizer
     if prompt_ids is None:
-        prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"], text_rows)
+        prompt, chosen_prompts = prompts.of_corpus(spec, tokenizer, first, settings["num_samples"], text_rows, asked)
     else:
         prompt, chosen_prompts = {"prompt": None, "prompt_ids": prompt_ids}, None
     names = ("max_length", "shard_size", "num_samples", "seed", "dtype")
@@ -222,23 +230,35 @@ def _sample(
     return {**corpus.manifest["counts"], "entropy": entropy, "entropy_se": entropy_se}
 
 
-def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int) -> dict[str, Any]:
+def _ingest(spec: LmSpec, folder: Path, first: int, num_samples: int, for_recall: bool) -> dict[str, Any]:
     """Rows of the data set as the corpus of a stage; their entropy is unknown.
 
-    Raises: ValueError, in the first such stage, where the data have too few documents for all of the run's corpora.
+    Raises: ValueError, in the first such stage, where the data have too few documents for all of the run's corpora; and
+        where the rows for recall have too few different requests for the samples of the evaluation.
     """
     data = spec.data
     count = spec.num_recall + spec.teachers * (spec.num_train + spec.num_validation)
     needed = count, "num_recall + teachers x (num_train + num_validation)"
+    eos = True if data.eos_id is None else data.eos_id
+    if data.conversations:
+        # a chat template may close a turn with another EOS of the model than the tokenizer's
+        p_star = described(spec.p_star.source)
+        eos = list(dict.fromkeys([p_star.tokenizer.eos_id if eos is True else eos, *p_star.eos_ids]))
 
     def read() -> dict[str, Any]:
         # One process reads and tokenises for all.
         corpus = ingest.from_dataset(
             packages.locate(data.source), folder / "corpus", spec.p_star.source, **data.reading, first=first,
-            num_samples=num_samples, special_tokens=data.special_tokens,
-            eos=True if data.eos_id is None else data.eos_id, seed=spec.seed, max_length=spec.sampling.max_length,
-            prompt_ids=spec.sampling.prompt_ids, shard_size=spec.sampling.shard_size, needed=needed,
+            num_samples=num_samples, special_tokens=data.special_tokens, eos=eos, seed=spec.seed,
+            max_length=spec.sampling.max_length, prompt_ids=spec.sampling.prompt_ids,
+            shard_size=spec.sampling.shard_size, needed=needed,
         )  # fmt: skip
+        if corpus.manifest.get("skipped"):
+            print(f"left out of {data.source}: {ingest.left_out(corpus.manifest['skipped'])}", flush=True)
+        if for_recall and data.conversations:
+            # before any training: the evaluation would refuse them after all of it
+            label, each = f"config.data.source={data.source}: recall's part", spec.evaluation.samples_per_prompt
+            evaluation.different_prompts(label, corpus.rows(), spec.num_samples, each)
         return corpus.manifest["counts"]
 
     return {**distributed.once(read, f"reading {data.source}"), "entropy": None, "entropy_se": None}

@@ -130,7 +130,7 @@ def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dic
             stage_of.setdefault(arm.sampler, arms_lib.samples_of(spec, arm))
     # in the order of the arms
     samplers = dict.fromkeys(arm.sampler for arm in arms_lib.arms(spec) if arm.sampler is not None)
-    if spec.sampling.prompts:
+    if spec.own_prompts:
         samplers = {}  # the teachers' corpora answer the prompts of training, and not those of the validation rows
     models = {}
     for teacher in range(spec.teachers):

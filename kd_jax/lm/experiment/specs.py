@@ -53,6 +53,11 @@ class DataSpec:
     eos_id: int | None = setting(None, "id that ends a document; none is the tokenizer's EOS", at_least=0)
 
     @property
+    def conversations(self) -> bool:
+        """Whether rows are requests and answers."""
+        return bool(self.messages_column or self.prompt_column)
+
+    @property
     def reading(self) -> dict[str, Any]:
         """What `ingest.check_source` and `ingest.from_dataset` take of these settings, by argument."""
         columns = ("text_column", "ids_column", "messages_column", "prompt_column", "response_column")
@@ -214,6 +219,11 @@ class LmSpec:
                 raise ValueError(f"train.batch_size={batch_size} of the {role} is above num_train={self.num_train}")
         # Its own checks, before the run begins.
         Compute(**vars(self.compute))
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether rows have prompts of their own, and not one for all."""
+        return bool(self.sampling.prompts) or self.data.conversations
 
     def first_row(self, teacher: int) -> int:
         """Where a teacher's corpus of p* begins in the order of documents, or of prompts, that no two corpora share."""

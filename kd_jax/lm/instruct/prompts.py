@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.lm.corpus import documents, prompt_files
+from kd_jax.lm.corpus import Corpus, documents, prompt_files
 from kd_jax.lm.instruct.templates import INSTRUCTIONS, every
 
 # The source of prompts that stands for our own templates: those of the split "train".
@@ -67,7 +67,7 @@ def load(sampling: Any, tokenizer: Any, *, seed: int, needed: int, kinds: Sequen
 
 
 def of_corpus(
-    spec: Any, tokenizer: Any, first: int, count: int, text_rows: int = 0
+    spec: Any, tokenizer: Any, first: int, count: int, text_rows: int = 0, asked: Corpus | None = None
 ) -> tuple[dict[str, Any], list[list[int]] | None]:  # fmt: skip
     """The settings of a corpus of samples that say what its rows begin with, and its prompts where they differ.
 
@@ -77,16 +77,20 @@ def of_corpus(
         first, count: which of the run's prompts; one sample answers each.
         text_rows: training rows of a teacher's text; 0 for other corpora. They have p*'s training prompts, which start
             again where there are more rows. The validation rows after them have p*'s validation prompts.
+        asked: p*'s corpus, where it is data whose rows have prompts of their own: those are the prompts.
 
     Raises: as `load`.
     """
     sampling = spec.sampling
-    if not sampling.prompts:
+    if asked is None and not sampling.prompts:
         ids = list(sampling.prompt_ids) or tokenizer.encode(sampling.prompt)
         return {"prompt": sampling.prompt or None, "prompt_ids": ids}, None
-    # p*'s corpora of all teachers and the validation rows have prompts of their own
-    needed = spec.teachers * (spec.num_train + spec.num_validation) + spec.num_recall
-    chosen = load(sampling, tokenizer, seed=spec.seed, needed=needed, kinds=spec.instruct.kinds)[first:]
+    if asked is not None:
+        chosen = prompt_files.of_rows(asked.rows())
+    else:
+        # p*'s corpora of all teachers and the validation rows have prompts of their own
+        needed = spec.teachers * (spec.num_train + spec.num_validation) + spec.num_recall
+        chosen = load(sampling, tokenizer, seed=spec.seed, needed=needed, kinds=spec.instruct.kinds)[first:]
     if text_rows:
         train, validation = chosen[: spec.num_train], chosen[spec.num_train :]
         chosen = [train[i % len(train)] for i in range(text_rows)] + validation

@@ -1,10 +1,11 @@
 """Which sequences an update sees and how they lie in arrays."""
 
+import datasets
 import numpy as np
 import pytest
 
 from kd_jax.lm.corpus import batches
-from kd_jax.lm.corpus.batches import Layout, Updates
+from kd_jax.lm.corpus.batches import Layout, Sequences, Updates
 
 
 class Rows:
@@ -68,6 +69,25 @@ def test_a_rest_too_small_for_a_batch_is_another_each_epoch():
     found = seen(updates)
     left_out = [set(range(10)) - set(sum(found[2 * e : 2 * e + 2], [])) for e in range(6)]
     assert {len(rest) for rest in left_out} == {2} and len(set(map(frozenset, left_out))) > 1
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_conversations_mixed_with_samples(first):
+    """Rows of a corpus without masks are learnt after their prompts, whichever corpus is the first."""
+    talks = {
+        "tokens": [[1, 5, 6, 7], [1, 5, 8]], "length": [4, 3], "prompt_length": [2, 2],
+        "loss_mask": [[False, False, False, True], [False, False, True]],
+    }  # fmt: skip
+    samples = {"tokens": [[1, 9, 9, 9], [1, 4]], "length": [4, 2], "prompt_length": [1, 1]}
+    pair = [Sequences(datasets.Dataset.from_dict(columns)) for columns in (talks, samples)]
+    mixed = pair[first].mixed(pair[1 - first], 0.5)
+    expected = {(1, 5, 6, 7): [0, 0, 1], (1, 9, 9, 9): [1, 1, 1]}
+    for numbers in (np.arange(2), np.array([1, 0]), np.array([0]), np.array([1])):
+        tokens = mixed.tokens(numbers)
+        layout = Layout(len(numbers), max_length=4)
+        batch = batches.arrange(tokens, mixed.prompt_lengths[numbers], layout, None, mixed.masks(numbers))
+        for ids, mask in zip(tokens, batch.mask[0], strict=True):
+            assert mask[:3].tolist() == expected[tuple(ids.tolist())] and not mask[3]
 
 
 def test_padding():

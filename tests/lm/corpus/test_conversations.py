@@ -41,10 +41,8 @@ def smollm2():
     return Tokenizer.from_gguf(SMOLLM2)
 
 
-def with_template(tokenizer, template):
-    return Tokenizer(
-        tokenizer.backend, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=2, chat_template=template
-    )
+def with_template(tokenizer, template, eos_id=2):
+    return Tokenizer(tokenizer.backend, bos_id=tokenizer.bos_id, eos_id=eos_id, pad_id=2, chat_template=template)
 
 
 def test_masks_of_two_turns_by_hand(smollm2):
@@ -122,6 +120,115 @@ def test_the_end_of_the_last_turn_is_learnt_once(smollm2, name, eos_ids, end):
         assert tokenizer.decode(ids[-1:]) == "\n\n"
     else:
         assert tokenizer.decode(ids[-1:]) == end and learnt[-1] and not tokenizer.is_special(ids[-2])
+
+
+CLOSED = TEMPLATES["chatml"].replace("{% if add", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if add")
+
+
+@pytest.mark.parametrize("template, text", [
+    (TEMPLATES["chatml"], "Hello.<|im_end|><|endoftext|>"),
+    (TEMPLATES["chatml"].replace("<|im_end|>\n", "<|im_end|>"), "Hello.<|im_end|><|endoftext|>"),
+    (CLOSED, "Hello.<|im_end|>\n<|endoftext|>"),
+])  # fmt: skip
+def test_a_turn_that_another_token_closes_ends_with_eos(smollm2, saved, template, text):
+    """A base model with a ChatML template: <|im_end|> (2) closes a turn, and its EOS is <|endoftext|> (0)."""
+    saved.chat_template = template
+    theirs = saved.apply_chat_template(TWO_TURNS[:2], tokenize=True, return_dict=False)
+    base = with_template(smollm2, template, eos_id=0)
+    ids, learnt = conversations.encode(TWO_TURNS[:2], base)
+    said = saved.encode(text)
+    assert ids[learnt].tolist() == said and learnt[-len(said) :].all()
+    assert ids[:-1].tolist() == theirs[: len(ids) - 1]
+    # a model that <|im_end|> ends, too, says nothing after it
+    ids, learnt = conversations.encode(TWO_TURNS[:2], base, [0, 2])
+    assert ids.tolist() == theirs[: len(ids)] and saved.decode(ids[learnt]) == "Hello.<|im_end|>"
+
+
+def test_the_end_of_every_turn_is_learnt(smollm2, saved):
+    """Also where EOS closes the last turn once more, as in Phi-3's template."""
+    saved.chat_template = CLOSED
+    theirs = saved.apply_chat_template(TWO_TURNS, tokenize=True, return_dict=False)
+    ids, learnt = conversations.encode(TWO_TURNS, with_template(smollm2, CLOSED, eos_id=0))
+    assert ids.tolist() == theirs
+    spans = "".join("x" if one else " " for one in learnt).split(" ")
+    texts = ["Hello.<|im_end|>", "Good bye!<|im_end|>\n<|endoftext|>"]
+    assert [len(span) for span in spans if span] == [len(saved.encode(text)) for text in texts]
+    assert saved.decode(ids[learnt]) == "".join(texts)
+
+
+def test_calls_of_tools_are_refused(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    call = {"type": "function", "function": {"name": "search", "arguments": {}}}
+    # a column of Parquet has the field in all turns
+    plain = [{**turn, "tool_calls": None} for turn in TWO_TURNS]
+    called = [*plain[:3], {**plain[3], "tool_calls": [call]}]
+    smollm2.save(tmp_path / "tokenizer")
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps({"m": talk}) + "\n" for talk in (plain, called)))
+    with pytest.raises(ValueError, match=r"conversation 1: messages\[3\].tool_calls: calls of tools cannot be learnt"):
+        ingest.from_dataset(
+            tmp_path / "d.jsonl", tmp_path / "c", tmp_path / "tokenizer", max_length=64, messages_column="m"
+        )
+
+
+# In the manner of Qwen 3: the last turn has thoughts, and those of earlier turns are left out.
+THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' in m.content %}"
+    "{% if loop.last %}<think>{{ m.content.split('</think>')[0].split('<think>')[-1] }}</think>{% endif %}"
+    "{{ m.content.split('</think>')[-1].lstrip('\\n') if not loop.last else m.content.split('</think>')[-1] }}"
+    "{% else %}{{ '<think>\\n\\n</think>\\n\\n' if m.role == 'assistant' and loop.last }}{{ m.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+)
+THOUGHT = "<think>\nA greeting.\n</think>\n\n"
+
+
+def test_thoughts_are_learnt_where_the_template_keeps_them(smollm2, saved):
+    tokenizer = with_template(smollm2, THOUGHTS)
+    saved.chat_template = THOUGHTS
+    last = [*TWO_TURNS[:3], {"role": "assistant", "content": THOUGHT + "Good bye!"}]
+    ids, learnt = conversations.encode(last, tokenizer)
+    theirs = saved.apply_chat_template(last, tokenize=True, return_dict=False)
+    assert ids.tolist() == theirs[: len(ids)]
+    assert smollm2.decode(ids[learnt]) == f"Hello.<|im_end|>{THOUGHT}Good bye!<|im_end|>"
+    # a reply without any follows empty ones of the template, which are not the assistant's words
+    ids, learnt = conversations.encode(TWO_TURNS[:2], tokenizer)
+    assert smollm2.decode(ids[learnt]) == "Hello.<|im_end|>" and "</think>" in smollm2.decode(ids)
+
+
+def test_what_cannot_be_learnt_from_is_left_out_and_counted(tmp_path, smollm2, monkeypatch):
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    with_template(smollm2, THOUGHTS).save(tmp_path / "tokenizer")
+
+    def made(name, rows, **columns):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ingest.from_dataset(
+            tmp_path / f"{name}.jsonl", tmp_path / name, tmp_path / "tokenizer", max_length=64, **columns
+        )
+
+    pairs = made(
+        "pairs", [{"ask": "Hi", "answer": text} for text in ("Hello.", "", None, " \n")], prompt_column="ask",
+        response_column="answer",
+    )  # fmt: skip
+    assert pairs.num_rows == 1 and pairs.manifest["skipped"] == {"empty": 3}
+    early = [TWO_TURNS[0], {"role": "assistant", "content": THOUGHT + "Hello."}, *TWO_TURNS[2:]]
+    talks = made("talks", [{"m": TWO_TURNS}, {"m": early}], messages_column="m")
+    assert talks.num_rows == 1 and talks.manifest["skipped"] == {"changed_by_the_chat_template": 1}
+    assert ingest.left_out(talks.manifest["skipped"]) == "1 changed by the chat template"
+
+
+def test_a_corpus_of_a_base_model_ends_with_its_eos(smollm2, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    with_template(smollm2, TEMPLATES["chatml"], eos_id=0).save(tmp_path / "base")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"ask": "Hi", "answer": "Hello."}) + "\n")
+    for eos, end in ((True, [2, 0]), ([0, 2], [2]), (False, [2])):
+        made = ingest.from_dataset(
+            tmp_path / "d.jsonl", tmp_path / str(eos), tmp_path / "base", max_length=64, prompt_column="ask",
+            response_column="answer", eos=eos,
+        )  # fmt: skip
+        rows = made.rows()
+        assert rows.tokens[0].tolist()[-2:] == [*smollm2.encode("."), *end][-2:] and rows.finished == [bool(eos)]
+        assert rows.loss_mask[0][-2:].all() and made.manifest["settings"]["eos_ids"] == (
+            [0] if eos is True else eos or []
+        )
 
 
 def test_template_that_rewrites_earlier_turns_is_refused(smollm2):

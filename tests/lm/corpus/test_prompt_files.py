@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 
 from kd_jax.lm import corpus
-from kd_jax.lm.corpus import compatibility, conversations, prompt_files
+from kd_jax.lm.corpus import compatibility, conversations, ingest, prompt_files
 from kd_jax.lm.weights.tokenizer import Tokenizer
 
 WORDS = {"<unk>": 0, "</s>": 1, "user:": 2, "assistant:": 3, **{f"w{i}": i for i in range(4, 40)}}
@@ -64,6 +64,21 @@ def test_files(tmp_path, name, text, column):
     assert settings["samples_per_prompt"] == 3 and settings["prompt_ids"] == []
     # the border between two prompts counts
     assert settings["prompts_fingerprint"] != prompt_files.fingerprint([[2, 4, 3, 2], [5, 6, 3]])
+
+
+def test_an_instruction_has_its_input_in_prompts_and_in_conversations(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    rows = [{"instruction": "w4", "input": "w5", "output": "w9"}, {"instruction": "w6", "input": "", "output": "w9"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer().save(tmp_path / "words")
+    asked = [[2, 4, 5, 3], [2, 6, 3]]
+    assert prompt_files.read(tmp_path / "a.jsonl", tokenizer()) == asked
+    made = ingest.from_dataset(
+        tmp_path / "a.jsonl", tmp_path / "c", tmp_path / "words", max_length=9, prompt_column="instruction",
+        response_column="output",
+    )  # fmt: skip
+    assert sorted(ids.tolist() for ids in made.rows().tokens) == sorted([*ids, 9, 1] for ids in asked)
+    assert sorted(prompt_files.of_rows(made.rows())) == sorted(asked)
 
 
 def test_what_is_no_prompt_is_named(tmp_path):
