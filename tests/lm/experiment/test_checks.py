@@ -216,6 +216,7 @@ START = {"student.source": "p_star", **{f"student.{key}": value for key, value i
     ({**START, "student.lora.targets": ("q_proj",)}, "config.student.lora.targets='q_proj' must be one of q, k"),
     ({**START, "student.lora.rank": 4, "student.train.frozen": ("norm",)}, "student.lora trains adapters alone"),
     ({**START, "student.train.frozen": ("layers.9",)}, "frozen pattern 'layers.9' names layers that are not among 0"),
+    ({**START, "student.train.frozen": ("layers.q_bias",)}, "frozen pattern 'layers.q_bias': layers of this model"),
 ])  # fmt: skip
 def test_parts_that_cannot_be_trained(folders, changes, message):
     with pytest.raises(ValueError, match=message):
