@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kd_jax.lm.corpus import compatibility
 from kd_jax.lm.corpus.batches import Batch, Pair, Spans
 from kd_jax.lm.distill import alignment
 from kd_jax.lm.distill.alignment import Side
@@ -55,7 +56,9 @@ class Pairing:
         ids = alignment.shared_tokens(
             teacher.tokenizer, student.tokenizer, teacher_eos=teacher.eos_ids, student_eos=student.eos_ids
         )
-        return Shared(*ids)
+        # A tokenizer may have added tokens for which its model has no logit.
+        real = (ids[0] < teacher.num_tokens) & (ids[1] < student.num_tokens)
+        return Shared(*(of_side[real] for of_side in ids))
 
     @functools.cached_property
     def _same(self) -> bool:
@@ -131,6 +134,7 @@ class Pairing:
         parts = alignment.pieces(student.tokenizer, text, continues=continues)
         readable = alignment.readable(b"".join(parts), teacher.tokenizer)
         new_text, new_parts = alignment.encode(teacher.tokenizer, readable.text, continues=continues)
+        compatibility.check_ids("the text in the teacher's tokens", [new_text], teacher)
         # Byte by byte: how much of the new text, and how many lost bytes, there are before each end.
         raw = alignment.ends(parts)
         in_new, in_lost = (np.concatenate([[0], np.cumsum(of)]) for of in (readable.sizes, readable.lost))

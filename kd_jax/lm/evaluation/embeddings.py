@@ -80,7 +80,9 @@ def _ids(tokens: Sequence[np.ndarray], tokenizer: Any, model: Model) -> list[np.
         return [np.asarray(row)[:limit] for row in tokens]
     encoded = (model.tokenizer.encode(tokenizer.decode(row)) for row in tokens)
     # a text of no token, such as a lone EOS, still has to be a point: the first id stands for it
-    return [np.asarray(row or [0])[:limit] for row in encoded]
+    rows = [np.asarray(row or [0])[:limit] for row in encoded]
+    compatibility.check_ids("a text for the embedding model", rows, model)
+    return rows
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
