@@ -88,7 +88,7 @@ def linear_aligned_divergence(
         # A masked span is taken for the first of the shared tokens, so that both sides have the same events.
         teacher_start, student_start = (
             Start(one, jnp.where(mask, first, ids[0]), later, single | ~mask)
-            for one, (_, first, later, single), ids in zip(logits, sides, shared, strict=True)
+            for one, (_, first, later, single), ids in zip(logits, sides, shared[:2], strict=True)
         )
         return losses.aligned_divergence(
             divergence, teacher=teacher_start, student=student_start, shared=shared,

@@ -116,7 +116,7 @@ def test_added_tokens_without_weights_are_in_no_event():
         for one, size in zip((teacher, student), sizes, strict=True)
     ]
     plain = pairing_of(WORDS, OTHER).shared
-    for found, wanted, size in zip(Pairing(*models).shared, plain, sizes, strict=True):
+    for found, wanted, size in zip(Pairing(*models).shared[:2], plain[:2], sizes, strict=True):
         assert found.tolist() == wanted.tolist() and found.max() < size
     same = Pairing(models[0], models[0]).shared
     assert same.teacher.tolist() == same.student.tolist() == list(range(WORDS.vocab_size))
