@@ -64,7 +64,7 @@ class DataSpec:
 class SamplingSpec:
     """Corpora of samples: of p*, of the teacher, and of every model that is evaluated."""
 
-    prompt: str = setting("The", "text that every sample begins with")
+    prompt: str = setting("The", "text that every sample begins with; after BOS, where the model's tokenizer adds it")
     prompt_ids: tuple[int, ...] = setting((), "its token ids, in place of the text", at_least=0)
     prompts: tuple[str, ...] = setting(
         (), "prompts that differ, in place of one for all: files, packages, or templates (kd_jax.lm.instruct.prompts)"
