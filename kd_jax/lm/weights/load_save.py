@@ -20,7 +20,7 @@ from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import Architecture, Model
 from kd_jax.lm.weights import gguf_file, hf_config, hf_files, sources
 from kd_jax.lm.weights import tensors as tensors_lib
-from kd_jax.lm.weights.sources import SOURCES, WHEELS, fetch, identity, tokenizer
+from kd_jax.lm.weights.sources import SOURCES, WHEELS, fetch, hub_architecture, identity, tokenizer
 from kd_jax.lm.weights.tensors import Tensor
 from kd_jax.lm.weights.tokenizer import FILES as TOKENIZER_FILES
 from kd_jax.lm.weights.tokenizer import in_folder
@@ -32,7 +32,8 @@ from kd_jax.storage import files, folders
 from kd_jax.storage.errors import again
 
 __all__ = [
-    "SOURCES", "WHEELS", "export", "fetch", "fingerprint", "identity", "load", "save", "save_about", "tokenizer",
+    "SOURCES", "WHEELS", "export", "fetch", "fingerprint", "hub_architecture", "identity", "load", "save", "save_about",
+    "tokenizer",
 ]  # fmt: skip
 
 FORMAT = 1
