@@ -195,7 +195,7 @@ def _prompt(args: argparse.Namespace, p_star: Any) -> tuple[list[int], int]:
     if ids is None and p_star.tokenizer is None:
         raise ValueError(f"{args.p_star} has no tokenizer for --prompt; give the prompt as --prompt_ids")
     if ids is None:
-        ids = p_star.tokenizer.encode("The" if args.prompt is None else args.prompt)
+        ids = p_star.tokenizer.encode_prompt("The" if args.prompt is None else args.prompt)
     if not ids:
         raise ValueError("the prompt is empty, and a model needs an id to start from: give --prompt or --prompt_ids")
     outside = [i for i in ids if not 0 <= i < p_star.num_tokens]

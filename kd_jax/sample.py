@@ -66,7 +66,7 @@ def _parser() -> command_line.Parser:
         "which the model's chat template renders; a file or folder of Parquet, JSON, CSV or text")  # fmt: skip
     add("--prompts_column", metavar="NAME", help="column of the prompts (messages, else prompt, else text)")
     add("--samples_per_prompt", type=count, metavar="K", help="samples of each of --prompts, in a row (1)")
-    add("--bos", action="store_true", help="begin the prompt with the model's BOS id")
+    add("--bos", action="store_true", help="begin the prompt with the model's BOS id, whatever its tokenizer does")
     length = parser.add_mutually_exclusive_group().add_argument
     length("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, with its prompt (512)")
     length("--max_new_tokens", type=count, metavar="L", help="longest sample, the prompt not included")
@@ -242,7 +242,7 @@ def _prompt_ids(args: argparse.Namespace, model: Any) -> list[int]:
     if ids is None and model.tokenizer is None and args.prompt:
         raise ValueError(f"{args.model} has no tokenizer for --prompt; give the prompt as --prompt_ids")
     if ids is None:
-        ids = model.tokenizer.encode(args.prompt) if args.prompt else []
+        ids = model.tokenizer.encode_prompt(args.prompt) if args.prompt else []
     if args.bos and model.bos_id is None:
         raise ValueError(f"--bos: {args.model} has no BOS id")
     # Not twice: a tokenizer or the user may have put it there.

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shlex
@@ -13,9 +14,13 @@ import pytest
 import tokenizers
 
 import kd_jax.lm
-from kd_jax import sample
+from kd_jax import evaluate, sample
 from kd_jax.lm import corpus, decode, weights
 from kd_jax.lm import model as model_lib
+from kd_jax.lm.corpus import prompt_files
+from kd_jax.lm.decode import sampler as sampler_lib
+from kd_jax.lm.experiment.specs import LmSpec, PStarSpec
+from kd_jax.lm.instruct import prompts as run_prompts
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.runs import cache
 
@@ -23,9 +28,12 @@ BOS, EOS = 1, 2
 WORDS = {"unknown": 0, "<s>": BOS, "</s>": EOS, "The": 3, "cat": 4, **{f"w{i}": i for i in range(5, 320)}}
 
 
-def tokenizer():
+def tokenizer(**parts):
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="unknown"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<s>"])
+    for name, part in parts.items():
+        setattr(backend, name, part)
     return Tokenizer(backend, bos_id=BOS, eos_id=EOS)
 
 
@@ -229,6 +237,35 @@ def test_prompt_and_longest_sample(sampler, source, tmp_path, words, prompt, max
     settings = held.manifest["settings"]
     assert (settings["prompt_ids"], settings["max_length"]) == (prompt, max_length)
     assert settings["prompt"] == (None if "--prompt_ids" in words else words[1] if "--prompt" in words else "The")
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_a_text_prompt_is_the_same_ids_at_every_door(starts):
+    """After BOS where the tokenizer's post-processor puts it; ids stay as they are."""
+    start = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)]) if starts else None
+    model = model_lib.Model(model_lib.PRESETS["tiny"], {}, (EOS,), BOS, tokenizer=tokenizer(post_processor=start))
+    wanted = [BOS, 3] if starts else [3]
+
+    def flags(**changes):
+        return SimpleNamespace(model="m", p_star="m", bos=False, max_length=8, **{"prompt_ids": None, **changes})
+
+    assert sample._prompt_ids(flags(prompt="The"), model) == wanted
+    assert evaluate._prompt(flags(prompt=None), model) == (wanted, 8)
+    assert sampler_lib._check(model, ["The", [4]], 1, 8, 0, 1, 0) == [wanted, [4]]
+    assert prompt_files.encode("The", model.tokenizer) == wanted
+    spec = LmSpec(p_star=PStarSpec(architecture="tiny"))
+    assert run_prompts.of_corpus(spec, model.tokenizer, 0, 1) == ({"prompt": "The", "prompt_ids": wanted}, None)
+    for given in (
+        sample._prompt_ids(flags(prompt=None, prompt_ids=[3]), model),
+        evaluate._prompt(flags(prompt_ids=[3]), model)[0],
+    ):
+        assert given == [3]
+    forced = flags(prompt="The")
+    forced.bos = True
+    assert sample._prompt_ids(forced, model) == [BOS, 3]
+    # a chat template writes BOS itself
+    chat = dataclasses.replace(model.tokenizer, chat_template="{{ bos_token }} {{ messages[0]['content'] }}")
+    assert prompt_files.encode("The", chat) == [BOS, 3]
 
 
 def test_options_reach_the_sampler_and_the_manifest(sampler, source, tmp_path):

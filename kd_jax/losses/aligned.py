@@ -4,9 +4,10 @@ A span is a piece of text whose ends both tokenizations share; in each it is one
 
 universal_distance   compares sorted probabilities. It ignores which token has which probability.
 aligned_divergence   compares the distributions of what comes at the start of a span: the span's text, by the chain rule
-                     over its tokens; each token that both vocabularies have; and all the rest as one event. It ignores
-                     differences within the rest, and that a text can be reached through other tokens than its own
-                     tokenization. With one vocabulary on both sides it is the plain divergence.
+                     over its tokens; each token that both vocabularies have; the end of the text, through any id that
+                     ends it; and all the rest as one event. It ignores differences within the rest, and that a text
+                     can be reached through other tokens than its own tokenization. With one vocabulary on both sides
+                     it is the plain divergence.
 
 Both are differentiable in all logits and have no factor of the temperature squared.
 """
@@ -40,10 +41,18 @@ class Start(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """The tokens that both vocabularies have: int [shared] ids each, in the same order."""
+    """The tokens that both vocabularies have: int [shared] ids each, in the same order.
+
+    Attributes:
+        teacher, student: the ids.
+        teacher_ends, student_ends: int [ends], where several ids of a model end a text, these: they are one event, and
+            the first of them stands for it among the shared tokens. None for one id.
+    """
 
     teacher: jax.Array
     student: jax.Array
+    teacher_ends: jax.Array | None = None
+    student_ends: jax.Array | None = None
 
 
 def universal_distance(
@@ -90,17 +99,22 @@ def aligned_divergence(
     """
     parameter = table.checked_parameter(name, parameter)
     temperature, teacher_temperature = parameters.checked_temperatures(temperature, teacher_temperature)
+    sides = (teacher, shared.teacher, shared.teacher_ends), (student, shared.student, shared.student_ends)
+    # Of several ends, all but one are neither shared tokens nor part of the rest.
     some_rest = all(
-        start.logits.shape[-1] > ids.shape[0] for start, ids in zip((teacher, student), shared, strict=True)
+        start.logits.shape[-1] > len(ids) + (0 if ends is None else len(ends) - 1) for start, ids, ends in sides
     )
-    log_p = event_log_probs(teacher, shared.teacher, whole, temperature=teacher_temperature, rest=some_rest)
-    log_q = event_log_probs(student, shared.student, whole, temperature=temperature, rest=some_rest)
+    log_p, log_q = (
+        event_log_probs(start, ids, whole, temperature=of_side, rest=some_rest, ends=ends)
+        for (start, ids, ends), of_side in zip(sides, (teacher_temperature, temperature), strict=True)
+    )
     return derivatives.divergence(name, log_p, log_q, parameter)
 
 
 def event_log_probs(
-    start: Start, shared: jax.Array, whole: jax.Array, *, temperature: Scalar = 1.0, rest: bool = True
-) -> jax.Array:
+    start: Start, shared: jax.Array, whole: jax.Array, *, temperature: Scalar = 1.0, rest: bool = True,
+    ends: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
     """Log-probabilities of what may come at the start of spans: [..., shared + 2].
 
     Args:
@@ -109,9 +123,12 @@ def event_log_probs(
         whole: int [...], which of them is the span's text; -1 for none.
         temperature: divides the logits.
         rest: count the tokens that are not shared; otherwise the events that are left are normalised.
+        ends: of this model, see `Shared`.
     Returns: of each shared token; of the span's text, where it is not a shared token (else -inf); of all else.
     """
     log_probs = log_softmax(start.logits, temperature)
+    if ends is not None:
+        log_probs, start = _with_one_end(log_probs, start, ends)
     first = jnp.take_along_axis(log_probs, start.first[..., None], axis=-1)[..., 0]
     # The first token of several is divided in two events: the span's text, and that token before another one.
     # A probability of 1 in float32 must not give the second an infinite slope.
@@ -154,6 +171,14 @@ def _sorted_down_jvp(primals, tangents):
 def _keys(probs: jax.Array) -> jax.Array:
     """Integers in the same order: the bits of numbers that are not negative. On a CPU they sort four times as fast."""
     return jax.lax.bitcast_convert_type(probs, {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[probs.dtype.itemsize])
+
+
+def _with_one_end(log_probs: jax.Array, start: Start, ends: jax.Array) -> tuple[jax.Array, Start]:
+    """All ends of a text as the first of them: it has the sum of their probabilities, and the others have none."""
+    any_end = reductions.log_sum(jnp.take(log_probs, ends, axis=-1))
+    log_probs = log_probs.at[..., ends].set(-jnp.inf).at[..., ends[0]].set(any_end)
+    is_end = (start.first[..., None] == ends).any(axis=-1)
+    return log_probs, start._replace(first=jnp.where(is_end, ends[0], start.first))
 
 
 def _log_add(a: jax.Array, b: jax.Array) -> jax.Array:

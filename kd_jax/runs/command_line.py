@@ -164,8 +164,8 @@ def mesh(sizes: dict[str, int] | None) -> Any:
 def add_prompt(parser: argparse.ArgumentParser) -> None:
     """Adds the two ways to give a prompt."""
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--prompt", metavar="TEXT", help='what every sample begins with ("The")')
-    add("--prompt_ids", type=ids, metavar="1,504", help="the prompt as token ids")
+    add("--prompt", metavar="TEXT", help='what every sample begins with, after BOS where the tokenizer adds it ("The")')
+    add("--prompt_ids", type=ids, metavar="1,504", help="the prompt as token ids, as they are")
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

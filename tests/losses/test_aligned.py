@@ -84,7 +84,8 @@ def test_a_merge_by_hand():
     shared = Shared(jnp.array([1, 2]), jnp.array([0, 2]))
     sides = start(np.log(p)[None], [0]), start(np.log(q)[None], [0], [np.log(after)])
     found = [
-        np.exp(losses.event_log_probs(side, ids, jnp.array([-1])))[0] for side, ids in zip(sides, shared, strict=True)
+        np.exp(losses.event_log_probs(side, ids, jnp.array([-1])))[0]
+        for side, ids in zip(sides, shared[:2], strict=True)
     ]
     np.testing.assert_allclose(found, (teacher, student), rtol=1e-6)
     value = losses.aligned_divergence(
@@ -103,6 +104,55 @@ def test_a_text_that_is_a_token_of_both_though_one_has_split_it():
     side = start(np.log(q)[None], [0], [np.log(0.7)])
     events = np.exp(losses.event_log_probs(side, jnp.array([3, 2]), jnp.array([0])))[0]
     np.testing.assert_allclose(events, [0.2 + 0.6 * 0.7, 0.1, 0, 0.1 + 0.6 * 0.3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl"])
+def test_several_ids_that_end_a_text_are_one_event(name):
+    """By hand, at a text's end with another of the ends as label, at a shared token, and at a text of two tokens."""
+    temperature, after = 1.5, 0.6  # the student's probability of its second token
+    logits = [2 * np.random.default_rng(0).standard_normal((3, size)) for size in (8, 7)]
+    p, q = (softmax(one / temperature, -1) for one in logits)
+    # (teacher's, student's) ids of the events: the end, two shared tokens, the rest
+    events = [([1, 4, 6], [0, 5]), ([2], [3]), ([3], [2]), ([0, 5, 7], [1, 4, 6])]
+    p, q = (np.array([[row[event[side]].sum() for event in events] for row in of]) for side, of in enumerate((p, q)))
+    p, q = np.insert(p, 3, 0, axis=-1), np.insert(q, 3, 0, axis=-1)  # a text that is no shared token
+    p[2, 3], p[2, 4] = softmax(logits[0][2] / temperature)[7], p[2, 4] - softmax(logits[0][2] / temperature)[7]
+    split = softmax(logits[1][2] / temperature)[3] * after
+    q[2, 3], q[2, 1] = split, q[2, 1] - split
+    np.testing.assert_allclose((p.sum(-1), q.sum(-1)), 1, rtol=1e-12)
+    with jax.enable_x64(True):
+        later = jnp.array([0, 0, np.log(after)])
+        teacher = Start(jnp.asarray(logits[0]), jnp.array([4, 2, 7]), jnp.zeros(3), jnp.ones(3, bool))
+        student = Start(jnp.asarray(logits[1]), jnp.array([5, 3, 3]), later, jnp.array([True, True, False]))
+        found = losses.aligned_divergence(
+            name, teacher=teacher, student=student, temperature=temperature, whole=jnp.array([0, 1, -1]),
+            shared=Shared(jnp.array([1, 2, 3]), jnp.array([0, 3, 2]), jnp.array([1, 4, 6]), jnp.array([0, 5])),
+        )  # fmt: skip
+    p, q = (p, q) if name == "forward_kl" else (q, p)
+    np.testing.assert_allclose(found, (p * np.log(np.maximum(p, 1e-300) / np.maximum(q, 1e-300))).sum(-1), rtol=1e-12)
+
+
+def test_one_id_that_ends_a_text_changes_no_bit():
+    sides = [start(RANDOM.standard_normal((2, size)), [1, 2]) for size in (6, 5)]
+    ids = jnp.array([1, 2, 4]), jnp.array([2, 1, 0])
+    one, other = (
+        losses.aligned_divergence(
+            "forward_kl", teacher=sides[0], student=sides[1], shared=Shared(*ids, *ends), whole=jnp.array([0, -1])
+        )
+        for ends in ((), (jnp.array([4]), jnp.array([0])))
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+def test_there_is_no_rest_where_all_else_ends_a_text():
+    p, q = RANDOM.standard_normal((1, 4)), RANDOM.standard_normal((1, 3))
+    found = losses.aligned_divergence(
+        "reverse_kl", teacher=start(p, [0]), student=start(q, [0]), whole=jnp.array([1]),
+        shared=Shared(jnp.array([1, 0]), jnp.array([2, 0]), jnp.array([1, 2, 3])),
+    )  # fmt: skip
+    p, q = softmax(p[0]), softmax(q[0, [2, 0]])  # the student's third token is no event
+    p = np.array([p[1:].sum(), p[0]])
+    np.testing.assert_allclose(found, [(q * np.log(q / p)).sum()], rtol=1e-5)
 
 
 @pytest.mark.slow

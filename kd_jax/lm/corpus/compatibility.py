@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
+
 from kd_jax.lm.corpus.store import Corpus
 from kd_jax.lm.model import Model
 from kd_jax.lm.weights.tokenizer import difference
@@ -52,6 +56,19 @@ def _check_ids(name: str, model: Model, other_name: str, other: Model) -> None:
     problem = other_vocabulary(name, model, other_name, other)
     if problem is not None:
         raise ValueError(problem)
+
+
+def check_ids(label: str, rows: Iterable[np.ndarray], model: Model) -> None:
+    """Raises ValueError for an id that the model has no weights for: a tokenizer may have added tokens beyond them.
+
+    Args:
+        label: what the message calls the text.
+        rows: its ids.
+    """
+    largest = max((int(np.max(row, initial=0)) for row in rows), default=0)
+    if largest >= model.num_tokens:
+        token = "" if model.tokenizer is None else f" ({model.tokenizer.backend.id_to_token(largest)!r})"
+        raise ValueError(f"{label} has id {largest}{token}; the model's are 0 to {model.num_tokens - 1}")
 
 
 def check_corpus(label: str, corpus: Corpus, p_star: Model, num_rows: int) -> None:

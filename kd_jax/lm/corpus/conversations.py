@@ -80,6 +80,8 @@ def encode(
         eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     pieces = _pieces(messages, turns, tokenizer, eos_ids) if tokenizer.chat_template else list(_plain(messages, turns))
     ids, learnt = _encode(pieces, tokenizer)
+    if not tokenizer.chat_template and tokenizer.adds_bos:  # a template puts BOS in front itself
+        ids, learnt = [tokenizer.bos_id, *ids], [False, *learnt]
     if eos_ids and ids[-1] not in eos_ids:
         ids, learnt = [*ids, eos_ids[0]], [*learnt, True]
     return Conversation(np.array(ids, np.int32), np.array(learnt, bool))

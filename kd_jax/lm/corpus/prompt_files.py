@@ -24,7 +24,7 @@ def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = N
 
     A text is what a user says, and a conversation is answered where it ends; a last turn of the assistant is left out.
     Both are rendered by the tokenizer's chat template, up to the assistant's words. Without a template a text is the
-    prompt as it is.
+    prompt as it is, after BOS where the model's texts begin with it.
 
     Args:
         source: a file, a glob of files or a folder of them (see documents.SOURCES), or a package (see
@@ -67,7 +67,7 @@ def encode(prompt: str | Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list
     if tokenizer.chat_template:
         ids = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
     elif len(messages) == 1:
-        ids = tokenizer.encode(messages[0]["content"])
+        ids = tokenizer.encode_prompt(messages[0]["content"])
     else:
         raise ValueError("the tokenizer has no chat template; without one, a prompt is one text")
     if not ids:

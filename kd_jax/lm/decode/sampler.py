@@ -94,7 +94,8 @@ def stream(
 
     Args:
         prompt: text or ids that all samples start with, or a list of such; sample i starts with number i modulo their
-            count, or as samples_per_prompt says. A text is encoded as it is, without BOS or chat template.
+            count, or as samples_per_prompt says. A text begins with BOS where the model's tokenizer puts it there; it
+            gets no chat template.
         samples_per_prompt: k of these start with each prompt: sample i * k + j is sample j of prompt i, and a function
             of the seed, i and j.
         max_length: longest sample, prompt included.
@@ -163,7 +164,7 @@ def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
     given = prompt if several else [prompt]
     if model.tokenizer is None and any(isinstance(p, str) for p in given):
         raise ValueError("the model has no tokenizer, so prompts must be token ids, not text")
-    prompts = [model.tokenizer.encode(p) if isinstance(p, str) else list(map(int, p)) for p in given]
+    prompts = [model.tokenizer.encode_prompt(p) if isinstance(p, str) else list(map(int, p)) for p in given]
     for number, ids in enumerate(prompts):
         if not ids:
             raise ValueError(f"prompt {number} is empty; start with a BOS id or a text")

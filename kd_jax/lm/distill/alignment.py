@@ -178,7 +178,7 @@ def ends(parts: Sequence[bytes]) -> np.ndarray:
 def shared_tokens(
     teacher: Tokenizer, student: Tokenizer, *, teacher_eos: Sequence[int], student_eos: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of the tokens that stand for the same bytes in both vocabularies, and of the first end of sequence.
+    """The ids of the tokens that stand for the same bytes in both vocabularies, and of the first ends of sequence.
 
     Of several ids with the same bytes one counts: if possible, one that is not a single-byte token.
     """
@@ -193,7 +193,7 @@ def shared_tokens(
 
 def _by_bytes(tokenizer: Tokenizer, eos: Sequence[int]) -> dict[bytes, int]:
     # Reversed, so that the first of several ids with the same bytes is the one that stays.
-    table = dict(reversed([(piece, i) for i, piece in enumerate(tokenizer.token_bytes) if piece]))
+    table = dict(reversed([(piece, i) for i, piece in enumerate(tokenizer.token_bytes) if piece and i not in eos]))
     for token, i in tokenizer.backend.get_vocab(with_added_tokens=True).items():
         piece = tokenizer.token_bytes[i]
         if len(piece) == 1 and not token.startswith("<0x"):

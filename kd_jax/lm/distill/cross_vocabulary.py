@@ -181,11 +181,10 @@ def _values(plan: _Plan, logits, later, spans: _Spans, teacher_head, numbers: _N
     if plan.kind == "uld":
         return losses.universal_distance(teacher_logits=teacher_logits, student_logits=logits, **temperatures)
     # A masked span is taken for the first of the shared tokens, so that both sides have the same events.
+    texts = spans.teacher, spans.student._replace(later=later)
     teacher, student = (
         Start(one, jnp.where(mask, text.first, ids[0]), jnp.where(mask, text.later, -1.0), text.single | ~mask)
-        for one, text, ids in zip(
-            (teacher_logits, logits), (spans.teacher, spans.student._replace(later=later)), numbers.shared, strict=True
-        )
+        for one, text, ids in zip((teacher_logits, logits), texts, numbers.shared[:2], strict=True)
     )
     return losses.aligned_divergence(
         plan.divergence, teacher=teacher, student=student, shared=numbers.shared,

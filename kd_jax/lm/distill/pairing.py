@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kd_jax.lm.corpus import compatibility
 from kd_jax.lm.corpus.batches import Batch, Pair, Spans
 from kd_jax.lm.distill import alignment
 from kd_jax.lm.distill.alignment import Side
@@ -50,12 +51,18 @@ class Pairing:
 
     @functools.cached_property
     def shared(self) -> Shared:
-        """The tokens that both models have."""
+        """The tokens that both models have, and the ends of sequence where one of them has several."""
         teacher, student = self.teacher, self.student
         ids = alignment.shared_tokens(
             teacher.tokenizer, student.tokenizer, teacher_eos=teacher.eos_ids, student_eos=student.eos_ids
         )
-        return Shared(*ids)
+        # A tokenizer may have added tokens for which its model has no logit.
+        real = (ids[0] < teacher.num_tokens) & (ids[1] < student.num_tokens)
+        ids = [of_side[real] for of_side in ids]
+        if self._same:  # an end is a token like any other
+            return Shared(*ids)
+        ends = (sorted(i for i in model.eos_ids if i < model.num_tokens) for model in (teacher, student))
+        return Shared(*ids, *(np.array(of_side, np.int32) if len(of_side) > 1 else None for of_side in ends))
 
     @functools.cached_property
     def _same(self) -> bool:
@@ -66,9 +73,11 @@ class Pairing:
     def _places(self) -> list[np.ndarray]:
         """For each id of the teacher and of the student, which of the shared tokens it is; -1 for none."""
         tables = []
-        for model, ids in zip((self.teacher, self.student), self.shared, strict=True):
+        for model, ids, ends in zip((self.teacher, self.student), self.shared[:2], self.shared[2:], strict=True):
             table = np.full(max(model.num_tokens, model.tokenizer.vocab_size), -1, np.int32)
             table[ids] = np.arange(len(ids))
+            if ends is not None:
+                table[ends] = table[ends[0]]
             tables.append(table)
         return tables
 
@@ -131,6 +140,7 @@ class Pairing:
         parts = alignment.pieces(student.tokenizer, text, continues=continues)
         readable = alignment.readable(b"".join(parts), teacher.tokenizer)
         new_text, new_parts = alignment.encode(teacher.tokenizer, readable.text, continues=continues)
+        compatibility.check_ids("the text in the teacher's tokens", [new_text], teacher)
         # Byte by byte: how much of the new text, and how many lost bytes, there are before each end.
         raw = alignment.ends(parts)
         in_new, in_lost = (np.concatenate([[0], np.cumsum(of)]) for of in (readable.sizes, readable.lost))

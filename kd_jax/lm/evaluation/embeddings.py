@@ -90,6 +90,7 @@ def _ids(rows: Rows, tokenizer: Any, model: Model) -> tuple[list[np.ndarray], np
         pairs = [[model.tokenizer.encode(tokenizer.decode(part)) for part in pair] for pair in pairs]
     # A text of no token, such as a lone EOS, still has to be a point: the token before it, or the first id.
     ids = [np.asarray([*prompt, *text] or [0])[:limit] for prompt, text in pairs]
+    compatibility.check_ids("a text for the embedding model", ids, model)
     return ids, np.array([min(len(prompt), len(row) - 1) for (prompt, _), row in zip(pairs, ids, strict=True)])
 
 

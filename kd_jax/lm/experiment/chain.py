@@ -27,6 +27,7 @@ from kd_jax.lm.experiment.specs import (
     architecture,
     make_mesh,
     planned_shape,
+    source_shape,
 )
 from kd_jax.lm.model import Compute
 from kd_jax.parallel import distributed
@@ -86,6 +87,8 @@ def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
         print(f"not available here yet, so all stages are shown as to do: {error}")
         # A name in place of the unknown content makes keys that no folder has.
         identity, other_vocabulary = spec.p_star.source, False
+    if spec.p_star.source and spec.p_star.architecture and source_shape(spec.p_star.source) is None:
+        print(f"p*: planned as {spec.p_star.architecture}; {spec.p_star.source} cannot be read here")
     chain = plan(spec, identity, other_vocabulary)
     folders = stages.folders(folder, chain)
     costs = {stage.name: stage.cost for stage in chain}

@@ -284,7 +284,7 @@ def _check_prompt(spec: LmSpec, p_star: Model) -> None:
     ids, text = spec.sampling.prompt_ids, spec.sampling.prompt
     if not ids and p_star.tokenizer is None:
         raise ValueError(f"config.sampling.prompt={text!r} needs a tokenizer, which p* does not have; set prompt_ids")
-    ids = ids or p_star.tokenizer.encode(text)
+    ids = ids or p_star.tokenizer.encode_prompt(text)
     if not ids or len(ids) >= spec.sampling.max_length:
         raise ValueError(
             f"the prompt has {len(ids)} ids; it needs at least 1, and fewer than config.sampling.max_length="

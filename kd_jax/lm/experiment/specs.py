@@ -32,7 +32,7 @@ class PStarSpec:
 
     source: str = setting("", "a model: anything that kd_jax.lm.weights.load takes")
     architecture: str = setting(
-        "", "a preset: of a source, what --dry_run plans with; without a source, random weights of it are p*",
+        "", "a preset: what --dry_run plans with where the source cannot be read; without one, random weights are p*",
         one_of=("", *PRESETS),
     )  # fmt: skip
 
@@ -69,7 +69,7 @@ class DataSpec:
 class SamplingSpec:
     """Corpora of samples: of p*, of the teacher, and of every model that is evaluated."""
 
-    prompt: str = setting("The", "text that every sample begins with")
+    prompt: str = setting("The", "text that every sample begins with; after BOS, where the model's tokenizer adds it")
     prompt_ids: tuple[int, ...] = setting((), "its token ids, in place of the text", at_least=0)
     prompts: tuple[str, ...] = setting(
         (), "prompts that differ, in place of one for all: files, packages, or templates (kd_jax.lm.instruct.prompts)"
@@ -322,6 +322,17 @@ def described(source: str) -> Model:
     return weights.describe(source)._replace(params={"layers": {}})
 
 
+# Kept, failures too: each may wait for the hub.
+@functools.lru_cache(maxsize=4)
+def source_shape(source: str) -> Architecture | None:
+    """The architecture of a model; on the hub its config.json alone is read. None where it cannot be read here."""
+    here = source.startswith("pypi:") or Path(source).expanduser().exists()
+    # A plan says elsewhere what is not available.
+    with contextlib.suppress(RunError, OSError):
+        return described(source).architecture if here else weights.hub_architecture(source)
+    return None
+
+
 def planned_shape(spec: LmSpec, role: str) -> Architecture | None:
     """The architecture of p*, teacher or student as far as the config and the files at hand say it.
 
@@ -330,16 +341,10 @@ def planned_shape(spec: LmSpec, role: str) -> Architecture | None:
     Returns: None where it is not known without a source that is not here yet: p*'s, or the teacher's.
     """
     source = spec.p_star.source
-    # A source that would have to be fetched first is planned by its preset.
-    at_hand = bool(source) and Path(source).exists()
-    p_star = described(source).architecture if at_hand else PRESETS.get(spec.p_star.architecture)
+    # A preset stands in for a source that cannot be read; the plan says so.
+    p_star = (source_shape(source) if source else None) or PRESETS.get(spec.p_star.architecture)
     if role == "p_star":
         return p_star
     if role == "teacher" and spec.teacher.source:
-        if spec.teacher.source == source:
-            return p_star
-        # A plan says elsewhere what is not available.
-        with contextlib.suppress(RunError, OSError):
-            return described(spec.teacher.source).architecture
-        return None
+        return p_star if spec.teacher.source == source else source_shape(spec.teacher.source)
     return None if p_star is None else architecture(getattr(spec, role), p_star, role)

@@ -34,19 +34,20 @@ class HarnessModel(TemplateLM):
 
     Args:
         model: with a tokenizer.
-        bos: whether texts start with the BOS id; Gemma models need it.
+        bos: whether texts start with the BOS id; by default as the model's tokenizer does it.
         batch_size: answers that are sampled at a time.
         seed: of answers that a task wants sampled.
     Raises: ValueError for a model without a tokenizer, or without an id to start an empty context with.
     """
 
-    def __init__(self, model: Model, *, bos: bool = False, batch_size: int = 64, seed: int = 0):
+    def __init__(self, model: Model, *, bos: bool | None = None, batch_size: int = 64, seed: int = 0):
         super().__init__()
         if model.tokenizer is None:
             raise ValueError("the model has no tokenizer, so it cannot be given the harness's texts")
         if model.bos_id is None and not model.eos_ids:
             raise ValueError("the model has neither a BOS nor an EOS id to predict a text's first token from")
-        self.model, self.bos, self.batch_size, self.seed = model, bos, batch_size, seed
+        self.model, self.batch_size, self.seed = model, batch_size, seed
+        self.bos = model.tokenizer.adds_bos if bos is None else bos
 
     @property
     def eot_token_id(self) -> int:

@@ -26,6 +26,8 @@ class Bytes:
         """The bytes of a text."""
         return list(text.encode())
 
+    encode_prompt = encode
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids. An id above 255 shows as "?", and bytes that are not UTF-8 as U+FFFD."""
         return bytes(int(i) if i < 256 else 63 for i in ids).decode(errors="replace")
@@ -83,7 +85,7 @@ def of_corpus(
     """
     sampling = spec.sampling
     if asked is None and not sampling.prompts:
-        ids = list(sampling.prompt_ids) or tokenizer.encode(sampling.prompt)
+        ids = list(sampling.prompt_ids) or tokenizer.encode_prompt(sampling.prompt)
         return {"prompt": sampling.prompt or None, "prompt_ids": ids}, None
     if asked is not None:
         chosen = prompt_files.of_rows(asked.rows())

@@ -208,7 +208,7 @@ class _Weights(nn.Module):
                     f"layers.{name}", ("layer", *AXES[name]), (a.num_hidden_layers, *shape),
                     initialisers.get(name, normal),
                 )
-                for name, shape in _layer_shapes(a).items()
+                for name, shape in layer_shapes(a).items()
             },
             "norm": self._declare("norm", ("embed",), (a.hidden_size,), gain),
         }  # fmt: skip
@@ -220,7 +220,7 @@ class _Weights(nn.Module):
         return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32, unbox=False)
 
 
-def _layer_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
+def layer_shapes(a: Architecture) -> dict[str, tuple[int, ...]]:
     """The shape of each weight that a layer of this architecture has."""
     width, mlp = a.hidden_size, a.intermediate_size
     queries, keys = a.num_attention_heads * a.head_dim, a.num_key_value_heads * a.head_dim

@@ -49,8 +49,9 @@ class Model(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """How many ids are real; a checkpoint's vocabulary may be padded beyond its tokenizer's."""
-        return self.architecture.vocab_size if self.tokenizer is None else self.tokenizer.vocab_size
+        """How many ids are real: a vocabulary may be padded, and a tokenizer have added tokens without weights."""
+        count = self.architecture.vocab_size
+        return count if self.tokenizer is None else min(count, self.tokenizer.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)

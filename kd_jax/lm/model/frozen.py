@@ -94,10 +94,12 @@ def frozen_layers(patterns: tuple[str, ...], architecture: Architecture) -> dict
             name of a weight for that weight alone: "layers.q", "layers.0-3.mlp_norm".
     Raises: ValueError naming the pattern that matches nothing.
     """
-    count = architecture.num_hidden_layers
+    count, of_layer = architecture.num_hidden_layers, architecture_lib.layer_shapes(architecture)
     frozen: dict[str, frozenset[int]] = {}
     for pattern in patterns:
         match = _PATTERN.fullmatch(pattern)
+        if pattern == "head" and architecture.tie_word_embeddings:
+            raise ValueError(f"frozen pattern {pattern!r}: head and embedding of this model are one; freeze embedding")
         if pattern in ("embedding", "norm", "head"):
             names, layers = [pattern], frozenset({0})
         elif match is None or match[3] not in (None, *AXES):
@@ -107,8 +109,9 @@ def frozen_layers(patterns: tuple[str, ...], architecture: Architecture) -> dict
             last = count - 1 if match[1] is None else int(match[2] or match[1])
             if not 0 <= first <= last < count:
                 raise ValueError(f"frozen pattern {pattern!r} names layers that are not among 0 to {count - 1}")
-            # All names: those that an architecture lacks are in no tree, and so freeze nothing.
-            names, layers = [match[3]] if match[3] else list(AXES), frozenset(range(first, last + 1))
+            if match[3] and match[3] not in of_layer:
+                raise ValueError(f"frozen pattern {pattern!r}: layers of this model have {', '.join(of_layer)}")
+            names, layers = [match[3]] if match[3] else list(of_layer), frozenset(range(first, last + 1))
             names = [f"layers.{name}" for name in names]
         frozen |= {name: frozen.get(name, frozenset()) | layers for name in names}
     return frozen

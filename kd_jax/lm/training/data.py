@@ -18,6 +18,9 @@ from kd_jax.parallel import distributed
 from kd_jax.parallel import mesh as mesh_lib
 from kd_jax.storage.files import remove
 
+# Rows that are looked through at a time.
+_ROWS = 1024
+
 
 class Data(NamedTuple):
     """Batches to train on, batches that choose the checkpoint, and the student's own samples (on_policy alone)."""
@@ -43,6 +46,9 @@ def prepare(
     if distillation is not None:
         distill, complete = distillation.spec, distillation.pairing or _as_it_is
     train, held_out = _sequences(member, distill)
+    if model.tokenizer is not None and model.tokenizer.vocab_size > model.num_tokens:
+        for part in (train, held_out):
+            _check_ids(part, model, member)
     on_policy = distill is not None and distill.policy == "on_policy"
     corpus_settings = member.corpus.manifest["settings"]
     longest = max(int(part.lengths.max()) for part in (train, held_out))
@@ -77,6 +83,12 @@ def prepare(
 
 def _as_it_is(batch: batches.Batch) -> batches.Batch:
     return batch
+
+
+def _check_ids(sequences: Sequences, model: Model, member: Member) -> None:
+    for first in range(0, len(sequences), _ROWS):
+        rows = sequences.tokens(np.arange(first, min(first + _ROWS, len(sequences))))
+        compatibility.check_ids(f"the text of {member.name}", rows, model)
 
 
 def _sequences(member: Member, distill: DistillSpec | None) -> tuple[Sequences, Sequences]:

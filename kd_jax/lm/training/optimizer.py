@@ -32,7 +32,7 @@ def adamw(
     schedule: optax.Schedule, *, b1: float = 0.9, b2: float = 0.95, eps: float = 1e-8, weight_decay: float = 0.0,
     clip: float = 1.0,
 ) -> optax.GradientTransformation:  # fmt: skip
-    """AdamW after clipping by the global norm. Norm gains are not decayed: they have one axis in each layer.
+    """AdamW after clipping by the global norm. Norm gains and biases are not decayed: they have one axis in each layer.
 
     Moments are float32 whatever the parameters are: in bfloat16 the second moment would stop growing. `clip` 0 turns
     clipping off.
@@ -41,7 +41,7 @@ def adamw(
         schedule: the learning rate by the number of finished updates.
         b1, b2: decay of the first and of the second moment.
         eps: added to the root of the second moment.
-        weight_decay: times the learning rate, of all weights but norm gains.
+        weight_decay: times the learning rate, of all weights but norm gains and biases.
         clip: the global norm that gradients are clipped to.
     """
     # Clipped first, so that one huge gradient does not stay in the moments.
@@ -57,5 +57,8 @@ def adamw(
 
 
 def _matrices(params: Any) -> Any:
-    # By name: in a stack of layers, gains have two axes like a matrix.
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" not in jax.tree_util.keystr(path[-1:]), params)
+    # By name: in a stack of layers, gains and biases have two axes like a matrix.
+    def is_matrix(path, _):
+        return not jax.tree_util.keystr(path[-1:], simple=True).endswith(("norm", "bias"))
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 from gguf import TokenType
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 _IDS = {
     "bos_id": "tokenizer.ggml.bos_token_id",
@@ -40,6 +40,8 @@ _PATTERNS = {
 }
 # GPT-2's own pattern is the default of ByteLevel; these split off each digit before.
 _GPT2_LIKE = {"gpt-2": False, "olmo": False, "smollm": True, "refact": True, "starcoder": True}
+# Byte-level ones whose texts begin with BOS where the file does not say it, as Llama 3's files seldom do (llama.cpp).
+_BOS_FIRST = ("llama-bpe", "llama3", "llama-v3", "falcon3", "lfm2", "tekken")
 
 
 def read(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +67,10 @@ def read(metadata: dict[str, Any]) -> dict[str, Any]:
     ):
         added = [token for token, of in zip(tokens, types, strict=True) if of == type_ and token.strip(" ")]
         add([AddedToken(token, normalized=False) for token in added])
+    bos_id = metadata.get(_IDS["bos_id"])
+    bos = None if bos_id is None else backend.id_to_token(bos_id)
+    if bos is not None and _adds_bos(metadata):
+        backend.post_processor = processors.TemplateProcessing([bos, "$A"], special_tokens=[(bos, bos_id)])
     architecture = metadata.get("general.architecture")
     return {
         "backend": backend,
@@ -72,6 +78,12 @@ def read(metadata: dict[str, Any]) -> dict[str, Any]:
         "chat_template": metadata.get("tokenizer.chat_template"),
         "model_max_length": metadata.get(f"{architecture}.context_length"),
     }
+
+
+def _adds_bos(metadata: dict[str, Any]) -> bool:
+    """Whether the model's texts begin with BOS. Llama 2's like, and some others, have it where the key is missing."""
+    default = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") in _BOS_FIRST
+    return bool(metadata.get("tokenizer.ggml.add_bos_token", default))
 
 
 def _byte_level(metadata: dict[str, Any], tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:

@@ -20,7 +20,7 @@ from kd_jax.lm import model as model_lib
 from kd_jax.lm.model import Architecture, Model
 from kd_jax.lm.weights import gguf_file, hf_config, hf_files, sources
 from kd_jax.lm.weights import tensors as tensors_lib
-from kd_jax.lm.weights.sources import SOURCES, WHEELS, fetch, identity, tokenizer
+from kd_jax.lm.weights.sources import SOURCES, WHEELS, fetch, hub_architecture, identity, tokenizer
 from kd_jax.lm.weights.tensors import Tensor
 from kd_jax.lm.weights.tokenizer import FILES as TOKENIZER_FILES
 from kd_jax.lm.weights.tokenizer import in_folder
@@ -32,7 +32,8 @@ from kd_jax.storage import files, folders
 from kd_jax.storage.errors import again
 
 __all__ = [
-    "SOURCES", "WHEELS", "export", "fetch", "fingerprint", "identity", "load", "save", "save_about", "tokenizer",
+    "SOURCES", "WHEELS", "export", "fetch", "fingerprint", "hub_architecture", "identity", "load", "save", "save_about",
+    "tokenizer",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -211,10 +212,13 @@ def _check_tensors(stored: hf_files.Stored, path: Path) -> None:
 
 
 def _check_tokenizer(model: Model, path: Path) -> None:
-    if model.num_tokens > model.architecture.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {model.num_tokens} ids, but the model only {model.architecture.vocab_size}"
-        )
+    tokenizer, count = model.tokenizer, model.architecture.vocab_size
+    if tokenizer is None or tokenizer.vocab_size <= count:
+        return
+    # Tokens are added without weights for them: Gemma 3's text models know their id of images by name alone.
+    added = tokenizer.backend.get_added_tokens_decoder()
+    if any(i >= count and i not in added for i in tokenizer.backend.get_vocab(with_added_tokens=True).values()):
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model only {count}")
 
 
 def _place(stored: hf_files.Stored, shapes: Any, shardings: Any) -> Any:

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kd_jax.lm.weights import gguf_file, hf_files
+from kd_jax.lm.model import Architecture
+from kd_jax.lm.weights import gguf_file, hf_config, hf_files
 from kd_jax.lm.weights.tokenizer import FILES as TOKENIZER_FILES
 from kd_jax.lm.weights.tokenizer import OLDER_FILES, Tokenizer, in_folder
 from kd_jax.runs import cache
@@ -114,6 +115,16 @@ def tokenizer(source: str | os.PathLike) -> Tokenizer | None:
         return gguf_file.tokenizer(path)
     ours = find_checkpoint(path)
     return in_folder(path if ours is None else ours[0])
+
+
+def hub_architecture(source: str) -> Architecture:
+    """The architecture of a Hugging Face id; of its files config.json alone is fetched.
+
+    Raises: FileNotFoundError for what is no such id; RunError where the hub does not provide it; ValueError for an
+        architecture that is not known.
+    """
+    path = hf_files.snapshot(*_hub_id(source), ("config.json",)) / "config.json"
+    return hf_config.architecture(hf_files.read_json(path), path)
 
 
 def identity(source: str | os.PathLike) -> str:

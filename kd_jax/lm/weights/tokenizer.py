@@ -36,6 +36,7 @@ class Tokenizer:
     """A tokenizer and the ids with a meaning; an id that is not known is None, and 0 is an id like any other.
 
     Nothing is added to a text unless asked for: a post-processor in tokenizer.json that puts in BOS or EOS is not run.
+    It only says, by `adds_bos`, what a text that a model continues begins with (`encode_prompt`).
 
     Attributes:
         backend: the tokenizers.Tokenizer that does the work.
@@ -107,6 +108,11 @@ class Tokenizer:
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
+    def adds_bos(self) -> bool:
+        """Whether the model's texts begin with BOS, as its tokenizer's post-processor says."""
+        return self.bos_id is not None and self.backend.encode("").ids[:1] == [self.bos_id]
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what makes two tokenizers the same: (token, id) table, merges, pre-tokenizer, normalizer."""
         description = json.loads(self.backend.to_str())
@@ -157,6 +163,10 @@ class Tokenizer:
                 return self.with_bos(ids) if bos else ids
             # The first guess was too short. Four times as much each time: the total stays within twice the last try.
             end *= 4
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that a model continues: BOS is in front where the model was trained so (`adds_bos`)."""
+        return self.encode(text, bos=self.adds_bos)
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text, and the characters [start, end) that each stands for."""

@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 
 from kd_jax.lm import weights
 from kd_jax.lm.corpus import batches, conversations, ingest
@@ -90,6 +92,11 @@ def test_prompt_and_response_are_not_merged(smollm2):
     prompt, response = smollm2.encode("Call foo("), smollm2.encode(")")
     assert (len(prompt), len(response)) == (3, 1) and len(smollm2.encode("Call foo()")) < 4
     assert ids.tolist() == [*prompt, *response, 2] and learnt.tolist() == [False] * 3 + [True, True]
+    # after BOS where the model's text prompts begin with it
+    backend = tokenizers.Tokenizer.from_str(smollm2.backend.to_str())
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
+    ids, learnt = conversations.encode(pair, dataclasses.replace(plain, backend=backend, bos_id=1))
+    assert ids.tolist() == [1, *prompt, *response, 2] and learnt.tolist() == [False] * 4 + [True, True]
 
 
 @pytest.mark.slow

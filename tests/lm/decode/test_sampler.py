@@ -157,7 +157,9 @@ def test_generate_is_the_stream_in_order():
 
 
 def test_prompts_as_text():
-    letters = types.SimpleNamespace(encode=lambda text: [ord(letter) - ord("a") for letter in text], vocab_size=24)
+    letters = types.SimpleNamespace(
+        encode_prompt=lambda text: [ord(letter) - ord("a") for letter in text], vocab_size=24
+    )
     counts = chain(COUNT_UP)._replace(tokenizer=letters)
     tokens, lengths, _ = decode.generate(counts, "fg", 2, max_length=6)
     assert tokens.tolist() == [[5, 6, 7, 8, 9, 10]] * 2 and lengths.tolist() == [6, 6]

@@ -1,5 +1,7 @@
 """Losses between models of different vocabularies, from hidden states and heads, against whole logits in NumPy."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,13 @@ import pytest
 from scipy.special import log_softmax
 
 from kd_jax import losses
+from kd_jax.lm.corpus import batches
+from kd_jax.lm.corpus.batches import Layout
 from kd_jax.lm.distill import cross_vocabulary as cross
 from kd_jax.lm.distill.cross_vocabulary import Hidden
-from tests.lm.distill.test_alignment import OTHER, WORDS
-from tests.lm.distill.test_pairing import batch_of, pairing_of
+from kd_jax.lm.distill.pairing import Pairing
+from tests.lm.distill.test_alignment import OTHER, WORDS, byte_level
+from tests.lm.distill.test_pairing import batch_of, model, pairing_of
 
 RANDOM = np.random.RandomState(0)
 TEXTS = ["the cat", "that the cat is", "a"]
@@ -76,6 +81,39 @@ def test_aligned_divergence_is_the_definition(name):
     )  # fmt: skip
     assert pair.mask.sum() > 10 and float(total) == pytest.approx(wanted.sum(), rel=2e-5)
     np.testing.assert_allclose(found, wanted, rtol=2e-5, atol=1e-6)
+
+
+def test_the_end_of_a_text_is_the_sum_of_all_ids_that_end_it():
+    """Events at the end of a text, by their bytes; the student's text ends with the second of its ends."""
+    teacher, student = (
+        byte_level([("a", "b")], ["<stop>", "<x>", "<end>"]),
+        byte_level([("b", "c")], ["<end>", "<turn>"]),
+    )
+    ends = [[one.backend.token_to_id(name) for name in names]
+            for one, names in ((teacher, ["<stop>", "<end>"]), (student, ["<end>", "<turn>"]))]  # fmt: skip
+    pairing = Pairing(
+        *(model(one)._replace(eos_ids=tuple(ids)) for one, ids in zip((teacher, student), ends, strict=True))
+    )
+    row = np.array([ends[1][0], *student.encode("ab"), ends[1][1]])
+    batch = jax.tree.map(lambda array: array[0], pairing(batches.arrange([row], np.array([1]), Layout(1, len(row)))))
+    pair, sides, masses = batch.pair, [], []
+    (span,) = np.flatnonzero(pair.mask[0])[-1:]
+    for one, of_side, tokens, spans in (
+        (teacher, ends[0], pair.tokens, pair.teacher),
+        (student, ends[1], batch.tokens, pair.student),
+    ):
+        logits = 2 * np.random.default_rng(len(sides)).standard_normal((*tokens.shape, one.vocab_size))
+        sides.append(Hidden(jnp.float32(logits), jnp.eye(one.vocab_size), jnp.asarray(tokens)))
+        log_p, mass = log_softmax(logits[0, spans.first[0, span] - 1]), collections.Counter()
+        for i, piece in enumerate(one.token_bytes):
+            event = "end" if i in of_side else piece if len(piece) == 1 else "rest"
+            mass[event] += np.exp(log_p[i])
+        masses.append(mass)
+    wanted = sum(p * np.log(p / masses[1][event]) for event, p in masses[0].items())
+    found = cross.linear_aligned_divergence(
+        teacher=sides[0], student=sides[1], pair=pair, shared=jax.tree.map(jnp.asarray, pairing.shared)
+    )
+    np.testing.assert_allclose(found[0, span], wanted, rtol=1e-5)
 
 
 @pytest.mark.slow

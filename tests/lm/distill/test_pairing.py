@@ -1,7 +1,10 @@
 """Batches in the tokens of a teacher with another vocabulary."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import tokenizers
 
 from kd_jax.lm.corpus import batches
 from kd_jax.lm.corpus.batches import Layout
@@ -96,3 +99,26 @@ def test_one_vocabulary_keeps_the_ids():
 def test_a_model_without_tokenizer_is_refused():
     with pytest.raises(ValueError, match="the teacher has no tokenizer"):
         Pairing(Model(PRESETS["tiny"], {}, (2,)), model(WORDS))
+
+
+def padded(tokenizer):
+    """With an added token that is no special one, so that texts may have it."""
+    backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+    backend.add_tokens(["[PAD]"])
+    return dataclasses.replace(tokenizer, backend=backend)
+
+
+def test_added_tokens_without_weights_are_in_no_event():
+    teacher, student = padded(WORDS), padded(OTHER)
+    sizes = WORDS.vocab_size, OTHER.vocab_size
+    models = [
+        model(one)._replace(architecture=dataclasses.replace(PRESETS["tiny"], vocab_size=size))
+        for one, size in zip((teacher, student), sizes, strict=True)
+    ]
+    plain = pairing_of(WORDS, OTHER).shared
+    for found, wanted, size in zip(Pairing(*models).shared[:2], plain[:2], sizes, strict=True):
+        assert found.tolist() == wanted.tolist() and found.max() < size
+    same = Pairing(models[0], models[0]).shared
+    assert same.teacher.tolist() == same.student.tolist() == list(range(WORDS.vocab_size))
+    with pytest.raises(ValueError, match="the text in the teacher's tokens has id .*PAD"):
+        Pairing(*models)(batch_of(OTHER, ["the [PAD]"]))

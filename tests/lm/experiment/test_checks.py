@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,13 +13,13 @@ from kd_jax.lm import weights
 from kd_jax.lm.experiment import chain, checks, cost
 from kd_jax.lm.experiment.specs import LmSpec, ModelSpec, architecture
 from kd_jax.lm.model import PRESETS
-from kd_jax.lm.weights import load_save
+from kd_jax.lm.weights import hf_files, load_save
 from kd_jax.parallel import devices
 from kd_jax.runs import stages
 from kd_jax.runs.settings import freeze
 from kd_jax.runs.stages import Stage
 from kd_jax.storage.errors import RunError
-from tests.lm.weights.checkpoints import TINY, run_python, write_folder, write_tokenizer
+from tests.lm.weights.checkpoints import TINY, run_python, tensors_of, write_folder, write_tokenizer
 
 ROOT = Path(__file__).parents[3]
 
@@ -190,6 +191,31 @@ def test_a_source_at_hand_is_planned_with_its_own_shape(folders, tmp_path, capsy
     assert f"{shape.num_parameters:,}" in row
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_source_on_the_hub_is_planned_by_its_config_or_it_is_said(folders, tmp_path, monkeypatch, capsys, cached):
+    """Whatever preset the config names. Only config.json is there, as where the weights are yet to be fetched."""
+    source = f"someone/cached-{cached}"
+    (tmp_path / "hub").mkdir()
+    shutil.copy(folders / "larger" / "config.json", tmp_path / "hub")
+
+    def snapshot_download(repository, revision, allow_patterns, **_):
+        if not cached or (repository, allow_patterns) != (source, ["config.json"]):
+            raise OSError("offline")
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(hf_files.huggingface_hub, "snapshot_download", snapshot_download)
+    spec = spec_of(folders, **{"p_star.architecture": "smollm2-135m"})
+    spec = dataclasses.replace(spec, p_star=dataclasses.replace(spec.p_star, source=source))
+    chain.run(spec, tmp_path / "run", dry_run=True)
+    shown = capsys.readouterr().out
+    row = next(line for line in shown.splitlines() if line.startswith("p_star/train"))
+    # twice tiny's vocabulary, by hand; and the published size
+    more = TINY.vocab_size * TINY.hidden_size
+    number = sum(array.size for array in tensors_of(TINY).values()) + more if cached else 134_515_008
+    assert f" {number:,} " in row
+    assert (f"p*: planned as smollm2-135m; {source} cannot be read here" in shown) != cached
+
+
 def test_a_shape_beside_a_start_has_no_effect(folders):
     with pytest.raises(ValueError, match="config.student.layers has no effect: .* gives the shape"):
         spec_of(folders, **{"student.source": "p_star", "student.layers": 3})
@@ -216,6 +242,7 @@ START = {"student.source": "p_star", **{f"student.{key}": value for key, value i
     ({**START, "student.lora.targets": ("q_proj",)}, "config.student.lora.targets='q_proj' must be one of q, k"),
     ({**START, "student.lora.rank": 4, "student.train.frozen": ("norm",)}, "student.lora trains adapters alone"),
     ({**START, "student.train.frozen": ("layers.9",)}, "frozen pattern 'layers.9' names layers that are not among 0"),
+    ({**START, "student.train.frozen": ("layers.q_bias",)}, "frozen pattern 'layers.q_bias': layers of this model"),
 ])  # fmt: skip
 def test_parts_that_cannot_be_trained(folders, changes, message):
     with pytest.raises(ValueError, match=message):

@@ -138,7 +138,24 @@ def test_frozen_weights_stay_and_have_no_optimiser_state(params):
         assert (stack[2] == params["layers"][name][2]).all() == (name == "q")
 
 
-@pytest.mark.parametrize("pattern", ["layers.3", "layers.2-1", "layers.0.queries", "layer.0", "*"])
+@pytest.mark.parametrize("pattern", ["layers.3", "layers.2-1", "layers.0.queries", "layer.0", "*", "layers.q_norm",
+                                     "layers.0.q_bias", "head"])  # fmt: skip
 def test_patterns_that_match_nothing(pattern):
     with pytest.raises(ValueError, match=f"frozen pattern {pattern!r}".replace("*", r"\*")):
         frozen.frozen_layers((pattern,), TINY)
+
+
+def test_what_a_tied_head_is_frozen_with():
+    with pytest.raises(ValueError, match="head and embedding of this model are one; freeze embedding"):
+        frozen.frozen_layers(("head",), TINY)
+
+
+def test_each_weight_that_a_model_has_can_be_frozen_alone():
+    biased = dataclasses.replace(TINY, query_key_value_bias=True, query_key_norm="head", tie_word_embeddings=False)
+    weights = model.abstract(biased)
+    names = [name for name in weights if name != "layers"] + [f"layers.{name}" for name in weights["layers"]]
+    assert {"head", "layers.q_bias", "layers.q_norm"} < set(names)
+    for name in names:
+        assert list(frozen.split(weights, frozen.frozen_layers((name,), biased))[1]) == [name]
+    layers = frozen.split(weights, frozen.frozen_layers(("layers",), biased))[1]
+    assert sorted(layers) == sorted(name for name in names if name.startswith("layers."))

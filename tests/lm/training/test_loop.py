@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import model as model_lib
@@ -17,6 +18,7 @@ from kd_jax.lm.model import PRESETS, Compute, Model
 from kd_jax.lm.training import Member, TrainSpec, loop
 from kd_jax.lm.training.log import Log
 from kd_jax.lm.training.update import Metrics
+from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.runs.run import Clock
 from kd_jax.storage.files import read_json, read_rows
 
@@ -306,3 +308,15 @@ def test_a_start_is_where_training_begins(corpus, tmp_path):
     spec = settings(epochs=1, validations=1, learning_rate=1e-30)
     result = training.train(spec, model(), members, compute=COMPUTE)[0]
     assert result["fingerprint"] == before == weights.fingerprint(start)
+
+
+def test_ids_that_the_model_has_no_weights_for(tmp_path):
+    """The tokenizer has them, as added tokens."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"t{i}": i for i in range(50)}, "t0"))
+    backend.add_special_tokens([f"<{i}>" for i in range(50, 160)])
+    small = Model(dataclasses.replace(TINY, vocab_size=50), None, eos_ids=(2,), tokenizer=Tokenizer(backend))
+    corpus = make_corpus(tmp_path / "c")
+    largest = max(int(ids.max()) for ids in corpus.rows().tokens[:32])
+    members = [Member(corpus, 8, 5, tmp_path / "m", name="student")]
+    with pytest.raises(ValueError, match=f"the text of student has id {largest} .'<{largest}>'.; .* are 0 to 49"):
+        training.train(settings(), small, members, compute=COMPUTE)

@@ -1,10 +1,14 @@
 """The schedule and the optimiser, from their definitions in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.model import PRESETS
 from kd_jax.lm.training import optimizer as optim
 
 
@@ -43,6 +47,20 @@ def test_adamw_is_the_definition(clip):
             params[name] = params[name] - 0.1 * (change + decay * params[name])
     for name in params:
         np.testing.assert_allclose(ours[name], params[name], rtol=2e-5, atol=1e-6)
+
+
+def test_only_what_is_declared_a_matrix_is_decayed():
+    every_kind = dataclasses.replace(
+        PRESETS["tiny"], query_key_value_bias=True, output_bias=True, mlp_bias=True, query_key_norm="head",
+        norm_order="both", tie_word_embeddings=False,
+    )  # fmt: skip
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), model_lib.abstract(every_kind))
+    optimizer = optim.adamw(lambda step: 0.1, weight_decay=0.5)
+    changes, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    axes = jax.tree.leaves(model_lib.logical_axes(every_kind), is_leaf=lambda leaf: isinstance(leaf, tuple))
+    for change, names in zip(jax.tree.leaves(changes), axes, strict=True):
+        decayed = len(set(names) - {"layer"}) == 2
+        np.testing.assert_allclose(change, -0.1 * 0.5 if decayed else 0.0, rtol=1e-6)
 
 
 def test_moments_of_16_bit_weights_are_float32():

