@@ -2,7 +2,8 @@
 
     python -m kd_jax.train --config configs/lm_paper_quick.py --workdir runs/paper_quick
 
-Meant to take about a day there, which is reckoned (--dry_run) and has not been run. The rule: SmolLM2-360M -> 135M ->
+About 1.5 hours there, which is reckoned (--dry_run --device 1xH100) and has not been run; the teacher fits with
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. The rule: SmolLM2-360M -> 135M ->
 a student of a third of the teacher's weights, as in the paper; 200 thousand sequences in place of 10 million, each
 corpus, validation and sample count divided by 50 (but not below 2000), 3 seeds. All else (lengths, batch, epochs,
 schedule) is as in lm_paper.py.

@@ -8,9 +8,13 @@ from typing import NamedTuple
 
 import pytest
 
+from configs import lm_paper_quick
 from docs import settings
 from kd_jax import __main__
+from kd_jax.lm.experiment import chain
+from kd_jax.lm.experiment.specs import LmSpec
 from kd_jax.runs import command_line
+from kd_jax.runs.settings import freeze
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -115,3 +119,12 @@ def test_public_names_have_a_place_in_the_api_pages():
     # the losses are named one by one, in groups
     losses = (ROOT / "docs/api/losses.md").read_text()
     assert not [name for name in importlib.import_module("kd_jax.losses").__all__ if name not in losses]
+
+
+@pytest.mark.parametrize("page", ["docs/clusters.md", "launch/README.md"])
+def test_chains_of_jobs_run_every_stage(page):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    (words,) = re.findall(r"slurm/submit\.sh ([^\n]* evaluation) +-- +--config lm_paper_quick", text)
+    spec = freeze(LmSpec, lm_paper_quick.get_config())
+    asked = {name for word in words.split() if not word.startswith("--") for name in word.split(",")}
+    assert asked == {stage.group for stage in chain.plan(spec, "p*")} | {"evaluation"}

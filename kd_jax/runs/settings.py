@@ -11,8 +11,7 @@ The config file's fields, the checks of the command line, its help and the docum
     describe(TrainSpec)                     a row for each setting
     changes(TrainSpec)                      a spec of the same settings, all of them none; `merge` puts them over others
 
-A field's type is bool, int, float, str, a tuple of one of these, one of these or None, another spec, or
-dict[str, Any] for names that the user makes up.
+Types: bool, int, float, str, a tuple of one of these, one of these or None, a spec, and dict[str, Any] for free names.
 """
 
 from __future__ import annotations
@@ -226,7 +225,7 @@ def from_text(text: str, hint: Any, key: str) -> Any:
     """A value written on a command line.
 
     Numbers and texts are written as they are, booleans as true or false, a missing value as none; tuples and all else
-    as in Python, and a tuple of texts also as a,b.
+    as in Python, a tuple of texts also as a,b, and a tuple of one number as that number.
 
     Args:
         hint: the declared type.
@@ -243,10 +242,11 @@ def from_text(text: str, hint: Any, key: str) -> Any:
         with contextlib.suppress(ValueError):
             value = kind(text)
     elif kind is not str:
-        # a,b needs no quotes; Python's own form works as well.
+        # a,b needs no quotes, and one number no comma; Python's own form works as well.
         value = tuple(text.split(",")) if kind == tuple[str, ...] else text
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)
+        value = (value,) if isinstance(value, int | float) and typing.get_origin(kind) is tuple else value
     return _typed(value, hint, key)
 
 

@@ -90,6 +90,7 @@ def parse_declared(tmp_path):
         ("--config.name=7", "name", "7"),
         ("--config.sizes=(3,4,5)", "sizes", (3, 4, 5)),
         ("--config.betas=(1,0.1)", "betas", (1, 0.1)),
+        ("--config.sizes=3", "sizes", (3,)),
         ("--config.student.components=3", "student.components", 3),
     ],
 )
@@ -120,7 +121,7 @@ def test_override_sets_field_and_its_type(parse, word, key, value):
         ("--num_process=2", ["did you mean --num_processes?"]),
         ("--num_processes=two", ["--num_processes", "two"]),
         ("--config.sizes=(1,", ["--config.sizes"]),
-        ("--config.sizes=3", ["--config.sizes", "tuple"]),
+        ("--config.sizes=none", ["--config.sizes", "tuple"]),
     ],
 )
 def test_a_bad_flag_is_one_line_that_names_it(parse, word, parts, tmp_path):
