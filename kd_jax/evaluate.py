@@ -86,6 +86,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
         for name in ("prompt", "prompt_ids", "max_length"):
             if getattr(args, name) is not None:
                 raise ValueError(f"--{name} does not go with --corpus, which says what it is")
+    elif args.samples_per_prompt != 1:
+        raise ValueError("--samples_per_prompt goes with a --corpus whose rows have prompts of their own")
     args.model = _named(args.model)
     return args
 

@@ -93,6 +93,8 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     for name in given:
         if name not in known:
             raise ValueError(f"--{name} does not go with {asked}")
+    if "log_prob_format" in given and "record_top_k" not in given:
+        raise ValueError("--log_prob_format goes with --record_top_k")
     args = argparse.Namespace(**{**known, **given})
     if "read" not in given:
         _check_sampling(args)

@@ -97,6 +97,7 @@ GOOD = {"--p_star": "p", "--model": "m", "--out": "out"}
         ({"--prompt_ids": "1,x"}, ["--prompt_ids", "'1,x'"]),
         ({"--corpus": "c", "--max_length": "9"}, ["--max_length", "--corpus"]),
         ({"--corpus": "c", "--prompt": "The"}, ["--prompt", "--corpus"]),
+        ({"--samples_per_prompt": "4"}, ["--samples_per_prompt goes with a --corpus"]),
         ({"--dtype": "int8"}, ["--dtype", "int8"]),
         ({"--mesh": "data"}, ["--mesh", "'data'"]),
         ({"--mesh": "rows=2"}, ["--mesh", "'rows'"]),

@@ -156,6 +156,7 @@ GOOD = {"--model": "m", "--num_samples": "3", "--out": "corpus"}
         ({"--prompts": "p.txt"}, ["--num_samples does not go with --prompts"]),
         ({"--prompts": "p.txt", "--num_samples": None, "--prompt": "a"}, ["--prompt does not go with --prompts"]),
         ({"--samples_per_prompt": "2"}, ["--samples_per_prompt go with --prompts"]),
+        ({"--log_prob_format": "float32"}, ["--log_prob_format goes with --record_top_k"]),
         ({"--prompt_ids": ""}, ["prompt is empty", "--bos"]),
         ({"--prompt_ids": "1,x"}, ["--prompt_ids", "'1,x'"]),
         ({"--dtype": "int8"}, ["--dtype", "int8"]),

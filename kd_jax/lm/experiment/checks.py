@@ -83,8 +83,8 @@ def _check_effect(spec: LmSpec, groups: Sequence[Arm]) -> None:
         unused.append(("instruct", names, "config.instruct.num_test is 0"))
     if not spec.sampling.prompts:
         unused.append(("sampling", ("prompts_column",), "config.sampling.prompts is empty"))
-        if not spec.data.source:
-            unused.append(("evaluation", ("samples_per_prompt",), "all samples have one prompt"))
+    if not spec.own_prompts:
+        unused.append(("evaluation", ("samples_per_prompt",), "all samples have one prompt"))
     if not spec.evaluation.embedding_model:
         unused.append(("evaluation", ("num_points",), "config.evaluation.embedding_model is empty"))
     if spec.sampling.prompt and spec.sampling.prompt_ids:
