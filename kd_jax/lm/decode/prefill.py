@@ -214,7 +214,8 @@ def _begin(
     architecture: Architecture, compute: Compute,
 ) -> State:  # fmt: skip
     """Runs prompts from position num_common on, `new` ids of each at most, and starts their samples."""
-    if new:
+    # Of prompts that are alike but for their last ids nothing is new, and what they have in common is still theirs.
+    if new or common is not None:
         rows = len(starts.lengths)
         length = -(-((common.length if common is not None else 0) + new) // PAGE) * PAGE
         length = min(length, state.cache.length)  # rounded up twice: no prompt is longer than a slot
@@ -227,7 +228,8 @@ def _begin(
                 cache,
                 common,
             )
-        cache = _extend(params, cache, starts, num_common, new, architecture, compute)
+        if new:
+            cache = _extend(params, cache, starts, num_common, new, architecture, compute)
         state = state._replace(cache=_fill(state.cache, cache, starts))
     state = _occupy(state, starts)
     # Laid out as before, or the loop would be compiled again for another layout.

@@ -88,6 +88,13 @@ def test_long_prompts_run_in_chunks(usual, monkeypatch):
     prefill._begin.clear_cache()
 
 
+@pytest.mark.parametrize(
+    "prompts", [[SHARED[2]], [[*SHARED[0], last] for last in (1, 2, 3, 4)]], ids=["one", "last id"]
+)
+def test_prompts_that_are_alike_but_for_their_last_id(prompts):
+    assert_log_probs(all_samples(prompts, each=6))
+
+
 @pytest.mark.slow
 def test_one_prompt_of_several():
     one = run(small(), [3], 4, samples_per_prompt=4)
