@@ -69,7 +69,7 @@ def _parser() -> command_line.Parser:
     add("--bos", action="store_true", help="begin the prompt with the model's BOS id, whatever its tokenizer does")
     length = parser.add_mutually_exclusive_group().add_argument
     length("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, with its prompt (512)")
-    length("--max_new_tokens", type=count, metavar="L", help="longest sample, the prompt not included")
+    length("--max_new_tokens", type=count, metavar="L", help="longest sample, its prompt not included")
     add("--batch_size", type=count, metavar="B", help="samples made at a time (64)")
     add("--shard_size", type=count, metavar="ROWS", help="samples in one file (1024)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the weights and of the products with them (float32)")
@@ -225,6 +225,8 @@ def _model_settings(
         given = prompt_files.settings(prompts, each) | {"num_samples": each * len(prompts)}
     _check_length(args, longest)
     max_length = args.max_length or len(longest) + args.max_new_tokens
+    if args.max_new_tokens and len({len(ids) for ids in prompts or ()}) > 1:
+        given["max_new_tokens"] = args.max_new_tokens
     # Rotary phases beyond the positions of training are nothing that the model has learnt.
     limit = model.architecture.max_position_embeddings
     if max_length > limit:

@@ -39,6 +39,7 @@ class SampleSpec(changes(SamplerSpec)):
     sample_temperature: float = setting(1.0, "tau", at_least=0)
     seed: int = setting(0, "of the samples", at_least=0)
     max_length: int = setting(1, "ids of the longest row, prompt included", at_least=1)
+    max_new_tokens: int | None = setting(None, "of each row, where prompts have several lengths", at_least=1)
     num_samples: int = setting(1, "rows; the only setting that may grow", at_least=1)
     shard_size: int = setting(1024, "rows of a file", at_least=1)
     teacher: dict[str, Any] | None = setting(None, "of recorded top-k columns (kd_jax.lm.distill.recorded_top_k)")
@@ -81,6 +82,7 @@ LATER = {
     **dict.fromkeys(WHOLE.knobs().keys() - {"sample_temperature", "top_k", "top_p"}),
     "special_tokens": True, "whole_files": False, "messages_column": None, "prompt_column": None,
     "response_column": None, "prompts_fingerprint": None, "samples_per_prompt": None, "selection": None,
+    "max_new_tokens": None,
 }  # fmt: skip
 SETTINGS, DATA_SETTINGS = (
     tuple(field.name for field in dataclasses.fields(kind) if field.name not in (*LATER, "teacher"))

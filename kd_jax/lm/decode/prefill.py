@@ -18,7 +18,7 @@ import numpy as np
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import slots as slots_lib
-from kd_jax.lm.decode.slots import State
+from kd_jax.lm.decode.slots import ANY_LENGTH, State
 from kd_jax.lm.model import Architecture, Compute, kv_cache
 from kd_jax.lm.model.kv_cache import PAGE, Cache
 from kd_jax.parallel import distributed
@@ -64,13 +64,15 @@ class Queue:
         prompts: ids of each.
         samples_per_prompt: see `of_sample`.
         first, num_samples: which samples.
+        max_new_tokens: most ids of a sample after its prompt; None for no limit of its own.
         groups, slots: groups of slots, and slots of each.
     """
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], samples_per_prompt: int | None, *, first: int, num_samples: int,
-        groups: int, slots: int,
+        groups: int, slots: int, max_new_tokens: int | None = None,
     ):  # fmt: skip
+        self.max_new = np.int32(ANY_LENGTH if max_new_tokens is None else max_new_tokens)
         self.prompts, self.groups, self.at_once = prompts, groups, max(1, slots // _PARTS)
         self._lengths = np.array([len(ids) for ids in prompts])
         # sorted within windows alone, so that a corpus is written while its later samples are still to start
@@ -147,7 +149,7 @@ def start(
             idle[group, taken[taken < slots]] = False
         state = slots_lib.with_pages(state, int(_pages_after(state, starts).max()), first_pages, spare=2)
         state = _begin(
-            state, params, common, _spread(starts, compute), np.int32(len(queue.common)),
+            state, params, common, _spread(starts, compute), np.int32(len(queue.common)), queue.max_new,
             _bucket(int(starts.lengths.max()) - 1 - len(queue.common)), architecture, compute,
         )  # fmt: skip
     return state
@@ -203,14 +205,15 @@ def lower(
             lambda leaf: leaf.update(sharding=mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), compute.mesh)),
             starts,
         )
-    traced = _begin.trace(state, params, None, starts, np.int32(0), _bucket(longest - 1), architecture, compute)
+    numbers = np.int32(0), np.int32(ANY_LENGTH), _bucket(longest - 1)
+    traced = _begin.trace(state, params, None, starts, *numbers, architecture, compute)
     return traced.lower(lowering_platforms=platform and (platform,))
 
 
 # The state is donated: the pages, its largest arrays, are then written in place.
-@functools.partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=(6, 7, 8), donate_argnums=0)
 def _begin(
-    state: State, params, common: Cache | None, starts: Starts, num_common: jax.Array, new: int,
+    state: State, params, common: Cache | None, starts: Starts, num_common: jax.Array, max_new: jax.Array, new: int,
     architecture: Architecture, compute: Compute,
 ) -> State:  # fmt: skip
     """Runs prompts from position num_common on, `new` ids of each at most, and starts their samples."""
@@ -231,7 +234,7 @@ def _begin(
         if new:
             cache = _extend(params, cache, starts, num_common, new, architecture, compute)
         state = state._replace(cache=_fill(state.cache, cache, starts))
-    state = _occupy(state, starts)
+    state = _occupy(state, starts, max_new)
     # Laid out as before, or the loop would be compiled again for another layout.
     return state if compute.mesh is None else jax.lax.with_sharding_constraint(
         state, slots_lib.shardings(state, compute.mesh)
@@ -264,7 +267,7 @@ def _fill(pages: kv_cache.Pages, cache: Cache, starts: Starts) -> kv_cache.Pages
     return kv_cache.fill(pages, cache, starts.source, starts.slot)
 
 
-def _occupy(state: State, starts: Starts) -> State:
+def _occupy(state: State, starts: Starts, max_new) -> State:
     """The state with the samples in their slots."""
     groups, slots = state.cache.table.shape[:2]
 
@@ -280,8 +283,11 @@ def _occupy(state: State, starts: Starts) -> State:
         log_probs=put(old.log_probs, 0.0), sample_log_probs=put(old.sample_log_probs, 0.0),
         length=put(old.length, of_prompt(starts.lengths)),
     )  # fmt: skip
+    # max_new may be the largest int32: what is added to it would wrap around
+    longest = starts.lengths + jnp.minimum(max_new, ANY_LENGTH - starts.lengths)
     count = (starts.slot < slots).sum(dtype=jnp.int32)
-    return state._replace(slots=new, active=put(state.active, True), next_index=state.next_index + count)
+    active, longest = put(state.active, True), put(state.longest, of_prompt(longest))
+    return state._replace(slots=new, active=active, longest=longest, next_index=state.next_index + count)
 
 
 # Mapped over groups, so that each group's slots stay on their devices.

@@ -61,8 +61,9 @@ class Samples(NamedTuple):
 
 def generate(
     model: Model, prompt: str | Sequence[int] | Sequence[str | Sequence[int]], num_samples: int, *, max_length: int,
-    sampler: SamplerSpec = WHOLE, seed: int = 0, samples_per_prompt: int | None = None, batch_size: int = 64,
-    compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
+    max_new_tokens: int | None = None, sampler: SamplerSpec = WHOLE, seed: int = 0,
+    samples_per_prompt: int | None = None, batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None,
+    **knobs: float | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """Samples 0 .. num_samples - 1 in order; see `stream` for the arguments and for more than these three arrays.
 
@@ -74,7 +75,7 @@ def generate(
     [num_samples, max_length] under the model itself.
     """
     parts = stream(
-        model, prompt, num_samples, max_length=max_length, sampler=sampler, seed=seed,
+        model, prompt, num_samples, max_length=max_length, max_new_tokens=max_new_tokens, sampler=sampler, seed=seed,
         samples_per_prompt=samples_per_prompt, batch_size=batch_size, compute=compute, mesh=mesh, **knobs,
     )  # fmt: skip
     tokens = np.zeros((num_samples, max_length), np.int32)
@@ -87,8 +88,9 @@ def generate(
 
 def stream(
     model: Model, prompt: str | Sequence[int] | Sequence[str | Sequence[int]], num_samples: int, *, max_length: int,
-    sampler: SamplerSpec = WHOLE, seed: int = 0, samples_per_prompt: int | None = None, first: int = 0,
-    batch_size: int = 64, compute: Compute = DEFAULT, mesh: Mesh | None = None, **knobs: float | None,
+    max_new_tokens: int | None = None, sampler: SamplerSpec = WHOLE, seed: int = 0,
+    samples_per_prompt: int | None = None, first: int = 0, batch_size: int = 64, compute: Compute = DEFAULT,
+    mesh: Mesh | None = None, **knobs: float | None,
 ) -> Iterator[Samples]:  # fmt: skip
     """Yields samples first .. num_samples - 1 as they finish, about once a second.
 
@@ -99,6 +101,7 @@ def stream(
         samples_per_prompt: k of these start with each prompt: sample i * k + j is sample j of prompt i, and a function
             of the seed, i and j.
         max_length: longest sample, prompt included.
+        max_new_tokens: most tokens after each prompt, whatever its length; None for as many as max_length leaves.
         sampler: how tokens are drawn.
         knobs: instead of it, settings of SamplerSpec by name; None is off.
         seed, first: sample i is a function of the seed and i; those before `first` are left out.
@@ -107,18 +110,20 @@ def stream(
         mesh: where the parameters lie, if on more than one device (see kd_jax.parallel.mesh.make).
     Raises: ValueError for a value that cannot work, before anything is run.
     """
-    prompts = _check(model, prompt, num_samples, max_length, first, batch_size, seed)
+    prompts = _check(model, prompt, num_samples, max_length, max_new_tokens, first, batch_size, seed)
     if samples_per_prompt is not None and not 0 < num_samples <= samples_per_prompt * len(prompts):
         raise ValueError(f"{len(prompts)} prompts with {samples_per_prompt} samples each are not {num_samples} samples")
     if samples_per_prompt is None and len(prompts) == 1:
-        settings = start_lib.settings(model, prompts[0], num_samples, max_length, _sampler(sampler, knobs), seed)
+        longest = min(max_length, len(prompts[0]) + (max_new_tokens or max_length))
+        settings = start_lib.settings(model, prompts[0], num_samples, longest, _sampler(sampler, knobs), seed)
     else:
         settings = start_lib.settings(model, [0], num_samples, max_length, _sampler(sampler, knobs), seed)
         settings = settings._replace(refill=jnp.int32(1), samples_per_prompt=jnp.int32(samples_per_prompt or 0))
-    return _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh)
+    lengths = max_length, max_new_tokens
+    return _stream(model, prompts, settings, first, num_samples, lengths, batch_size, compute, mesh)
 
 
-def _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh) -> Iterator[Samples]:
+def _stream(model, prompts, settings, first, num_samples, lengths, batch_size, compute, mesh) -> Iterator[Samples]:
     left = num_samples - first
     if not left:
         return
@@ -126,7 +131,7 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
     params, architecture = model.params, model.architecture
     params = model_lib.unstack(params) if mesh is None else start_lib.laid_out(params, architecture, mesh)
     each = int(settings.samples_per_prompt) or None
-    state, settings, queue = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
+    state, settings, queue = _start(model, params, prompts, settings, first, batch_size, lengths, compute, mesh)
     common = None if queue is None else prefill.common(params, queue, model.architecture, compute)
     # The first call is short, as nobody knows yet how long a step takes.
     pages, num_steps = state.cache.num_pages // state.cache.num_slots, 8
@@ -146,7 +151,7 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         taken = time.perf_counter() - began
         # Yielded after the clock is read: the time that a caller spends on samples is not the device's.
         if len(rows.index):
-            yield _samples(rows, prompts, each, max_length, active_steps / slot_steps, steps)
+            yield _samples(rows, prompts, each, lengths[0], active_steps / slot_steps, steps)
         # At most doubled, since one quick call proves little (and the first one compiles). Clocks differ between
         # processes, and all of them have to run the same number of steps.
         num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
@@ -157,7 +162,7 @@ def _sampler(sampler: SamplerSpec, knobs: dict[str, float | None]) -> SamplerSpe
     return dataclasses.replace(sampler, **given)
 
 
-def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
+def _check(model, prompt, num_samples, max_length, max_new_tokens, first, batch_size, seed):
     """The prompts as a list of lists of ids. Raises ValueError for arguments that cannot work."""
     # One prompt may be given as it is, without a list around it.
     several = not isinstance(prompt, str) and any(isinstance(p, str) or np.ndim(p) for p in prompt)
@@ -177,6 +182,8 @@ def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
         raise ValueError(
             f"max_length={max_length} is beyond the model's {model.architecture.max_position_embeddings} positions"
         )
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1")
     # Indices of samples are int32 on the device.
@@ -188,13 +195,13 @@ def _check(model, prompt, num_samples, max_length, first, batch_size, seed):
 
 
 def _start(
-    model, params, prompts, settings, first, batch_size, max_length, compute, mesh
+    model, params, prompts, settings, first, batch_size, lengths, compute, mesh
 ) -> tuple[State, Settings, prefill.Queue | None]:
     """Idle slots and no finished samples; settings for so many slots; and the queue of prompts of their own.
 
     A shared prompt's KV cache is resident in every slot.
     """
-    devices = mesh_lib.batch_devices(mesh)
+    (max_length, max_new_tokens), devices = lengths, mesh_lib.batch_devices(mesh)
     each, wanted = (-(-rows // devices) for rows in (batch_size, int(settings.num_samples) - first))
     slots = devices * int(slots_lib.enough(each, wanted, max_length, settings.worth))
     # rounded up to whole pages, so that other lengths use the same compiled program
@@ -202,7 +209,7 @@ def _start(
     if settings.refill:
         queue = prefill.Queue(
             prompts, int(settings.samples_per_prompt) or None, first=first, num_samples=int(settings.num_samples),
-            groups=devices, slots=slots // devices,
+            groups=devices, slots=slots // devices, max_new_tokens=max_new_tokens,
         )  # fmt: skip
         settings = settings._replace(refill=jnp.int32(queue.at_once))
         pages = -(-max(map(len, prompts)) // PAGE)

@@ -23,6 +23,8 @@ from kd_jax.parallel import mesh as mesh_lib
 _LEAST = 8
 # Finished samples that there is room for, for each slot.
 DONE = 8
+# Of a sample without a limit of its own.
+ANY_LENGTH = 2**31 - 1
 
 
 class Rows(NamedTuple):
@@ -42,6 +44,7 @@ class State(NamedTuple):
     cache: Pages
     slots: Rows
     active: jax.Array  # bool [slot]
+    longest: jax.Array  # int32 [slot], most ids of the sample; Settings.max_length holds as well
     done: Rows  # finished samples: the first num_done places of each group
     num_done: jax.Array  # [group]
     next_index: jax.Array  # the next sample to start
@@ -91,7 +94,7 @@ def shardings(state: State, mesh: Mesh) -> State:
         keys=tuple(map(heads, cache.keys)), values=tuple(map(heads, cache.values))
     )
     return State(
-        cache=pages, slots=jax.tree.map(rows, state.slots), active=rows(state.active),
+        cache=pages, slots=jax.tree.map(rows, state.slots), active=rows(state.active), longest=rows(state.longest),
         done=jax.tree.map(rows, state.done), num_done=rows(state.num_done), next_index=everywhere, steps=everywhere,
         active_steps=everywhere,
     )  # fmt: skip
@@ -163,22 +166,24 @@ def _slots_needed(state: State, settings: Settings) -> jax.Array:
     """Slots that a group needs from now on: fewer once no samples are left to start, if that pays."""
     slots = state.cache.num_slots
     active = state.active.reshape(-1, slots).sum(axis=1).max()
-    longest = jnp.where(state.active, settings.max_length - state.slots.length, 0).max()
+    longest = jnp.minimum(settings.max_length, state.longest) - state.slots.length
+    longest = jnp.where(state.active, longest, 0).max()
     fewer = enough(slots, active, longest, settings.worth)
     return jnp.where(state.next_index >= settings.num_samples, fewer, slots)
 
 
 def _shrink(state: State, slots: int) -> State:
     """The state in fewer slots of each group, at least as many as are active."""
-    old = state.slots, state.active, state.done
+    old = (state.slots, state.longest), state.active, state.done
     new, which = _gather(*old, state.cache.table.shape[0], slots)
     # Back to the layout that `run` was compiled for: the outputs of `_gather` have the one that XLA chose.
-    rows, active, done = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, old)
-    return state._replace(cache=kv_cache.keep(state.cache, which), slots=rows, active=active, done=done)
+    (rows, longest), active, done = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, old)
+    cache = kv_cache.keep(state.cache, which)
+    return state._replace(cache=cache, slots=rows, longest=longest, active=active, done=done)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _gather(slots: Rows, active: jax.Array, done: Rows, groups: int, size: int):
+def _gather(slots: tuple[Rows, jax.Array], active: jax.Array, done: Rows, groups: int, size: int):
     """These three with `size` slots in each group, and the old slot of each new one [group, slot]; idle: one beyond."""
     old = len(active) // groups
     which = jax.vmap(lambda row: jnp.nonzero(row, size=size, fill_value=old)[0])(active.reshape(groups, old))
@@ -318,7 +323,8 @@ def _uniforms(settings: Settings, index: jax.Array, position: jax.Array) -> jax.
 
 def _retire(state: State, settings: Settings) -> State:
     """Moves finished samples from their slots to the pool of finished ones, and frees their pages."""
-    done = state.active & (state.slots.finished | (state.slots.length >= settings.max_length))
+    longest = jnp.minimum(settings.max_length, state.longest)
+    done = state.active & (state.slots.finished | (state.slots.length >= longest))
     groups = len(state.num_done)
     ended = done.reshape(groups, -1)
     # a place beyond the pool is dropped

@@ -74,6 +74,7 @@ def idle(cache: Pages, slots: int, width: int, first: int) -> State:
     groups, each = cache.table.shape[:2]
     return State(
         cache=cache, slots=_rows(width, slots), active=np.zeros(slots, bool),
+        longest=np.full(slots, slots_lib.ANY_LENGTH, np.int32),
         done=_rows(width, groups, slots_lib.DONE * each), num_done=np.zeros(groups, np.int32),
         next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
     )  # fmt: skip

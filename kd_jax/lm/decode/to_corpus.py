@@ -57,7 +57,8 @@ def sample(
         for first in range(corpus.num_rows, wanted["num_samples"], wanted["shard_size"]):
             yield from decode.stream(
                 model, prompts or wanted["prompt_ids"], min(first + wanted["shard_size"], wanted["num_samples"]),
-                first=first, max_length=wanted["max_length"], sampler=SamplerSpec.of(wanted), seed=wanted["seed"],
+                first=first, max_length=wanted["max_length"], max_new_tokens=wanted.get("max_new_tokens"),
+                sampler=SamplerSpec.of(wanted), seed=wanted["seed"],
                 samples_per_prompt=wanted.get("samples_per_prompt"), batch_size=batch_size, compute=compute, mesh=mesh,
             )  # fmt: skip
 

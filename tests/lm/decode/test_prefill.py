@@ -96,6 +96,17 @@ def test_prompts_that_are_alike_but_for_their_last_id(prompts):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prompts", [PROMPTS, SHARED[:1]], ids=["several", "one"])
+def test_new_tokens_are_counted_after_each_prompt(prompts):
+    whole, cut = all_samples(prompts), all_samples(prompts, max_new_tokens=7)
+    new = cut.lengths - cut.prompt_lengths
+    assert new.max() == 7 and (cut.finished == (whole.lengths - whole.prompt_lengths <= 7) & whole.finished).all()
+    for row, length, long in zip(cut.tokens, cut.lengths, whole.tokens, strict=True):
+        np.testing.assert_array_equal(row[:length], long[:length])
+        assert not row[length:].any()
+
+
+@pytest.mark.slow
 def test_one_prompt_of_several():
     one = run(small(), [3], 4, samples_per_prompt=4)
     assert_same(run(small(), [[3], [5]], 4, samples_per_prompt=4), one)
