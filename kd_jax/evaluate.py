@@ -5,6 +5,7 @@ python -m kd_jax.evaluate --p_star SOURCE --model [NAME=]SOURCE ... --corpus FOL
 """
 
 import argparse
+import dataclasses
 import datetime
 import math
 import platform
@@ -138,6 +139,8 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
         evaluation.check(p_star, entries, spec, max_length)
         _begin(out, manifest)
         validation = _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh)
+        # Of an earlier, larger evaluation in this folder there are more.
+        spec = dataclasses.replace(spec, num_recall=spec.num_recall or spec.num_samples)
     plan = evaluation.plan(p_star, entries, validation, spec, out / "models", mesh)
     # After all checks, so that an evaluation that cannot begin leaves nothing.
     _begin(out, manifest)

@@ -171,6 +171,7 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
             print(f"{args.out}: {rows.num_rows} of {num_samples} samples are there, {left}")
         if not rows.finished:
             each = {} if prompts is None else {"samples_per_prompt": args.samples_per_prompt}
+            each |= {"max_new_tokens": settings.get("max_new_tokens")}
             if record is None and mesh is None:  # nothing but sampling reads the weights
                 model = model._replace(params=unstack(model.params, delete=True))
             stream = decode.stream(

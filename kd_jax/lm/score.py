@@ -49,6 +49,8 @@ def log_prob(
         mask bool of what is scored; elsewhere they are 0. With `entropy`, the entropies as a third array.
     Raises: ValueError for ids, lengths or shapes that cannot be.
     """
+    if not sample_temperature > 0:
+        raise ValueError(f"sample_temperature={sample_temperature} must be above 0")
     function = _log_prob_and_entropy if entropy else _log_prob
     values, mask = per_token(
         model, tokens, lengths, function, None if sample_temperature == 1 else np.float32(sample_temperature),

@@ -32,8 +32,8 @@ def sample(
 ) -> Corpus:  # fmt: skip
     """The corpus of these settings, with the samples that were missing.
 
-    A corpus of other settings in that folder is removed first; one with fewer samples is completed. Another `source` is
-    another name of the same weights.
+    A corpus of other settings in that folder is removed first; one with fewer samples is completed, and one with more
+    is left as it is. Another `source` is another name of the same weights.
 
     Args:
         model: or a function that loads it, called only if samples are missing.
@@ -77,9 +77,12 @@ def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any
     old = folder.with_name(f".{folder.name}.old")
     remove(old)  # from a run that was killed
     if (folder / "manifest.json").exists():
-        before = corpus_lib.open(folder).manifest["settings"]
+        there = corpus_lib.open(folder)
+        before = there.manifest["settings"]
         # num_samples may grow, and the source is a name: the fingerprint is compared.
         same = all(before.get(name) == settings[name] for name in set(settings) - {"source", "num_samples"})
+        if same and there.finished and before["num_samples"] > settings["num_samples"]:
+            return there.manifest
         if same and before["num_samples"] <= settings["num_samples"]:
             settings = {**settings, "source": before["source"]}
         else:

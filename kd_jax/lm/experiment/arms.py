@@ -48,9 +48,10 @@ class Recording(NamedTuple):
 
     def name(self, corpus: str) -> str:
         """The stage that records it for a corpus."""
-        # The default needs no ending.
-        exact = "" if self.log_prob_format == "uint16" else f"-{self.log_prob_format}"
-        return f"top_k-{self.top_k}{exact}/{corpus}"
+        # The defaults need no ending.
+        exact = "" if self.log_prob_format == _DEFAULT.log_prob_format else f"-{self.log_prob_format}"
+        rounded = "" if self.teacher_dtype == _DEFAULT.teacher_dtype else f"-of-{self.teacher_dtype}"
+        return f"top_k-{self.top_k}{exact}{rounded}/{corpus}"
 
 
 class Arm(NamedTuple):

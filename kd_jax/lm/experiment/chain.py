@@ -21,6 +21,7 @@ from kd_jax.lm.experiment.arms import TRAIN, Arm, of_teacher
 from kd_jax.lm.experiment.corpora import APART, STUDENT_SEED, TEACHER_SEED
 from kd_jax.lm.experiment.results import Student
 from kd_jax.lm.experiment.specs import (
+    ComputeSpec,
     LmSpec,
     StudentSpec,
     TeacherSpec,
@@ -30,6 +31,7 @@ from kd_jax.lm.experiment.specs import (
     source_shape,
 )
 from kd_jax.lm.model import Compute
+from kd_jax.lm.training.recipe import TrainSpec
 from kd_jax.parallel import distributed
 from kd_jax.parallel.devices import Target
 from kd_jax.runs import cache, stages
@@ -171,11 +173,14 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
     for key in ("frozen", "updates"):
         if not train[key]:  # what is off is not said
             del train[key]
+    # Nor does the key depend on what changes the log, the files or the memory alone; it has their defaults.
+    train |= {key: getattr(TrainSpec(), key) for key in ("log_every", "save_every", "keep", "keep_checkpoints")}
+    compute = to_dict(spec.compute) | {key: getattr(ComputeSpec(), key) for key in ("remat", "query_block")}
     unsaid = ("source", "init", "train") if part.lora else ("source", "init", "train", "lora")
     settings = {
         "model": {key: value for key, value in to_dict(shape).items() if key not in unsaid},
         "train": {**train, "trackers": []}, "num_validation": spec.num_validation,
-        "seed": spec.seed + students[0].purpose, "compute": to_dict(spec.compute),
+        "seed": spec.seed + students[0].purpose, "compute": compute,
     }  # fmt: skip
     if shape.start:
         # The content counts, not the name: a folder that was moved is the same start.

@@ -43,6 +43,11 @@ def check(spec: LmSpec) -> None:
         alone = arm.policy == "on_policy" or (arm.distill is not None and arm.distill.vocabulary != "same")
         if alone and spec.train_of("student").together > 1:
             raise ValueError(f"config.train.together: {arm.name} trains its students one by one; set it to 1")
+        if 0 < arm.text.rows < spec.train_of("student").batch_size:
+            raise ValueError(
+                f"{arm.name}: text_rows={arm.text.rows} are fewer than an update has "
+                f"(train.batch_size={spec.train_of('student').batch_size})"
+            )
         if spec.own_prompts and arm.text.choice != "all":
             raise ValueError(
                 f"{arm.name}: text_choice needs one prompt for all rows, and here they have their own "

@@ -89,6 +89,8 @@ def samples(spec: LmSpec, arm: Arm, teacher: int, vocabulary: str | None = None)
     if vocabulary is not None:
         settings["vocabulary"] = vocabulary
 
+    if spec.own_prompts and arm.text.rows:
+        settings["num_train"] = spec.num_train  # where the validation rows' prompts begin
     # a teacher that has learnt answers to requests is asked the same ones
     asked = (of_teacher(TRAIN, teacher),) if spec.data.conversations else ()
 

@@ -470,3 +470,23 @@ def test_adapters_of_a_checkpoint_from_config_to_report(tmp_path):
     # the loss of the first update, before it: the student is the teacher
     assert first["step"] == 1 and abs(first["divergence"]) < 1e-6
     assert (tmp_path / "run" / "report.html").exists()
+
+
+def test_keys_depend_on_what_changes_a_result_and_on_nothing_else():
+    def keys(changes, **settings):
+        planned = chain.plan(freeze(LmSpec, with_arms(changes, **(settings or ARMS))), "p*")
+        return {stage.name: stage.settings for stage in planned}
+
+    usual = keys({})
+    unseen = {"train.log_every": 7, "train.save_every": 3, "train.keep": 2, "train.keep_checkpoints": True}
+    assert keys(unseen | {"compute.remat": True, "compute.query_block": 64}) == usual
+    assert keys({"train.clip": 2.0}) != usual
+    # a recording by a teacher of another dtype is another one
+    recorded = keys({}, exact={"policy": "offline"}, rounded={"policy": "offline", "teacher_dtype": "bfloat16"})
+    dtypes = {name: values["teacher_dtype"] for name, values in recorded.items() if name.startswith("top_k")}
+    assert sorted(dtypes.values()) == ["bfloat16", "float32"]
+
+
+def test_too_few_rows_of_text_are_refused():
+    with pytest.raises(ValueError, match="few: text_rows=8 are fewer than an update has"):
+        validate(with_arms({}, few={"text_rows": 8}))
