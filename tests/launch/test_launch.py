@@ -70,7 +70,8 @@ def manifest(*flags):
     assert unknown(found, JobSet.from_dict(found).to_dict()) == []
     job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
-    assert container["command"] == ["python", "-m", "kd_jax.train", *TRAIN]
+    # before the user's flags, which override it
+    assert container["command"] == ["python", "-m", "kd_jax.train", "--initialization_timeout=1800", *TRAIN]
     assert job["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "runs"
     # a wrong config is not tried again, all else is
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2] and job["backoffLimit"] == 0
