@@ -73,6 +73,7 @@ def manifest(*flags):
     # before the user's flags, which override it
     assert container["command"] == ["python", "-m", "kd_jax.train", "--initialization_timeout=1800", *TRAIN]
     assert job["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "runs"
+    assert job["template"]["spec"]["shareProcessNamespace"]  # else SIGTERM is ignored outside training
     # a wrong config is not tried again, all else is
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2] and job["backoffLimit"] == 0
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
@@ -197,6 +198,42 @@ def test_slurm_refuses(sbatch, words, said):
 
 def test_a_job_script_is_for_sbatch():
     assert "usage: sbatch" in call("bash", "launch/slurm/train.sbatch", code=2)
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Runs train.sbatch as a job whose srun ends with a code; what srun and scontrol were called with."""
+
+    def run(code, state="RUNNING", **environ):
+        script = f"""#!/bin/bash
+            case ${{0##*/}} in
+              squeue) echo {state} ;;
+              sleep) ;;
+              *) echo "${{0##*/}} $*" >>{tmp_path}/calls ;;
+            esac
+            [ "${{0##*/}}" != srun ] || exit {code}
+        """
+        for name in ("srun", "squeue", "scontrol", "sleep"):
+            (tmp_path / name).write_text(script)
+            (tmp_path / name).chmod(0o755)
+        (tmp_path / "calls").unlink(missing_ok=True)
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "PYTHON": "python", **environ}
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        call("bash", "launch/slurm/train.sbatch", *FLAGS[:2], code=code, env={**os.environ, **slurm, "PATH": path})
+        return (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_an_interrupted_job_goes_back_into_the_queue(job, code):
+    assert job(code)[1:] == ["scontrol requeue 7"]
+    assert job(code, state="COMPLETING")[1:] == []  # by scancel
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
+def test_a_job_that_ends_by_itself_stays_ended(job, code):
+    assert job(code)[1:] == []
 
 
 # SkyPilot
