@@ -236,6 +236,12 @@ def test_a_job_that_ends_by_itself_stays_ended(job, code):
     assert job(code)[1:] == []
 
 
+def test_a_task_has_the_cpus_that_the_job_asked_for(job):
+    train = "python -m kd_jax.train --config configs/lm_paper.py"
+    assert job(0, SLURM_CPUS_PER_TASK="12") == [f"srun --kill-on-bad-exit=1 --cpus-per-task=12 {train}"]
+    assert job(0, SLURM_CPUS_PER_TASK="") == [f"srun --kill-on-bad-exit=1 {train}"]
+
+
 # SkyPilot
 
 
