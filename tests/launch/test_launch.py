@@ -126,6 +126,18 @@ def test_jobset_on_a_tpu():
     assert not any(one["name"].startswith("JAX_") for one in container["env"])
 
 
+@pytest.mark.slow
+def test_downloads_are_kept_on_the_claim():
+    environs = []
+    for flags in ([], ["--tpu=tpu-v6e-slice", "--topology=2x2", "--chips=4"]):
+        environs.append({one["name"]: one["value"] for one in manifest(*flags)[2]["env"] if "CACHE" in one["name"]})
+    assert environs[0] == environs[1]
+    hub = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    own = "from kd_jax.runs import cache; print(cache.folder())"
+    said = call(sys.executable, "-c", f"{hub}\n{own}", env={"HOME": "/root", **environs[0]})
+    assert said.split() == ["/runs/.cache/huggingface/hub", "/runs/.cache/kd_jax"]
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [
