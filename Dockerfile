@@ -9,4 +9,7 @@ COPY pyproject.toml setup.py requirements.txt README.md LICENSE ./
 COPY kd_jax kd_jax
 COPY configs configs
 RUN pip install --no-cache-dir ".${EXTRA:+[$EXTRA]}"
+# so that any user (docker run --user, Kubernetes) has a home to write to, and with it a cache
+RUN mkdir --mode=1777 /home/any
+ENV HOME=/home/any
 CMD ["kd-jax", "--help"]

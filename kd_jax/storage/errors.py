@@ -26,6 +26,10 @@ class RunError(Exception):
     """Something that the user can mend; the message says how."""
 
 
+class Absent(RunError):
+    """Other processes of the run are not there; the same command may find them."""
+
+
 @contextlib.contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
     """Makes an OSError in the block that does not name a full path one about `path`."""

@@ -70,8 +70,10 @@ def manifest(*flags):
     assert unknown(found, JobSet.from_dict(found).to_dict()) == []
     job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
-    assert container["command"] == ["python", "-m", "kd_jax.train", *TRAIN]
+    # before the user's flags, which override it
+    assert container["command"] == ["python", "-m", "kd_jax.train", "--initialization_timeout=1800", *TRAIN]
     assert job["template"]["spec"]["volumes"][0]["persistentVolumeClaim"]["claimName"] == "runs"
+    assert job["template"]["spec"]["shareProcessNamespace"]  # else SIGTERM is ignored outside training
     # a wrong config is not tried again, all else is
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2] and job["backoffLimit"] == 0
     assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
@@ -122,6 +124,18 @@ def test_jobset_on_a_tpu():
     assert container["resources"]["limits"] == {"google.com/tpu": "4"} and job["completions"] == 4
     # GKE's own variables say which host it is
     assert not any(one["name"].startswith("JAX_") for one in container["env"])
+
+
+@pytest.mark.slow
+def test_downloads_are_kept_on_the_claim():
+    environs = []
+    for flags in ([], ["--tpu=tpu-v6e-slice", "--topology=2x2", "--chips=4"]):
+        environs.append({one["name"]: one["value"] for one in manifest(*flags)[2]["env"] if "CACHE" in one["name"]})
+    assert environs[0] == environs[1]
+    hub = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    own = "from kd_jax.runs import cache; print(cache.folder())"
+    said = call(sys.executable, "-c", f"{hub}\n{own}", env={"HOME": "/root", **environs[0]})
+    assert said.split() == ["/runs/.cache/huggingface/hub", "/runs/.cache/kd_jax"]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +212,48 @@ def test_a_job_script_is_for_sbatch():
     assert "usage: sbatch" in call("bash", "launch/slurm/train.sbatch", code=2)
 
 
+@pytest.fixture
+def job(tmp_path):
+    """Runs train.sbatch as a job whose srun ends with a code; what srun and scontrol were called with."""
+
+    def run(code, state="RUNNING", **environ):
+        script = f"""#!/bin/bash
+            case ${{0##*/}} in
+              squeue) echo {state} ;;
+              sleep) ;;
+              *) echo "${{0##*/}} $*" >>{tmp_path}/calls ;;
+            esac
+            [ "${{0##*/}}" != srun ] || exit {code}
+        """
+        for name in ("srun", "squeue", "scontrol", "sleep"):
+            (tmp_path / name).write_text(script)
+            (tmp_path / name).chmod(0o755)
+        (tmp_path / "calls").unlink(missing_ok=True)
+        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1", "PYTHON": "python", **environ}
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        call("bash", "launch/slurm/train.sbatch", *FLAGS[:2], code=code, env={**os.environ, **slurm, "PATH": path})
+        return (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_an_interrupted_job_goes_back_into_the_queue(job, code):
+    assert job(code)[1:] == ["scontrol requeue 7"]
+    assert job(code, state="COMPLETING")[1:] == []  # by scancel
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 137])
+def test_a_job_that_ends_by_itself_stays_ended(job, code):
+    assert job(code)[1:] == []
+
+
+def test_a_task_has_the_cpus_that_the_job_asked_for(job):
+    train = "python -m kd_jax.train --config configs/lm_paper.py"
+    assert job(0, SLURM_CPUS_PER_TASK="12") == [f"srun --kill-on-bad-exit=1 --cpus-per-task=12 {train}"]
+    assert job(0, SLURM_CPUS_PER_TASK="") == [f"srun --kill-on-bad-exit=1 {train}"]
+
+
 # SkyPilot
 
 
@@ -209,6 +265,7 @@ def test_skypilot(name, tmp_path):
         done = shellcheck("--shell=bash", "-", input=task[part])
         # its variables come from `envs` and SkyPilot
         assert set(re.findall(r"SC\d+", done.stdout)) <= {"SC2154"}, done.stdout
+    assert "uv venv -q --seed " in task["setup"]  # pip fetches weights and data
     # run, with a stand-in for Python that says its words and who it is
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)

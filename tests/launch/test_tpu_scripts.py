@@ -169,7 +169,7 @@ def test_from_set_up_to_fetched(cloud, tmp_path):
         assert (worker / "kd_jax/kd_jax/train.py").is_file() and not (worker / "kd_jax/.git").exists()
         installed = (worker / "installed").read_text().splitlines()
         assert installed[:3] == [
-            "-m pip install --quiet --user uv", "-m uv venv --quiet --allow-existing --python 3.12 .venv",
+            "-m pip install --quiet --user uv", "-m uv venv --quiet --seed --allow-existing --python 3.12 .venv",
             "-m uv pip install --quiet --python .venv/bin/python --editable .[tpu]",
         ]  # fmt: skip
     assert all(words[0] == "tpu-vm" and "--worker=all" in words for words in calls(cloud))
@@ -208,16 +208,28 @@ def wait_for(condition, seconds=30):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
-def test_shared_folder_is_mounted_once(cloud):
-    for name, text in {"sudo": '"$@"', "mount": 'echo "$*" >>"$HOME/mounts"', "mount.nfs": ""}.items():
+def stand_in_for_nfs(cloud, chmod):
+    """A share that cannot be written to, not even by root: a link to nowhere."""
+    mount = 'echo "$*" >>"$HOME/mounts"; rmdir runs; ln -s "$HOME/share" runs'
+    texts = {"sudo": '"$@"', "mount": mount, "mount.nfs": "", "mountpoint": '[ -e "$HOME/mounts" ]', "chmod": chmod}
+    for name, text in texts.items():
         (cloud / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (cloud / "bin" / name).chmod(0o755)
-    (cloud / "bin/mountpoint").write_text('#!/usr/bin/env bash\n[ -e "$HOME/mounts" ]\n')
-    (cloud / "bin/mountpoint").chmod(0o755)
+
+
+@pytest.mark.slow
+def test_shared_folder_is_mounted_once_and_made_writable(cloud):
+    stand_in_for_nfs(cloud, 'mkdir "$HOME/share"')
     for _ in range(2):
         call("setup", *TPU, "--nfs", "10.0.0.2:/share")
     assert [(cloud / f"worker-{i}/mounts").read_text() for i in range(2)] == ["-t nfs 10.0.0.2:/share runs\n"] * 2
+    assert all((cloud / f"worker-{i}/share").is_dir() for i in range(2))
+
+
+@pytest.mark.slow
+def test_a_share_that_stays_read_only_is_said(cloud):
+    stand_in_for_nfs(cloud, "exit 1")
+    assert "error: kd_jax/runs cannot be written to" in call("setup", *TPU, "--nfs=10.0.0.2:/share", code=1)
 
 
 def test_delete(cloud):

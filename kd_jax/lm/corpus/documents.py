@@ -195,7 +195,7 @@ def load(source: str, paths: list[str], columns: Columns, tokenizer: Tokenizer, 
     key = hashlib.sha256(json.dumps([content, paths, columns]).encode()).hexdigest()
     path = cache.folder("data", f"{key}.arrow")
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+        cache.make_folder(path.parent)
         # 64-bit offsets: a thousand long documents can have more than 2 GiB of text.
         kind = pa.large_list(pa.int32()) if columns.kind == "ids" else pa.large_string()
         schema = pa.schema({"document": kind})
