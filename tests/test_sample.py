@@ -433,6 +433,7 @@ def test_prompts_of_a_file_with_several_samples_each(tmp_path, capsys):
         ids for line in lines for ids in [[WORDS[word] for word in line.split()]] * 2
     ]
     assert len({tuple(ids) for ids in rows.tokens}) == 6
+    assert (rows.length - rows.prompt_length).max() <= 8 and settings["max_new_tokens"] == 8
     # other prompts beside them change nothing, nor does a start in the middle
     (tmp_path / "p.txt").write_text("\n".join([*lines[:2], "cat"]) + "\n")
     assert run(*words, "--out", tmp_path / "d") == 0

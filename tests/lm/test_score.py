@@ -111,6 +111,9 @@ def test_scores_at_a_temperature_are_of_the_logits_divided_by_it():  # L08
     for temperature, expected in ((1.0, -0.4076060), (0.5, -0.1429316)):
         log_probs, _ = score.log_prob(known, np.array([[0, 0]]), np.array([2]), sample_temperature=temperature)
         assert log_probs[0, 0] == pytest.approx(expected, abs=1e-6)
+    for temperature in (0.0, -1.0, np.nan):
+        with pytest.raises(ValueError, match="must be above 0"):
+            score.log_prob(known, np.array([[0, 0]]), np.array([2]), sample_temperature=temperature)
     model, (tokens, lengths) = tiny(), rows()
     log_probs, mask, entropy = score.log_prob(model, tokens, lengths, sample_temperature=0.6, entropy=True)
     expected, scores = expected_log_probs(model, tokens, 0.6)

@@ -192,8 +192,10 @@ def test_raw_and_tempered_log_probs_of_a_known_case():
     for temperature, expected in ((1.0, -0.4076060), (0.5, -0.1429316)):
         own, _ = next_token.log_prob(logits, np.array([0]), sample_temperature=temperature)
         np.testing.assert_allclose(own, expected, atol=1e-6)
-    own, _ = next_token.log_prob(logits, np.array([0]), sample_temperature=0.0)
-    assert own == 0 and next_token.log_prob(logits, np.array([1]), sample_temperature=0.0)[0] < -1e20
+    # at 0 the first of the likeliest, as it is drawn, and never another id
+    for logits, expected in (([2, 1, 0], [0, -np.inf, -np.inf]), ([1, 3, 3], [-np.inf, 0, -np.inf])):
+        own, top = next_token.log_prob(np.float32([logits] * 3), np.arange(3), sample_temperature=0.0)
+        assert own.tolist() == expected and top.tolist() == [0, 0, 0]
 
 
 def test_a_spec_is_off_by_default_and_reads_none_as_off():

@@ -415,6 +415,10 @@ def test_only_what_has_changed_is_done_again(counted, tmp_path):
         p_star, {"one": Entry(one), "a/b": Entry(two, seed=1)}, validation, settings(50), tmp_path / "at once"
     )
     assert more == whole
+    # and fewer are the first of them: none is drawn again
+    (fewer, _) = evaluated()
+    assert counted["sample"].calls == 0 and fewer["num_samples"] == 40 and fewer["recall"] == first[0]["recall"]
+    assert fewer["precision"] == pytest.approx(first[0]["precision"], rel=1e-5)
     # another p*
     other = drawn(two, tmp_path / "other", 30)
     (row, same) = evaluated(p_star=two, validation=other)
