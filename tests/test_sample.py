@@ -252,7 +252,7 @@ def test_a_text_prompt_is_the_same_ids_at_every_door(starts):
 
     assert sample._prompt_ids(flags(prompt="The"), model) == wanted
     assert evaluate._prompt(flags(prompt=None), model) == (wanted, 8)
-    assert sampler_lib._check(model, ["The", [4]], 1, 8, 0, 1, 0) == [wanted, [4]]
+    assert sampler_lib._check(model, ["The", [4]], 1, 8, None, 0, 1, 0) == [wanted, [4]]
     assert prompt_files.encode("The", model.tokenizer) == wanted
     spec = LmSpec(p_star=PStarSpec(architecture="tiny"))
     assert run_prompts.of_corpus(spec, model.tokenizer, 0, 1) == ({"prompt": "The", "prompt_ids": wanted}, None)
@@ -279,6 +279,7 @@ def test_options_reach_the_sampler_and_the_manifest(sampler, source, tmp_path):
             "num_samples": 10,
             "first": 0,
             "max_length": 7,
+            "max_new_tokens": None,
             "batch_size": 16,
             "mesh": None,
             "sampler": decode.SamplerSpec.of(drawn),
