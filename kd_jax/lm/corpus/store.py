@@ -305,6 +305,7 @@ def _row(batch: Any, i: int, settings: dict[str, Any]) -> dict[str, Any]:
     index, length, start = int(batch.index[i]), int(batch.lengths[i]), int(batch.prompt_lengths[i])
     finished, generated = bool(batch.finished[i]), slice(start, length)
     shared = settings["prompt_ids"]  # none where rows have prompts of their own
+    longest = min(settings["max_length"], start + (settings.get("max_new_tokens") or settings["max_length"]))
     tokens = np.array(batch.tokens[i, :length], np.int32)  # a copy frees the sampler's array
     # exactly rounded sums do not depend on the sampler's batch size
     log_prob, sample_log_prob = (
@@ -312,11 +313,11 @@ def _row(batch: Any, i: int, settings: dict[str, Any]) -> dict[str, Any]:
     )
     if not 0 <= index < settings["num_samples"]:
         problem = f"was not asked for (num_samples={settings['num_samples']})"
-    elif (shared and start != len(shared)) or not 1 <= start < length <= settings["max_length"]:
+    elif (shared and start != len(shared)) or not 1 <= start < length <= longest:
         problem = f"has length {length} and prompt_length {start}"
     elif shared and tokens[:start].tolist() != shared:
         problem = "does not begin with the prompt"
-    elif finished != (int(tokens[-1]) in settings["eos_ids"]) or not (finished or length == settings["max_length"]):
+    elif finished != (int(tokens[-1]) in settings["eos_ids"]) or not (finished or length == longest):
         problem = f"has length {length}, finished={finished} and {tokens[-1]} as its last id, which do not go together"
     elif not (math.isfinite(log_prob) and math.isfinite(sample_log_prob)):
         problem = f"has log_prob {log_prob} and sample_log_prob {sample_log_prob}"

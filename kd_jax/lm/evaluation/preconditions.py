@@ -122,7 +122,7 @@ def check_samples(name: str, samples: Corpus, p_star: Model, validation: Mapping
     label = f"{name}: the corpus {samples.folder}"
     compatibility.check_corpus(label, samples, p_star, num_samples)
     # Other prompts or a shorter limit would make precision and recall averages over different sets of sequences.
-    for key in ("prompt_ids", "max_length", "prompts_fingerprint"):
+    for key in ("prompt_ids", "max_length", "max_new_tokens", "prompts_fingerprint"):
         value, wanted = samples.manifest["settings"].get(key), validation.get(key)
         if value != wanted:
             raise ValueError(f"{label} has {key} {value}, the validation corpus {wanted}")

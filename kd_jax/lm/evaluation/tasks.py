@@ -167,6 +167,9 @@ def find_task(plan: Plan, name: str, entry: Entry, model: LazyModel, sampler: Sa
             model, _source(entry, name), data.settings["prompt_ids"], data.settings["max_length"], spec.num_samples,
             spec.seed + (entry.seed or 0) + TEACHERS_APART * (entry.teacher or 0), sampler, spec, data.prompts,
         )  # fmt: skip
+        # samples are cut where the validation rows were
+        if data.settings.get("max_new_tokens"):
+            drawn["max_new_tokens"] = data.settings["max_new_tokens"]
         # where the model is from and how rows lie in files change what is drawn by rounding only
         samples = {key: value for key, value in drawn.items() if key not in ("source", "shard_size")}
     else:
