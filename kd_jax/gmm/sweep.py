@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kd_jax.parallel import distributed, mesh
-from kd_jax.runs import progress
+from kd_jax.runs import cache, progress
 from kd_jax.runs.checkpoint import Checkpoints
 from kd_jax.storage.files import append_rows, write_rows
 
@@ -29,6 +29,7 @@ def run(
         rows: part, and its arrays -> its rows, in the order of the file.
         like: part -> arrays of the shapes and types that `compute` returns, for reading them back.
     """
+    cache.enable_compilation_cache()
     rows_path = folder / "metrics.jsonl"
     with Checkpoints(folder / "checkpoints" / "chunks") as saved:
         done = saved.steps()
