@@ -5,7 +5,6 @@ python -m kd_jax.evaluate --p_star SOURCE --model [NAME=]SOURCE ... --corpus FOL
 """
 
 import argparse
-import dataclasses
 import datetime
 import math
 import platform
@@ -127,7 +126,9 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     mesh = command_line.mesh(args.mesh)
     cache.enable_compilation_cache()
     spec = evaluation.EvaluationSpec(
-        num_samples=args.num_samples, samples_per_prompt=args.samples_per_prompt, num_recall=args.num_recall,
+        num_samples=args.num_samples, samples_per_prompt=args.samples_per_prompt,
+        # of a corpus all rows by default; of p*'s own samples there may be more, of a larger evaluation here
+        num_recall=args.num_recall or (args.num_samples if validation is None else None),
         seed=args.seed, dtype=args.dtype, sample_temperatures=tuple(args.sample_temperature),
         batch_size=args.batch_size, agreement=args.agreement, embedding_model=args.embedding_model,
     )  # fmt: skip
@@ -139,8 +140,6 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
         evaluation.check(p_star, entries, spec, max_length)
         _begin(out, manifest)
         validation = _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh)
-        # Of an earlier, larger evaluation in this folder there are more.
-        spec = dataclasses.replace(spec, num_recall=spec.num_recall or spec.num_samples)
     plan = evaluation.plan(p_star, entries, validation, spec, out / "models", mesh)
     # After all checks, so that an evaluation that cannot begin leaves nothing.
     _begin(out, manifest)
@@ -223,9 +222,8 @@ def _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh) -> Any:
     path = Path(args.p_star).expanduser()
     # The corpus keeps the name, and may be read from another folder.
     source = str(path.absolute()) if path.exists() else args.p_star
-    count = args.num_samples if args.num_recall is None else args.num_recall
     drawn = evaluation.sampling_settings(
-        p_star, source, prompt_ids, max_length, count, _DATA_SEED + args.seed, WHOLE, spec
+        p_star, source, prompt_ids, max_length, spec.num_recall, _DATA_SEED + args.seed, WHOLE, spec
     )
     return to_corpus.sample(
         p_star.load, Path(args.out) / "p_star", drawn, command="validation samples of p*", label="p*: samples",

@@ -99,11 +99,13 @@ def split(words: Sequence[str], types: dict[str, Any]) -> tuple[list[str], dict[
             # --config.KEY VALUE
             text = words.pop(0)
             word = f"{flag}={text}"
-        values = split_values(text, types.get(flag.removeprefix("--"), Any)) if flag.startswith("--config.") else []
+        # a bare flag has no text
+        listed = flag.startswith("--config.") and "=" in word
+        values = split_values(text, types.get(flag.removeprefix("--"), Any)) if listed else []
         if len(values) > 1:
             grid[flag] = values
         else:
-            fixed.append(f"{flag}={values[0]}" if values and "=" in word else word)
+            fixed.append(f"{flag}={values[0]}" if values else word)
     return fixed, grid
 
 

@@ -225,7 +225,7 @@ def sample(slots: int, sizes: Sizes) -> dict[str, Any]:
     # Every slot has all of its pages, as after a while.
     pages = length // kv_cache.PAGE
     cache = start_lib.resident(params, np.ones(1, np.int32), shape, 1, slots, length, pages, compute)
-    state = jax.device_put(start_lib.idle(cache, slots, length, 0), jax.devices()[0])
+    state = jax.device_put(start_lib.idle(cache, slots, length, 0, 1), jax.devices()[0])
     steps = np.int32(sizes.steps)
     took = []
     for _ in range(3):

@@ -36,6 +36,11 @@ class Samples:
     num_buckets: int | None = None
     seed: int = 0
 
+    @property
+    def of_prompts(self) -> np.ndarray:
+        """The samples that `prompts` is of."""
+        return self.fake if self.grouped is None else self.grouped
+
     @functools.cached_property
     def neighbours(self) -> neighbours.Neighbours:
         """Precision, recall, density and coverage."""
@@ -112,11 +117,7 @@ _ROWS = (
     SampleMetric(
         "prompt_diversity", "mean cosine distance between samples of one prompt (Kirk et al. 2024)", ("prompts",),
         "cosine distance", "samples of one prompt differ more",
-        lambda samples: float(
-            diversity.prompt_diversity(
-                samples.fake if samples.grouped is None else samples.grouped, samples.prompts
-            ).mean
-        ),
+        lambda samples: float(diversity.prompt_diversity(samples.of_prompts, samples.prompts).mean),
     ),
 )  # fmt: skip
 

@@ -23,7 +23,7 @@ _MARK = "<<end of reply>>"
 
 
 class Unusable(ValueError):
-    """A conversation that nothing can be learnt from; data may have such.
+    """A conversation that nothing can be learnt from. Such rows are left out of a corpus, and counted.
 
     Attributes:
         reason: why, as it is counted.
@@ -81,7 +81,8 @@ def encode(
     pieces = _pieces(messages, turns, tokenizer, eos_ids) if tokenizer.chat_template else list(_plain(messages, turns))
     ids, learnt = _encode(pieces, tokenizer)
     if not tokenizer.chat_template and tokenizer.adds_bos:  # a template puts BOS in front itself
-        ids, learnt = [tokenizer.bos_id, *ids], [False, *learnt]
+        begun = tokenizer.with_bos(ids)
+        ids, learnt = begun, [False] * (len(begun) - len(ids)) + learnt
     if eos_ids and ids[-1] not in eos_ids:
         ids, learnt = [*ids, eos_ids[0]], [*learnt, True]
     return Conversation(np.array(ids, np.int32), np.array(learnt, bool))
@@ -137,7 +138,7 @@ def _pieces(
 
 
 def _end(rest: str, tokenizer: Tokenizer, eos_ids: Sequence[int]) -> str:
-    """What of the text after a reply ends its turn: all up to the first EOS, or all but a line feed."""
+    """The part of the text after a reply that ends its turn: up to the first EOS, or all but a line feed."""
     ids, spans = tokenizer.encode_with_spans(rest)
     first = next((stop for i, (_, stop) in zip(ids, spans, strict=True) if i in eos_ids), None)
     # a line feed after the end belongs to the next prompt
@@ -145,7 +146,7 @@ def _end(rest: str, tokenizer: Tokenizer, eos_ids: Sequence[int]) -> str:
 
 
 def _shared(end: str, prompt: str, tokenizer: Tokenizer) -> str:
-    """The whole tokens that the end of the last turn and the prompt after another turn begin with alike."""
+    """The beginning, in whole tokens, that the end of the last turn shares with the prompt after another turn."""
     (ids, spans), (others, _) = (tokenizer.encode_with_spans(text) for text in (end, prompt))
     shared = 0
     for i, other, (start, stop) in zip(ids, others, spans, strict=False):

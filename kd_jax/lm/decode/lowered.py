@@ -73,5 +73,5 @@ def _shapes(model: Model, prompt_length: int, max_length: int, batch_size: int, 
         return start_lib.resident(params, prompt, model.architecture, devices, slots // devices, width, 0, compute)
 
     pages = jax.eval_shape(of_prompt, params, jax.ShapeDtypeStruct((prompt_length,), jnp.int32))
-    state = start_lib.idle(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0)
+    state = start_lib.idle(kv_cache.resized(pages, slots // devices * width // PAGE), slots, width, 0, prompt_length)
     return state if mesh is None else on(slots_lib.shardings(state, mesh), state), params

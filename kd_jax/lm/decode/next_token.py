@@ -81,9 +81,13 @@ def log_prob(
     if any(value is not None for value in truncation.values()):
         kept = cut(temper(logits, sample_temperature), **truncation) > -jnp.inf
         scaled = jnp.where(kept, scaled, -jnp.inf)
-    # At 0 the first of the likeliest ids is drawn, and no other one ever is.
-    never = jnp.arange(logits.shape[-1]) != jnp.argmax(logits, axis=-1, keepdims=True)
-    scaled = jnp.where(never & (jnp.asarray(sample_temperature) == 0), -jnp.inf, scaled)
+
+    def greedy(scaled):  # the first of the likeliest ids is drawn, and no other one ever is
+        first = jnp.argmax(logits, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(logits.shape[-1]) == first, scaled, -jnp.inf)
+
+    # a branch: other temperatures need no argmax
+    scaled = jax.lax.cond(jnp.asarray(sample_temperature) == 0, greedy, lambda scaled: scaled, scaled)
     total = jax.nn.logsumexp(scaled, axis=-1)
     return jnp.take_along_axis(scaled, ids[..., None], axis=-1)[..., 0] - total, scaled.max(axis=-1) - total
 

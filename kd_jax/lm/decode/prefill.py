@@ -18,7 +18,7 @@ import numpy as np
 
 from kd_jax.lm import model as model_lib
 from kd_jax.lm.decode import slots as slots_lib
-from kd_jax.lm.decode.slots import ANY_LENGTH, State
+from kd_jax.lm.decode.slots import State
 from kd_jax.lm.model import Architecture, Compute, kv_cache
 from kd_jax.lm.model.kv_cache import PAGE, Cache
 from kd_jax.parallel import distributed
@@ -64,15 +64,13 @@ class Queue:
         prompts: ids of each.
         samples_per_prompt: see `of_sample`.
         first, num_samples: which samples.
-        max_new_tokens: most ids of a sample after its prompt; None for no limit of its own.
         groups, slots: groups of slots, and slots of each.
     """
 
     def __init__(
         self, prompts: Sequence[Sequence[int]], samples_per_prompt: int | None, *, first: int, num_samples: int,
-        groups: int, slots: int, max_new_tokens: int | None = None,
+        groups: int, slots: int,
     ):  # fmt: skip
-        self.max_new = np.int32(ANY_LENGTH if max_new_tokens is None else max_new_tokens)
         self.prompts, self.groups, self.at_once = prompts, groups, max(1, slots // _PARTS)
         self._lengths = np.array([len(ids) for ids in prompts])
         # sorted within windows alone, so that a corpus is written while its later samples are still to start
@@ -149,7 +147,7 @@ def start(
             idle[group, taken[taken < slots]] = False
         state = slots_lib.with_pages(state, int(_pages_after(state, starts).max()), first_pages, spare=2)
         state = _begin(
-            state, params, common, _spread(starts, compute), np.int32(len(queue.common)), queue.max_new,
+            state, params, common, _spread(starts, compute), np.int32(len(queue.common)),
             _bucket(int(starts.lengths.max()) - 1 - len(queue.common)), architecture, compute,
         )  # fmt: skip
     return state
@@ -205,19 +203,18 @@ def lower(
             lambda leaf: leaf.update(sharding=mesh_lib.sharding(("batch",) + (None,) * (leaf.ndim - 1), compute.mesh)),
             starts,
         )
-    numbers = np.int32(0), np.int32(ANY_LENGTH), _bucket(longest - 1)
-    traced = _begin.trace(state, params, None, starts, *numbers, architecture, compute)
+    traced = _begin.trace(state, params, None, starts, np.int32(0), _bucket(longest - 1), architecture, compute)
     return traced.lower(lowering_platforms=platform and (platform,))
 
 
 # The state is donated: the pages, its largest arrays, are then written in place.
-@functools.partial(jax.jit, static_argnums=(6, 7, 8), donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=(5, 6, 7), donate_argnums=0)
 def _begin(
-    state: State, params, common: Cache | None, starts: Starts, num_common: jax.Array, max_new: jax.Array, new: int,
+    state: State, params, common: Cache | None, starts: Starts, num_common: jax.Array, new: int,
     architecture: Architecture, compute: Compute,
 ) -> State:  # fmt: skip
     """Runs prompts from position num_common on, `new` ids of each at most, and starts their samples."""
-    # Of prompts that are alike but for their last ids nothing is new, and what they have in common is still theirs.
+    # Prompts that differ in their last id alone have nothing new to run, but they need what they have in common.
     if new or common is not None:
         rows = len(starts.lengths)
         length = -(-((common.length if common is not None else 0) + new) // PAGE) * PAGE
@@ -234,7 +231,7 @@ def _begin(
         if new:
             cache = _extend(params, cache, starts, num_common, new, architecture, compute)
         state = state._replace(cache=_fill(state.cache, cache, starts))
-    state = _occupy(state, starts, max_new)
+    state = _occupy(state, starts)
     # Laid out as before, or the loop would be compiled again for another layout.
     return state if compute.mesh is None else jax.lax.with_sharding_constraint(
         state, slots_lib.shardings(state, compute.mesh)
@@ -267,7 +264,7 @@ def _fill(pages: kv_cache.Pages, cache: Cache, starts: Starts) -> kv_cache.Pages
     return kv_cache.fill(pages, cache, starts.source, starts.slot)
 
 
-def _occupy(state: State, starts: Starts, max_new) -> State:
+def _occupy(state: State, starts: Starts) -> State:
     """The state with the samples in their slots."""
     groups, slots = state.cache.table.shape[:2]
 
@@ -278,16 +275,15 @@ def _occupy(state: State, starts: Starts, max_new) -> State:
         return jax.vmap(lambda rows, at: rows[at])(array.reshape(groups, -1, *array.shape[1:]), starts.source)
 
     old = state.slots
+    lengths = of_prompt(starts.lengths)
     new = old._replace(
         index=put(old.index, starts.index), tokens=put(old.tokens, of_prompt(starts.prompts)),
         log_probs=put(old.log_probs, 0.0), sample_log_probs=put(old.sample_log_probs, 0.0),
-        length=put(old.length, of_prompt(starts.lengths)),
+        length=put(old.length, lengths),
     )  # fmt: skip
-    # max_new may be the largest int32: what is added to it would wrap around
-    longest = starts.lengths + jnp.minimum(max_new, ANY_LENGTH - starts.lengths)
     count = (starts.slot < slots).sum(dtype=jnp.int32)
-    active, longest = put(state.active, True), put(state.longest, of_prompt(longest))
-    return state._replace(slots=new, active=active, longest=longest, next_index=state.next_index + count)
+    active, lengths = put(state.active, True), put(state.prompt_length, lengths)
+    return state._replace(slots=new, active=active, prompt_length=lengths, next_index=state.next_index + count)
 
 
 # Mapped over groups, so that each group's slots stay on their devices.

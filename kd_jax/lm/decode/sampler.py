@@ -41,7 +41,7 @@ class Samples(NamedTuple):
         tokens: int32 [n, max_length], prompt included, EOS kept; 0 beyond the length.
         lengths: int32 [n], prompt included.
         prompt_lengths: int32 [n].
-        finished: bool [n]; ended with an EOS id, else cut at max_length.
+        finished: bool [n]; ended with an EOS id, else cut at max_length or max_new_tokens.
         log_probs: float32 [n, max_length], of each generated token under the model itself (temperature 1); else 0.
         sample_log_probs: the same under the distribution that it was drawn from.
         utilisation: share of the slots' steps so far that ran a sample; there are fewer slots towards the end.
@@ -114,16 +114,16 @@ def stream(
     if samples_per_prompt is not None and not 0 < num_samples <= samples_per_prompt * len(prompts):
         raise ValueError(f"{len(prompts)} prompts with {samples_per_prompt} samples each are not {num_samples} samples")
     if samples_per_prompt is None and len(prompts) == 1:
-        longest = min(max_length, len(prompts[0]) + (max_new_tokens or max_length))
-        settings = start_lib.settings(model, prompts[0], num_samples, longest, _sampler(sampler, knobs), seed)
+        prompt, others = prompts[0], {}
     else:
-        settings = start_lib.settings(model, [0], num_samples, max_length, _sampler(sampler, knobs), seed)
-        settings = settings._replace(refill=jnp.int32(1), samples_per_prompt=jnp.int32(samples_per_prompt or 0))
-    lengths = max_length, max_new_tokens
-    return _stream(model, prompts, settings, first, num_samples, lengths, batch_size, compute, mesh)
+        prompt, others = [0], {"refill": jnp.int32(1), "samples_per_prompt": jnp.int32(samples_per_prompt or 0)}
+    sampler = _sampler(sampler, knobs)
+    settings = start_lib.settings(model, prompt, num_samples, max_length, sampler, seed, max_new_tokens)
+    settings = settings._replace(**others)
+    return _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh)
 
 
-def _stream(model, prompts, settings, first, num_samples, lengths, batch_size, compute, mesh) -> Iterator[Samples]:
+def _stream(model, prompts, settings, first, num_samples, max_length, batch_size, compute, mesh) -> Iterator[Samples]:
     left = num_samples - first
     if not left:
         return
@@ -131,7 +131,7 @@ def _stream(model, prompts, settings, first, num_samples, lengths, batch_size, c
     params, architecture = model.params, model.architecture
     params = model_lib.unstack(params) if mesh is None else start_lib.laid_out(params, architecture, mesh)
     each = int(settings.samples_per_prompt) or None
-    state, settings, queue = _start(model, params, prompts, settings, first, batch_size, lengths, compute, mesh)
+    state, settings, queue = _start(model, params, prompts, settings, first, batch_size, max_length, compute, mesh)
     common = None if queue is None else prefill.common(params, queue, model.architecture, compute)
     # The first call is short, as nobody knows yet how long a step takes.
     pages, num_steps = state.cache.num_pages // state.cache.num_slots, 8
@@ -151,7 +151,7 @@ def _stream(model, prompts, settings, first, num_samples, lengths, batch_size, c
         taken = time.perf_counter() - began
         # Yielded after the clock is read: the time that a caller spends on samples is not the device's.
         if len(rows.index):
-            yield _samples(rows, prompts, each, lengths[0], active_steps / slot_steps, steps)
+            yield _samples(rows, prompts, each, max_length, active_steps / slot_steps, steps)
         # At most doubled, since one quick call proves little (and the first one compiles). Clocks differ between
         # processes, and all of them have to run the same number of steps.
         num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
@@ -195,13 +195,13 @@ def _check(model, prompt, num_samples, max_length, max_new_tokens, first, batch_
 
 
 def _start(
-    model, params, prompts, settings, first, batch_size, lengths, compute, mesh
+    model, params, prompts, settings, first, batch_size, max_length, compute, mesh
 ) -> tuple[State, Settings, prefill.Queue | None]:
     """Idle slots and no finished samples; settings for so many slots; and the queue of prompts of their own.
 
     A shared prompt's KV cache is resident in every slot.
     """
-    (max_length, max_new_tokens), devices = lengths, mesh_lib.batch_devices(mesh)
+    devices = mesh_lib.batch_devices(mesh)
     each, wanted = (-(-rows // devices) for rows in (batch_size, int(settings.num_samples) - first))
     slots = devices * int(slots_lib.enough(each, wanted, max_length, settings.worth))
     # rounded up to whole pages, so that other lengths use the same compiled program
@@ -209,13 +209,13 @@ def _start(
     if settings.refill:
         queue = prefill.Queue(
             prompts, int(settings.samples_per_prompt) or None, first=first, num_samples=int(settings.num_samples),
-            groups=devices, slots=slots // devices, max_new_tokens=max_new_tokens,
+            groups=devices, slots=slots // devices,
         )  # fmt: skip
         settings = settings._replace(refill=jnp.int32(queue.at_once))
         pages = -(-max(map(len, prompts)) // PAGE)
     prompt = np.asarray(settings.prompt)
     cache = start_lib.resident(params, prompt, model.architecture, devices, slots // devices, width, pages, compute)
-    state = start_lib.idle(cache, slots, width, first)
+    state = start_lib.idle(cache, slots, width, first, len(prompt))
     # Committed to the parameters' devices, as what `run` returns is: otherwise the second call compiles again.
     where = next(iter(cache.owner.devices())) if mesh is None else slots_lib.shardings(state, mesh)
     if not distributed.several():

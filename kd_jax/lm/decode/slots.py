@@ -23,8 +23,6 @@ from kd_jax.parallel import mesh as mesh_lib
 _LEAST = 8
 # Finished samples that there is room for, for each slot.
 DONE = 8
-# Of a sample without a limit of its own.
-ANY_LENGTH = 2**31 - 1
 
 
 class Rows(NamedTuple):
@@ -44,7 +42,7 @@ class State(NamedTuple):
     cache: Pages
     slots: Rows
     active: jax.Array  # bool [slot]
-    longest: jax.Array  # int32 [slot], most ids of the sample; Settings.max_length holds as well
+    prompt_length: jax.Array  # int32 [slot]
     done: Rows  # finished samples: the first num_done places of each group
     num_done: jax.Array  # [group]
     next_index: jax.Array  # the next sample to start
@@ -61,6 +59,7 @@ class Settings(NamedTuple):
     refill: jax.Array  # idle slots of a group that end a call, so that the host starts samples; 0: the loop does
     samples_per_prompt: jax.Array  # 0 where samples are numbered without regard to their prompts
     max_length: jax.Array
+    max_new: jax.Array  # most ids of a sample after its prompt
     worth: jax.Array  # slot steps that a program with fewer slots has to save to be worth loading
     seed: jax.Array
     eos_ids: jax.Array  # padded with -1
@@ -94,9 +93,9 @@ def shardings(state: State, mesh: Mesh) -> State:
         keys=tuple(map(heads, cache.keys)), values=tuple(map(heads, cache.values))
     )
     return State(
-        cache=pages, slots=jax.tree.map(rows, state.slots), active=rows(state.active), longest=rows(state.longest),
-        done=jax.tree.map(rows, state.done), num_done=rows(state.num_done), next_index=everywhere, steps=everywhere,
-        active_steps=everywhere,
+        cache=pages, slots=jax.tree.map(rows, state.slots), active=rows(state.active),
+        prompt_length=rows(state.prompt_length), done=jax.tree.map(rows, state.done), num_done=rows(state.num_done),
+        next_index=everywhere, steps=everywhere, active_steps=everywhere,
     )  # fmt: skip
 
 
@@ -166,20 +165,24 @@ def _slots_needed(state: State, settings: Settings) -> jax.Array:
     """Slots that a group needs from now on: fewer once no samples are left to start, if that pays."""
     slots = state.cache.num_slots
     active = state.active.reshape(-1, slots).sum(axis=1).max()
-    longest = jnp.minimum(settings.max_length, state.longest) - state.slots.length
-    longest = jnp.where(state.active, longest, 0).max()
+    longest = jnp.where(state.active, _most_ids(state, settings) - state.slots.length, 0).max()
     fewer = enough(slots, active, longest, settings.worth)
     return jnp.where(state.next_index >= settings.num_samples, fewer, slots)
 
 
+def _most_ids(state: State, settings: Settings) -> jax.Array:
+    """How long each slot's sample may be, prompt included: int32 [slot]."""
+    return jnp.minimum(settings.max_length, state.prompt_length + settings.max_new)
+
+
 def _shrink(state: State, slots: int) -> State:
     """The state in fewer slots of each group, at least as many as are active."""
-    old = (state.slots, state.longest), state.active, state.done
+    old = (state.slots, state.prompt_length), state.active, state.done
     new, which = _gather(*old, state.cache.table.shape[0], slots)
     # Back to the layout that `run` was compiled for: the outputs of `_gather` have the one that XLA chose.
-    (rows, longest), active, done = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, old)
+    (rows, lengths), active, done = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), new, old)
     cache = kv_cache.keep(state.cache, which)
-    return state._replace(cache=cache, slots=rows, longest=longest, active=active, done=done)
+    return state._replace(cache=cache, slots=rows, prompt_length=lengths, active=active, done=done)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -323,8 +326,7 @@ def _uniforms(settings: Settings, index: jax.Array, position: jax.Array) -> jax.
 
 def _retire(state: State, settings: Settings) -> State:
     """Moves finished samples from their slots to the pool of finished ones, and frees their pages."""
-    longest = jnp.minimum(settings.max_length, state.longest)
-    done = state.active & (state.slots.finished | (state.slots.length >= longest))
+    done = state.active & (state.slots.finished | (state.slots.length >= _most_ids(state, settings)))
     groups = len(state.num_done)
     ended = done.reshape(groups, -1)
     # a place beyond the pool is dropped

@@ -25,7 +25,13 @@ _PROGRAM = 3e11
 
 
 def settings(
-    model: Model, prompt: Sequence[int], num_samples: int, max_length: int, sampler: SamplerSpec, seed: int
+    model: Model,
+    prompt: Sequence[int],
+    num_samples: int,
+    max_length: int,
+    sampler: SamplerSpec,
+    seed: int,
+    max_new_tokens: int | None = None,
 ) -> Settings:
     """The loop's settings for samples that share a prompt; arguments as of kd_jax.lm.decode.stream."""
     # A token costs about 2 FLOPs a parameter, so `worth` is in steps of a slot.
@@ -35,6 +41,7 @@ def settings(
     return Settings(
         prompt=jnp.asarray(prompt, jnp.int32), start=jnp.int32(len(prompt) - 1), num_samples=jnp.int32(num_samples),
         refill=jnp.int32(0), samples_per_prompt=jnp.int32(0), max_length=jnp.int32(max_length),
+        max_new=jnp.int32(max_new_tokens or max_length),
         worth=jnp.int32(min(worth + 1, 2**31 - 1)), seed=jnp.uint32(seed), eos_ids=jnp.asarray(eos, jnp.int32),
         num_tokens=jnp.int32(model.num_tokens), knobs=sampler.arrays(),
     )  # fmt: skip
@@ -62,7 +69,7 @@ def weight_axes(architecture: Architecture) -> dict[str, Any]:
     return {name: whole(names) for name, names in axes.items()} | {"layers": (layer,) * architecture.num_hidden_layers}
 
 
-def idle(cache: Pages, slots: int, width: int, first: int) -> State:
+def idle(cache: Pages, slots: int, width: int, first: int, prompt_length: int) -> State:
     """The loop's state before its first step.
 
     Args:
@@ -70,11 +77,12 @@ def idle(cache: Pages, slots: int, width: int, first: int) -> State:
         slots: of all groups together.
         width: the most tokens of a sample.
         first: the sample that starts first.
+        prompt_length: of the prompt that is resident.
     """
     groups, each = cache.table.shape[:2]
     return State(
         cache=cache, slots=_rows(width, slots), active=np.zeros(slots, bool),
-        longest=np.full(slots, slots_lib.ANY_LENGTH, np.int32),
+        prompt_length=np.full(slots, prompt_length, np.int32),
         done=_rows(width, groups, slots_lib.DONE * each), num_done=np.zeros(groups, np.int32),
         next_index=np.int32(first), steps=np.int32(0), active_steps=np.int32(0),
     )  # fmt: skip

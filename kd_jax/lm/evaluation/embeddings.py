@@ -55,17 +55,14 @@ def mean_hidden_states(
     out = np.zeros((len(ids), model.architecture.hidden_size), np.float32)
     with progress.bar(label, 0, int(lengths.sum()), "token") as bar:
         for chosen, shape in score.batches(lengths, batch_tokens, mesh_lib.batch_devices(mesh)):
-            batch, inside = np.zeros(shape, np.int32), np.zeros(shape, bool)
-            inside[:, 0] = True  # of rows that only fill up the last batch: a mean over no position would be NaN
+            # Rows that only fill up the last batch have length 1: a mean over no position would be NaN.
+            batch, spans = np.zeros(shape, np.int32), np.tile(np.int32([0, 1]), (shape[0], 1))
             for i, row in enumerate(chosen):
-                batch[i, : lengths[row]] = ids[row]
-                inside[i] = False
-                inside[i, starts[row] : lengths[row]] = True
+                batch[i, : lengths[row]], spans[i] = ids[row], (starts[row], lengths[row])
             if mesh is not None:
-                batch, inside = (
-                    distributed.spread(array, mesh_lib.sharding(("batch", None), mesh)) for array in (batch, inside)
-                )
-            means = distributed.fetch(_means(model.params, batch, inside, model.architecture, compute))
+                along = mesh_lib.sharding(("batch", None), mesh)
+                batch, spans = (distributed.spread(array, along) for array in (batch, spans))
+            means = distributed.fetch(_means(model.params, batch, spans, model.architecture, compute))
             out[chosen] = means[: len(chosen)]
             bar.update(int(lengths[chosen].sum()))
     wrong = np.flatnonzero(~np.isfinite(out).all(axis=1))
@@ -95,8 +92,10 @@ def _ids(rows: Rows, tokenizer: Any, model: Model) -> tuple[list[np.ndarray], np
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
-def _means(params, tokens, inside, architecture: Architecture, compute: Compute) -> jax.Array:
+def _means(params, tokens, spans, architecture: Architecture, compute: Compute) -> jax.Array:
     # float32 before the sum: in bfloat16 a mean over hundreds of positions loses its digits
     hidden = model_lib.forward(params, architecture, tokens, compute=compute).astype(jnp.float32)
+    position, (start, end) = jnp.arange(tokens.shape[1]), spans.T[..., None]
+    inside = (position >= start) & (position < end)
     # selected, not multiplied: padding may hold anything
-    return jnp.where(inside[..., None], hidden, 0).sum(axis=1) / inside.sum(axis=1, dtype=jnp.float32)[:, None]
+    return jnp.where(inside[..., None], hidden, 0).sum(axis=1) / (end - start).astype(jnp.float32)

@@ -133,10 +133,10 @@ def read_data(p_star: LazyModel, validation: Corpus, spec: EvaluationSpec) -> Da
     if rows.prompt_length.min() < 1:
         raise ValueError(f"{label} has rows without a prompt, whose first token no model can score")
     prompts = None
-    if spec.samples_per_prompt != 1 and not compatibility.has_own_prompts(validation):
-        raise ValueError(f"{label} has one prompt for all rows: samples_per_prompt has no effect")
     if compatibility.has_own_prompts(validation):
         prompts = different_prompts(label, rows, spec.num_samples, spec.samples_per_prompt)
+    elif spec.samples_per_prompt != 1:
+        raise ValueError(f"{label} has one prompt for all rows: samples_per_prompt has no effect")
     return Data(rows, settings, fingerprint(validation, count), from_p_star, prompts)
 
 

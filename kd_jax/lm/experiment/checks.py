@@ -45,8 +45,8 @@ def check(spec: LmSpec) -> None:
             raise ValueError(f"config.train.together: {arm.name} trains its students one by one; set it to 1")
         if 0 < arm.text.rows < spec.train_of("student").batch_size:
             raise ValueError(
-                f"{arm.name}: text_rows={arm.text.rows} are fewer than an update has "
-                f"(train.batch_size={spec.train_of('student').batch_size})"
+                f"{arm.name}: text_rows={arm.text.rows} is below "
+                f"train.batch_size={spec.train_of('student').batch_size}, the rows of an update"
             )
         if spec.own_prompts and arm.text.choice != "all":
             raise ValueError(

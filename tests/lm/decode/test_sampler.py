@@ -500,14 +500,14 @@ def test_active_slots_are_what_is_left():
         for n in ((24,), (2, 8 * 12))
     )  # fmt: skip
     active = np.isin(np.arange(24), [1, 4, 5, 11, 12, 13, 17, 19, 20, 22, 23])
-    longest = np.arange(24)
-    state = slots_lib.State(cache, rows, active, longest, done, np.zeros(2, int), *(np.int32(i) for i in (7, 3, 70)))
+    lengths = np.arange(24)
+    state = slots_lib.State(cache, rows, active, lengths, done, np.zeros(2, int), *(np.int32(i) for i in (7, 3, 70)))
     state = jax.device_put(state)
     less = jax.device_get(slots_lib._shrink(state, 8))
 
     expected = [1, 4, 5, 11], [12, 13, 17, 19, 20, 22, 23]
     assert less.active.tolist() == [True] * 4 + [False] * 4 + [True] * 7 + [False]
-    assert less.longest[less.active].tolist() == sum(expected, [])
+    assert less.prompt_length[less.active].tolist() == sum(expected, [])
     for name in slots_lib.Rows._fields:
         there = np.asarray(getattr(state.slots, name))
         np.testing.assert_array_equal(getattr(less.slots, name)[less.active], [there[i] for i in sum(expected, [])])

@@ -488,5 +488,5 @@ def test_keys_depend_on_what_changes_a_result_and_on_nothing_else():
 
 
 def test_too_few_rows_of_text_are_refused():
-    with pytest.raises(ValueError, match="few: text_rows=8 are fewer than an update has"):
+    with pytest.raises(ValueError, match="few: text_rows=8 is below train.batch_size=16"):
         validate(with_arms({}, few={"text_rows": 8}))
