@@ -5,9 +5,6 @@ python -m kd_jax.evaluate --p_star SOURCE --model [NAME=]SOURCE ... --corpus FOL
 """
 
 import argparse
-import datetime
-import math
-import platform
 import re
 import sys
 import time
@@ -18,7 +15,7 @@ from typing import Any
 from kd_jax.runs import command_line
 from kd_jax.runs.command_line import mesh_sizes, number, path
 
-# p*'s samples have another seed than anyone's training data is likely to: what a model has seen says nothing of recall.
+# A seed that no training data is likely to have: recall of sequences that a model has learnt would be too high.
 _DATA_SEED = 2**31
 _COLUMNS = {
     "precision": "precision", "recall": "recall", "entropy": "entropy", "kl_model_data": "KL(model||p*)",
@@ -118,6 +115,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     from kd_jax.parallel import distributed
     from kd_jax.reporting import models_page
     from kd_jax.runs import cache
+    from kd_jax.runs.run import timestamp
     from kd_jax.storage.files import write_json, write_rows
 
     start, out = time.perf_counter(), Path(args.out)
@@ -127,7 +125,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     cache.enable_compilation_cache()
     spec = evaluation.EvaluationSpec(
         num_samples=args.num_samples, samples_per_prompt=args.samples_per_prompt,
-        # of a corpus all rows by default; of p*'s own samples there may be more, of a larger evaluation here
+        # By default all rows of a corpus. Of p*'s own samples there may be more, left by a larger evaluation here.
         num_recall=args.num_recall or (args.num_samples if validation is None else None),
         seed=args.seed, dtype=args.dtype, sample_temperatures=tuple(args.sample_temperature),
         batch_size=args.batch_size, agreement=args.agreement, embedding_model=args.embedding_model,
@@ -149,7 +147,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     # The rows before the manifest: where it says "finished", they are there.
     write_rows(out / "metrics.jsonl", rows)
     seconds = round(time.perf_counter() - start, 3)
-    write_json(out / "manifest.json", {**manifest, "status": "finished", "finished": _now(), "seconds": seconds})
+    write_json(out / "manifest.json", {**manifest, "status": "finished", "finished": timestamp(), "seconds": seconds})
     _print_table(rows)
     print(f"\nrows: {out / 'metrics.jsonl'} ({seconds:.1f} s)\nreport: {models_page.write(rows, out)}")
 
@@ -232,27 +230,10 @@ def _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh) -> Any:
 
 
 def _manifest(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
-    import jax
-    import numpy
+    from kd_jax.runs.run import origin, timestamp
 
-    import kd_jax
-
-    # Everything that can change a number's last digits.
-    device = jax.devices()[0]
-    versions = {module.__name__: module.__version__ for module in (jax, numpy, kd_jax)}
-    return {
-        "kind": "evaluation",
-        "status": "running",
-        "started": _now(),
-        "command": command_line.command(argv),
-        "settings": vars(args),
-        "versions": {"python": platform.python_version(), **versions},
-        "device": {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()},
-    }
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    ours = {"kind": "evaluation", "status": "running", "started": timestamp(), "settings": vars(args)}
+    return ours | origin(command_line.command(argv))
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -285,15 +266,10 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _over_seeds(group: list[dict[str, Any]], key: str) -> str:
+    from kd_jax.metrics.statistics import t_interval
+
     values = [row[key] for row in group]
-    if None in values:
-        return _value(None, None)
-    mean = sum(values) / len(values)
-    if not math.isfinite(mean):
-        return _value(mean, math.nan)
-    # n - 1: the mean is of the same few seeds.
-    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    return _value(mean, math.sqrt(variance / len(values)))
+    return _value(None, None) if None in values else _value(*t_interval(values)[:2])
 
 
 def _value(mean: float | None, standard_error: float | None) -> str:

@@ -76,8 +76,8 @@ class Cell(NamedTuple):
     separation: float
 
 
-class Part(NamedTuple):
-    """A part of the run that is computed, and saved, at once."""
+class Chunk(NamedTuple):
+    """Seeds of one program, which are computed, and saved, at once."""
 
     setting: Setting
     first: int  # first seed
@@ -210,18 +210,18 @@ def chunk_size(setting: Setting, num_students: int, memory_gib: float) -> int:
     return max(1, int(memory_gib * 2**30 / (8 * num_students * points * width)))
 
 
-def seed_parts(spec: SweepSpec, setting: Setting, size: int, seeds: int, cells: tuple[Cell, ...] = ()) -> list[Part]:
+def seed_chunks(spec: SweepSpec, setting: Setting, size: int, seeds: int, cells: tuple[Cell, ...] = ()) -> list[Chunk]:
     """All seeds, at most `size` at a time."""
     size = min(seeds, size)
-    return [Part(setting, spec.seed + f, size, min(size, seeds - f), cells) for f in range(0, seeds, size)]
+    return [Chunk(setting, spec.seed + f, size, min(size, seeds - f), cells) for f in range(0, seeds, size)]
 
 
-def plan_of(spec: Spec) -> list[Part]:
-    """The run in parts that fit `spec.memory_gib`; depends on the spec alone."""
+def plan_of(spec: Spec) -> list[Chunk]:
+    """The run in chunks that fit `spec.memory_gib`; depends on the spec alone."""
     base = base_of(spec)
     # a student for each beta, the direct and the plain one, and the controls
     size = chunk_size(base, spec.num_betas + 2 + len(CONTROLS), spec.memory_gib)
-    plan = seed_parts(spec, base, size, spec.seeds)
+    plan = seed_chunks(spec, base, size, spec.seeds)
     # EM of one component is closed-form, and a cell of eight would make all of its program iterate.
     groups: dict[tuple, list[Cell]] = {}
     for c in cells_of(spec):
@@ -231,26 +231,26 @@ def plan_of(spec: Spec) -> list[Part]:
         # One program for the group: sizes within the largest are traced.
         setting = base._replace(**largest)
         size = chunk_size(setting, 1 + len(spec.vary_betas), spec.memory_gib)
-        plan += seed_parts(spec, setting, size, min(spec.vary.seeds, spec.seeds), tuple(group))
+        plan += seed_chunks(spec, setting, size, min(spec.vary.seeds, spec.seeds), tuple(group))
     return plan
 
 
 def run(spec: Spec, folder: Path) -> dict:
-    """Runs the sweep into the run folder, resuming after the parts that were saved whole.
+    """Runs the sweep into the run folder, resuming after the chunks that were saved whole.
 
     Returns where the time went, in seconds, for the manifest.
     """
     began = time.perf_counter()
     plan, numbers, first = plan_of(spec), numbers_of(spec), {}
 
-    def program(part: Part, seeds) -> dict:
-        if part.cells:
-            return {"cells": cell_sweep(part.setting, seeds, part.cells, spec.vary_betas, spec.tol)}
-        made = sweep(part.setting, seeds, numbers)
+    def program(chunk: Chunk, seeds) -> dict:
+        if chunk.cells:
+            return {"cells": cell_sweep(chunk.setting, seeds, chunk.cells, spec.vary_betas, spec.tol)}
+        made = sweep(chunk.setting, seeds, numbers)
         return {name: _plain(value) for name, value in made._asdict().items()}
 
     def compute(c: int) -> dict:
-        # The last part is computed in full, so that there is one program, and cut afterwards.
+        # The last chunk is computed in full, so that there is one program, and cut afterwards.
         arrays = program(plan[c], plan[c].first + np.arange(plan[c].size))
         return jax.tree.map(lambda leaf: leaf[: plan[c].keep], arrays)
 
@@ -278,14 +278,14 @@ def _plain(value):
     return value._asdict() if isinstance(value, tuple) else value
 
 
-def _like(spec: Spec, part: Part) -> dict:
-    """Arrays of the shapes and types that a part's program makes."""
-    seeds, numbers = np.zeros(part.keep, np.uint32), jax.tree.map(np.float32, numbers_of(spec))
-    if part.cells:
-        shape = (part.keep, len(part.cells), 1 + len(spec.vary_betas))
+def _like(spec: Spec, chunk: Chunk) -> dict:
+    """Arrays of the shapes and types that a chunk's program makes."""
+    seeds, numbers = np.zeros(chunk.keep, np.uint32), jax.tree.map(np.float32, numbers_of(spec))
+    if chunk.cells:
+        shape = (chunk.keep, len(chunk.cells), 1 + len(spec.vary_betas))
         return {"cells": {name: np.zeros(shape, np.float32) for name in (*Simple._fields, "teacher_entropy")}}
     # Traced only: nothing is computed to learn the shapes.
-    shapes = jax.eval_shape(partial(_chains, part.setting), seeds, numbers)
+    shapes = jax.eval_shape(partial(_chains, chunk.setting), seeds, numbers)
     shapes = {name: _plain(value) for name, value in shapes._asdict().items()}
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
 
@@ -295,15 +295,15 @@ def _arms(spec: Spec) -> list[tuple[str, float | None]]:
     return [(DIRECT, None), (PLAIN, None), *((DISTILLED, float(b)) for b in spec.betas), *((c, None) for c in CONTROLS)]
 
 
-def _rows(spec: Spec, part: Part, arrays: dict):
+def _rows(spec: Spec, chunk: Chunk, arrays: dict):
     """Rows of each seed: one for each student at each of its sampling temperatures, and for each random choice."""
     setting = {name: getattr(spec, name) for name in AXES}
     scores, curves, choice = (
         {name: np.asarray(values, float) for name, values in arrays[key].items()}
         for key in ("scores", "curves", "choice")
     )
-    for s in range(part.keep):
-        own = setting | {"seed": part.first + s}
+    for s in range(chunk.keep):
+        own = setting | {"seed": chunk.first + s}
         for i, (arm, beta) in enumerate(_arms(spec)):
             who = own | {"arm": arm, "beta": beta}
             yield who | {"sample_temperature": 1.0} | {name: float(v[s, i]) for name, v in scores.items()}
@@ -317,13 +317,13 @@ def _rows(spec: Spec, part: Part, arrays: dict):
             yield who | {name: float(v[s, m]) for name, v in choice.items()}
 
 
-def _cell_rows(spec: Spec, part: Part, scores: dict):
+def _cell_rows(spec: Spec, chunk: Chunk, scores: dict):
     """A row for each student of each cell and seed."""
-    for c, setting in enumerate(part.cells):
-        for s in range(part.keep):
+    for c, setting in enumerate(chunk.cells):
+        for s in range(chunk.keep):
             for i, beta in enumerate((None, *map(float, spec.vary_betas))):
                 who = {
-                    "seed": part.first + s,
+                    "seed": chunk.first + s,
                     "arm": DISTILLED if i else DIRECT,
                     "beta": beta,
                     "sample_temperature": 1.0,

@@ -172,12 +172,12 @@ def validate(spec: Spec) -> None:
     """Nothing: a spec that exists can run, since it was checked when it was made."""
 
 
-def chunk_plan(spec: Spec) -> list[experiment.Part]:
+def chunk_plan(spec: Spec) -> list[experiment.Chunk]:
     """The seeds in chunks that fit `spec.memory_gib`; depends on the spec alone."""
     program = program_of(spec)
     num_teachers = 1 + sum(len(getattr(spec.knobs, knob)) for knob in TEACHERS)
     size = experiment.chunk_size(program.setting, num_teachers, spec.memory_gib)
-    return experiment.seed_parts(spec, program.setting, size, spec.seeds)
+    return experiment.seed_chunks(spec, program.setting, size, spec.seeds)
 
 
 def run(spec: Spec, folder: Path) -> dict:
@@ -216,12 +216,12 @@ def result(folder: Path) -> list[str]:
     return lines
 
 
-def _rows(spec: Spec, part: experiment.Part, scores: dict) -> list[dict]:
+def _rows(spec: Spec, chunk: experiment.Chunk, scores: dict) -> list[dict]:
     """One row per student."""
     rows = []
-    for s in range(part.keep):
+    for s in range(chunk.keep):
         for student in students(spec):
             columns = scores[student.part].items()
             values = {name: float(column[(s, *student.index)]) for name, column in columns}
-            rows.append({"knob": student.knob, "value": student.value, "seed": part.first + s} | values)
+            rows.append({"knob": student.knob, "value": student.value, "seed": chunk.first + s} | values)
     return rows

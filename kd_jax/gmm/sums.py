@@ -1,7 +1,7 @@
 """Sums over many points, block by block.
 
-A float32 to which ones are added stops at 2^24, and its rounding error grows with the number of terms; 4096 terms keep
-four digits however unlucky they are, and sums of blocks stay short too.
+A float32 sum of ones stops at 2^24, and rounding grows with the number of terms. Sums of 4096 terms keep four digits
+even in the worst case.
 """
 
 import jax

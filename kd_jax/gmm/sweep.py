@@ -1,4 +1,4 @@
-"""A sweep over seeds in parts: spread over devices, saved one by one, and resumed after a kill."""
+"""A sweep over seeds in chunks: spread over devices, saved one by one, and resumed after a kill."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def run(
     folder: Path, count: int, compute: Callable[[int], Any], rows: Callable[[int, Any], list[dict]],
     like: Callable[[int], Any],
 ) -> None:  # fmt: skip
-    """Computes parts 0 to count - 1 into the run folder's metrics.jsonl, resuming after the parts that were saved.
+    """Computes chunks 0 to count - 1 into the run folder's metrics.jsonl, resuming after the chunks that were saved.
 
     Args:
         folder: the run folder.
-        count: number of parts.
-        compute: part -> a dict of dicts of arrays, which is saved.
-        rows: part, and its arrays -> its rows, in the order of the file.
-        like: part -> arrays of the shapes and types that `compute` returns, for reading them back.
+        count: number of chunks.
+        compute: chunk -> a dict of dicts of arrays, which is saved.
+        rows: chunk, and its arrays -> its rows, in the order of the file.
+        like: chunk -> arrays of the shapes and types that `compute` returns, for reading them back.
     """
     cache.enable_compilation_cache()
     rows_path = folder / "metrics.jsonl"
     with Checkpoints(folder / "checkpoints" / "chunks") as saved:
         done = saved.steps()
-        # Rewritten from the checkpoints: a kill may have left half a row, or rows of a part that was not saved.
+        # Rewritten from the checkpoints: a kill may have left half a row, or rows of a chunk that was not saved.
         saved_rows = _chain(rows(c, saved.load(c, like(c))) for c in done)
         if distributed.leads():
             write_rows(rows_path, saved_rows)

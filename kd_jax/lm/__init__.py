@@ -1,1 +1,1 @@
-"""Language models: SmolLM2 and other Llama-architecture checkpoints."""
+"""Language models: weights, sampling, scoring, distillation, and the experiment."""

@@ -200,12 +200,14 @@ def checked_tail(tail: str, k: int, num_tokens: int) -> str:
         tail: "bucket" or "renormalise".
         k: how many tokens are known of the teacher.
         num_tokens: number of real ids.
-    Raises: ValueError for another tail, or a k that is not from 1 to num_tokens.
+    Raises: ValueError for another tail, a k that is not from 1 to num_tokens, or one token renormalised: always 0.
     """
     if tail not in ("bucket", "renormalise"):
         raise ValueError(f"tail={tail!r} is neither 'bucket' nor 'renormalise'")
     if not 1 <= k <= num_tokens:
         raise ValueError(f"the teacher's {k} most probable of {num_tokens} tokens")
+    if tail == "renormalise" and k == 1 < num_tokens:
+        raise ValueError("tail='renormalise' makes one token's probability 1, and the loss 0; take more tokens")
     return "renormalise" if k == num_tokens else tail
 
 

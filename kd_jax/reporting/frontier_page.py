@@ -13,11 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from kd_jax.metrics.statistics import show
+from kd_jax.metrics.statistics import show, t_interval
 from kd_jax.reporting import charts
 from kd_jax.reporting.charts import STAR, SYMBOLS, Point, Series, View
 from kd_jax.reporting.figures import CMAP, DIRECT, INK, NAMED, canvas, plain, tidy
-from kd_jax.reporting.page import mean_se
 from kd_jax.reporting.prices import LEVEL, Curve, Match, Price, prices, standing
 from kd_jax.reporting.tables import Number, Table
 
@@ -310,7 +309,7 @@ def _at_gain(gain: float, here: Sequence[Price], knobs: Sequence[Knob]) -> str:
 
 def _means(knob: Knob, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard errors over seeds [setting]; a mean that is not finite is NaN, an error unknown is 0."""
-    pairs = np.array([mean_se(values) for values in knob.metrics[name]], float).reshape(-1, 2)
+    pairs = np.array([t_interval(values)[:2] for values in knob.metrics[name]], float).reshape(-1, 2)
     mean, error = pairs.T
     return np.where(np.isfinite(mean), mean, np.nan), np.where(np.isfinite(error), error, 0.0)
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from html import unescape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
@@ -152,23 +151,6 @@ def embed(drawn: dict[str, Figure], folder: Path) -> dict[str, str]:
 def number(value: Any) -> float:
     """A metric as a float; a missing or null one is NaN."""
     return float("nan") if value is None else float(value)
-
-
-def mean_se(values: Iterable[float]) -> tuple[float, float]:
-    """Mean and standard error, sd / sqrt(n) (NaN for fewer than two values, or where one is not finite)."""
-    values = np.asarray(values, float)
-    if not values.size or not np.isfinite(values).all():
-        return (float(np.mean(values)) if values.size else float("nan")), float("nan")
-    # ddof=1, as the mean is estimated from the same values.
-    error = float(np.std(values, ddof=1) / np.sqrt(values.size)) if values.size > 1 else float("nan")
-    return float(np.mean(values)), error
-
-
-def show(mean: float, error: float, digits: int = 3) -> str:
-    """A mean with its standard error, as text."""
-    if not np.isfinite(mean):
-        return "not available"
-    return f"{mean:z.{digits}f}" + (f" ± {error:.{digits}f}" if np.isfinite(error) else "")
 
 
 def read_rows(folder: Path) -> list[dict]:

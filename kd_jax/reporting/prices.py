@@ -147,7 +147,7 @@ def standing(way: Sequence[Match]) -> str:
     if told:
         return "crosses" if len(set(told)) > 1 else "dominates" if told[0] else "is dominated"
     if any(m.difference is not None for m in way):
-        return "not told apart"
+        return "no clear difference"
     return "beyond the control's reach" if way else "reaches none of the gains"
 
 

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,12 @@ from kd_jax.runs.config import flatten
 from kd_jax.storage import errors, files, lock
 from kd_jax.storage.errors import RunError
 
+# Written with some settings only: what another config has left must not be shown as this one's.
+EXTRAS = ("answers.jsonl", "embedding_map.jsonl")
 # Everything that a run writes into its folder; --overwrite removes exactly this.
 NAMES = (
     "config.json", "manifest.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "stages", "evaluation",
-    "report.html", "figures",
+    "report.html", "figures", "recall.npz", *EXTRAS,
 )  # fmt: skip
 
 _AGAIN = "; --overwrite starts the run again"
@@ -73,7 +76,8 @@ def open_run(
                 print(f"{folder}: the config has changed; stages that depend on it run again\n" + "\n".join(changes))
                 files.write_json(folder / "config.json", wanted)
                 # With other settings the run is not finished any more.
-                (folder / "manifest.json").unlink(missing_ok=True)
+                for name in ("manifest.json", *EXTRAS):
+                    files.remove(folder / name)
             return _reopen(folder, config, argv)
         folder.mkdir(parents=True, exist_ok=True)
         if exists:
@@ -140,7 +144,8 @@ class Clock:
 def finish(run: Run, **extra: Any) -> None:
     """Marks the run finished in its manifest, and adds `extra` to it."""
     path = run.folder / "manifest.json"
-    files.write_json(path, {**files.read_json(path, hint=_AGAIN), **extra, "status": "finished", "finished": _now()})
+    manifest = files.read_json(path, hint=_AGAIN)
+    files.write_json(path, {**manifest, **extra, "status": "finished", "finished": timestamp()})
 
 
 def _reopen(folder: Path, config: Mapping[str, Any], argv: Sequence[str]) -> Run:
@@ -149,7 +154,7 @@ def _reopen(folder: Path, config: Mapping[str, Any], argv: Sequence[str]) -> Run
         manifest = files.read_json(path, hint=_AGAIN)
         if manifest.get("status") == "finished":
             return Run(folder, resumed=True, finished=True)
-        manifest.setdefault("resumed", []).append(_now())
+        manifest.setdefault("resumed", []).append(timestamp())
     else:
         manifest = _manifest(config, argv)  # a kill came between the first two files
     files.write_json(path, manifest)
@@ -169,20 +174,21 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _manifest(config: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
-    # What the numbers depend on beside the config.
+    return {"status": "running", "started": timestamp(), "seed": config.get("seed"), **origin(command(argv))}
+
+
+def origin(command: str, *modules: ModuleType) -> dict[str, Any]:
+    """What numbers depend on beside their settings, for a manifest: command, versions, device and commit.
+
+    Args:
+        command: what was typed.
+        modules: further ones whose versions matter.
+    """
     devices = jax.devices()
+    versions = {module.__name__: module.__version__ for module in (jax, jaxlib, np, kd_jax, *modules)}
     return {
-        "status": "running",
-        "started": _now(),
-        "command": command(argv),
-        "seed": config.get("seed"),
-        "versions": {
-            "python": platform.python_version(),
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
-            "numpy": np.__version__,
-            "kd_jax": kd_jax.__version__,
-        },
+        "command": command,
+        "versions": {"python": platform.python_version(), **versions},
         "device": {
             "kind": devices[0].device_kind,
             "platform": devices[0].platform,
@@ -209,5 +215,6 @@ def _git_commit() -> str | None:
         return None
 
 
-def _now() -> str:
+def timestamp() -> str:
+    """The time in UTC, as manifests have it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -10,7 +10,6 @@ With several processes all run each stage, and process 0 writes stage.json.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax.parallel import distributed
+from kd_jax.runs.run import timestamp
 from kd_jax.storage.errors import RunError, again
 from kd_jax.storage.files import read_json, write_json
 
@@ -32,16 +32,16 @@ class Stage(NamedTuple):
         inputs: names of the stages whose folders it reads.
         work: called with its own folder and a dict of its inputs' folders; the folder still has what a killed start
             has finished. Returns plain values for stage.json.
-        cost: plain values that --dry_run shows.
-        about: whatever the experiment needs to know about it later.
+        cost: what the experiment's --dry_run shows.
+        students: the models that it trains, for the experiment.
     """
 
     name: str
     settings: dict[str, Any]
     inputs: tuple[str, ...]
     work: Callable[[Path, dict[str, Path]], dict[str, Any]]
-    cost: dict[str, Any] = {}
-    about: tuple[Any, ...] = ()
+    cost: Any = None
+    students: tuple[Any, ...] = ()
 
     @property
     def group(self) -> str:
@@ -58,13 +58,13 @@ def folders(workdir: Path, stages: Iterable[Stage]) -> dict[str, Path]:
     keys: dict[str, str] = {}
     for stage in stages:
         # An input enters by its key: a change far up gives all stages below it other folders.
-        about = {"name": stage.name, "settings": stage.settings, "inputs": {name: keys[name] for name in stage.inputs}}
-        keys[stage.name] = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        origin = {"name": stage.name, "settings": stage.settings, "inputs": {name: keys[name] for name in stage.inputs}}
+        keys[stage.name] = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()
     # Eight digits are enough to tell the versions of one stage apart, and the folder stays readable.
     return {name: Path(workdir) / "stages" / f"{name}-{key[:8]}" for name, key in keys.items()}
 
 
-def about(folder: Path) -> dict[str, Any] | None:
+def record(folder: Path) -> dict[str, Any] | None:
     """The content of a stage's stage.json; None where it has not begun. Raises RunError for a damaged file."""
     path = folder / "stage.json"
     if not path.exists():
@@ -77,7 +77,7 @@ def about(folder: Path) -> dict[str, Any] | None:
 
 def finished(folder: Path) -> bool:
     """Whether the stage of this folder is finished."""
-    there = about(folder)
+    there = record(folder)
     return there is not None and there["status"] == "finished"
 
 
@@ -113,7 +113,7 @@ def run(workdir: Path, stages: Sequence[Stage], only: Sequence[str] = ()) -> Non
 def _run(stage: Stage, where: dict[str, Path]) -> None:
     folder = where[stage.name]
     folder.mkdir(parents=True, exist_ok=True)
-    there = about(folder) or {
+    there = record(folder) or {
         "name": stage.name, "settings": stage.settings, "inputs": {name: where[name].name for name in stage.inputs},
         "status": "running", "seconds": 0.0, "starts": 0,
     }  # fmt: skip
@@ -124,7 +124,7 @@ def _run(stage: Stage, where: dict[str, Path]) -> None:
     began = time.perf_counter()
     try:
         there["result"] = stage.work(folder, {name: where[name] for name in stage.inputs})
-        there |= {"status": "finished", "finished": _now()}
+        there |= {"status": "finished", "finished": timestamp()}
     finally:
         # the time of a start that was killed outright is unknown and not counted
         there["seconds"] = round(there["seconds"] + time.perf_counter() - began, 3)
@@ -134,7 +134,3 @@ def _run(stage: Stage, where: dict[str, Path]) -> None:
 def _write(folder: Path, there: dict[str, Any]) -> None:
     if distributed.leads():
         write_json(folder / "stage.json", there)
-
-
-def _now() -> str:
-    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

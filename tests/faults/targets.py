@@ -152,7 +152,7 @@ def _build_stage(folder):
 
 
 def _load_stage(folder):
-    return stages.about(folder), stages.finished(folder)
+    return stages.record(folder), stages.finished(folder)
 
 
 def _check_stage(found, folder):

@@ -171,7 +171,7 @@ def test_on_notice_a_job_saves_and_goes_on(slurm, tmp_path):
     (teacher,) = (tmp_path / "run/stages").glob("teacher-*")
     rows = [row["step"] for row in read_rows(teacher / "metrics.jsonl") if row["kind"] == "training"]
     assert rows == list(range(1, len(rows) + 1))  # none twice, none left out
-    assert stages.about(teacher)["starts"] == 2
+    assert stages.record(teacher)["starts"] == 2
     subprocess.run(["scancel", job], check=True)
     wait_for(lambda: state(job) == "CANCELLED" and "RUNNING" not in ask("squeue", "--noheader", "--format=%T"))
     time.sleep(3)

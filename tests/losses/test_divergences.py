@@ -11,6 +11,7 @@ import pytest
 from scipy.special import log_softmax
 
 from kd_jax import fused, losses
+from kd_jax.losses.divergences import checked_tail
 from tests.losses import divergences as definition
 from tests.losses.divergences import PARAMETERS
 
@@ -628,6 +629,8 @@ def test_wrong_settings_are_named(settings, words):
 
 def test_wrong_top_k_is_named():
     log_probs, ids, _ = top_k(pairs((5, 12))[0], 4)
+    with pytest.raises(ValueError, match="take more tokens"):
+        checked_tail("renormalise", 1, 12)
     with pytest.raises(ValueError, match="tail='none'"):
         losses.top_k_divergence(
             teacher_log_probs=log_probs, teacher_ids=ids, student_logits=jnp.zeros((5, 12)), tail="none"

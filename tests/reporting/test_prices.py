@@ -154,6 +154,6 @@ def test_standings():
     make = lambda mean, p: Match("way", 1.0, Interval(mean, 0.1, 0, 0, 5), p)  # noqa: E731
     assert standing([make(1, 0.01), make(-1, 0.01)]) == "crosses"
     assert standing([make(1, 0.01), make(-1, 0.5)]) == "dominates"
-    assert standing([make(1, 0.5)]) == "not told apart"
+    assert standing([make(1, 0.5)]) == "no clear difference"
     assert standing([Match("way", 1.0, None, np.nan)]) == "beyond the control's reach"
     assert standing([]) == "reaches none of the gains"

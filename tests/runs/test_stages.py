@@ -77,4 +77,4 @@ def test_a_stage_that_fails_is_begun_again(tmp_path):
     assert stages.finished(where["a"]) and not stages.finished(where["b"])
     stages.run(tmp_path, chain(calls))
     assert calls == ["a", "b", "b", "c", "d/1", "d/2"]
-    assert stages.about(where["b"])["starts"] == 2
+    assert stages.record(where["b"])["starts"] == 2

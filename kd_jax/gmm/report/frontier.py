@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from kd_jax.gmm.frontier import CHOICE, COOLED, DIRECT, PLAIN, TEACHERS
-from kd_jax.gmm.report.page import SMOKE
+from kd_jax.gmm.report.page import AGAINST, SMOKE
 from kd_jax.gmm.specs import DIVERGENCES, GmmFrontierSpec
+from kd_jax.metrics.statistics import t_interval
 from kd_jax.reporting import frontier_page, page, row_kinds, run_comparison, tables
 from kd_jax.reporting.frontier_page import Knob
-from kd_jax.reporting.page import mean_se, number
+from kd_jax.reporting.page import number
 from kd_jax.reporting.prices import Curve, Match, matches
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.runs.settings import freeze
@@ -45,20 +46,14 @@ KINDS = {"knob": row_kinds.TEXT, "value": row_kinds.FINITE, "seed": row_kinds.IN
     METRICS, row_kinds.NUMBER
 )
 
-AGAINST = (
-    "Recall minus that of the direct student, sampled at a lower temperature, at equal precision; mean ± standard "
-    "error over seeds, paired by seed, in nats. Gain: precision above the direct student's. An asterisk: t test, "
-    "p < 5 % with Holm's correction for all cells but the preregistered one. Where “control ends below”, no "
-    "temperature takes the direct student that far."
-)
 PRICES = (
     "Gain: nats of precision above the plain student of the same seed. Price: nats of recall lost per nat of precision "
     "gained, ± standard error over seeds; the last column is paired by seed. Knobs are interpolated linearly between "
     "neighbouring settings, which top-k does not have: its prices between them are not attained. The random choice is "
     "exact: its density is the weighted sum of the two students', and between its shares the line is a lower bound of "
     "its recall. It needs two students' worth of components, and is the baseline that a knob should beat. A knob is "
-    "absent where no setting reaches the gain. Differences are told apart with Holm's correction for all pairs of "
-    "knobs."
+    "absent where no setting reaches the gain. A difference is clear where it holds with Holm's correction for all "
+    "pairs of knobs."
 )
 STUDENTS = (
     "Mean ± standard error over seeds, in nats. Precision is the mean of log p* over the student's samples, recall "
@@ -141,7 +136,7 @@ def _lead(seeds: int) -> str:
 def _rows(knob: Knob) -> list[list[str | Number]]:
     """A line of the table per setting."""
     names = [f"{knob.name} = {value}" if value else knob.name for value in knob.values]
-    cells = [[Number(*mean_se(knob.metrics[column][s])) for column in COLUMNS] for s in range(len(names))]
+    cells = [[Number(*t_interval(knob.metrics[column][s])[:2]) for column in COLUMNS] for s in range(len(names))]
     return [[name, *row] for name, row in zip(names, cells, strict=True)]
 
 
@@ -153,7 +148,8 @@ def _fits(knob: Knob) -> list[list[str | Number]]:
             knob.metrics[name][s] for name in ("divergence", "objective", "gradient_norm", "start")
         )
         # The largest norm: a single fit that did not converge would not show in a mean.
-        row = [f"{knob.name} = {value}", Number(*mean_se(fresh)), Number(*mean_se(own)), f"{norm.max():.1e}"]
+        means = [Number(*t_interval(values)[:2]) for values in (fresh, own)]
+        row = [f"{knob.name} = {value}", *means, f"{norm.max():.1e}"]
         # Start 0 is EM's student.
         lines.append([*row, f"{np.mean(start == 0):.0%}"])
     return lines

@@ -152,7 +152,8 @@ def _finding(compared: list[Match], students: Students) -> str:
         "temperature has more recall",
         "crosses": "and whether it beats the direct student that is merely sampled at a lower temperature depends on "
         "the precision",
-        "not told apart": "and cannot be told from the direct student that is merely sampled at a lower temperature",
+        "no clear difference": "and it does not differ clearly from the direct student that is merely sampled at a "
+        "lower temperature",
     }
     # Sharpening alone: the run has other ways, which do not belong in its one sentence.
     own = [match for match in compared if match.way == SHARPENED]

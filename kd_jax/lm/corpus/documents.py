@@ -42,7 +42,7 @@ class Columns(NamedTuple):
 
     Attributes:
         kind: "text", "ids" (lists of token ids), or "messages" (conversations).
-        names: the column of texts, of lists of ids or of messages; or those of the request, and that of the response.
+        names: the column of texts, of ids or of messages; or the columns of the request, then the response's.
         whole_files: a .txt file is one document.
         max_length: ids of a row; a conversation has to have some of the assistant's among its first ones.
     """

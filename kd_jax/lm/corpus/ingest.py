@@ -298,8 +298,7 @@ def _conversation(index: int, messages: str, tokenizer: Tokenizer, settings: dic
     max_length = settings["max_length"]
     tokens, mask = ids[:max_length], learnt[:max_length]
     return {
-        # up to the assistant's first id; the mask says what is learnt after it
-        # argmax of a mask is its first True.
+        # The prompt ends at the assistant's first id, which is the first True of the mask.
         "index": index, "tokens": tokens, "length": len(tokens), "prompt_length": max(1, int(mask.argmax())),
         "finished": bool(settings["eos_ids"]) and len(ids) <= max_length, "log_prob": None, "sample_log_prob": None,
         shards.LOSS_MASK: mask,

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pyarrow as pa
 
-import kd_jax
 from kd_jax.lm.sampler_spec import WHOLE, SamplerSpec
+from kd_jax.runs.run import origin, timestamp
 from kd_jax.runs.settings import changes, freeze, setting, spec
 from kd_jax.storage.errors import RunError, again
 from kd_jax.storage.files import read_json
@@ -160,19 +156,8 @@ def new(settings: dict[str, Any], command: str, kind: str) -> dict[str, Any]:
         kind: "samples" or "data".
     """
     # "running" until all rows are there: a killed corpus shows as unfinished.
-    manifest = {"format": FORMAT, "kind": kind, "status": "running", "started": _now(), **_origin(command)}
+    manifest = {"format": FORMAT, "kind": kind, "status": "running", "started": timestamp(), **origin(command, pa)}
     return with_shards(manifest | {"settings": settings, "speed": speed({}, 0.0, 0, 1.0)}, [])
-
-
-def _origin(command: str) -> dict[str, Any]:
-    """What made these rows, beside the settings."""
-    devices = jax.devices()
-    modules = {"jax": jax, "numpy": np, "pyarrow": pa, "kd_jax": kd_jax}
-    return {
-        "command": command,
-        "versions": {"python": platform.python_version(), **{name: m.__version__ for name, m in modules.items()}},
-        "device": {"kind": devices[0].device_kind, "platform": devices[0].platform, "count": len(devices)},
-    }
 
 
 def restart(manifest: dict[str, Any], settings: dict[str, Any], command: str) -> dict[str, Any]:
@@ -187,7 +172,7 @@ def restart(manifest: dict[str, Any], settings: dict[str, Any], command: str) ->
     # A short last shard is written again: with more samples wanted, its file has more rows.
     shards = [shard for shard in manifest["shards"] if shard["rows"] == min(size, total - shard["first"])]
     # Each start's machine stays on record: other devices round differently.
-    resumed = [*manifest.get("resumed", []), {"when": _now(), **_origin(command)}]
+    resumed = [*manifest.get("resumed", []), {"when": timestamp(), **origin(command, pa)}]
     return with_shards(manifest | {"settings": settings, "resumed": resumed}, shards)
 
 
@@ -195,7 +180,7 @@ def with_shards(manifest: dict[str, Any], shards: list[dict[str, Any]]) -> dict[
     """The manifest with these shards, which make it finished or not."""
     counts = _counts(shards)
     done = counts["rows"] == manifest["settings"]["num_samples"]
-    status = {"status": "finished" if done else "running", "finished": _now() if done else None}
+    status = {"status": "finished" if done else "running", "finished": timestamp() if done else None}
     return manifest | status | {"counts": counts, "shards": shards}
 
 
@@ -238,7 +223,3 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
     content = {key: value for key, value in without_defaults(settings).items() if key not in _NAMES}
     # A recorded teacher counts by its content, too.
     return content | ({"teacher": identity(content["teacher"])} if content.get("teacher") else {})
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -92,9 +92,11 @@ def stream(
     samples_per_prompt: int | None = None, first: int = 0, batch_size: int = 64, compute: Compute = DEFAULT,
     mesh: Mesh | None = None, **knobs: float | None,
 ) -> Iterator[Samples]:  # fmt: skip
-    """Yields samples first .. num_samples - 1 as they finish, about once a second.
+    """Yields samples first .. num_samples - 1 as they finish, about once a second, each a Samples of those finished.
 
     Args:
+        model: to sample from.
+        num_samples: one more than the number of the last sample.
         prompt: text or ids that all samples start with, or a list of such; sample i starts with number i modulo their
             count, or as samples_per_prompt says. A text begins with BOS where the model's tokenizer puts it there; it
             gets no chat template.

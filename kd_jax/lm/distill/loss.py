@@ -67,10 +67,10 @@ class DistillSpec:
     mix: float = setting(0.5, "share of the teacher's samples where data is mix", at_least=0.0, at_most=1.0)
     sampler: SamplerSpec = setting(SamplerSpec(), "how the teacher is sampled")
     text_rows: int = setting(0, "sequence: rows of the teacher's text; 0 for config.num_train", at_least=0)
-    text_choice: str = setting("all", "sequence: which samples are that text", one_of=chosen_text.CHOICES)
+    text_choice: str = setting("all", "sequence: which of the teacher's samples are learnt", one_of=chosen_text.CHOICES)
     text_share: float = setting(
         1.0,
-        "of the samples that are chosen, or, where they are repeated, of the rows that differ",
+        "share of the samples that are learnt; of those of text_choice repeated, the share that differs",
         above=0.0,
         at_most=1.0,
     )
@@ -92,6 +92,8 @@ class DistillSpec:
             raise ValueError(f"parameter={self.parameter}: {self.divergence} has none")
         if (self.text_choice == "all") != (self.text_share == 1.0):
             raise ValueError(f"text_share={self.text_share} does not go with text_choice={self.text_choice!r}")
+        if self.policy == "offline" and self.tail == "renormalise" and self.record_top_k == 1:
+            raise ValueError("record_top_k=1 with tail='renormalise' has a loss of 0; record more tokens")
         if self.vocabulary != "same" and self.policy == "offline":
             raise ValueError(f"vocabulary={self.vocabulary!r} goes with policy='online' or 'on_policy', not 'offline'")
         try:
@@ -154,6 +156,8 @@ def cross_entropy(
     """The loss of learning the text itself; it has no statistics and no guide.
 
     Args:
+        architecture: of the student.
+        compute: how it is run.
         num_tokens: how many ids are real; of a padded vocabulary the others are left out, as scoring does.
         packed: whether a row may hold several sequences; attention is quicker where none does.
     """

@@ -175,10 +175,9 @@ def _add(scores: Scores, chosen, log_probs, top, agreement, inside: np.ndarray, 
     scores.log_prob[chosen] = np.where(new, sums, scores.log_prob[chosen])
     scores.agreement[chosen] = np.where(new, agreement, scores.agreement[chosen])
     inside = inside & new[:, None]
-    # Equal to the largest log-probability: the id is the likeliest (or one of several), without an argmax over the
-    # vocabulary, which is slow on CPUs.
     # float64 before exp and the sums: bins add up the probabilities of many tokens.
     confidence = np.exp(top[inside].astype(np.float64))
+    # An id with the largest log-probability is the likeliest, or one of several; an argmax would be slow on CPUs.
     right = log_probs[inside] == top[inside]
     # counts by bin rather than values by token: they add up over batches and restarts
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
@@ -193,14 +192,8 @@ def _read(wanted: Wanted, count: int) -> Scores:
         hint = "; remove it, and the same command makes it again"
         arrays = read_arrays(wanted.path, hint=hint)
         if str(arrays.get("key")) == wanted.text:
-            try:
-                # views of what was read cannot be written to
-                scores = Scores(*(arrays[name].copy() for name in Scores._fields))
-            except KeyError as error:
-                raise RunError(f"{wanted.path} is damaged: it has no {error}{hint}") from error
-            if scores.log_prob.shape != (count,):
-                raise RunError(f"{wanted.path} is damaged: it has {scores.log_prob.shape} rows, not {count}{hint}")
-            return scores
+            # views of what was read cannot be written to
+            return Scores(*(arrays[name].copy() for name in Scores._fields))
     return Scores(np.full(count, np.nan), np.zeros((CALIBRATION_BINS, 3)), np.zeros(count))
 
 

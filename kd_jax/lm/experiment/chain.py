@@ -194,7 +194,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
 
     def work(folder: Path, inputs: dict[str, Path]) -> dict[str, Any]:
         # From the description beside p*'s corpus: a training does not load p*'s weights.
-        p_star = weights.about(inputs[p_star_text])
+        p_star = weights.load_description(inputs[p_star_text])
         model = p_star._replace(architecture=architecture(shape, p_star.architecture, "config"))
         distillation = _distillation(spec, arm, inputs, teacher)
         start = roles.start(spec, role, distillation and distillation.teacher)

@@ -64,7 +64,7 @@ def _p_star(spec: LmSpec, identity: str, name: str, num_samples: int, purpose: i
     def work(folder: Path, _: dict[str, Path]) -> dict[str, Any]:
         model = roles.p_star(spec)
         # Later stages read p*'s ids, tokenizer and shape here, without loading its weights.
-        weights.save_about(model, folder)
+        weights.save_description(model, folder)
         if spec.data.source:
             return _ingest(spec, folder, first, num_samples, for_recall=purpose == VALIDATION_SEED)
         return _sample(spec, model, folder, settings, name, first)

@@ -199,7 +199,8 @@ def show(dtype: str, costs: dict[str, Cost], finished: Callable[[str], bool]) ->
     if unknown:
         print("?: unknown until p* is there; config.p_star.architecture names a preset to plan with")
     print(
-        f"at most {total / 60:.0f} minutes are left{' beside them' if unknown else ''} on {jax.device_count()} x "
-        f"{jax.devices()[0].device_kind}, which does {rate / 1e9:.0f} GFLOP/s in large products; sampling is taken to "
-        f"reach {SHARES['sampling']:.0%} of that, training {SHARES['training']:.0%}, scoring {SHARES['scoring']:.0%}"
+        f"at most {total / 60:.0f} minutes are left{', those marked ? not counted,' if unknown else ''} on "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind}, which does {rate / 1e9:.0f} GFLOP/s in large "
+        f"products; sampling is taken to reach {SHARES['sampling']:.0%} of that, training {SHARES['training']:.0%}, "
+        f"scoring {SHARES['scoring']:.0%}"
     )

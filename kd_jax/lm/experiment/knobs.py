@@ -40,7 +40,7 @@ class ContrastSpec:
     arm: str = setting("", "students that are compared; empty for no such comparison")
     other: str = setting("direct", "students that they are compared with")
     metric: str = setting(
-        "recall", "what is compared: theirs minus the others'",
+        "recall", "metric that is compared: the arm's minus the control's",
         one_of=("precision", "recall", "entropy", "kl_model_data", "kl_data_model", "calibration_error", "agreement"),
     )  # fmt: skip
     at_equal_precision: bool = setting(

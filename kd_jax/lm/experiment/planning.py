@@ -214,7 +214,8 @@ def _waste(spec: LmSpec) -> list[str]:
     layout = footprint.layout(spec, train, make_mesh(spec.mesh))
     return [
         f"{1 - filled:.0%} of each update's {batches.most_rows(layout)} rows is padding: "
-        f"config.train.batch_size={layout.sequences} is not enough for {layout.row_multiple} devices (times count it)"
+        f"config.train.batch_size={layout.sequences} is not enough for {layout.row_multiple} devices (the times above "
+        "include it)"
     ]
 
 

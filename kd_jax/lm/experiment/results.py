@@ -184,7 +184,7 @@ def _gather(
         write_rows(folder / "embedding_map.jsonl", embedding_map.rows(folder / "evaluation", corpora, show, spec.seed))
     records = []
     for stage in chain:
-        record = stages.about(folders[stage.name])
+        record = stages.record(folders[stage.name])
         place = str(folders[stage.name].relative_to(folder))
         records.append({"name": stage.name, "folder": place, **{key: record[key] for key in ("seconds", "starts")}})
     records.append({"name": "evaluation", "folder": "evaluation", "seconds": seconds})
@@ -192,10 +192,9 @@ def _gather(
 
 
 def _write_recall(folder: Path, rows: list[dict[str, Any]], validation: Corpus, num_recall: int) -> None:
-    """Writes recall.npz: log model of each validation row for all evaluated models, which errors are computed from.
+    """Writes recall.npz, from which errors are computed: log model of each validation row, for each student.
 
-    Arrays: tokens [sequence], name and sample_temperature [model], log_prob float32 [model, sequence] in nats. Only
-    students are in it.
+    Arrays: tokens [sequence], name and sample_temperature [model], log_prob float32 [model, sequence] in nats.
     """
     kept = [row for row in rows if row["seed"] is not None]
     samplers = [SamplerSpec(sample_temperature=row["sample_temperature"]) for row in kept]
@@ -220,7 +219,8 @@ def home(folder: Path, students: Sequence[Student], student: Student) -> Path:
 
 def trained(chain: Sequence[Stage], folders: dict[str, Path]) -> list[tuple[Student, Path]]:
     """Every model that is trained, and its folder."""
-    return [(student, home(folders[stage.name], stage.about, student)) for stage in chain for student in stage.about]
+    students = [(stage, student) for stage in chain for student in stage.students]
+    return [(student, home(folders[stage.name], stage.students, student)) for stage, student in students]
 
 
 def stage_rows(chain: Sequence[Stage], folders: dict[str, Path], evaluation_seconds: float) -> list[dict[str, Any]]:
@@ -233,12 +233,12 @@ def stage_rows(chain: Sequence[Stage], folders: dict[str, Path], evaluation_seco
     """
     rows = []
     for stage in chain:
-        record = stages.about(folders[stage.name])
+        record = stages.record(folders[stage.name])
         row = {"kind": "stage", "name": stage.name, "seconds": record["seconds"], "starts": record["starts"]}
         result = record["result"]
-        if stage.about:
+        if stage.students:
             # Students that were trained together share the stage's time; their tokens add up.
-            homes = [home(folders[stage.name], stage.about, student) for student in stage.about]
+            homes = [home(folders[stage.name], stage.students, student) for student in stage.students]
             row["tokens"] = sum(map(_num_tokens, homes))
             seconds = [one["seconds"] for one in _results(stage, result)]
             row["share_of_data_logging_checkpoints"] = _overhead_share(_added_up(seconds))
@@ -252,7 +252,7 @@ def stage_rows(chain: Sequence[Stage], folders: dict[str, Path], evaluation_seco
 
 def overhead(chain: Sequence[Stage], folders: dict[str, Path]) -> dict[str, float]:
     """Seconds of all trainings by activity, and the share of data, logging and checkpoints."""
-    results = [_results(stage, stages.about(folders[stage.name])["result"]) for stage in chain if stage.about]
+    results = [_results(stage, stages.record(folders[stage.name])["result"]) for stage in chain if stage.students]
     seconds = _added_up([one["seconds"] for stage in results for one in stage])
     return {**seconds, "share": _overhead_share(seconds)}
 
@@ -318,7 +318,7 @@ def _shown(p_star: Model, ids: np.ndarray) -> str:
 
 
 def _text_entropy(folder: Path) -> dict[str, Any]:
-    result = stages.about(folder)["result"]
+    result = stages.record(folder)["result"]
     return {"teacher_entropy": result["entropy"], "teacher_entropy_se": result["entropy_se"]}
 
 
@@ -338,7 +338,7 @@ def _num_tokens(home: Path) -> int:
 
 def _results(stage: Stage, result: dict[str, Any]) -> list[dict[str, Any]]:
     """The result of each model that a stage trained."""
-    return [result] if len(stage.about) == 1 else [result[student.name] for student in stage.about]
+    return [result] if len(stage.students) == 1 else [result[student.name] for student in stage.students]
 
 
 def _added_up(seconds: list[dict[str, float]]) -> dict[str, float]:

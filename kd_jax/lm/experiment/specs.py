@@ -42,7 +42,7 @@ class DataSpec:
     """A data set in place of p*'s samples. p* then scores samples for precision, and has the tokenizer."""
 
     source: str = setting("", "files, a folder or a hub id: see kd_jax.lm.corpus.ingest.from_dataset")
-    split: str = setting("train", "of a data set with several")
+    split: str = setting("train", "which split of the data set")
     text_column: str = setting("", "column of texts; empty is the column text")
     ids_column: str = setting("", "column of token ids, in place of text")
     messages_column: str = setting("", "column of conversations, in place of text")
@@ -70,11 +70,11 @@ class SamplingSpec:
     """Corpora of samples: of p*, of the teacher, and of every model that is evaluated."""
 
     prompt: str = setting("The", "text that every sample begins with; after BOS, where the model's tokenizer adds it")
-    prompt_ids: tuple[int, ...] = setting((), "its token ids, in place of the text", at_least=0)
+    prompt_ids: tuple[int, ...] = setting((), "token ids of the prompt, in place of its text", at_least=0)
     prompts: tuple[str, ...] = setting(
         (), "prompts that differ, in place of one for all: files, packages, or templates (kd_jax.lm.instruct.prompts)"
     )
-    prompts_column: str = setting("", "their column in files; empty for messages, prompt, instruction or text")
+    prompts_column: str = setting("", "column of the prompts in files; empty for messages, prompt, instruction or text")
     max_length: int = setting(48, "tokens of a sample at most, prompt included", at_least=2)
     batch_size: int = setting(64, "samples drawn side by side", at_least=1)
     shard_size: int = setting(1024, "samples of a file", at_least=1)
@@ -141,7 +141,7 @@ class TeacherSpec(ModelSpec):
 class ComputeSpec:
     """How models are run in training."""
 
-    dtype: str = setting("float32", "of activations and products", one_of=_DTYPES)
+    dtype: str = setting("float32", "of activations and products", one_of=("float32", "bfloat16"))
     attention: str = setting("auto", "kind of attention: see kd_jax.lm.model.attention")
     query_block: int = setting(128, "queries at a time in blocked attention", at_least=1)
     remat: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
@@ -165,11 +165,11 @@ class LmSpec:
     """A language-model run: p* -> corpus -> teacher -> its corpora -> students -> evaluation."""
 
     experiment: str = setting("lm", "which experiment a config is of", one_of=("lm",))
-    seed: int = setting(0, "of everything random", at_least=0, below=2**20)
+    seed: int = setting(0, "random seed of the run", at_least=0, below=2**20)
     p_star: PStarSpec = setting(PStarSpec(), "p*")
     data: DataSpec = setting(DataSpec(), "data in place of p*'s samples")
     num_train: int = setting(1024, "sequences that a model is trained on", at_least=1)
-    num_validation: int = setting(128, "further ones, which choose its checkpoint", at_least=1)
+    num_validation: int = setting(128, "held-out sequences that choose the checkpoint", at_least=1)
     num_recall: int = setting(512, "sequences of p* that recall is measured on", at_least=1)
     num_samples: int = setting(512, "samples of each model that precision is measured on", at_least=1)
     evaluation: MeasureSpec = setting(MeasureSpec(), "what is measured of each model")
@@ -196,7 +196,7 @@ class LmSpec:
     train: TrainSpec = setting(TrainSpec(), "how models are trained")
     compute: ComputeSpec = setting(ComputeSpec(), "how models are run in training")
     mesh: MeshSpec = setting(MeshSpec(), "how devices are arranged")
-    teacher_mesh: MeshSpec = setting(MeshSpec(), "the same for a teacher that runs while a student learns from it")
+    teacher_mesh: MeshSpec = setting(MeshSpec(), "devices of a teacher that runs while a student learns from it")
 
     def __post_init__(self):
         if len(set(self.taus)) < len(self.taus):

@@ -42,7 +42,9 @@ class InstructSpec:
     sample_temperatures: tuple[float, ...] = setting((1.0,), "of the answers", above=0)
     kinds: tuple[str, ...] = setting((), "kinds of instructions, for training too; none takes all", one_of=WORDINGS)
     arm: str = setting("", "arm of the declared contrast: its pass rate minus the control's, as varied")
-    control: str = setting("direct", "control of it, at its best temperature where the arm can be as varied")
+    control: str = setting(
+        "direct", "arm that it is compared with, at its best temperature where the arm can be as varied"
+    )
 
     def __post_init__(self):
         if bool(self.num_validation) != bool(self.num_test):

@@ -32,6 +32,12 @@ class LayerKind(NamedTuple):
     rotary: str
 
 
+_ABOVE_ZERO = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "rope_theta", "rms_norm_eps", "max_position_embeddings",
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Architecture:
     """The settings of a decoder-only transformer; without the optional ones it is Llama.
@@ -97,12 +103,12 @@ class Architecture:
         object.__setattr__(self, "unrotated_layers", tuple(self.unrotated_layers))
         if isinstance(self.rope_scaling, dict):
             object.__setattr__(self, "rope_scaling", Scaling(**self.rope_scaling))
-        for field in dataclasses.fields(self)[:10]:  # the sizes, and two numbers above 0
-            value = getattr(self, field.name)
+        for name in _ABOVE_ZERO:
+            value = getattr(self, name)
             # ids and positions are int32; layers are listed one by one, so that a damaged file's billion would not end
-            limit = 2**16 if field.name == "num_hidden_layers" else 2**31
+            limit = 2**16 if name == "num_hidden_layers" else 2**31
             if isinstance(value, bool | str) or value is None or not 0 < value < limit:
-                raise ValueError(f"{field.name}={value!r} has to be above 0 and below {limit}")
+                raise ValueError(f"{name}={value!r} has to be above 0 and below {limit}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

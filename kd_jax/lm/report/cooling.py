@@ -208,12 +208,12 @@ def _verdict(sides: list[int]) -> str:
         return "no equal precision measured"
     if above and below:
         return "crosses"
-    # A verdict needs all points: one that is not told apart is enough against it.
+    # A verdict needs all points: one without a clear difference is enough against it.
     if count in (above, below):
         return "dominates" if above else "is dominated"
     if above or below:
-        return f"{'more' if above else 'less'} recall at {above or below} of {count}, else not told apart"
-    return "not told apart"
+        return f"{'more' if above else 'less'} recall at {above or below} of {count}, else no clear difference"
+    return "no clear difference"
 
 
 def headline(students: dict[str, Curve], by_arm: dict[str, Standing]) -> str | None:

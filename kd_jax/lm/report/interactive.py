@@ -12,10 +12,10 @@ from matplotlib.colors import to_hex
 from kd_jax.lm.report import figures
 from kd_jax.lm.report.cooling import Curve
 from kd_jax.lm.report.summary import Group
+from kd_jax.metrics.statistics import show, t_interval
 from kd_jax.reporting import charts
 from kd_jax.reporting.charts import Panel, Point, Series
 from kd_jax.reporting.figures import DIRECT, DISTILLED
-from kd_jax.reporting.page import mean_se, show
 
 # What the pointer shows of a student, where it is known.
 FACTS = {"precision": "precision", "recall": "recall", "entropy": "entropy", "teacher_entropy": "teacher's entropy",
@@ -124,7 +124,7 @@ def _chart_point(group: Group) -> Point:
 def _cooled(curve: Curve, temperature: float) -> Point:
     """The mean of an arm's students at a lower sample temperature of their own."""
     index = curve.temperatures.index(temperature)
-    means = {name: mean_se(curve.values(name, curve.students)[index]) for name in FACTS}
+    means = {name: t_interval(curve.values(name, curve.students)[index])[:2] for name in FACTS}
     facts = [f"{curve.label}, sampled at {temperature:g}"]
     facts += [f"{FACTS[name]} {show(*value)}" for name, value in means.items() if np.isfinite(value[0])]
     (x, x_error), (y, y_error) = means["recall"], means["precision"]

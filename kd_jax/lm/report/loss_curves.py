@@ -13,9 +13,10 @@ from matplotlib.lines import Line2D
 from kd_jax.lm.report import figures
 from kd_jax.lm.report.comparison import loss_name
 from kd_jax.lm.report.summary import ORDER, group_key, label, of_kind, position
+from kd_jax.metrics.statistics import show, t_interval
 from kd_jax.reporting import charts
 from kd_jax.reporting.figures import DIRECT, INK, NAMED, canvas, plain, tidy
-from kd_jax.reporting.page import mean_se, number, show
+from kd_jax.reporting.page import number
 
 # Lines of matplotlib, and as ECharts calls them.
 LINES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "dashed"}
@@ -207,7 +208,7 @@ def _curve(key: tuple, kind: str, rows: list[dict], field: str, counted: dict[tu
     # Means over the seeds that have the step: one that was stopped does not end the curve of the others.
     steps = sorted(by_step)
     values = [np.array(by_step[step]) for step in steps]
-    mean, error = np.array([mean_se(points[:, 1]) for points in values]).reshape(-1, 2).T
+    mean, error = np.array([t_interval(points[:, 1])[:2] for points in values]).reshape(-1, 2).T
     return Curve(key, kind, np.array(steps), np.array([points[:, 0].mean() for points in values]), mean, error)
 
 

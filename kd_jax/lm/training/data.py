@@ -66,6 +66,10 @@ def prepare(
         targets, masks = held_out.targets(rows), held_out.masks(rows)
         batch = batches.arrange(held_out.tokens(rows), held_out.prompt_lengths[rows], layout, targets, masks)
         validation.append(complete(batch))
+    if not any(batch.mask.any() for batch in validation):
+        raise ValueError(
+            f"the {len(held_out)} held-out sequences of {member.name} have no token to learn: raise the number of them"
+        )
     updates = Updates(train, layout, member.seed, spec.epochs, complete, count=spec.updates)
     if not on_policy:
         return Data(updates, validation, None)

@@ -87,7 +87,7 @@ def train(
     results = distributed.once(lambda: [_finished(member) for member in members], "what is trained")
     if None in results:
         part = Part(spec.frozen, lora)
-        _check(model, members, distillation, part)
+        _check(model, members, compute, distillation, part)
         if distillation is not None and distillation.spec.vocabulary != "same":
             distillation = distillation._replace(pairing=Pairing(distillation.teacher, model))
         results = _train(spec, model, members, compute, mesh, stop or Stop(), distillation, part)
@@ -109,7 +109,12 @@ def _finished(member: Member) -> dict[str, Any] | None:
     return result
 
 
-def _check(model: Model, members: Sequence[Member], distillation: Distillation | None, part: Part) -> None:
+def _check(
+    model: Model, members: Sequence[Member], compute: Compute, distillation: Distillation | None, part: Part
+) -> None:
+    if compute.dtype == "float16":
+        # Gradients of a mean over many tokens are below its smallest number, and there is no loss scaling.
+        raise ValueError("models cannot be trained in float16: small gradients become 0; use bfloat16 or float32")
     if not part.is_all and any(member.start is None or member.start is not members[0].start for member in members):
         raise ValueError("frozen weights and adapters need a model that training starts from, the same for all members")
     if distillation is None:
@@ -145,7 +150,7 @@ def _train(spec, model, members, compute, mesh, stop, distillation, part) -> lis
             stack.enter_context(checkpoints)
             # Before the first checkpoint: with it, a STEP is a model as soon as it is written.
             if part.is_all:
-                weights.save_about(model, member.folder / "checkpoints")
+                weights.save_description(model, member.folder / "checkpoints")
             sessions.append(Session(spec, model, data, member, checkpoints, compute, mesh, clock, part, kept))
         states = _loop(sessions, stop, distillation)
         results = [session.choose(state) for session, state in zip(sessions, states, strict=True)]
@@ -196,11 +201,16 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
     compute = dataclasses.replace(one.compute, mesh=one.mesh)
     if distillation is None:
         loss, guide = distill.cross_entropy(architecture, compute, num_tokens=one.model.num_tokens), None
+        of_rollouts = None
     else:
         loss = distill.loss(distillation, one.model, compute, packed=spec.row_length > 0)
         guide = distill.guide(distillation)
+        # The student's own samples are no labels.
+        of_rollouts = guide._replace(hard_weight=jnp.float32(0))
     if not one.part.is_all:
-        loss, guide = update_lib.of_part(loss, architecture, one.part), (one.kept, guide)
+        loss, guide, of_rollouts = (
+            update_lib.of_part(loss, architecture, one.part), (one.kept, guide), (one.kept, of_rollouts)
+        )  # fmt: skip
     update, evaluate = _programs(loss, architecture, spec, total, one.mesh, count, one.part)
     with one.clock("checkpoints"):
         first = max(set.intersection(*(set(session.checkpoints.steps()) for session in sessions)), default=0)
@@ -214,14 +224,15 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
     for done in range(first + 1, total + 1):
         with one.clock("data"):
             each = [next(source) for source in sources]
-        if one.on_policy(done):
+        on_policy = one.on_policy(done)
+        if on_policy:
             each = [one.rollout(state, done)]
         with one.clock("data"):
             tokens = [session.count(batch) for session, batch in zip(sessions, each, strict=True)]
             batch = each[0] if count == 1 else state_lib.stack(each)
         with one.clock("updates"):
             # jit returns before the device has finished: this queues the update, and the next batch is made meanwhile.
-            state, metrics = update(state, state_lib.place(batch, one.mesh), guide)
+            state, metrics = update(state, state_lib.place(batch, one.mesh), of_rollouts if on_policy else guide)
         pending.append((done, tokens, each, metrics))
         # All processes vote in every update: the vote is a collective, and a signal may reach one of them only.
         validate, halt = done in validate_at, agreed(stop.asked) and done < total

@@ -23,8 +23,12 @@ class TrainSpec:
     row_length: int = setting(0, "tokens of a packed row; 0 gives each sequence a row", at_least=0)
     parts: int = setting(1, "an update's batch is computed in so many parts (gradient accumulation)", at_least=1)
     learning_rate: float = setting(5e-4, "AdamW's, after the warm-up", above=0.0)
-    warmup: float = setting(0.01, "share of the updates in which the learning rate rises", at_least=0.0, at_most=1.0)
-    decay: float = setting(0.2, "share of the updates in which it falls to 0", at_least=0.0, at_most=1.0)
+    warmup: float = setting(
+        0.01, "share of the updates, the first ones, in which the learning rate rises", at_least=0.0, at_most=1.0
+    )
+    decay: float = setting(
+        0.2, "share of the updates, the last ones, in which it falls to 0", at_least=0.0, at_most=1.0
+    )
     b1: float = setting(0.9, "AdamW's decay of the first moment", at_least=0.0, below=1.0)
     # 0.95 is usual for language models: the second moment follows the gradients faster than with Adam's 0.999.
     b2: float = setting(0.95, "AdamW's decay of the second moment", at_least=0.0, below=1.0)
@@ -40,7 +44,7 @@ class TrainSpec:
     log_every: int = setting(10, "updates between rows of metrics", at_least=1)
     keep: int = setting(1, "checkpoints that stay beside the best", at_least=1)
     # By default they go: the model is saved apart, and a checkpoint with both moments takes three times its space.
-    keep_checkpoints: bool = setting(False, "leave them there once the training has finished")
+    keep_checkpoints: bool = setting(False, "keep the checkpoints after the training")
     trackers: tuple[str, ...] = setting((), "where metrics are logged beside metrics.jsonl", one_of=TRACKERS)
     together: int = setting(1, "students of an arm trained by one program: faster on a GPU that one does not fill",
                             at_least=1)  # fmt: skip

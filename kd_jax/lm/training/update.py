@@ -67,6 +67,8 @@ def compiled(
         update: as `make` returns it.
         architecture, optimizer, mesh: of the state.
         members: models that are trained together.
+        part: which weights are trained (kd_jax.lm.training.state.Part).
+    Returns: (state, batch, guide) -> (state, metrics).
     """
     to = shardings(architecture, optimizer, mesh, part)
     if members == 1:

@@ -3,7 +3,6 @@
 from kd_jax.lm.weights.load_save import (
     SOURCES,
     WHEELS,
-    about,
     describe,
     export,
     fetch,
@@ -11,23 +10,13 @@ from kd_jax.lm.weights.load_save import (
     hub_architecture,
     identity,
     load,
+    load_description,
     save,
-    save_about,
+    save_description,
     tokenizer,
 )
 
 __all__ = [
-    "SOURCES",
-    "WHEELS",
-    "about",
-    "describe",
-    "export",
-    "fetch",
-    "fingerprint",
-    "hub_architecture",
-    "identity",
-    "load",
-    "save",
-    "save_about",
-    "tokenizer",
-]
+    "SOURCES", "WHEELS", "describe", "export", "fetch", "fingerprint", "hub_architecture", "identity", "load",
+    "load_description", "save", "save_description", "tokenizer",
+]  # fmt: skip

@@ -32,8 +32,8 @@ from kd_jax.storage import files, folders
 from kd_jax.storage.errors import again
 
 __all__ = [
-    "SOURCES", "WHEELS", "export", "fetch", "fingerprint", "hub_architecture", "identity", "load", "save", "save_about",
-    "tokenizer",
+    "SOURCES", "WHEELS", "describe", "export", "fetch", "fingerprint", "hub_architecture", "identity", "load",
+    "load_description", "save", "save_description", "tokenizer",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -79,7 +79,7 @@ def describe(source: str | os.PathLike) -> Model:
     """
     path = sources.locate(source)
     saved = sources.find_checkpoint(path) if path.is_dir() else None
-    return about(saved[0]) if saved is not None else _open(path).model
+    return load_description(saved[0]) if saved is not None else _open(path).model
 
 
 def save(model: Model, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -101,7 +101,7 @@ def save(model: Model, folder: str | os.PathLike, *, overwrite: bool = False) ->
         _write_about(model, partial, dtype=dtype, fingerprint=fingerprint(model.params))
 
 
-def save_about(model: Model, folder: str | os.PathLike) -> None:
+def save_description(model: Model, folder: str | os.PathLike) -> None:
     """Writes what a checkpoint has beside its weights: the tokenizer's files and then model.json, each whole.
 
     For folders whose weights are written by others, such as a training's steps: model.params is not used. Existing
@@ -253,8 +253,8 @@ def _read(stored: hf_files.Stored, weight: str, dtype, bounds: tuple[slice, ...]
     return out
 
 
-def about(folder: str | os.PathLike) -> Model:
-    """The model that `save_about` has described in a folder: all of it but the weights (params is empty).
+def load_description(folder: str | os.PathLike) -> Model:
+    """The model that `save_description` has described in a folder: all of it but the weights (params is empty).
 
     Raises: FileNotFoundError or ValueError that name the file and what is wrong in it.
     """
@@ -274,7 +274,7 @@ def about(folder: str | os.PathLike) -> Model:
 
 def _restore(folder: Path, path: Path, dtype, mesh: jax.sharding.Mesh | None) -> Model:
     """A checkpoint of ours, from the folders of its model.json and of its weights, into the layout asked for."""
-    model = about(folder)
+    model = load_description(folder)
     shapes, shardings = _layout(model.architecture, dtype, mesh)
     try:
         params, fingerprint = _restore_params(path, shapes, shardings)

@@ -79,7 +79,7 @@ def test_beyond_the_measured_temperatures_nothing_is_known(precision):
 def test_infinite_recall_has_no_difference():
     curves = cooling.curves(rows_of(direct() | {"student": [(1.0, -6.5, -np.inf)]}))
     assert np.isnan(cooling.match(curves["student"], 1.0, curves["direct"], "recall").interval.error)
-    assert cooling.standings(curves)["student"].verdict == "not told apart"
+    assert cooling.standings(curves)["student"].verdict == "no clear difference"
 
 
 def test_of_several_crossings_the_least_cooled_counts():
@@ -100,8 +100,8 @@ def test_verdicts():
     curves = cooling.curves(rows_of(arms))
     found = cooling.standings(curves)
     assert {arm: standing.verdict for arm, standing in found.items()} == {
-        "better": "dominates", "worse": "is dominated", "crossing": "crosses", "alike": "not told apart",
-        "beyond": "no equal precision measured", "part": "more recall at 1 of 2, else not told apart",
+        "better": "dominates", "worse": "is dominated", "crossing": "crosses", "alike": "no clear difference",
+        "beyond": "no equal precision measured", "part": "more recall at 1 of 2, else no clear difference",
     }  # fmt: skip
     text = cooling.headline(curves, found)
     assert "better and crossing have more recall; worse has less recall; alike and part have recall that" in text
@@ -121,7 +121,7 @@ def test_verdicts_are_corrected_for_all_comparisons():
     for arm, values in {"one": apart, "two": [0.1, -0.1, 0, 0], "three": [0, 0.1, -0.1, 0]}.items():
         rows += [{**row, "arm": arm, "recall": row["recall"] + value} for row, value in zip(at, values, strict=True)]
     curves = cooling.curves(rows)
-    assert cooling.standings(curves)["one"].verdict == "not told apart"
+    assert cooling.standings(curves)["one"].verdict == "no clear difference"
     only = cooling.standings({arm: curves[arm] for arm in ("direct", "one")})["one"]
     assert only.verdict == "dominates" and only.matches[0.9].interval.p_value == pytest.approx(alone)
 

@@ -141,6 +141,15 @@ def test_rollouts_are_of_the_parameters_of_their_update(corpora, tmp_path, monke
     assert [fingerprint for fingerprint, _ in seen[1:]] == saved
 
 
+@pytest.mark.slow
+def test_own_samples_are_no_labels(corpora, tmp_path):
+    losses = {}
+    for share in (0.0, 0.5):
+        train(tmp_path / f"{share}", corpora, "on_policy", on_policy_fraction=1.0, hard_weight=share)
+        losses[share] = [row["loss"] for row in numbers(tmp_path / f"{share}") if row["kind"] == "training"]
+    assert len(losses[0.0]) == 8 and losses[0.0] == losses[0.5]
+
+
 @pytest.fixture(scope="module")
 def prompts(corpora, tmp_path_factory):
     return Sequences.of(corpora[0][0], str(tmp_path_factory.mktemp("arrow")))
@@ -269,6 +278,10 @@ def test_faults(corpora, tmp_path):
             distillation = Distillation(DistillSpec(**how), teacher)
             training.train(settings(), STUDENT, members, compute=COMPUTE, distillation=distillation)
 
+    with pytest.raises(ValueError, match="cannot be trained in float16"):
+        training.train(settings(), STUDENT, members, compute=Compute(dtype="float16"))
+    with pytest.raises(ValueError, match="record_top_k=1"):
+        DistillSpec(policy="offline", tail="renormalise", record_top_k=1)
     fails("needs a teacher", {"policy": "online"}, None)
     fails("needs no teacher", {"policy": "offline"}, tiny())
     fails("no top-k columns", {"policy": "offline"}, None)

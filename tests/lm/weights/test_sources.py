@@ -69,7 +69,7 @@ def trained(tmp_path_factory):
     source = write_folder(folder / "source")
     write_tokenizer(source, 300)
     model = weights.load(source)._replace(eos_ids=(0, 3), bos_id=0, pad_id=None)
-    weights.save_about(model, folder / "stage" / "checkpoints")
+    weights.save_description(model, folder / "stage" / "checkpoints")
     with ocp.CheckpointManager(folder / "stage" / "checkpoints") as manager:
         for step in (9, 10, 100):
             weights_of = ocp.args.StandardSave(scaled(model, step).params)
@@ -137,7 +137,7 @@ def test_what_is_missing_of_a_training_is_named(stage):
 def test_about_is_replaced_whole(stage):
     checkpoints = stage / "checkpoints"
     model = weights.load(stage)
-    weights.save_about(model._replace(tokenizer=None, eos_ids=(5,), params={}), checkpoints)
+    weights.save_description(model._replace(tokenizer=None, eos_ids=(5,), params={}), checkpoints)
     again = weights.load(stage)
     assert (again.eos_ids, again.tokenizer) == ((5,), None) and not list(checkpoints.glob("tokenizer*"))
 
@@ -146,7 +146,7 @@ def test_about_is_replaced_whole(stage):
             raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        weights.save_about(model._replace(tokenizer=Full(), eos_ids=(7,)), checkpoints)
+        weights.save_description(model._replace(tokenizer=Full(), eos_ids=(7,)), checkpoints)
     assert weights.load(stage).eos_ids == (5,) and not list(checkpoints.glob("*.json.tmp"))
 
 
