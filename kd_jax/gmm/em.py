@@ -94,6 +94,13 @@ def fit(
     """
     x = jnp.asarray(x)
     _check(x, num_components, covariance_type, init, num_starts, max_iter, sample_weights)
+    if start is not None and (num_starts > 1 or start.means.shape != (num_components, x.shape[1])):
+        raise ValueError(
+            f"start has means {start.means.shape}: it goes with num_starts=1 and num_components={num_components} in "
+            f"{x.shape[1]} dimensions"
+        )
+    if start is not None and start.covariances.ndim != (3 if covariance_type == "full" else 2):
+        raise ValueError(f"start has covariances {start.covariances.shape}, not of covariance_type={covariance_type!r}")
     weights = jnp.ones(x.shape[0], x.dtype) if sample_weights is None else _checked_weights(sample_weights, x.dtype)
     # Whole blocks: further points of weight zero.
     extra = padding(len(x))

@@ -165,19 +165,22 @@ def slope(students: Students, metric: str, low: float, high: float) -> Interval:
         metric: a field of Scores.
         low, high: betas.
     """
+    if low == high:
+        return Interval(*[np.nan] * 5)
     # Differences within a seed: what seeds share is no noise.
     change = students[Who(DISTILLED, high)][metric] - students[Who(DISTILLED, low)][metric]
     return t_interval(change / np.log10(high / low))
 
 
 def decades(students: Students) -> list[tuple[float, float]]:
-    """Pairs of betas a decade apart, from the smallest on; the whole range where there is no such pair."""
+    """Pairs of betas a decade apart, from the smallest on; where there is none, the whole range (nothing of one)."""
     values = betas(students)
     nearest = lambda target: min(values, key=lambda beta: abs(np.log(beta / target)))  # noqa: E731
     # betas are log-spaced, so that a decade's ends are among them or close
     steps = int(round(np.log10(values[-1] / values[0])))
     marks = list(dict.fromkeys(nearest(values[0] * 10**step) for step in range(steps + 1)))
-    return list(zip(marks, marks[1:], strict=False)) or [(values[0], values[-1])]
+    whole = [(values[0], values[-1])] if len(values) > 1 else []
+    return list(zip(marks, marks[1:], strict=False)) or whole
 
 
 def summary(folder: Path) -> list[str]:

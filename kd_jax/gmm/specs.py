@@ -20,6 +20,13 @@ DIVERGENCES = {
 }
 
 
+def _check_different(of: object, *names: str) -> None:
+    """ValueError for a setting with a value twice: its students would count twice in every error."""
+    for name in names:
+        if len(set(getattr(of, name))) < len(getattr(of, name)):
+            raise ValueError(f"{name}={getattr(of, name)} has a value twice")
+
+
 @spec
 class SweepSpec:
     """What all experiments with mixtures have."""
@@ -70,6 +77,7 @@ class SweepSpec:
             num_distill: fewest draws of a teacher.
             components: most components of a model.
         """
+        _check_different(self, "sample_temperatures", "shares", "gains")
         if 1.0 not in self.sample_temperatures:
             raise ValueError(f"sample_temperatures={self.sample_temperatures} must contain 1.0, the student itself")
         # Seeds are uint32 in the program, and would wrap around to the first.
@@ -162,6 +170,9 @@ class KnobsSpec:
     skew_reverse_kl: tuple[float, ...] = setting(
         (0.0, 0.05, 0.1, 0.2, 0.3, 0.5), "skew of reverse KL", at_least=0, below=1
     )
+
+    def __post_init__(self):
+        _check_different(self, *self.__dataclass_fields__)
 
 
 @spec

@@ -77,4 +77,6 @@ def _with_directions(points):
 
 
 def _directions(points):
+    # The largest coordinate first: the square of a large number would overflow, that of a small one vanish.
+    points = points / jnp.abs(points).max(axis=-1, keepdims=True)
     return points / jnp.linalg.norm(points, axis=-1, keepdims=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.metrics.points import checked
+from kd_jax.metrics.points import centred, checked
 
 # Values of the mixture weight; the area is a trapezoid sum over them.
 _GRID = 1001
@@ -46,14 +46,15 @@ def compare(
     Raises: ValueError for sets that differ in N or D, whose scores could not be compared, and for a number of buckets
         below 2 or above N.
     """
-    real = checked(real, "the real points")
-    fakes = {name: checked(fake, f"the points of {name}") for name, fake in fakes.items()}
+    shape = checked(real, "the real points").shape
     for name, fake in fakes.items():
-        if np.shape(fake) != real.shape:
+        if checked(fake, f"the points of {name}").shape != shape:
             raise ValueError(
-                f"{name} has shape {np.shape(fake)} and the real points {real.shape}: only sets of the same number of "
+                f"{name} has shape {np.shape(fake)} and the real points {shape}: only sets of the same number of "
                 "points [N, D] have scores that can be compared"
             )
+    real, *shifted = centred(real, *fakes.values())
+    fakes = dict(zip(fakes, shifted, strict=True))
     # N / 10, as in the paper's own program.
     buckets = max(2, len(real) // 10) if num_buckets is None else num_buckets
     if not 2 <= buckets <= len(real):

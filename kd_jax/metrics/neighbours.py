@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_jax.metrics.points import checked
+from kd_jax.metrics.points import centred, checked
 
 CHUNK = 256  # rows whose distances to all points of the other set are held at a time
 
@@ -123,12 +123,12 @@ def expected_coverage(num_real: int, num_fake: int, k: int) -> np.ndarray:
 
 
 def _checked(real, fake, k):
-    real, fake = checked(real, "the real points"), checked(fake, "the fake points")
-    if real.shape[1] != fake.shape[1]:
-        raise ValueError(f"need points of one dimension, not {real.shape} and {fake.shape}")
-    if not 1 <= k < min(len(real), len(fake)):
-        raise ValueError(f"k={k} must be at least 1 and below the number of points ({len(real)} and {len(fake)})")
-    return real, fake
+    shapes = checked(real, "the real points").shape, checked(fake, "the fake points").shape
+    if shapes[0][1] != shapes[1][1]:
+        raise ValueError(f"need points of one dimension, not {shapes[0]} and {shapes[1]}")
+    if not 1 <= k < min(shapes[0][0], shapes[1][0]):
+        raise ValueError(f"k={k} must be at least 1 and below the number of points ({shapes[0][0]} and {shapes[1][0]})")
+    return centred(real, fake)
 
 
 def _squares(point: jax.Array, points: jax.Array) -> jax.Array:

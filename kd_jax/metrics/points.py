@@ -8,7 +8,7 @@ import numpy as np
 
 
 def checked(points: jax.Array, name: str) -> jax.Array:
-    """Points [N, D] of any type in float32 or, where they have more digits, in float64.
+    """Points [N, D] of any type as float32; as float64 where they have more digits and JAX is set to keep them.
 
     In uint8 a difference wraps around, and in float16 a square overflows: both would make distant points neighbours.
 
@@ -22,3 +22,15 @@ def checked(points: jax.Array, name: str) -> jax.Array:
     if len(wrong):
         raise ValueError(f"row {wrong[0]} of {name} is not finite ({len(wrong)} of {len(points)} rows are not)")
     return points
+
+
+def centred(real: jax.Array, *others: jax.Array) -> list[jax.Array]:
+    """Sets of points [N, D] with the median of the real ones as their origin, in the types of `checked`.
+
+    Far from the origin float32 has no digits left for the differences between points.
+    """
+    # A median and not a mean: differences from it are exact for integers, so that equal distances stay equal.
+    origin = np.median(np.asarray(real, np.float64), axis=0)
+    kinds = [np.promote_types(points.dtype, np.float32) for points in map(jnp.asarray, (real, *others))]
+    sets = [np.asarray(points, np.float64) - origin for points in (real, *others)]
+    return [jnp.asarray(points.astype(kind)) for points, kind in zip(sets, kinds, strict=True)]

@@ -100,6 +100,19 @@ def _dof(quantile: float, confidence: float, one: float, other: float) -> float:
     return np.clip(stdtridf((1 + confidence) / 2, quantile), min(one, other), max(one, other))
 
 
+def of_clusters(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """Values [..., N] as a value for each cluster, [..., C], of the same mean; clusters are independent, N are not.
+
+    Args:
+        values: [..., N].
+        clusters: int [N], from 0 to C - 1, each in use.
+    """
+    mean = values.mean(-1, keepdims=True)
+    member = np.equal.outer(clusters, np.arange(clusters.max() + 1))
+    # Sums of differences from the mean: a cluster of more values counts for more.
+    return mean + (values - mean) @ member * (member.shape[1] / len(clusters))
+
+
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Holm's adjusted p-values (1979): those below a level hold together, with that chance of any error.
 

@@ -142,13 +142,18 @@ def standing(way: Sequence[Match]) -> str:
 
     Args: way: the matches of one way, at all gains.
     """
+    compared = [m for m in way if m.difference is not None]
+    if not compared:
+        return "beyond the control's reach" if way else "reaches none of the gains"
     # a sign that could be chance does not count
-    told = [m.difference.mean > 0 for m in way if m.difference is not None and m.p_value < LEVEL]
-    if told:
-        return "crosses" if len(set(told)) > 1 else "dominates" if told[0] else "is dominated"
-    if any(m.difference is not None for m in way):
+    clear = [m.difference.mean > 0 for m in compared if m.p_value < LEVEL]
+    if not clear:
         return "no clear difference"
-    return "beyond the control's reach" if way else "reaches none of the gains"
+    if len(set(clear)) > 1:
+        return "crosses"
+    if len(clear) == len(compared):
+        return "dominates" if clear[0] else "is dominated"
+    return f"{'more' if clear[0] else 'less'} recall at {len(clear)} of {len(compared)}, else no clear difference"
 
 
 def loss_from(curve: Curve, reference: Curve, gain: float) -> tuple[np.ndarray, tuple[int, int]] | None:
@@ -177,16 +182,17 @@ def loss_at(gains: np.ndarray, losses: np.ndarray, gain: float) -> tuple[np.ndar
     method) and differences of two curves are paired by seed.
 
     Args:
-        gains, losses: [setting, seed], nats. A setting with a value that is not finite is left out.
+        gains, losses: [setting, seed], nats. Nothing is known between a setting with a value that is not finite and its
+            neighbours.
         gain: nats.
     """
-    settings = np.flatnonzero(np.isfinite(gains).all(1) & np.isfinite(losses).all(1))
-    gains, losses = gains[settings], losses[settings]
-    x, y = gains.mean(1), losses.mean(1)
+    known = np.isfinite(gains).all(1) & np.isfinite(losses).all(1)
+    with np.errstate(invalid="ignore"):  # infinities of both signs make NaN
+        x, y = gains.mean(1), losses.mean(1)
     best = None
     # Neighbours in the knob's own order, not in precision: a curve may turn back.
     for a, b in zip(range(len(x) - 1), range(1, len(x)), strict=True):
-        if not min(x[a], x[b]) <= gain <= max(x[a], x[b]):
+        if not (known[a] and known[b] and min(x[a], x[b]) <= gain <= max(x[a], x[b])):
             continue
         if x[a] == x[b]:  # both are at the gain: the cheaper one
             share, slope = float(y[b] < y[a]), 0.0
@@ -195,5 +201,5 @@ def loss_at(gains: np.ndarray, losses: np.ndarray, gain: float) -> tuple[np.ndar
         seed_gain, seed_loss = ((1 - share) * values[a] + share * values[b] for values in (gains, losses))
         values = seed_loss + slope * (gain - seed_gain)
         if best is None or values.mean() < best[0].mean():
-            best = values, (int(settings[a]), int(settings[b]))
+            best = values, (a, b)
     return best

@@ -1,8 +1,9 @@
 """What errors are over: teachers where there are several, else seeds; and the sequences that recall is measured on.
 
 Students of one teacher share its corpus and its text, so with several teachers their seeds are averaged first and the
-degrees of freedom are the teachers' less one. Recall is measured on the same sequences for every student: its errors
-are two-way, over these units and the sequences, wherever the run has kept each sequence's value (recall.npz).
+degrees of freedom are the teachers' less one. Recall, KL(p* || model) and agreement are measured on the same sequences
+for every student: their errors are two-way, over these units and the sequences (or their prompts, where these repeat),
+wherever the run has kept each sequence's value (recall.npz).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from kd_jax.metrics.statistics import Interval
 from kd_jax.storage.files import read_arrays
 
 Student = tuple[int, int | None]  # teacher and seed
-# The field of an evaluation row, in memory alone, that has each sequence's share of its recall.
-_BY_SEQUENCE = "recall_by_sequence"
+# The field of an evaluation row, in memory alone, that has each sequence's share of its metrics, by name.
+_BY_SEQUENCE = "by_sequence"
 
 
 def student(row: dict) -> Student:
@@ -77,31 +78,39 @@ def bootstrap(students: Sequence[Student], by_sequence: np.ndarray | None) -> In
 
 
 def attach(rows: list[dict], folder: Path) -> None:
-    """Gives evaluation rows each sequence's share of their recall, where the run has kept it (folder/recall.npz).
+    """Gives evaluation rows each sequence's share of the metrics on shared sequences, where folder/recall.npz has it.
 
-    A row's recall is a ratio of sums over sequences, log-probabilities over tokens. Linearised, it is the mean of a
-    value for each sequence: recall + (log-probability - recall * tokens) / mean tokens.
+    Such a metric is a ratio of sums over sequences, of a value to tokens. Linearised, it is the mean of a number for
+    each sequence: ratio + (value - ratio * tokens) / mean tokens. Where prompts repeat, there is a number for each
+    prompt, since answers to one prompt are not independent.
     """
     path = folder / "recall.npz"
     if not path.exists():
         return
     kept = read_arrays(path)
+    sums = {"recall": kept["log_prob"], "agreement": kept.get("agreement")}
+    sums["kl_data_model"] = kept["p_star"] - kept["log_prob"] if "p_star" in kept else None
     tokens = kept["tokens"].astype(np.float64)
     keys = zip(kept["name"].tolist(), kept["sample_temperature"].tolist(), strict=True)
     places = {key: i for i, key in enumerate(keys)}
     for row in rows:
         place = places.get((row.get("name"), row.get("sample_temperature")))
-        if row.get("kind") == "evaluation" and place is not None and row.get("recall") is not None:
-            log_prob = kept["log_prob"][place].astype(np.float64)
+        if row.get("kind") != "evaluation" or place is None:
+            continue
+        row[_BY_SEQUENCE] = {}
+        for metric, whole in sums.items():
             # One sequence of probability 0 makes the recall -inf, which has no linearisation.
-            if np.isfinite(log_prob).all():
-                ratio = log_prob.sum() / tokens.sum()
-                row[_BY_SEQUENCE] = ratio + (log_prob - ratio * tokens) / tokens.mean()
+            if whole is not None and row.get(metric) is not None and np.isfinite(whole[place]).all():
+                values = whole[place].astype(np.float64)
+                ratio = values.sum() / tokens.sum()
+                shares = ratio + (values - ratio * tokens) / tokens.mean()
+                shares = statistics.of_clusters(shares, kept["prompt"]) if "prompt" in kept else shares
+                row[_BY_SEQUENCE][metric] = shares
 
 
 def by_sequence(rows: Sequence[dict], metric: str) -> np.ndarray | None:
     """The metric [row, sequence] of rows that were measured on the same sequences; None where that is not so."""
-    # recall.npz has recall alone; precision and entropy are of each student's own samples.
-    if metric != "recall" or not rows or any(_BY_SEQUENCE not in row for row in rows):
+    # Precision and entropy are of each student's own samples.
+    if not rows or any(metric not in row.get(_BY_SEQUENCE, ()) for row in rows):
         return None
-    return np.stack([row[_BY_SEQUENCE] for row in rows])
+    return np.stack([row[_BY_SEQUENCE][metric] for row in rows])

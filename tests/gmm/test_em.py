@@ -229,3 +229,10 @@ def test_fewer_active_components_are_a_smaller_fit():
         if active != 4:  # seeds of 4 and of fewer draw other candidates; the maximum of 1 and of 3 clusters is one
             np.testing.assert_allclose(got.log_likelihood[-1], alone.log_likelihood[-1], rtol=1e-3)
             np.testing.assert_allclose(got.mixture.means[order[0]], alone.mixture.means[order[1]], atol=2e-2)
+
+
+@pytest.mark.parametrize("changes", [{"num_components": 3}, {"covariance_type": "full"}, {"num_starts": 2}])
+def test_a_start_that_does_not_go_with_the_settings(changes):
+    start = Mixture(jnp.log(jnp.array([0.5, 0.5])), jnp.array([[-1.0], [1.0]]), jnp.ones((2, 1)))
+    with pytest.raises(ValueError, match="start has"):
+        em.fit(KEY, jnp.zeros((9, 1)), **({"num_components": 2} | changes), start=start)

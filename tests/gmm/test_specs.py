@@ -19,6 +19,7 @@ INF = float("inf")
      ({"seed": 2**32 - 1}, "seed"), ({"beta_max": INF}, "beta_max"), ({"beta_min": 2.0, "beta_max": 1.0}, "beta_min"),
      ({"separation": float("nan")}, "separation"), ({"vary": {"teacher_components": (0,)}}, "teacher_components"),
      ({"vary": {"num_data": (99.5,)}}, "config.vary.num_data"), ({"memory_gib": INF}, "memory_gib"),
+     ({"sample_temperatures": (1.0, 0.8, 0.8)}, "a value twice"), ({"shares": (0.5, 0.5)}, "a value twice"),
      ({"vary": {"num_data": (2,)}}, "num_data"), ({"seeeds": 3}, "seeds")],
 )  # fmt: skip
 def test_values_that_cannot_work_are_named(change, word):
@@ -35,6 +36,7 @@ def test_values_that_cannot_work_are_named(change, word):
         ({"seeds": 0}, "seeds"), ({"covariance_type": "full"}, "covariance_type"), ({"num_draws": 0}, "num_draws"),
         ({"learning_rate": 0.0}, "learning_rate"), ({"gains": (1.0, 0.0)}, "gains"), ({"dim": 1}, "dim"),
         ({"knobs": {"beta": (1.0, INF)}}, "knobs.beta"), ({"knobs": {"top_k": (0,)}}, "knobs.top_k"),
+        ({"knobs": {"beta": (1.0, 10.0, 10.0)}}, "a value twice"),
         ({"knobs": {"top_k": (5,)}}, "knobs.top_k"), ({"knobs": {"top_p": (0.0,)}}, "knobs.top_p"),
         ({"knobs": {"jensen_shannon": (1.5,)}}, "knobs.jensen_shannon"),
         ({"knobs": {"skew_forward_kl": (1.0,)}}, "knobs.skew_forward_kl"),

@@ -16,6 +16,8 @@ from kd_jax.metrics import diversity
 def test_vendi_score_is_the_packages(shape):
     points = np.random.default_rng(0).normal(size=shape)
     np.testing.assert_allclose(diversity.vendi_score(points), vendi.score_X(points, normalize=True), rtol=1e-5)
+    for scale in (1e-25, 1e25):  # whose squares are beyond float32
+        np.testing.assert_allclose(diversity.vendi_score(scale * points), diversity.vendi_score(points), rtol=1e-5)
     kernel = np.exp(-((points[:, None] - points) ** 2).sum(-1) / 10)
     np.testing.assert_allclose(diversity.vendi_score_of_kernel(kernel), vendi.score_K(kernel), rtol=1e-9)
 

@@ -62,6 +62,14 @@ def test_the_same_text_in_two_halves_and_other_text():
     assert mauve.compare(real, {"a": same}, num_buckets=10, seed=1)["a"] != scores[2000]["same"]
 
 
+def test_far_from_the_origin():
+    random = np.random.RandomState(0)
+    real, far = random.standard_normal((400, 16)), random.standard_normal((400, 16)) + 1
+    near = mauve.compare(real, {"far": far}, num_buckets=40)["far"].score
+    assert mauve.compare(real + 1e6, {"far": far + 1e6}, num_buckets=40)["far"].score == pytest.approx(near, abs=0.01)
+    assert near < 0.1
+
+
 @pytest.mark.slow
 def test_points_that_coincide():
     same = np.ones((40, 3))

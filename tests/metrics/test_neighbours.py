@@ -30,6 +30,14 @@ def test_neighbours_by_hand():
     np.testing.assert_allclose(got, (2 / 3, 1, 4 / 3, 3 / 4), rtol=1e-6)
 
 
+@pytest.mark.parametrize("offset, scale", [(1e4, 1e-3), (1e6, 1e-2), (2**40, 1.0)])
+def test_far_from_the_origin(offset, scale):
+    real, fake = (np.round(100 * points) for points in blobs())
+    near = neighbours.knn_precision_recall(real, fake, 5)
+    far = neighbours.knn_precision_recall(offset + scale * real, offset + scale * fake, 5)
+    np.testing.assert_allclose(far, near, atol=0.01)
+
+
 def test_identical_sets_of_one_point():
     same = np.full((8, 2), 3.0, np.float32)
     with pytest.warns(UserWarning, match="16 points have 3 or more others"):

@@ -100,13 +100,13 @@ def test_what_does_not_reach_a_gain_is_absent():
     assert [(p.gain, p.knob) for p in found] == [(0.5, "short"), (3.0, "late")]
 
 
-def test_setting_with_a_value_that_is_not_finite_is_left_out():
-    broken = curve([0, 2, 4], [0, 1, 8])
+def test_nothing_is_known_beside_a_value_that_is_not_finite():
+    broken = curve([0, 2, 4, 6], [0, 1, 8, 9])
     broken.recall[1, 2] = -np.inf
     with np.errstate(all="raise"):
-        (p,) = prices({"knob": broken}, REFERENCE, [2.0])
-    np.testing.assert_allclose(p.loss, 4)
-    assert p.between == (0, 2)
+        (p,) = prices({"knob": broken}, REFERENCE, [1.0, 3.0, 5.0])
+    np.testing.assert_allclose(p.loss, 8.5)
+    assert p.gain == 5.0 and p.between == (2, 3)
 
 
 def test_one_seed_has_a_price_and_no_error():
@@ -153,7 +153,8 @@ def test_matches_are_paired_and_the_preregistered_one_is_not_adjusted():
 def test_standings():
     make = lambda mean, p: Match("way", 1.0, Interval(mean, 0.1, 0, 0, 5), p)  # noqa: E731
     assert standing([make(1, 0.01), make(-1, 0.01)]) == "crosses"
-    assert standing([make(1, 0.01), make(-1, 0.5)]) == "dominates"
+    assert standing([make(1, 0.01), make(2, 0.01), make(3, np.nan)._replace(difference=None)]) == "dominates"
+    assert standing([make(1, 0.01), make(-1, 0.5)]) == "more recall at 1 of 2, else no clear difference"
     assert standing([make(1, 0.5)]) == "no clear difference"
     assert standing([Match("way", 1.0, None, np.nan)]) == "beyond the control's reach"
     assert standing([]) == "reaches none of the gains"

@@ -89,13 +89,14 @@ def write(folder: str | Path) -> Path:
     spec = freeze(GmmFrontierSpec, page.read_json(config), str(config))
     gains = spec.gains
     reference = {name: plain.metrics[name][0] for name in ("precision", "recall")}
-    # Ways that need no knob of the teacher or the loss: what the knobs have to beat.
+    # Ways that need no knob of the teacher or the loss: what the knobs have to beat. Both begin at the plain student.
     free = [students[name] for name in (COOLED[PLAIN], CHOICE) if name in students]
-    prices = frontier_page.prices_of([*knobs, *free], reference, gains)
+    from_plain = [_joined(plain, knob) for knob in free]
+    prices = frontier_page.prices_of([*knobs, *from_plain], reference, gains)
     # A smoke run shows its numbers and draws no conclusions from them.
-    against = [] if spec.smoke else _against(students, [*knobs, *free], spec)
+    against = [] if spec.smoke else _against(students, [*knobs, *from_plain], spec)
     cooled = [students[COOLED[DIRECT]]] if COOLED[DIRECT] in students else []
-    verdict = [] if spec.smoke else frontier_page.verdict(prices, [*knobs, *free], gains)
+    verdict = [] if spec.smoke else frontier_page.verdict(prices, [*knobs, *from_plain], gains)
     seeds = len(reference["recall"])
     all_students = [row for knob in [direct, plain, *knobs, *cooled, *free] if knob for row in _rows(knob)]
     fits = [row for name in DIVERGENCES if name in students for row in _fits(students[name])]
@@ -155,19 +156,20 @@ def _fits(knob: Knob) -> list[list[str | Number]]:
     return lines
 
 
+def _joined(first: Knob, rest: Knob) -> Knob:
+    """The settings of `rest` after those of `first`."""
+    metrics = {name: np.concatenate([first.metrics[name], rest.metrics[name]]) for name in METRICS}
+    return Knob(rest.name, (*first.values, *rest.values), metrics)
+
+
 def _against(students: dict[str, Knob], knobs: list[Knob], spec: GmmFrontierSpec) -> list[Match]:
     """Every way against the cooled direct student; nothing where it was not sampled at other temperatures."""
     if DIRECT not in students or COOLED[DIRECT] not in students:
         return []
-    stacked = lambda first, rest: Curve(  # noqa: E731
-        *(np.concatenate([first.metrics[n], rest.metrics[n]]) for n in ("precision", "recall"))
-    )
-    curves = {knob.name: Curve(knob.metrics["precision"], knob.metrics["recall"]) for knob in knobs}
-    for name in (COOLED[PLAIN], CHOICE):  # both begin at the plain student
-        if name in students:
-            curves[NAMES[name]] = stacked(students[PLAIN], students[name])
     # The direct student itself is the beginning of its cooled curve.
-    control = stacked(students[DIRECT], students[COOLED[DIRECT]])
+    control = _joined(students[DIRECT], students[COOLED[DIRECT]])
+    *curves, control = (Curve(knob.metrics["precision"], knob.metrics["recall"]) for knob in (*knobs, control))
+    curves = dict(zip((knob.name for knob in knobs), curves, strict=True))
     gains = sorted({spec.contrast_gain, *spec.gains})
     preregistered = (NAMES["beta"], spec.contrast_gain)
     return matches(curves, control, Curve(control.precision[0], control.recall[0]), gains, preregistered)

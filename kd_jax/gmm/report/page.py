@@ -148,7 +148,7 @@ def _finding(compared: list[Match], students: Students) -> str:
     )
     verdict = {
         "dominates": "and it beats the direct student that is merely sampled at a lower temperature",
-        "is dominated": "but at every precision that both reach, the direct student that is merely sampled at a lower "
+        "is dominated": "but at every precision compared, the direct student that is merely sampled at a lower "
         "temperature has more recall",
         "crosses": "and whether it beats the direct student that is merely sampled at a lower temperature depends on "
         "the precision",
@@ -157,7 +157,10 @@ def _finding(compared: list[Match], students: Students) -> str:
     }
     # Sharpening alone: the run has other ways, which do not belong in its one sentence.
     own = [match for match in compared if match.way == SHARPENED]
-    return f"{trade}, {verdict[standing(own)]}." if standing(own) in verdict else f"{trade}."
+    found = standing(own)
+    if " recall at " in found:
+        return f"{trade}; beside the direct student that is merely sampled at a lower temperature, it has {found}."
+    return f"{trade}, {verdict[found]}." if found in verdict else f"{trade}."
 
 
 def _setup(spec: GmmSpec, seeds: int) -> str:

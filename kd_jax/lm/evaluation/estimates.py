@@ -99,11 +99,11 @@ def difference(one: tuple, other: tuple) -> tuple[float, float]:
 
 
 def share(where: np.ndarray, clusters: np.ndarray | None = None) -> tuple[float, float]:
-    """The share of True and its standard error, binomial without clusters."""
+    """The share of True and its standard error, binomial without clusters; NaN for fewer than two values."""
     if clusters is not None:
         return per_token(where, np.ones(len(where)), clusters)
     mean = float(np.mean(where))
-    return mean, float(np.sqrt(mean * (1 - mean) / len(where)))
+    return mean, float(np.sqrt(mean * (1 - mean) / len(where))) if len(where) > 1 else float("nan")
 
 
 def lengths(tokens: np.ndarray) -> tuple[float, float, dict[str, float]]:

@@ -28,7 +28,7 @@ from kd_jax.parallel import distributed
 from kd_jax.runs import stages
 from kd_jax.runs.stages import Stage
 from kd_jax.storage.errors import RunError
-from kd_jax.storage.files import read_rows, replacing, write_rows
+from kd_jax.storage.files import read_rows, write_rows
 
 # Added to config.seed for the samples of the evaluation.
 _EVALUATION = 6_000_000
@@ -169,7 +169,7 @@ def _gather(
     # What a model learnt from is joined here: the evaluation knows models by name only.
     checked = [row for row in rows if row["kind"] == "instruct"]
     rows = [row | learnt_from(models[row["name"]], folders) for row in rows if row["kind"] == "evaluation"]
-    _write_recall(folder, rows, validation, spec.num_recall)
+    paired.keep(folder / "recall.npz", folder / "evaluation", rows, validation.rows(0, spec.num_recall))
     seconds = evaluation.seconds(folder / "evaluation", models)
     training_rows = [read_rows(home / "metrics.jsonl") for _, home in trained(chain, folders)]
     rows = [*rows, *checked, *sum(training_rows, []), *stage_rows(chain, folders, seconds)]
@@ -189,27 +189,6 @@ def _gather(
         records.append({"name": stage.name, "folder": place, **{key: record[key] for key in ("seconds", "starts")}})
     records.append({"name": "evaluation", "folder": "evaluation", "seconds": seconds})
     return {"stages": records, "overhead": overhead(chain, folders)}
-
-
-def _write_recall(folder: Path, rows: list[dict[str, Any]], validation: Corpus, num_recall: int) -> None:
-    """Writes recall.npz, from which errors are computed: log model of each validation row, for each student.
-
-    Arrays: tokens [sequence], name and sample_temperature [model], log_prob float32 [model, sequence] in nats.
-    """
-    kept = [row for row in rows if row["seed"] is not None]
-    samplers = [SamplerSpec(sample_temperature=row["sample_temperature"]) for row in kept]
-    log_probs = [
-        paired.sequence_values(folder / "evaluation", row["name"], "recall", sampler)
-        for row, sampler in zip(kept, samplers, strict=True)
-    ]
-    with replacing(folder / "recall.npz") as file:
-        np.savez(
-            # Of a conversation only the assistant's tokens are scored.
-            file, tokens=validation.rows(0, num_recall).num_learnt,
-            name=np.array([row["name"] for row in kept]),
-            sample_temperature=np.array([row["sample_temperature"] for row in kept]),
-            log_prob=np.array(log_probs, np.float32),
-        )  # fmt: skip
 
 
 def home(folder: Path, students: Sequence[Student], student: Student) -> Path:

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from kd_jax.metrics import statistics
 from kd_jax.reporting import units
 
 
@@ -27,33 +26,40 @@ def at_equal_variety(
         arm, control: names of arms that share teachers and seeds, as the config has them ("tau-0.8", "direct").
         metric: of the rows, "pass_rate" or "best_of_n".
 
-    Returns: `difference`, `low` and `high` of its 95 % interval over pairs (None for fewer than two), `pairs`, the
-        (teacher, seed) that were compared, and `outside`, those whose arm is as varied as the control at none of its
-        temperatures.
+    Returns: `difference`; `low` and `high` of its 95 % interval over teachers, where there are several, or seeds (None
+        for fewer than two); `pairs`, the (teacher, seed) that were compared; and `outside`, those whose arm is as
+        varied as the control at none of its temperatures.
     """
     differences, pairs, outside = [], [], []
     for pair in sorted({units.student(row) for row in rows if units.arm(row) == control}):
-        # np.interp needs a rising axis.
-        curve = sorted(_of(rows, arm, pair, "test"), key=lambda row: row["distinct_2"])
-        variety = [row["distinct_2"] for row in curve]
+        curve = sorted(_of(rows, arm, pair, "test"), key=lambda row: -row["sample_temperature"])
         marks = {row["sample_temperature"]: row for row in _of(rows, control, pair, "test")}
-        # Nothing is extrapolated.
-        inside = [tau for tau, row in marks.items() if variety and variety[0] <= row["distinct_2"] <= variety[-1]]
+        inside = [tau for tau, row in marks.items() if _at(curve, row["distinct_2"], metric) is not None]
         # Of equal pass rates the higher temperature, which is the more varied.
         chosen = [row for row in _of(rows, control, pair, "validation") if row["sample_temperature"] in inside]
         if not chosen:
             outside.append(pair)
             continue
         mark = marks[max((row["pass_rate"], row["sample_temperature"]) for row in chosen)[1]]
-        value = np.interp(mark["distinct_2"], variety, [row[metric] for row in curve])
-        differences.append(float(value - mark[metric]))
+        differences.append(_at(curve, mark["distinct_2"], metric) - mark[metric])
         pairs.append(pair)
-    interval = statistics.t_interval(np.array(differences), 0.95) if len(differences) > 1 else None
+    interval = units.interval(pairs, np.array(differences)) if differences else None
+    known = interval is not None and np.isfinite(interval.error)
     return {
-        "difference": float(np.mean(differences)) if differences else None,
-        "low": None if interval is None else interval.low, "high": None if interval is None else interval.high,
+        "difference": None if interval is None else interval.mean,
+        "low": interval.low if known else None, "high": interval.high if known else None,
         "pairs": pairs, "outside": outside,
     }  # fmt: skip
+
+
+def _at(curve: Sequence[dict[str, Any]], variety: float, metric: str) -> float | None:
+    """The metric at a distinct-2, between two neighbouring temperatures, the highest that enclose it; or None."""
+    for one, other in zip(curve, curve[1:] or curve, strict=False):
+        start, end = one["distinct_2"], other["distinct_2"]
+        if min(start, end) <= variety <= max(start, end):
+            share = (variety - start) / (end - start) if end != start else 0.0
+            return (1 - share) * one[metric] + share * other[metric]
+    return None  # nothing is extrapolated
 
 
 def _of(rows: Sequence[dict[str, Any]], arm: str, pair: units.Student, split: str) -> list[dict[str, Any]]:

@@ -51,6 +51,8 @@ class InstructSpec:
             raise ValueError(
                 f"num_validation={self.num_validation} and num_test={self.num_test}: both are needed, or none"
             )
+        if len(set(self.sample_temperatures)) < len(self.sample_temperatures):
+            raise ValueError(f"sample_temperatures={self.sample_temperatures} has a value twice")
         for split, count in zip(SPLITS, (self.num_validation, self.num_test), strict=True):
             instructions(split, count, self.kinds)
 

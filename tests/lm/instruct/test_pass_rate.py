@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from kd_jax.lm.instruct import contrast, pass_rate
 from kd_jax.lm.instruct.pass_rate import Answers, InstructSpec
@@ -65,7 +66,31 @@ def test_contrast_by_hand():
     assert out["difference"] == pytest.approx(0.3 - 0.9) and out["outside"] == []
 
 
+def test_contrast_reads_between_neighbouring_temperatures():
+    # variety .5, .7, .6: the mark .55 lies between 1.0 and 0.8, where the rate is .25, and not between 1.0 and 0.6
+    rates = {1.0: (0.2, 0.5), 0.8: (0.4, 0.7), 0.6: (0.9, 0.6)}
+    rows = [row("sharp", "test", tau, rate, variety) for tau, (rate, variety) in rates.items()]
+    rows += [row("direct", split, 1.0, 0.4, 0.55) for split in ("validation", "test")]
+    assert contrast.at_equal_variety(rows, arm="sharp", control="direct")["difference"] == pytest.approx(-0.15)
+
+
+def test_contrast_of_several_teachers_is_over_teachers():
+    rng, rows, means = np.random.default_rng(0), [], []
+    for teacher, effect in enumerate((-0.2, 0.0, 0.25)):
+        changes = effect + rng.normal(0, 0.01, 4)
+        means.append(0.3 + changes.mean())
+        for seed, change in enumerate(changes):
+            rows += [{**one, "teacher": teacher, "seed": seed, "pass_rate": one["pass_rate"] + change *
+                      (one["arm"] == "sharp")} for one in ROWS]  # fmt: skip
+    out = contrast.at_equal_variety(rows, arm="sharp", control="direct")
+    reach = stats.t.ppf(0.975, 2) * np.std(means, ddof=1) / np.sqrt(3)
+    assert out["difference"] == pytest.approx(np.mean(means)) and len(out["pairs"]) == 12
+    assert out["high"] - out["difference"] == pytest.approx(reach)
+
+
 def test_settings_that_cannot_work():
+    with pytest.raises(ValueError, match="a value twice"):
+        InstructSpec(sample_temperatures=(1.0, 0.8, 0.8))
     with pytest.raises(ValueError, match="both are needed"):
         InstructSpec(num_test=3)
     with pytest.raises(ValueError, match="'validation' has 84 instructions, not 85"):

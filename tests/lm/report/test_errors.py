@@ -44,10 +44,10 @@ def test_intervals_of_nested_students_cover_the_truth():
     assert 930 <= hits <= 985 and naive < 900
 
 
-def kept(folder, rows, log_probs, tokens):
+def kept(folder, rows, log_probs, tokens, **more):
     np.savez(
         folder / "recall.npz", tokens=tokens, name=np.array([row["name"] for row in rows]),
-        sample_temperature=np.array([row["sample_temperature"] for row in rows]), log_prob=log_probs,
+        sample_temperature=np.array([row["sample_temperature"] for row in rows]), log_prob=log_probs, **more,
     )  # fmt: skip
 
 
@@ -74,6 +74,35 @@ def test_a_sequences_share_averages_to_the_recall(tmp_path):
     error = np.sqrt(50 / 49 * (residuals**2).sum()) / tokens.sum()
     assert statistics.t_interval(values[0]).error == pytest.approx(error)
     assert units.by_sequence(rows, "precision") is None
+
+
+def test_divergence_of_shared_sequences_is_paired_as_recall_is(tmp_path):
+    rows, log_probs, tokens = with_sequences(tmp_path, direct() | {"student": [(1.0, -6.5, -7.4)]})
+    p_star = -3 * tokens + np.random.default_rng(1).normal(0, 5, len(tokens))
+    for row in rows:
+        row["kl_data_model"] = p_star.sum() / tokens.sum() - row["recall"]
+    kept(tmp_path, rows, log_probs, tokens, p_star=p_star)
+    units.attach(rows, tmp_path)
+    groups = {group.arm: group for group in summary.summarise(rows)}
+    recall, divergence = (
+        summary.difference(groups["student"], groups["direct"], name).interval for name in ("recall", "kl_data_model")
+    )
+    # log p* is in both, so that one is minus the other
+    assert divergence.mean == pytest.approx(-recall.mean) and divergence.error == pytest.approx(recall.error)
+
+
+def test_sequences_with_one_prompt_are_not_independent(tmp_path):
+    rows, log_probs, tokens = with_sequences(tmp_path, direct())
+    prompt = np.arange(50) // 5
+    kept(tmp_path, rows, log_probs, tokens, prompt=prompt)
+    units.attach(rows, tmp_path)
+    values = units.by_sequence(rows, "recall")
+    assert values.shape == (len(rows), 10)
+    np.testing.assert_allclose(values.mean(1), [row["recall"] for row in rows], rtol=1e-6)
+    # the delta method's error over prompts, by its definition
+    residuals = (log_probs[0] - rows[0]["recall"] * tokens).reshape(10, 5).sum(1)
+    error = np.sqrt(10 / 9 * (residuals**2).sum()) / tokens.sum()
+    assert statistics.t_interval(values[0]).error == pytest.approx(error, rel=1e-5)
 
 
 def test_differences_are_paired_by_teacher_seed_and_sequence(tmp_path):
