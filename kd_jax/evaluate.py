@@ -216,10 +216,9 @@ def _sample_validation(args, p_star, prompt_ids, max_length, spec, mesh) -> Any:
     from kd_jax.lm import evaluation
     from kd_jax.lm.decode import WHOLE, to_corpus
     from kd_jax.lm.model import Compute
+    from kd_jax.storage import files
 
-    path = Path(args.p_star).expanduser()
-    # The corpus keeps the name, and may be read from another folder.
-    source = str(path.absolute()) if path.exists() else args.p_star
+    source = files.absolute(args.p_star)
     drawn = evaluation.sampling_settings(
         p_star, source, prompt_ids, max_length, spec.num_recall, _DATA_SEED + args.seed, WHOLE, spec
     )

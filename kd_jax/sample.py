@@ -12,12 +12,12 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from kd_jax.lm.decode import SamplerSpec
 from kd_jax.runs import command_line
 from kd_jax.runs.command_line import mesh_sizes, number, path
+from kd_jax.storage import files
 
 _KNOBS = dataclasses.fields(SamplerSpec)
 # Defaults of the flags, for sampling and for reading. A flag of the other group is refused.
@@ -161,11 +161,7 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
             settings["teacher"] = recorded_top_k.settings(model, settings["source"], k, form, args.dtype, None)
             record = recorded_top_k.recorder(model, settings["teacher"], compute=compute, mesh=mesh)
 
-        def open_corpus() -> dict[str, Any]:
-            return corpus.create_or_resume(args.out, settings, command=command_line.command(argv)).manifest
-
-        # Process 0 opens the folder; the others get its manifest, not a file that is being written.
-        rows = corpus.Corpus(Path(args.out), distributed.once(open_corpus, f"opening {args.out}"))
+        rows = corpus.open_for_all(args.out, settings, command=command_line.command(argv))
         if distributed.leads() and (rows.finished or rows.num_rows):
             left = "nothing left to do" if rows.finished else "resuming"
             print(f"{args.out}: {rows.num_rows} of {num_samples} samples are there, {left}")
@@ -190,10 +186,8 @@ def _sample(args: argparse.Namespace, argv: list[str]) -> None:
 
 def _early_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings of the corpus that are known before the model is loaded."""
-    path = Path(args.model).expanduser()
     settings = {
-        # a path is made absolute, so that the corpus can be read from another folder
-        "source": str(path.absolute()) if path.exists() else args.model,
+        "source": files.absolute(args.model),
         **{name: getattr(args, name) for name in ("dtype", "prompt", "seed", "shard_size")},
         **_sampler(args).knobs(),
     }

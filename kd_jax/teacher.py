@@ -10,9 +10,9 @@ same command resumes a run that was stopped.
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from kd_jax.runs import command_line
+from kd_jax.storage import files
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,9 +66,8 @@ def _record(args: argparse.Namespace, argv: list[str]) -> None:
     cache.enable_compilation_cache()
     mesh = command_line.mesh(args.mesh)
     model = weights.load(args.model, dtype=args.dtype, mesh=mesh)
-    path = Path(args.model).expanduser()
     about = recorded_top_k.settings(
-        model, str(path.absolute()) if path.exists() else args.model, args.top_k, args.log_prob_format, args.dtype,
+        model, files.absolute(args.model), args.top_k, args.log_prob_format, args.dtype,
         corpus.fingerprint(source),
     )  # fmt: skip
     held = recorded_top_k.score_corpus(

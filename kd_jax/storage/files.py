@@ -145,6 +145,15 @@ def read_rows(path: Path, needs: dict[str, Any] | None = None, *, cut: bool = Fa
     return rows
 
 
+def absolute(source: str | os.PathLike) -> str:
+    """The absolute path of a source that exists here, any other source unchanged: what a manifest keeps.
+
+    The next start may come from another folder.
+    """
+    path = Path(source).expanduser()
+    return str(path.absolute()) if path.exists() else str(source)
+
+
 def read_arrays(path: Path, *, hint: str = "") -> dict[str, np.ndarray]:
     """The arrays of an .npz. Raises RunError, which names the file and ends in `hint`, where it is damaged."""
     try:

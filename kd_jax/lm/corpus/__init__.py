@@ -11,6 +11,7 @@ from kd_jax.lm.corpus.store import (
     find,
     fingerprint,
     open,
+    open_for_all,
     padded,
     text,
     write,
@@ -18,18 +19,6 @@ from kd_jax.lm.corpus.store import (
 )
 
 __all__ = [
-    "DATA_SETTINGS",
-    "SCHEMA",
-    "SETTINGS",
-    "Arrival",
-    "Corpus",
-    "Rows",
-    "create_or_resume",
-    "find",
-    "fingerprint",
-    "open",
-    "padded",
-    "text",
-    "write",
-    "write_rows",
-]
+    "DATA_SETTINGS", "SCHEMA", "SETTINGS", "Arrival", "Corpus", "Rows", "create_or_resume", "find", "fingerprint",
+    "open", "open_for_all", "padded", "text", "write", "write_rows",
+]  # fmt: skip

@@ -9,7 +9,6 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from kd_jax.lm.corpus.store import Arrival, Corpus
 from kd_jax.lm.weights.tokenizer import Tokenizer
 from kd_jax.runs import progress
 from kd_jax.runs.settings import freeze
-from kd_jax.storage import lock
+from kd_jax.storage import files, lock
 
 # Documents tokenised at a time, and the characters to an id of a row from which they are tokenised one by one.
 _BATCH, _LONG = 256, 32
@@ -80,7 +79,7 @@ def from_dataset(
         that are not the tokenizer's, and fewer documents than asked for; FileNotFoundError or RunError for a source
         that cannot be read or a folder that cannot take these rows.
     """
-    source, tokenizer_source = _absolute(source), _absolute(tokenizer_source)
+    source, tokenizer_source = files.absolute(source), files.absolute(tokenizer_source)
     on_hub = documents.is_hub_id(source)
     settings = {
         "source": source, "subset": subset, "split": split, "text_column": text_column, "ids_column": ids_column,
@@ -135,15 +134,8 @@ def check_source(
         "text_column": text_column, "ids_column": ids_column, "messages_column": messages_column,
         "prompt_column": prompt_column, "response_column": response_column, "whole_files": whole_files, "max_length": 0,
     })  # fmt: skip
-    source = _absolute(source)
+    source = files.absolute(source)
     documents.check_columns(source, documents.files(source, split=split, subset=subset), columns)
-
-
-def _absolute(source: str | os.PathLike) -> str:
-    """The absolute path of a source that exists here; any other source unchanged."""
-    path = Path(source).expanduser()
-    # The manifest keeps it, and the next start may come from another folder.
-    return str(path.absolute()) if path.exists() else str(source)
 
 
 def _columns(settings: dict[str, Any]) -> Columns:

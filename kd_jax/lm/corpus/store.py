@@ -26,13 +26,14 @@ from kd_jax.lm.corpus import manifest as manifests
 from kd_jax.lm.corpus import shards
 from kd_jax.lm.corpus.manifest import DATA_SETTINGS, SETTINGS
 from kd_jax.lm.corpus.shards import SCHEMA, Rows
+from kd_jax.parallel import distributed
 from kd_jax.storage import lock
 from kd_jax.storage.errors import RunError
 from kd_jax.storage.files import write_json
 
 __all__ = [
     "Arrival", "DATA_SETTINGS", "SCHEMA", "SETTINGS", "Corpus", "Rows", "create_or_resume", "find", "fingerprint",
-    "open", "padded", "text", "write", "write_rows",
+    "open", "open_for_all", "padded", "text", "write", "write_rows",
 ]  # fmt: skip
 
 # Adds columns to the rows of a shard.
@@ -166,6 +167,16 @@ def find(folder: str | os.PathLike, settings: dict[str, Any], *, kind: str = "sa
     for shard in manifest["shards"]:
         shards.locate(folder, shard)
     return manifest
+
+
+def open_for_all(folder: str | os.PathLike, settings: dict[str, Any], *, command: str, kind: str = "samples") -> Corpus:
+    """`create_or_resume` by process 0; the others get its manifest, and not a file that is being written.
+
+    Args:
+        folder, settings, command, kind: as of `create_or_resume`.
+    """
+    make = lambda: create_or_resume(folder, settings, command=command, kind=kind).manifest  # noqa: E731
+    return Corpus(Path(folder), distributed.once(make, f"opening {folder}"))
 
 
 def create_or_resume(

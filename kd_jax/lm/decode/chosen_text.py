@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -79,10 +79,7 @@ def write(
     places = chosen(columns["sample_log_prob"], text, num_train, num_validation)
     settings = {**source.manifest["settings"], "num_samples": len(places), "selection": text.label}
 
-    def open_folder() -> dict[str, Any]:
-        return corpus_lib.create_or_resume(folder, settings, command=command, kind=source.kind).manifest
-
-    corpus = Corpus(folder, distributed.once(open_folder, f"opening {folder}"))
+    corpus = corpus_lib.open_for_all(folder, settings, command=command, kind=source.kind)
     with progress.bar(label, corpus.num_rows, len(places), "row") as bar:
         if distributed.leads() and not corpus.finished:
             arrivals = _arrivals(source, places, corpus.num_rows, settings["shard_size"])

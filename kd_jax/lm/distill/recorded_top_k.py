@@ -187,10 +187,7 @@ def score_corpus(
     # With a teacher it is another corpus, and its folder is not taken for the source's.
     settings = {**source.manifest["settings"], "teacher": about}
 
-    def open_folder() -> dict[str, Any]:
-        return corpus_lib.create_or_resume(folder, settings, command=command, kind=source.kind).manifest
-
-    corpus = Corpus(folder, distributed.once(open_folder, f"opening {folder}"))
+    corpus = corpus_lib.open_for_all(folder, settings, command=command, kind=source.kind)
     if corpus.finished:
         return corpus
 

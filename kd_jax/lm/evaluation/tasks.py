@@ -15,6 +15,7 @@ from kd_jax.lm.evaluation.lazy_models import LazyModel
 from kd_jax.lm.evaluation.preconditions import TEACHERS_APART, Entry, EvaluationSpec
 from kd_jax.lm.model import Model
 from kd_jax.parallel import distributed
+from kd_jax.storage import files
 from kd_jax.storage.files import read_rows
 
 # A shard of samples: large beside a batch, since slots idle while the last samples of a shard are drawn.
@@ -227,8 +228,7 @@ def source_key(entry: Entry) -> str:
 def _source(entry: Entry, name: str) -> str:
     if isinstance(entry.source, Model):
         return name
-    path = Path(entry.source).expanduser()
-    return str(path.absolute()) if path.exists() else str(entry.source)
+    return files.absolute(entry.source)
 
 
 def fingerprint(corpus: Corpus, count: int) -> str:
