@@ -6,6 +6,7 @@ from kd_jax.lm import corpus, evaluation
 from kd_jax.lm.decode import WHOLE, SamplerSpec
 from kd_jax.lm.evaluation import Entry, paired
 from kd_jax.metrics import statistics
+from kd_jax.reporting import units
 from kd_jax.storage import errors
 from tests.lm.evaluation.test_precision_recall import drawn, log_prob, random_model, settings
 
@@ -57,3 +58,26 @@ def test_differences_are_paired(evaluated):
     assert (single.low, single.high) == (pytest.approx(low), pytest.approx(high))
     precision = paired.difference(folder, one, other, "precision")
     assert precision.dof == 1 and np.isfinite(precision.error)
+
+
+def test_errors_over_prompts(evaluated):
+    folder, data, rows = evaluated
+    prompts = np.arange(20) // 4
+    got = paired.difference(folder, ["a/seed-0"], ["b/seed-0"], "recall", prompts=prompts)
+    apart = paired.sequence_values(folder, "a/seed-0", "recall") - paired.sequence_values(folder, "b/seed-0", "recall")
+    means = apart.reshape(5, 4).mean(1)
+    assert got.mean == pytest.approx(means.mean()) and got.error == pytest.approx(stats.sem(means)) and got.dof == 4
+
+
+def test_what_is_kept_adds_up_to_the_metrics(evaluated, tmp_path):
+    folder, data, rows = evaluated
+    paired.keep(tmp_path / "recall.npz", folder, rows, data)
+    rows = [dict(row) for row in rows]
+    units.attach(rows, tmp_path)
+    for metric in ("recall", "kl_data_model"):
+        shares = units.by_sequence(rows, metric)
+        np.testing.assert_allclose(shares.mean(1), [row[metric] for row in rows], atol=1e-5)
+        # the standard errors of the rows are over the same sequences
+        errors_of_rows = [row[f"{metric}_se"] for row in rows]
+        np.testing.assert_allclose(stats.sem(shares, axis=1), errors_of_rows, rtol=1e-4)
+    assert units.by_sequence(rows, "agreement") is None
