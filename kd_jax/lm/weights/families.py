@@ -125,10 +125,9 @@ def read(config: dict[str, Any]) -> Architecture:
     """The architecture that a config.json describes.
 
     Args:
-        config: its content, as JSON gives it; of a multimodal Gemma 3 too, whose text model is taken.
+        config: its content, as JSON gives it, of a text model of a known family.
     Raises: ValueError naming the key that is missing, of the wrong type or not understood.
     """
-    config = _text_config(config)
     name = config["model_type"]
     family = FAMILIES[name]
     _refuse_unknown(config, family)
@@ -191,18 +190,6 @@ def write(architecture: Architecture) -> dict[str, Any]:
     return out
 
 
-def _text_config(config: dict[str, Any]) -> dict[str, Any]:
-    name = config.get("model_type")
-    if name == "gemma3" and isinstance(config.get("text_config"), dict):
-        outer = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
-        return {**outer, **config["text_config"], "model_type": "gemma3_text"}
-    if name not in FAMILIES:
-        raise ValueError(f"model_type is {name!r}; known are {', '.join(FAMILIES)} (and gemma3 with its text_config)")
-    if config.get("architectures") not in (None, [FAMILIES[name].causal_lm]):
-        raise ValueError(f"architectures is {config['architectures']}; only {FAMILIES[name].causal_lm} is known")
-    return config
-
-
 def _refuse_unknown(config: dict[str, Any], family: Family) -> None:
     known = {*_SIZES, *_ROPE, "rms_norm_eps", "tie_word_embeddings", "hidden_act", *family.keys, *family.other_keys}
     for key, value in config.items():
@@ -236,24 +223,34 @@ def _whole_heads(config: dict[str, Any]) -> int:
 
 def _rope(config: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """Settings of the rotary embedding, from the keys that any version of transformers writes."""
-    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(nested, dict):
-        raise ValueError(f"rope_parameters={nested!r:.60} has to be an object")
+    scaling, nested = (_object(config, key) for key in ("rope_scaling", "rope_parameters"))
     out: dict[str, Any] = {}
+    # where both are given, rope_scaling counts, as in transformers
     if "full_attention" in nested:  # a rotary base for each kind of layer
-        local, nested = nested["sliding_attention"], nested["full_attention"]
+        local, nested = _object(nested, "sliding_attention"), _object(nested, "full_attention") | scaling
+        if not local:
+            raise ValueError("rope_parameters lacks sliding_attention")
         if local.get("rope_type", "default") != "default":
             raise ValueError(f"rope_parameters.sliding_attention={local} is not understood; only the default is")
-        config = config | {"rope_local_base_freq": local["rope_theta"]}
+        config = config | {"rope_local_base_freq": local.get("rope_theta", config.get("rope_local_base_freq"))}
+    else:
+        nested = scaling or nested
     if "rope_local_base_freq" in config:
         out["local_rope_theta"] = _typed(config, "rope_local_base_freq", float)
     flat = {"rope_theta": 10000.0} | config
-    # where both are given the nested one counts, as in transformers
+    # in the object or beside it; where both are given that in the object counts, as in transformers
     flat |= {key: nested[key] for key in ("rope_theta", "partial_rotary_factor") if nested.get(key) is not None}
     factor = _typed({"partial_rotary_factor": 1.0} | flat, "partial_rotary_factor", float)
     if factor != 1:
         out["rotary_dim"] = int(head_dim * factor)
     return out | {"rope_theta": _typed(flat, "rope_theta", float), "rope_scaling": _scaling(config, nested)}
+
+
+def _object(config: dict[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}={value!r:.60} has to be an object")
+    return value
 
 
 def _scaling(config: dict[str, Any], nested: dict[str, Any]) -> Scaling | None:
@@ -285,28 +282,33 @@ def _yarn_attention_factor(values: dict[str, Any]) -> float:
     """Equation 22 of YaRN (arXiv 2309.00071), or DeepSeek's ratio of two such where both scales are given."""
     if "attention_factor" in values:
         return values["attention_factor"]
+    factor = _typed(values, "factor", float)
 
     def scale(times):
-        return 0.1 * times * math.log(values["factor"]) + 1 if values["factor"] > 1 else 1.0
+        return 0.1 * times * math.log(factor) + 1 if factor > 1 else 1.0
 
     if values.get("mscale") and values.get("mscale_all_dim"):
-        return scale(values["mscale"]) / scale(values["mscale_all_dim"])
+        return scale(_typed(values, "mscale", float)) / scale(_typed(values, "mscale_all_dim", float))
     return scale(1)
 
 
 def _rope_config(a: Architecture) -> dict[str, Any]:
-    rope = {"rope_theta": a.rope_theta, "rope_type": "default"}
+    scaling: dict[str, Any] = {}
     if a.rope_scaling is not None:
         kept = (*_SCALINGS[a.rope_scaling.rope_type], "rope_type")
-        rope |= {key: value for key, value in dataclasses.asdict(a.rope_scaling).items() if key in kept}
+        scaling = {key: value for key, value in dataclasses.asdict(a.rope_scaling).items() if key in kept}
+    flat = {"rope_theta": a.rope_theta}
     if a.rotary_dim is not None:
-        rope["partial_rotary_factor"] = a.rotary_dim / a.head_dim
+        flat["partial_rotary_factor"] = a.rotary_dim / a.head_dim
+    rope = {"rope_type": "default"} | flat | scaling
+    # transformers 5 reads rope_parameters, 4 the keys beside it
+    out = {**flat, "rope_scaling": scaling or None, "rope_parameters": rope}
     if a.local_rope_theta is not None:
         local = {"rope_theta": a.local_rope_theta, "rope_type": "default"}
-        return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
-    out = {"rope_theta": a.rope_theta, "rope_parameters": rope}  # transformers 5 reads the nested one, 4 the other
-    if a.family == "phi3" and a.rope_scaling is not None:
-        out["original_max_position_embeddings"] = rope.get("original_max_position_embeddings")
+        out |= {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+        out |= {"rope_local_base_freq": a.local_rope_theta}
+    if a.family == "phi3" and scaling:
+        out["original_max_position_embeddings"] = scaling.get("original_max_position_embeddings")
     return out
 
 

@@ -28,9 +28,22 @@ def architecture(config: dict[str, Any], path: Path) -> Architecture:
     if not any(rotary):
         warnings.warn(f"{path} has neither rope_theta nor rope_parameters; its family's default is taken", stacklevel=2)
     try:
-        return families.read(config)
+        return families.read(_text_config(config))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the text model alone, where it is a multimodal Gemma 3. ValueError for an unknown model."""
+    name, known = config.get("model_type"), families.FAMILIES
+    if name == "gemma3" and isinstance(config.get("text_config"), dict):
+        outer = {key: config[key] for key in ("tie_word_embeddings",) if config.get(key) is not None}
+        return {**outer, **config["text_config"], "model_type": "gemma3_text"}
+    if name not in known:
+        raise ValueError(f"model_type is {name!r}; known are {', '.join(known)} (and gemma3 with its text_config)")
+    if config.get("architectures") not in (None, [known[name].causal_lm]):
+        raise ValueError(f"architectures is {config['architectures']}; only {known[name].causal_lm} is known")
+    return config
 
 
 def special_ids(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from transformers import AutoConfig
 
 from kd_jax import fused
 from kd_jax.lm import decode, model, score, weights
@@ -114,6 +115,33 @@ def test_export_is_the_same_model(name, load, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored.keys() == families.shapes_of(name).keys()
+
+
+@pytest.mark.parametrize("name", families.CONFIGS)
+def test_export_has_the_rotary_settings_for_two_versions_of_transformers(name, load, tmp_path):
+    """Version 5 reads what it reads in the original; version 4 reads keys of its own."""
+    config = families.described()[name]["config"]
+    weights.export(load(name), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    before, after = (
+        AutoConfig.for_model(**{key: value for key, value in of.items() if key != "transformers_version"})
+        for of in (config, written)
+    )
+    kinds = set(after.rope_parameters) & {"full_attention", "sliding_attention"}
+    for theirs, ours in [(before.rope_parameters[kind], after.rope_parameters[kind]) for kind in kinds] or [
+        (before.rope_parameters, after.rope_parameters)
+    ]:
+        assert {key: ours.get(key) for key in theirs} == theirs
+    # what config.json of version 4 had, by that version's LlamaConfig, Phi3Config and Gemma3TextConfig
+    rope = config["rope_parameters"]
+    full, local = rope.get("full_attention", rope), rope.get("sliding_attention", {})
+    assert (written["rope_theta"], written.get("rope_local_base_freq")) == (full["rope_theta"], local.get("rope_theta"))
+    assert written.get("partial_rotary_factor", 1.0) == full.get("partial_rotary_factor", 1.0)
+    scaling = {key: full[key] for key in full if key not in ("rope_theta", "partial_rotary_factor")}
+    if full["rope_type"] == "default":
+        assert written["rope_scaling"] is None
+    else:
+        assert {key: written["rope_scaling"].get(key) for key in scaling} == scaling
 
 
 @pytest.mark.slow

@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import tokenizers
 from safetensors.numpy import save_file
+from transformers import AutoConfig
 
 from kd_jax.lm import decode, score, weights
 from kd_jax.lm.corpus import compatibility
 from kd_jax.lm.model import Architecture
+from kd_jax.lm.weights import families
 from tests.lm.weights.checkpoints import (
     TINY,
     assert_params,
+    config_of,
     gguf_tensors,
     tensors_of,
     write_folder,
@@ -93,10 +96,52 @@ def test_rope_theta_is_found_where_it_is(tmp_path):
     for changes, message in (
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not one of default, linear"),
         ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"config\.json: config\.json lacks factor"),
+        ({"rope_scaling": [2.0]}, r"rope_scaling=\[2.0\] has to be an object"),
+        ({"rope_parameters": {"full_attention": nested}}, "rope_parameters lacks sliding_attention"),
         ({"rope_parameters": {"rope_type": "default", "mscale": 0.5}}, "mscale=0.5 is not understood"),
     ):
         with pytest.raises(ValueError, match=message):
             theta(**changes)
+
+
+LINEAR, LLAMA3 = (
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+)  # fmt: skip
+FULL, LOCAL = {"rope_type": "default", "rope_theta": 2e6}, {"rope_type": "default", "rope_theta": 2e4}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": LINEAR, "rope_parameters": {"rope_type": "default", "rope_theta": 3e4}},
+        {"rope_scaling": LINEAR | {"rope_theta": 4e4}, "rope_parameters": LLAMA3, "rope_theta": 5e4},
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": LLAMA3, "rope_theta": 5e4},
+        {"rope_scaling": {}, "rope_parameters": LLAMA3 | {"rope_theta": 3e4}},
+        {"rope_scaling": LINEAR, "rope_theta": 5e4, "model_type": "gemma3_text"},
+        {
+            "rope_scaling": LINEAR, "rope_theta": 5e4, "model_type": "gemma3_text",
+            "rope_parameters": {"full_attention": FULL, "sliding_attention": LOCAL},
+        },
+        {
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default"}},
+            "rope_theta": 5e4, "rope_local_base_freq": 6e3, "model_type": "gemma3_text",
+        },
+    ],
+)  # fmt: skip
+def test_rotary_settings_in_two_places_are_read_as_transformers_reads_them(tmp_path, changes):
+    config = {**config_of(TINY), "rope_theta": ..., "architectures": None, **changes}
+    config = {key: value for key, value in config.items() if value is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs, ours = AutoConfig.from_pretrained(tmp_path).rope_parameters, families.read(config)
+    theirs, local = theirs.get("full_attention", theirs), theirs.get("sliding_attention", {})
+    assert (ours.rope_theta, ours.local_rope_theta) == (theirs["rope_theta"], local.get("rope_theta"))
+    scaling = {} if ours.rope_scaling is None else vars(ours.rope_scaling)
+    assert scaling.get("rope_type", "default") == theirs["rope_type"]
+    names = {*theirs} - {"rope_theta", "rope_type", "type"}
+    assert {name: scaling.get(name) for name in names} == {name: theirs[name] for name in names}
 
 
 def test_what_a_config_may_leave_out(tmp_path):
