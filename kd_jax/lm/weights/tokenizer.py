@@ -274,6 +274,8 @@ class Tokenizer:
             # pre-tokenizer, and the digits would no longer be split
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
+            # by default transformers 4 has token_type_ids too, which its `generate` does not take
+            "model_input_names": ["input_ids", "attention_mask"],
             **{key: None if i is None else self.backend.id_to_token(i) for key, i in tokens.items()},
         }
         if self.chat_template is not None:

@@ -171,6 +171,9 @@ def test_transformers_reads_the_saved_folder_to_the_same_ids(smollm2, saved, tmp
         (tmp_path / "config.json").write_text(json.dumps(config))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(TEXTS)["input_ids"] == smollm2.encode_batch(TEXTS)
+    # version 4 of transformers has another default
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert list(theirs("The")) == config["model_input_names"] == ["input_ids", "attention_mask"]
     assert [theirs.decode(ids) for ids in smollm2.encode_batch(TEXTS)] == TEXTS
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs)) == (1, 2, 2, 49152)
     assert theirs.chat_template == smollm2.chat_template and theirs.model_max_length == 8192
