@@ -24,6 +24,11 @@ def architecture(config: dict[str, Any], path: Path) -> Architecture:
         raise ValueError(
             f"{path}: auto_map={config['auto_map']} names code that comes with the model, which is never run"
         )
+    if config.get("quantization_config") is not None:
+        raise ValueError(
+            f"{path} has a quantization_config, and quantised safetensors are not read: dequantise and save again "
+            "(with transformers, `model.dequantize().save_pretrained(FOLDER)`), or take the original or a GGUF file"
+        )
     rotary = [config.get(key) for key in ("rope_theta", "rope_parameters", "rope_scaling")]
     if not any(rotary):
         warnings.warn(f"{path} has neither rope_theta nor rope_parameters; its family's default is taken", stacklevel=2)
@@ -64,14 +69,15 @@ def special_ids(
         # The generation config first: it may end chat turns with ids that config.json does not have.
         value = config.get(key) if generation.get(key) is None else generation[key]
         value = [] if value is None else value if isinstance(value, list) else [value]
+        # -1 is how the first Llama checkpoints say that there is none
+        if value == [-1] and key != "eos_token_id":
+            return ()
         for one in value:
             if isinstance(one, bool) or not isinstance(one, int) or not 0 <= one < vocab_size:
                 raise ValueError(f"{folder}: {key}={value} is not among the ids 0 to {vocab_size - 1}")
         return tuple(value)
 
-    eos = ids("eos_token_id")
-    # -1 is how the first Llama checkpoints say that there is none
-    bos, pad = (() if config.get(key) == -1 else ids(key) for key in ("bos_token_id", "pad_token_id"))
+    eos, bos, pad = (ids(key) for key in ("eos_token_id", "bos_token_id", "pad_token_id"))
     return eos, next(iter(bos), None), next(iter(pad), None)
 
 

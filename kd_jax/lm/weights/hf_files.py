@@ -89,13 +89,20 @@ def open_folder(folder: Path) -> Stored:
         del shapes[HEAD]
     tokenizer = in_folder(folder)
     ids = hf_config.special_ids(folder, config, architecture.vocab_size)
-    return Stored(Model(architecture, {}, *ids, tokenizer), shapes, tensors, read)
+    model = Model(architecture, {}, *ids, tokenizer)
+    # The vocabulary may be padded; ids of the padding are never drawn, so no sample would end with one.
+    if undrawn := [i for i in model.eos_ids if i >= model.num_tokens]:
+        raise ValueError(
+            f"{folder}: eos_token_id has {undrawn[0]}, but the tokenizer's ids end at {model.num_tokens - 1}; "
+            "correct it in config.json or generation_config.json"
+        )
+    return Stored(model, shapes, tensors, read)
 
 
 def names(folder: Path) -> list[str]:
     """The files that `open_folder` reads, without the tokenizer's. Raises FileNotFoundError where one is missing."""
-    _, shards = _shards(folder)
-    others = ("config.json", "generation_config.json", INDEX)
+    where, shards = _shards(folder)
+    others = ("config.json", "generation_config.json", *([INDEX] if where else []))
     return [name for name in others if (folder / name).exists()] + shards
 
 
@@ -143,19 +150,26 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _shards(folder: Path) -> tuple[dict[str, str], list[str]]:
     """(the shard of each tensor where there is an index, the shards, which are all there)."""
-    where = read_json(folder / INDEX).get("weight_map", {}) if (folder / INDEX).exists() else {}
+    where = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).exists() else {}
+    if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
+        raise ValueError(f"{folder / INDEX}: weight_map={where!r:.60} has to give the file of each tensor")
     shards = sorted(set(where.values())) or ["model.safetensors"]
     # The index comes from outside: a name with a path in it could point to any file.
     if any(Path(shard).name != shard for shard in shards):
         raise ValueError(f"{folder / INDEX} names files that are not in its folder: {', '.join(shards)}")
     missing = [shard for shard in shards if not (folder / shard).is_file()]
+    whole = (folder / "model.safetensors").is_file()
+    # transformers leaves the old index where it saves a model again, in one file
+    if whole and len(missing) == len(shards):
+        return {}, ["model.safetensors"]
     if missing and not where:
         raise FileNotFoundError(
             f"{folder} has neither model.safetensors nor {INDEX}. PyTorch .bin and .pt files are not read, "
             "since they are pickles: convert them with transformers' from_pretrained and save_pretrained"
         )
     if missing:
-        raise FileNotFoundError(f"{folder / missing[0]} is missing; {INDEX} names it")
+        other = "; remove the index if model.safetensors is the model" if whole else ""
+        raise FileNotFoundError(f"{folder / missing[0]} is missing; {INDEX} names it{other}")
     return where, shards
 
 

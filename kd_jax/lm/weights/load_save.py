@@ -150,8 +150,8 @@ def export(
 
 def _open(path: Path) -> hf_files.Stored:
     """The headers of a .gguf file or of a Hugging Face folder, checked."""
-    if path.is_dir() and not (path / "config.json").exists():
-        raise sources.no_model(path)
+    if path.is_dir():
+        sources.check_folder(path)
     stored = gguf_file.open_file(path) if path.is_file() else hf_files.open_folder(path)
     _check_tensors(stored, path)
     _check_tokenizer(stored.model, path)

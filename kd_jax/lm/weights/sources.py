@@ -157,8 +157,7 @@ def _files(folder: Path) -> dict[str, Path]:
     older = () if (about / "tokenizer.json").exists() else OLDER_FILES
     files = {name: about / name for name in (*TOKENIZER_FILES, *older) if (about / name).exists()}
     if ours is None:
-        if not (folder / "config.json").exists():
-            raise no_model(folder)
+        check_folder(folder)
         return files | {name: folder / name for name in hf_files.names(folder)}
     files["model.json"] = about / "model.json"
     # Without a fingerprint (a step of a training) the bytes of the weights count.
@@ -174,12 +173,22 @@ def fingerprint_of(about: Path, weights: Path) -> Any:
     return hf_files.read_json(about / "model.json").get("fingerprint") if weights.parent == about else None
 
 
-def no_model(folder: Path) -> FileNotFoundError:
-    """The error for a folder in which there is no model."""
-    return FileNotFoundError(
-        f"{folder} has neither config.json nor model.json, nor is it a training with model/model.json or "
-        f"checkpoints/model.json; a model can be: {SOURCES}"
-    )
+def check_folder(folder: Path) -> None:
+    """Raises FileNotFoundError or ValueError where a folder that is none of our checkpoints cannot be a model's."""
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds a PEFT adapter (adapter_config.json), which is not read: merge it first (with peft, "
+            "`model.merge_and_unload().save_pretrained(FOLDER)`), or remove it to load the base model alone"
+        )
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"{folder} has neither config.json nor model.json, nor is it a training with model/model.json or "
+            f"checkpoints/model.json; a model can be: {SOURCES}"
+        )
+    if "experiment" in hf_files.read_json(folder / "config.json"):
+        raise ValueError(
+            f"{folder} is the folder of a run, not a model: name one of its trainings, which lie in {folder / 'stages'}"
+        )
 
 
 def _newest_step(folder: Path) -> Path:

@@ -166,7 +166,7 @@ def test_what_a_config_may_leave_out(tmp_path):
         ({"attention_bias": True}, r"lacks model\.layers\.0\.self_attn\.k_proj\.bias"),
         ({"mlp_bias": True}, r"lacks model\.layers\.0\.mlp\.down_proj\.bias"),
         ({"rope_interleaved": True}, "rope_interleaved=True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"quantization_config": {"bits": 4}}, "has a quantization_config, .* dequantise and save again"),
         ({"vocab_size": ...}, "lacks vocab_size"),
         ({"num_hidden_layers": "3"}, "num_hidden_layers='3' has to be a whole number"),
         ({"rms_norm_eps": True}, "rms_norm_eps=True"),
@@ -196,6 +196,7 @@ def test_special_ids(tmp_path):
     assert ids({"eos_token_id": [0, 5], "bos_token_id": 0}) == ((0, 5), 0, 2)
     assert ids({}, eos_token_id=0, bos_token_id=0, pad_token_id=0) == ((0,), 0, 0)
     assert ids({"eos_token_id": 0}, pad_token_id=-1) == ((0,), 1, None)
+    assert ids({"eos_token_id": 0, "bos_token_id": -1, "pad_token_id": -1}) == ((0,), None, None)
     assert ids({"eos_token_id": None}, eos_token_id=[3, 4]) == ((3, 4), 1, 2)
     assert ids(eos_token_id=..., bos_token_id=None, pad_token_id=...) == ((), None, None)
 
@@ -224,8 +225,49 @@ def test_shards(tmp_path):
     with pytest.raises(ValueError, match=rf"{second} \({len(whole) - 100} bytes\) is cut short or damaged"):
         weights.load(tmp_path)
     (tmp_path / second).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{second} is missing; model.safetensors.index.json names it"):
+    names_it = f"{second} is missing; model.safetensors.index.json names it"
+    with pytest.raises(FileNotFoundError, match=f"{names_it}; remove the index if model.safetensors is the model"):
         weights.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=f"{names_it}$"):
+        weights.load(tmp_path)
+    for damaged in ({"weight_map": None}, {}, {"weight_map": {"model.norm.weight": 1}}):
+        index.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"index\.json: weight_map=.* has to give the file of each tensor"):
+            weights.load(tmp_path)
+
+
+def test_index_that_is_left_from_before(tmp_path):
+    """As where transformers saves a model a second time, in one file."""
+    tensors, again = tensors_of(TINY), tensors_of(TINY, seed=1)
+    names, _ = write_shards(tmp_path, tensors)
+    for name in names:
+        (tmp_path / name).unlink()
+    save_file(again, tmp_path / "model.safetensors")
+    assert_params(weights.load(tmp_path).params, again)
+    identity = weights.identity(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    assert weights.identity(tmp_path) == identity
+
+
+def test_adapters_and_runs_are_no_models(tmp_path):
+    beside, alone, run = (tmp_path / name for name in ("beside", "alone", "run"))
+    write_folder(beside)
+    for folder in (alone, run):
+        folder.mkdir()
+    for folder in (beside, alone):
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        for read in (weights.load, weights.describe, weights.identity):
+            with pytest.raises(ValueError, match=rf"{folder.name} holds a PEFT adapter .*merge_and_unload"):
+                read(folder)
+    (run / "config.json").write_text('{"experiment": "lm", "seed": 0}')
+    with pytest.raises(ValueError, match=r"run is the folder of a run, not a model: .* lie in .*run/stages"):
+        weights.load(run)
+    # adapters in a folder of their own, as beside a training's model, are no obstacle
+    (beside / "adapter_config.json").unlink()
+    (beside / "adapter").mkdir()
+    (beside / "adapter" / "adapter_config.json").write_text("{}")
+    assert weights.load(beside).architecture == TINY
 
 
 def test_damaged_and_unfit_safetensors(tmp_path):
@@ -261,6 +303,12 @@ def test_tokenizer_comes_along(tmp_path):
     write_tokenizer(write_folder(tmp_path), 300)
     model = weights.load(tmp_path)
     assert model.tokenizer.vocab_size == model.num_tokens == 300
+    # the model's last 20 ids are padding
+    write_folder(tmp_path, eos_token_id=[2, 300])
+    with pytest.raises(ValueError, match="eos_token_id has 300, but the tokenizer's ids end at 299"):
+        weights.load(tmp_path)
+    write_folder(tmp_path, eos_token_id=299)
+    assert weights.load(tmp_path).eos_ids == (299,)
     write_tokenizer(tmp_path, 321)
     with pytest.raises(ValueError, match="321 ids, but the model only 320"):
         weights.load(tmp_path)
