@@ -184,7 +184,7 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
     }  # fmt: skip
     if shape.start:
         # The content counts, not the name: a folder that was moved is the same start.
-        settings["start"] = weights.identity(shape.start)
+        settings["start"] = roles.source_identity(shape.start)
     if len(students) > 1:
         settings["together"] = len(students)
     if arm.distill is not None:

@@ -50,14 +50,15 @@ def other_vocabulary(spec: LmSpec) -> str | None:
 
 
 # Kept: the bytes of all files are hashed for it.
-@functools.lru_cache(maxsize=2)
-def _source_identity(source: str) -> str:
+@functools.lru_cache(maxsize=4)
+def source_identity(source: str) -> str:
+    """A fingerprint of a model, found without loading it."""
     return weights.identity(source)
 
 
 def p_star_identity(spec: LmSpec) -> str:
     """A fingerprint of p*'s weights, found without loading them."""
-    return _source_identity(spec.p_star.source) if spec.p_star.source else f"random, seed {spec.seed}"
+    return source_identity(spec.p_star.source) if spec.p_star.source else f"random, seed {spec.seed}"
 
 
 def teacher(spec: LmSpec, inputs: dict[str, Path], dtype: str, mesh: Mesh | None, number: int = 0) -> Model:
@@ -97,4 +98,4 @@ def teacher_inputs(spec: LmSpec, number: int = 0) -> tuple[str, ...]:
 
 def teacher_identity(spec: LmSpec) -> dict[str, Any]:
     """The teacher's part of a stage's settings; nothing where the teacher is a stage, whose key is an input's."""
-    return {"teacher": _source_identity(spec.teacher.source)} if spec.teacher.source else {}
+    return {"teacher": source_identity(spec.teacher.source)} if spec.teacher.source else {}
