@@ -149,7 +149,7 @@ def check_sources(spec: LmSpec) -> None:
             the maximal length), a prompt without ids, with ids beyond the vocabulary, or without room after it;
         the teacher: a source that cannot be opened, or that cannot be compared with p* (another EOS, too few
             positions; another vocabulary in a run that cannot go through text, see `_check_other_vocabulary`);
-        a model that training starts from: the same, or a frozen pattern that matches none of its weights;
+        a model that training starts from: the same, or frozen patterns that match none of its weights, or all;
         the model that embeds samples: a source that cannot be opened, or that cannot read p*'s ids;
         the data: a source that cannot be opened, or lacks the split or a column; an EOS that is not one of p*'s;
         every model: a shape that cannot be split over its mesh;
@@ -174,7 +174,7 @@ def check_sources(spec: LmSpec) -> None:
         if shape.start:
             key = "config.teacher.init" if role == "teacher" else "config.student.source"
             compatibility.check_model(key, described(shape.start), p_star, length)
-            frozen.frozen_layers(spec.train_of(role).frozen, architecture(shape, p_star.architecture, role))
+            _check_frozen(spec.train_of(role).frozen, architecture(shape, p_star.architecture, role), role)
     # Without models: the temperatures, and the model that embeds.
     evaluation.check(p_star, {}, evaluation.EvaluationSpec(**vars(spec.evaluation)), length)
     if spec.data.source:
@@ -186,6 +186,13 @@ def check_sources(spec: LmSpec) -> None:
             alignment.check_bytes(f"config.p_star, for {arm.name},", p_star.tokenizer)
         if arm.recording is not None and arm.recording.top_k > p_star.num_tokens:
             raise ValueError(f"{arm.name}: record_top_k={arm.recording.top_k}, and p* has {p_star.num_tokens} ids")
+
+
+def _check_frozen(patterns: tuple[str, ...], shape: Architecture, role: str) -> None:
+    layers = frozen.frozen_layers(patterns, shape)
+    trained = jax.eval_shape(lambda params: frozen.split(params, layers)[0], model_lib.abstract(shape))
+    if not trained:
+        raise ValueError(f"config.{role}.train.frozen={patterns} leaves nothing to train")
 
 
 def _check_other_vocabulary(spec: LmSpec, problem: str, p_star: Model, teacher: Model) -> None:

@@ -308,9 +308,8 @@ def shallower(shape: StudentSpec | TeacherSpec, start: Model) -> Model:
     """
     if not shape.layers_kept:
         return start
-    rule: str | tuple[int, ...] = shape.layers_kept
-    if rule.replace(",", "").isdigit():
-        rule = tuple(int(number) for number in rule.split(","))
+    numbers = [number.strip() for number in shape.layers_kept.split(",")]
+    rule = tuple(map(int, numbers)) if all(map(str.isdecimal, numbers)) else shape.layers_kept
     return depth.shallower(start, depth.layers_kept(rule, start.architecture.num_hidden_layers))
 
 

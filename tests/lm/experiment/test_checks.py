@@ -10,7 +10,7 @@ import pytest
 
 from configs import lm_laptop
 from kd_jax.lm import weights
-from kd_jax.lm.experiment import chain, checks, cost
+from kd_jax.lm.experiment import chain, checks, cost, roles
 from kd_jax.lm.experiment.specs import LmSpec, ModelSpec, architecture
 from kd_jax.lm.model import PRESETS
 from kd_jax.lm.weights import hf_files, load_save
@@ -226,8 +226,32 @@ def test_a_shallower_start(folders):
     assert architecture(spec.student, TINY, "student") == dataclasses.replace(TINY, num_hidden_layers=1)
     with pytest.raises(ValueError, match="layers_kept='sometimes' is neither numbers"):
         architecture(dataclasses.replace(spec.student, layers_kept="sometimes"), TINY, "student")
+    two = dataclasses.replace(spec.student, layers_kept="0, 1")
+    assert architecture(two, TINY, "student") == dataclasses.replace(TINY, num_hidden_layers=2)
+    for unclear in ("0,1,", "0,,1", "²"):
+        with pytest.raises(ValueError, match=f"layers_kept='{unclear}' is neither numbers"):
+            architecture(dataclasses.replace(spec.student, layers_kept=unclear), TINY, "student")
     with pytest.raises(ValueError, match="student.layers_kept='1' has no effect"):
         spec_of(folders, **{"student.layers_kept": "1"})
+
+
+def test_something_has_to_be_trained(folders):
+    whole = ("embedding", "norm", "layers")
+    for patterns in (whole, (*whole, "layers.0.q"), ("embedding", "norm", "layers.0-1", "layers.2")):
+        spec = spec_of(folders, **{"student.source": "p_star", "student.train.frozen": patterns})
+        with pytest.raises(ValueError, match=r"config\.student\.train\.frozen=\(.*\) leaves nothing to train"):
+            checks.check_sources(spec)
+    checks.check_sources(spec_of(folders, **{"student.source": "p_star", "student.train.frozen": whole[1:]}))
+
+
+def test_a_start_is_hashed_once(folders, monkeypatch):
+    spec, hashed = spec_of(folders, **{"student.source": "p_star", "seeds": 3}), []
+    monkeypatch.setattr(roles.weights, "identity", lambda source: hashed.append(source) or "1" * 64)
+    roles.source_identity.cache_clear()
+    started = [stage for stage in chain.plan(spec, "p*'s") if "start" in stage.settings]
+    roles.source_identity.cache_clear()
+    assert len(started) > 3 and {stage.settings["start"] for stage in started} == {"1" * 64}
+    assert hashed == [spec.student.source]
 
 
 SHAPE = {"layers": 2, "width": 128, "heads": 4, "kv_heads": 2, "mlp": 384}
