@@ -10,7 +10,6 @@ The folder also gets a model card, README.md: data, teacher, settings, results a
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,8 +48,7 @@ def _export(args: argparse.Namespace) -> None:
     source, card = _model(args.source, args.student)
     # All that can fail is looked at before the weights are loaded.
     model = weights.describe(source)
-    if os.path.isdir(args.folder) and os.listdir(args.folder) and not args.overwrite:
-        raise FileExistsError(f"{args.folder} is not empty; choose another folder, or --overwrite an export")
+    weights.check_export(model, args.folder, overwrite=args.overwrite)
     hub = _hub(args.push) if args.push else None
     weights.export(weights.load(source, dtype=args.dtype), args.folder, overwrite=args.overwrite)
     text = model_card.write(card, where=args.push or args.folder, tokenizer=model.tokenizer is not None)

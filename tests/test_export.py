@@ -1,5 +1,6 @@
 """Models for other programs: which of a run's models is written, its card, the hub's calls, and what is refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -123,6 +124,27 @@ def test_faults_before_any_work(run, tmp_path, model, monkeypatch, capsys, words
     weights.save(model, tmp_path / "mine")
     assert exported(words[0], tmp_path / "out", *words[1:]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_folder_or_a_model_that_cannot_be_written_is_refused_before_the_weights_are_loaded(
+    tmp_path, model, monkeypatch, capsys
+):
+    monkeypatch.setattr(weights, "load", None)
+    capped = model._replace(architecture=dataclasses.replace(model.architecture, logit_softcap=30.0))
+    for name, one in (("mine", model), ("capped", capped)):
+        weights.save(one, tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "notes.txt").write_text("mine")
+    for source, folder, said in (
+        ("mine", "notes", "has other files too (notes.txt)"),
+        ("mine", "notes/notes.txt/out", "notes.txt is a file"),
+        ("capped", "out", "a llama config.json cannot express this model's logit_softcap"),
+    ):
+        assert exported(tmp_path / source, tmp_path / folder, "--overwrite") == 2
+        assert said in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    assert exported(tmp_path / "mine", tmp_path / "out") == 2
+    assert f"{tmp_path} cannot be written to" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def _no_token(self):

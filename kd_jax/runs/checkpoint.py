@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers
 from kd_jax.parallel import distributed
 from kd_jax.runs.fingerprint import fingerprint
 from kd_jax.storage.errors import REMEDIES, RunError, number
-from kd_jax.storage.files import read_json, remove
+from kd_jax.storage.files import read_json, remove, without_brackets
 
 # The item that holds the fingerprints of the others.
 _SUMS = "sums"
@@ -63,7 +63,7 @@ class Checkpoints:
         )  # fmt: skip
         if best is not None:
             options.best_fn = self._goodness  # else orbax keeps metrics in memory only, and a restart forgets the best
-        self._folder = Path(folder).absolute()  # orbax refuses relative paths
+        self._folder = without_brackets(folder)  # orbax refuses relative paths
         for step in self._folder.glob("[0-9]*"):
             if step.name.isdigit():  # other names are left by kills; orbax removes them
                 _remove_if_empty(step)

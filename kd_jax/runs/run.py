@@ -57,6 +57,7 @@ def open_run(
     Raises: RunError for a folder with a run of another config, or with files but no run; OSError where it cannot be
         written.
     """
+    files.without_brackets(workdir)
     folder = Path(workdir)
     # through JSON and back, to compare with the content of the file
     wanted = json.loads(files.dump(dict(config)))

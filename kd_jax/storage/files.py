@@ -24,6 +24,15 @@ _DAMAGE = (
 )  # fmt: skip
 
 
+def without_brackets(folder: str | os.PathLike) -> Path:
+    """The absolute path of a folder for checkpoints. RunError where it has a [: orbax could not read them back."""
+    # It lists a checkpoint's files by a pattern, in which [ has a meaning.
+    folder = Path(folder).expanduser().absolute()
+    if "[" in f"{folder}{folder.resolve()}":
+        raise RunError(f"{folder}: checkpoints cannot be read back from a path with [ in it; choose another folder")
+    return folder
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, partial: Path | None = None) -> Iterator[BinaryIO]:
     """A file to fill, which replaces `path` when the block ends; where it fails, nothing is left of it.

@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.storage.errors import RunError
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
@@ -72,6 +73,12 @@ def test_a_save_that_cannot_be_written_is_an_error(tmp_path):
         shutil.rmtree(tmp_path / "c")
         (tmp_path / "c").write_text("in the way")
         saved.save(2, {"x": {"a": jnp.ones(3)}})
+
+
+def test_a_path_that_orbax_cannot_read_back_is_refused(tmp_path):
+    with pytest.raises(RunError, match=r"c\[1\]: checkpoints cannot be read back from a path with \[ in it"):
+        Checkpoints(tmp_path / "c[1]")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_saved_is_of_that_step_though_the_next_takes_its_memory(tmp_path):

@@ -38,6 +38,12 @@ def test_new_run_then_resumed_then_finished(tmp_path):
     assert not list(run.folder.glob("*.tmp"))
 
 
+def test_a_folder_whose_checkpoints_could_not_be_read_back(tmp_path):
+    with pytest.raises(errors.RunError, match=r"exp\[1\]: checkpoints cannot be read back .* choose another folder"):
+        open_run(tmp_path / "deep" / "exp[1]")
+    assert not list(tmp_path.iterdir())
+
+
 def test_killed_before_the_manifest_carries_on(tmp_path):
     run = open_run(tmp_path / "run")
     (run.folder / "manifest.json").unlink()

@@ -3,6 +3,7 @@
 from kd_jax.lm.weights.load_save import (
     SOURCES,
     WHEELS,
+    check_export,
     describe,
     export,
     fetch,
@@ -17,6 +18,6 @@ from kd_jax.lm.weights.load_save import (
 )
 
 __all__ = [
-    "SOURCES", "WHEELS", "describe", "export", "fetch", "fingerprint", "hub_architecture", "identity", "load",
-    "load_description", "save", "save_description", "tokenizer",
+    "SOURCES", "WHEELS", "check_export", "describe", "export", "fetch", "fingerprint", "hub_architecture", "identity",
+    "load", "load_description", "save", "save_description", "tokenizer",
 ]  # fmt: skip

@@ -99,6 +99,31 @@ def open_folder(folder: Path) -> Stored:
     return Stored(model, shapes, tensors, read)
 
 
+def check_tensors(stored: Stored, path: Path) -> None:
+    """Raises ValueError unless there are the tensors that the architecture needs, in their shapes, and no others."""
+    wanted = {tensor.name: tensor.shape for tensor in stored.tensors}
+    missing = [name for name in wanted if name not in stored.shapes]
+    if missing:
+        raise ValueError(f"{path} lacks {some(missing)}")
+    for name, shape in wanted.items():
+        if stored.shapes[name] != shape:
+            raise ValueError(f"{path}: {name} has shape {stored.shapes[name]}; the architecture says {shape}")
+    extra = sorted(set(stored.shapes) - set(wanted))
+    if extra:
+        raise ValueError(f"{path} has weights that this architecture has no place for: {some(extra)}")
+
+
+def check_tokenizer(model: Model, path: Path) -> None:
+    """Raises ValueError where a tokenizer has more ids than its model."""
+    tokenizer, count = model.tokenizer, model.architecture.vocab_size
+    if tokenizer is None or tokenizer.vocab_size <= count:
+        return
+    # Tokens are added without weights for them: Gemma 3's text models know their id of images by name alone.
+    added = tokenizer.backend.get_added_tokens_decoder()
+    if any(i >= count and i not in added for i in tokenizer.backend.get_vocab(with_added_tokens=True).values()):
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model only {count}")
+
+
 def names(folder: Path) -> list[str]:
     """The files that `open_folder` reads, without the tokenizer's. Raises FileNotFoundError where one is missing."""
     where, shards = _shards(folder)

@@ -32,8 +32,8 @@ from kd_jax.storage import files, folders
 from kd_jax.storage.errors import again
 
 __all__ = [
-    "SOURCES", "WHEELS", "describe", "export", "fetch", "fingerprint", "hub_architecture", "identity", "load",
-    "load_description", "save", "save_description", "tokenizer",
+    "SOURCES", "WHEELS", "check_export", "describe", "export", "fetch", "fingerprint", "hub_architecture", "identity",
+    "load", "load_description", "save", "save_description", "tokenizer",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -66,10 +66,14 @@ def load(source: str | os.PathLike, *, dtype=jnp.float32, mesh: jax.sharding.Mes
     path = sources.locate(source)
     saved = sources.find_checkpoint(path) if path.is_dir() else None
     if saved is not None:
-        return _restore(*saved, dtype, mesh)
-    stored = _open(path)
-    shapes, shardings = _layout(stored.model.architecture, dtype, mesh)
-    return stored.model._replace(params=_place(stored, shapes, shardings))
+        model = _restore(*saved, dtype, mesh)
+    else:
+        stored = _open(path)
+        shapes, shardings = _layout(stored.model.architecture, dtype, mesh)
+        model = stored.model._replace(params=_place(stored, shapes, shardings))
+    if jnp.dtype(dtype) == jnp.float16:
+        _check_range(model.params, path)
+    return model
 
 
 def describe(source: str | os.PathLike) -> Model:
@@ -115,15 +119,19 @@ def export(
 ) -> None:
     """Writes the model for other programs, in the layout of Hugging Face's transformers; whole or not at all.
 
+    `check_export` tells beforehand, without weights, what would be refused.
+
     Args:
         model: the model.
         folder: new or empty.
         overwrite: replace an export that is in the folder.
         max_shard_bytes: weights of more bytes go into shards with an index, others into model.safetensors.
 
-    Raises: FileExistsError for a folder that holds anything else.
+    Raises: FileExistsError for a folder that holds anything else; ValueError where the family's config.json cannot say
+        all settings.
     """
     dtype = str(model.params["embedding"].dtype)
+    config, generation = hf_config.configs(model, dtype)
     shards, total = _plan(model, max_shard_bytes)
     count = len(shards)
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
@@ -141,11 +149,20 @@ def export(
                 where = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
                 index = {"metadata": {"total_size": total}, "weight_map": where}
                 files.write_json(partial / hf_files.INDEX, index)
-            config, generation = hf_config.configs(model, dtype)
             files.write_json(partial / "config.json", config)
             files.write_json(partial / "generation_config.json", generation)
             if model.tokenizer is not None:
                 model.tokenizer.save(partial)
+
+
+def check_export(model: Model, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Raises what `export` would, before the weights are loaded: model.params is not used.
+
+    Args:
+        model, folder, overwrite: as of `export`.
+    """
+    folders.check(folder, overwrite, _EXPORTED)
+    hf_config.configs(model, "float32")
 
 
 def _open(path: Path) -> hf_files.Stored:
@@ -153,8 +170,8 @@ def _open(path: Path) -> hf_files.Stored:
     if path.is_dir():
         sources.check_folder(path)
     stored = gguf_file.open_file(path) if path.is_file() else hf_files.open_folder(path)
-    _check_tensors(stored, path)
-    _check_tokenizer(stored.model, path)
+    hf_files.check_tensors(stored, path)
+    hf_files.check_tokenizer(stored.model, path)
     return stored
 
 
@@ -197,30 +214,6 @@ def _layout(architecture: Architecture, dtype, mesh: jax.sharding.Mesh | None) -
     return shapes, jax.tree.map(lambda _: default, shapes)
 
 
-def _check_tensors(stored: hf_files.Stored, path: Path) -> None:
-    """Before anything is read: the tensors this architecture needs, in their shapes, and no others."""
-    wanted = {tensor.name: tensor.shape for tensor in stored.tensors}
-    missing = [name for name in wanted if name not in stored.shapes]
-    if missing:
-        raise ValueError(f"{path} lacks {hf_files.some(missing)}")
-    for name, shape in wanted.items():
-        if stored.shapes[name] != shape:
-            raise ValueError(f"{path}: {name} has shape {stored.shapes[name]}; the architecture says {shape}")
-    extra = sorted(set(stored.shapes) - set(wanted))
-    if extra:
-        raise ValueError(f"{path} has weights that this architecture has no place for: {hf_files.some(extra)}")
-
-
-def _check_tokenizer(model: Model, path: Path) -> None:
-    tokenizer, count = model.tokenizer, model.architecture.vocab_size
-    if tokenizer is None or tokenizer.vocab_size <= count:
-        return
-    # Tokens are added without weights for them: Gemma 3's text models know their id of images by name alone.
-    added = tokenizer.backend.get_added_tokens_decoder()
-    if any(i >= count and i not in added for i in tokenizer.backend.get_vocab(with_added_tokens=True).values()):
-        raise ValueError(f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but the model only {count}")
-
-
 def _place(stored: hf_files.Stored, shapes: Any, shardings: Any) -> Any:
     """Reads each weight straight into its sharding; on the host there is one of them at a time."""
 
@@ -239,6 +232,19 @@ def _place(stored: hf_files.Stored, shapes: Any, shardings: Any) -> Any:
         return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, part, dtype=leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(place, shapes, shardings)
+
+
+@jax.jit
+def _overflows(leaf: jax.Array) -> jax.Array:
+    return jnp.isinf(leaf).any()
+
+
+def _check_range(params: Any, path: Path) -> None:
+    """Raises ValueError where a weight in float16 is infinite: most are stored in dtypes of a larger range."""
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if _overflows(leaf):
+            name = ".".join(key.key for key in keys)
+            raise ValueError(f"{path}: {name} has values beyond 65504, float16's largest; load it as bfloat16")
 
 
 def _read(stored: hf_files.Stored, weight: str, dtype, bounds: tuple[slice, ...], stacked: bool) -> np.ndarray:
@@ -268,7 +274,7 @@ def load_description(folder: str | os.PathLike) -> Model:
         model = Model(Architecture(**description["architecture"]), {}, *ids, in_folder(folder))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from error
-    _check_tokenizer(model, folder)
+    hf_files.check_tokenizer(model, folder)
     return model
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from kd_jax.lm import weights
 from kd_jax.lm.model import Architecture
+from kd_jax.storage.errors import RunError
 from tests.lm.weights.checkpoints import (
     TINY,
     assert_params,
@@ -147,6 +148,34 @@ def test_own_checkpoint_comes_back(tmp_path, model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stored", ["folder", "own checkpoint"])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_values_beyond_float16_are_an_error(tmp_path, stored):
+    tensors = tensors_of(TINY)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 70000
+    tensors["model.norm.weight"][0] = 65000
+    source = write_folder(tmp_path / "source", tensors)
+    if stored == "own checkpoint":
+        weights.save(weights.load(source), tmp_path / "ours")
+        source = tmp_path / "ours"
+    with pytest.raises(ValueError, match=r"layers\.up has values beyond 65504, .* load it as bfloat16"):
+        weights.load(source, dtype=jnp.float16)
+    assert_params(weights.load(source, dtype=jnp.bfloat16).params, tensors, jnp.bfloat16)
+    if stored == "folder":
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 1
+        kept = weights.load(write_folder(source, tensors), dtype=jnp.float16).params
+        assert_params(kept, tensors, jnp.float16)
+
+
+def test_no_checkpoint_is_written_where_it_cannot_be_read_back(tmp_path, model):
+    (tmp_path / "exp[1]").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "exp[1]")
+    for folder in (tmp_path / "exp[1]" / "model", tmp_path / "link" / "model"):
+        with pytest.raises(RunError, match=r"cannot be read back from a path with \[ in it; choose another folder"):
+            weights.save(model, folder)
+    assert not list((tmp_path / "exp[1]").iterdir())
+
+
 def test_flipped_bits_of_a_checkpoint_are_noticed(tmp_path, model):
     folder = tmp_path / "ours"
     weights.save(model, folder)
