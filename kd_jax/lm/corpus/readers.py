@@ -28,8 +28,8 @@ _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 def suffix(file: str) -> str:
-    """The ending that says how a file is read, without that of its compression."""
-    path = PurePath(file)
+    """The ending that says how a file is read, in lower case and without that of its compression."""
+    path = PurePath(file.lower())
     return (path.with_suffix("") if path.suffix in _COMPRESSIONS else path).suffix
 
 
@@ -81,12 +81,12 @@ def _rows(file: str, columns: Sequence[str] | None, whole_files: bool) -> Iterat
             for row in _READERS[suffix(file)](file, content, columns, whole_files):
                 number += 1
                 yield row
-    except (ValueError, RecursionError, OSError, csv.Error, pa.ArrowException) as error:
+    except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
         raise RunError(f"cannot read {file} as data, after {number} rows: {type(error).__name__}: {error}") from error
 
 
 def _text(file: str, content: Any) -> io.TextIOBase:
-    compression = _COMPRESSIONS.get(PurePath(file).suffix)
+    compression = _COMPRESSIONS.get(PurePath(file).suffix.lower())
     stream = pa.input_stream(content, compression=compression)
     # a byte order mark is not part of the text; lines end with a line feed and nothing else (U+2028 is inside a line)
     return io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig", newline="\n")
@@ -133,7 +133,25 @@ def _json(file: str, content: Any, *_: Any) -> Iterator[dict[str, Any]]:
 
 def _csv(file: str, content: Any, *_: Any) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(2**31 - 1)  # by default a document ends after 128 KiB
-    yield from csv.DictReader(_text(file, content), delimiter="\t" if suffix(file) == ".tsv" else ",")
+    delimiter = "\t" if suffix(file) == ".tsv" else ","
+    # strict: a quote that nothing closes would make one value of all rows after it
+    rows = csv.DictReader(_text(file, content), delimiter=delimiter, strict=True)
+    try:
+        names = [name for name in rows.fieldnames or () if name]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two columns are named {twice!r}; give each a name of its own")
+        for row in rows:
+            if any(row.pop(None, ())):
+                raise ValueError(
+                    f"the next row has more than {len(rows.fieldnames)} values; put a text with {delimiter!r} in it in "
+                    "double quotes"
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(
+            f"{error}: a value that begins with a double quote has to end with one, and those inside it are doubled"
+        ) from error
 
 
 def _txt(file: str, content: Any, _: Any, whole_files: bool) -> Iterator[dict[str, Any]]:

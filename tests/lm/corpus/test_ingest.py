@@ -327,6 +327,27 @@ def test_csv_with_long_cells_and_line_feeds_in_quotes(words, tmp_path):
     assert [row[0] for row in rows_of(corpus)] == [[3] * 5, [4, 5, 0, EOS], [7, EOS]]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.csv", 'id,text\n1,w3\n2,"w4\n3,w5\n', r"d\.csv as data, after 1 rows.*end of data: a value that begins"),
+        ("d.tsv", 'id\ttext\n1\t"w3\n2\tw4\n3\t"w5"\n', r"d\.tsv as data, after 0 rows.*a value that begins"),
+        ("d.csv", "id,text\n1,w3\n2,w4, w5\n", r"after 1 rows.*the next row has more than 2 values"),
+        ("d.csv", "text,text\nw3,w4\n", "two columns are named 'text'"),
+    ],
+)
+def test_tables_that_would_lose_text_are_refused(words, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RunError, match=message):
+        ingest.from_dataset(tmp_path / name, tmp_path / "c", words, max_length=5)
+
+
+def test_tables_with_short_rows_and_columns_without_a_name(words, tmp_path):
+    (tmp_path / "D.CSV").write_text("text,other,,\nw3,1,,,\nw4\n")
+    corpus = ingest.from_dataset(tmp_path / "D.CSV", tmp_path / "c", words, max_length=5)
+    assert [row[0] for row in rows_of(corpus)] == [[3, EOS], [4, EOS]]
+
+
 @pytest.mark.parametrize("content", ["w3\n".encode("utf-16"), b'{"text": "w3"}\n["w4"]\n', b"\x1f\x8b"])
 def test_what_is_no_json_lines_is_named(words, tmp_path, content):
     (tmp_path / "d.jsonl").write_bytes(content)
