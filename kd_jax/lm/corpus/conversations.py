@@ -61,20 +61,27 @@ def encode(
         eos_ids: the ids that end a sequence, or none; the first one is put where none is. By default the tokenizer's.
 
     Returns: the conversation.
-    Raises: Unusable where the assistant says nothing, or where the template does not render what it says as it is, as
-        one that leaves out the thoughts of earlier turns; ValueError for messages without a turn of the assistant, with
-        calls of tools, or that the template refuses.
+    Raises: Unusable where the assistant says nothing, where a content is null, or where the template does not render
+        what the assistant says as it is, as one that leaves out the thoughts of earlier turns; ValueError for messages
+        without a role or a turn of the assistant, with calls of tools, or that the template refuses.
     """
     for i, message in enumerate(messages):
         # The call comes after the text that is learnt: a model would learn to end its turn without it.
         if message.get("tool_calls"):
             raise ValueError(f"messages[{i}].tool_calls: calls of tools cannot be learnt")
+        if not isinstance(message.get("role"), str):
+            keys = ", ".join(message) or "none"
+            raise ValueError(f"messages[{i}] has no role; a message has the keys role and content, and here: {keys}")
+        if not isinstance(message.get("content"), str | None):
+            kind = type(message["content"]).__name__
+            raise ValueError(f"messages[{i}].content of role {message['role']!r} is not text, but {kind}")
     contents = [message.get("content", "") for message in messages]
-    replies = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
-    if replies and not any(str(contents[i] or "").strip() for i in replies):
-        raise Unusable("empty", "the assistant says nothing")
-    if not replies or not all(isinstance(content, str) for content in contents):
-        raise ValueError("the assistant has no turn, or some content is not text")
+    roles = [message["role"] for message in messages]
+    replies = [i for i, role in enumerate(roles) if role == "assistant"]
+    if not replies:
+        raise ValueError(f"the assistant has no turn; the roles are {', '.join(dict.fromkeys(roles)) or 'none'}")
+    if None in contents or not any(contents[i].strip() for i in replies):
+        raise Unusable("empty", "the assistant says nothing, or a message has null in place of a text")
     turns = [i for i in replies if contents[i].strip()]
     if eos_ids is None:
         eos_ids = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import glob
 import hashlib
 import itertools
@@ -134,8 +135,8 @@ def files(source: str, *, split: str, subset: str | None, revision: str | None =
 
     Which files a split has is for the `datasets` library to say: by their names, or by the folder's README.
 
-    Raises: RunError where that fails; ValueError for a split or a subset that is not there, or a format that is not
-        read.
+    Raises: RunError where that fails; ValueError for a split or a subset that is not there, a format that is not read,
+        or a folder of several formats, of which the library would take one.
     """
     paths = _matches(source)
     if paths and (split != "train" or subset is not None):
@@ -156,26 +157,28 @@ def files(source: str, *, split: str, subset: str | None, revision: str | None =
         if split not in splits:
             raise ValueError(f"{source} has no split {split!r}; there are {', '.join(splits) or 'none'}")
         paths = splits[split]
+        if not on_hub:
+            _check_formats(source, Path(repository), sum(splits.values(), []))
     unknown = [path for path in paths if not readers.is_known(path)]
     if unknown:
         raise ValueError(f"{unknown[0]} cannot be read; data can be: {SOURCES}")
     return paths
 
 
-def check_columns(source: str, paths: list[str], columns: Columns) -> None:
-    """Raises ValueError, naming the columns there are, where the first file lacks one.
-
-    Args:
-        source: what messages call the data.
-        paths: its files.
-        columns: that are wanted.
-    """
-    present = readers.names(paths[0]) if paths else []
-    for name in columns.names:
-        if name not in present:
+def _check_formats(source: str, folder: Path, used: list[str]) -> None:
+    readme = folder / "README.md"
+    if not used or (readme.exists() and "data_files:" in readme.read_text(errors="replace")):
+        return  # a README chooses files on purpose
+    # what lies above the data, such as a manifest, is about them
+    top, endings = Path(os.path.commonpath(list(map(os.path.dirname, used)))), set(map(readers.suffix, used))
+    for path in sorted(top.rglob("[!.]*")):
+        no_data = path.name in datasets.data_files.FILES_TO_IGNORE or "/." in str(path.relative_to(folder))
+        ending = readers.suffix(path.name)
+        if path.is_file() and readers.is_known(path.name) and ending not in endings and not no_data:
+            first = min(endings)
             raise ValueError(
-                f"{source} has no column {name!r}; there are {', '.join(map(repr, present)) or 'none'}: name one with "
-                "text_column, ids_column (lists of ids), messages_column, or prompt_column and response_column"
+                f"{source} has {first} files and {ending} files ({path.name}), of which only {first} would be read; "
+                f"keep one format in a folder, or name the files with a glob, such as {Path(source, '*' + first)}"
             )
 
 
@@ -223,7 +226,7 @@ def stream(source: str, paths: list[str], columns: Columns) -> Iterator[str | np
         for number, values in enumerate(readers.rows(path, columns.names, columns.whole_files)):
             try:
                 yield make(*values)
-            except (ValueError, OverflowError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 raise ValueError(f"{source}: column {columns.names[0]!r}, row {number} of {path}: {error}") from error
 
 
@@ -243,13 +246,20 @@ def _as_ids(value: Any) -> np.ndarray | None:
     return ids.astype(np.int32)
 
 
-def _as_messages(*values: Any) -> str:
+def _as_messages(*values: Any) -> str | None:
     """Messages as JSON; a prompt and its response are two."""
     if len(values) > 1:
         *request, response = values
-        messages = [{"role": "user", "content": readers.request(*request)}, {"role": "assistant", "content": response}]
-    else:
-        messages = json.loads(values[0]) if isinstance(values[0], str) else values[0]
+        pair = {"user": readers.request(*request), "assistant": response}
+        return json.dumps([{"role": role, "content": content} for role, content in pair.items()])
+    (messages,) = values
+    if isinstance(messages, str):
+        with contextlib.suppress(ValueError):  # a text that is no JSON is refused below
+            messages = json.loads(messages) if messages.strip() else None
+    if messages is None:
+        return None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"{str(messages)[:40]!r} is not a list of messages, each an object with a role and a content")
     return json.dumps(messages)
 
 
@@ -298,6 +308,8 @@ def problem(columns: Columns, tokenizer: Tokenizer, row: str | np.ndarray | None
         without a turn of the assistant, with calls of tools, or that the chat template refuses.
     """
     if columns.kind == "messages":
+        if row is None:
+            return "empty"
         try:
             learnt = conversations.encode(json.loads(row), tokenizer).learnt
         except conversations.Unusable as error:

@@ -100,7 +100,7 @@ def from_dataset(
         identity = documents.identity(source)
         # The commit that was just looked up, so that a push meanwhile does not mix two versions.
         paths = documents.files(source, split=split, subset=subset, revision=identity if on_hub else None)
-        documents.check_columns(source, paths, columns)
+        readers.check_columns(source, paths, columns.names)
         if prompt_column and response_column != "input":
             request = readers.request_columns(prompt_column, readers.names(paths[0]))
             columns = columns._replace(names=(*request, response_column))
@@ -135,7 +135,7 @@ def check_source(
         "prompt_column": prompt_column, "response_column": response_column, "whole_files": whole_files, "max_length": 0,
     })  # fmt: skip
     source = files.absolute(source)
-    documents.check_columns(source, documents.files(source, split=split, subset=subset), columns)
+    readers.check_columns(source, documents.files(source, split=split, subset=subset), columns.names)
 
 
 def _columns(settings: dict[str, Any]) -> Columns:

@@ -43,6 +43,28 @@ def names(file: str) -> list[str]:
     return next((list(row) for row in _rows(file, None, False)), [])
 
 
+def check_columns(source: str, paths: list[str], columns: Sequence[str]) -> None:
+    """Raises ValueError, naming the columns there are, where a file lacks one. Of the hub's files the first is read.
+
+    Args:
+        source: what messages call the data.
+        paths: its files.
+        columns: the names of those that are wanted.
+    """
+    for i, path in enumerate(paths):
+        if i and "://" in path:
+            return  # each would be a request
+        present = names(path)
+        missing = [name for name in columns if name not in present]
+        # a later file without a row lacks nothing
+        if missing and (present or not i):
+            raise ValueError(
+                f"{path if i else source} has no column {missing[0]!r}; there are "
+                f"{', '.join(map(repr, present)) or 'none'}: name one with text_column, ids_column (lists of ids), "
+                "messages_column, or prompt_column and response_column"
+            )
+
+
 def rows(file: str, columns: Sequence[str], whole_files: bool = False) -> Iterator[list[Any]]:
     """The values of the columns in each row of a file; None where a row lacks one.
 

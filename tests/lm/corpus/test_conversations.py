@@ -103,12 +103,20 @@ def test_prompt_and_response_are_not_merged(smollm2):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([{"role": "user", "content": "Hi"}], "conversation 1: the assistant has no turn"),
-        ([], "conversation 1: the assistant has no turn"),
-        ([*TWO_TURNS[:1], {"role": "assistant", "content": [{"type": "text"}]}], "conversation 1: .*not text"),
+        ([{"role": "user", "content": "Hi"}], "conversation 1: the assistant has no turn; the roles are user"),
+        ([], "conversation 1: the assistant has no turn; the roles are none"),
+        (
+            [*TWO_TURNS[:1], {"role": "assistant", "content": [{"type": "text"}]}],
+            r"conversation 1: messages\[1\].content of role 'assistant' is not text, but list",
+        ),
+        ([{"from": "human", "value": "Hi"}], r"conversation 1: messages\[0\] has no role.*here: from, value"),
+        (5, r"row 1 of .*d.jsonl: '5' is not a list of messages"),
+        (["Hi"], r"row 1 of .*d.jsonl: .* is not a list of messages"),
+        (TWO_TURNS[0], r"row 1 of .*d.jsonl: .* is not a list of messages"),
+        ("Hi", r"row 1 of .*d.jsonl: 'Hi' is not a list of messages"),
     ],
 )
-def test_row_without_an_answer_is_named(tmp_path, messages, message):
+def test_row_that_is_no_conversation_with_an_answer_is_named(tmp_path, messages, message):
     rows = [{"messages": TWO_TURNS}, {"messages": messages}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=message):
@@ -216,10 +224,13 @@ def test_what_cannot_be_learnt_from_is_left_out_and_counted(tmp_path, smollm2, m
         response_column="answer",
     )  # fmt: skip
     assert pairs.num_rows == 1 and pairs.manifest["skipped"] == {"empty": 3}
+    asked = [{"ask": text, "answer": "Hello."} for text in ("Hi", None)]
+    unasked = made("unasked", asked, prompt_column="ask", response_column="answer")
+    assert unasked.num_rows == 1 and unasked.manifest["skipped"] == {"empty": 1}
     early = [TWO_TURNS[0], {"role": "assistant", "content": THOUGHT + "Hello."}, *TWO_TURNS[2:]]
-    talks = made("talks", [{"m": TWO_TURNS}, {"m": early}], messages_column="m")
-    assert talks.num_rows == 1 and talks.manifest["skipped"] == {"changed_by_the_chat_template": 1}
-    assert ingest.left_out(talks.manifest["skipped"]) == "1 changed by the chat template"
+    talks = made("talks", [{"m": TWO_TURNS}, {"m": early}, {"m": None}, {"m": ""}], messages_column="m")
+    assert talks.num_rows == 1 and talks.manifest["skipped"] == {"changed_by_the_chat_template": 1, "empty": 2}
+    assert ingest.left_out(talks.manifest["skipped"]) == "1 changed by the chat template, 2 empty"
 
 
 def test_a_corpus_of_a_base_model_ends_with_its_eos(smollm2, tmp_path, monkeypatch):

@@ -578,6 +578,24 @@ def test_sources_that_cannot_be_read(words, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_folders_in_which_something_would_be_left_out_are_refused(words, tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(folder / name, "text", ["w3"])
+    (folder / "c.jsonl").touch()  # a file without a row lacks no column
+    assert ingest.from_dataset(folder, tmp_path / "one", words, max_length=9).num_rows == 2
+    write_csv(folder / "b.csv", ["w4"])
+    with pytest.raises(ValueError, match=r"has \.jsonl files and \.csv files \(b\.csv\).*glob, such as .*d/\*\.jsonl"):
+        ingest.from_dataset(folder, tmp_path / "c", words, max_length=9)
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.jsonl\n---\n")
+    assert ingest.from_dataset(folder, tmp_path / "chosen", words, max_length=9).num_rows == 1
+    write_jsonl(folder / "b.jsonl", "content", ["w3"])
+    with pytest.raises(ValueError, match=r"b\.jsonl has no column 'text'; there are 'other', 'content'"):
+        ingest.from_dataset(folder / "*.jsonl", tmp_path / "c", words, max_length=9)
+    assert not (tmp_path / "c").exists()
+
+
 def test_tokenizers_that_do_not_do(source, words, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="none has no tokenizer"):

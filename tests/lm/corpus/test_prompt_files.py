@@ -38,6 +38,9 @@ def test_texts_and_conversations_by_hand():
     said = conversations.encode(TALK, tokenizer())
     last = np.flatnonzero(~said.learnt)[-1] + 1
     assert said.ids[:last].tolist() == asked
+    # a text that begins like messages and is none
+    for text, ids in (('[{"x w5', [0, 5]), ('[{"a": 1}] w6', [0, 0, 6]), ('[{"a":1}]', [0])):
+        assert prompt_files.encode(text, tokenizer()) == [2, *ids, 3]
     assert prompt_files.encode("w4 w5", tokenizer(None)) == [4, 5]
     for prompt, why in (("", "empty"), (TALK, "no chat template"), ([{"role": "user"}], "a role and a content")):
         with pytest.raises(ValueError, match=why):
@@ -82,9 +85,11 @@ def test_an_instruction_has_its_input_in_prompts_and_in_conversations(tmp_path, 
 
 
 def test_what_is_no_prompt_is_named(tmp_path):
-    (tmp_path / "p.jsonl").write_text('{"prompt": "w4"}\n{"prompt": null}\n')
-    with pytest.raises(ValueError, match="p.jsonl, row 1: a prompt is a text"):
-        prompt_files.read(tmp_path / "p.jsonl", tokenizer())
+    wrong = [(value, "a prompt is a text") for value in (None, 5, ["w4"], {}, [], [{"content": "w4"}])]
+    for value, why in [*wrong, ("", "the prompt is empty"), (" ", "the prompt is empty"), (TALK[1:2], "is empty")]:
+        (tmp_path / "p.jsonl").write_text('{"prompt": "w4"}\n' + json.dumps({"prompt": value}) + "\n")
+        with pytest.raises(ValueError, match=f"p.jsonl, row 1: .*{why}"):
+            prompt_files.read(tmp_path / "p.jsonl", tokenizer())
     with pytest.raises(ValueError, match="no column 'question'"):
         prompt_files.read(tmp_path / "p.jsonl", tokenizer(), "question")
 
