@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -39,7 +40,7 @@ def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = N
     paths = documents.files(packages.locate(str(source)), split="train", subset=None)
     names = readers.names(paths[0])
     column = column or next((name for name in COLUMNS if name in names), COLUMNS[1])
-    documents.check_columns(str(source), paths, documents.Columns("text", (column,)))
+    readers.check_columns(str(source), paths, (column,))
     columns = readers.request_columns(column, names)
     prompts = []
     for path in paths:
@@ -54,17 +55,22 @@ def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = N
 def encode(prompt: str | Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list[int]:
     """A prompt as ids: a text, or messages (a list, or the same as JSON); see `read`.
 
-    Raises: ValueError for an empty prompt, or messages that the template refuses.
+    Raises: ValueError for a prompt that is empty or neither, or for messages that the template refuses.
     """
     messages = prompt
     if isinstance(prompt, str):
-        is_json = prompt.lstrip().startswith('[{"')
-        messages = json.loads(prompt) if is_json else [{"role": "user", "content": prompt}]
-    if not messages or not all(isinstance(message.get("content"), str) for message in messages):
-        raise ValueError("a prompt is a text, or messages with a role and a content")
+        messages = None
+        with contextlib.suppress(ValueError, RecursionError):
+            messages = json.loads(prompt)
+        # a text that happens to be other JSON is what a user says
+        messages = messages if _are_messages(messages) else [{"role": "user", "content": prompt}]
+    if not _are_messages(messages):
+        raise ValueError(f"a prompt is a text, or messages with a role and a content; this is {str(prompt)[:40]}")
     if messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     if tokenizer.chat_template:
+        if not messages or not messages[-1]["content"].strip():
+            raise ValueError("the prompt is empty")
         ids = tokenizer.encode(tokenizer.render(messages, add_generation_prompt=True))
     elif len(messages) == 1:
         ids = tokenizer.encode_prompt(messages[0]["content"])
@@ -73,6 +79,16 @@ def encode(prompt: str | Sequence[dict[str, Any]], tokenizer: Tokenizer) -> list
     if not ids:
         raise ValueError("the prompt is empty")
     return ids
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        bool(value)
+        and isinstance(value, list | tuple)
+        and all(
+            isinstance(one, dict) and all(isinstance(one.get(key), str) for key in ("role", "content")) for one in value
+        )
+    )
 
 
 def of_rows(rows: Rows) -> list[list[int]]:
