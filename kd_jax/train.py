@@ -115,7 +115,7 @@ def _dry_run(args: argparse.Namespace, experiment: Any, spec: Any) -> None:
     # The settings are checked with the planned devices in place, since the mesh has to fit them.
     experiment.validate(spec)
     if processes is None or not processes.process_id:
-        experiment.run(spec, Path(args.workdir), dry_run=True, target=target)
+        experiment.run(spec, Path(args.workdir), only=args.stages, dry_run=True, target=target)
 
 
 def _run(args: argparse.Namespace, argv: list[str]) -> None:

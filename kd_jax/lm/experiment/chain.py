@@ -56,31 +56,37 @@ def run(
     Args:
         spec: of the run.
         folder: of the run.
-        only: groups of stages to run. Without "evaluation" among them there is no report yet, and None is returned.
+        only: groups of stages to run or to show. Without "evaluation" among them there is no report yet, and None is
+            returned.
         dry_run: show the stages, write nothing, and return None.
         target: the devices that a dry run plans for; kd_jax.parallel.devices.pretend has been told of them.
     Raises: ValueError, RunError or OSError for what cannot be used, before the first stage.
     """
     if dry_run:
-        _show(spec, folder, target)
+        _show(spec, folder, only, target)
         return None
     # One process looks, so that all of them go on or stop together.
     distributed.once(lambda: checks.check_sources(spec), "checking models and data")
     chain = plan(spec, roles.p_star_identity(spec), roles.other_vocabulary(spec) is not None)
+    _check_names(chain, only)
     distributed.once(lambda: checks.check_room(spec, folder, chain, only), "checking disk and memory")
     cache.enable_compilation_cache()
-    groups = {stage.group for stage in chain}
-    unknown = set(only) - groups - {"evaluation"}
-    if unknown:
-        raise ValueError(f"--stages: {unknown.pop()!r} is not one of {', '.join([*groups, 'evaluation'])}")
-    if not only or set(only) & groups:
-        stages.run(folder, chain, [name for name in only if name != "evaluation"])
+    before = [name for name in only if name != "evaluation"]
+    if before or not only:
+        stages.run(folder, chain, before)
     if only and "evaluation" not in only:
         return None
     return results.evaluate(spec, folder, chain)
 
 
-def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
+def _check_names(chain: list[Stage], only: tuple[str, ...]) -> None:
+    groups = [*dict.fromkeys(stage.group for stage in chain), "evaluation"]
+    for name in only:
+        if name not in groups:
+            raise ValueError(f"--stages: {name!r} is not one of {', '.join(groups)}")
+
+
+def _show(spec: LmSpec, folder: Path, only: tuple[str, ...], target: Target | None) -> None:
     spec = spec if target is None else planning.over_slices(spec, target.devices)
     try:
         checks.check_sources(spec)
@@ -92,16 +98,18 @@ def _show(spec: LmSpec, folder: Path, target: Target | None) -> None:
     if spec.p_star.source and spec.p_star.architecture and source_shape(spec.p_star.source) is None:
         print(f"p*: planned as {spec.p_star.architecture}; {spec.p_star.source} cannot be read here")
     chain = plan(spec, identity, other_vocabulary)
+    _check_names(chain, only)
     folders = stages.folders(folder, chain)
-    costs = {stage.name: stage.cost for stage in chain}
-    costs["evaluation"] = cost.evaluation(spec, planned_shape(spec, "p_star"), planned_shape(spec, "student"))
+    costs = {stage.name: stage.cost for stage in chain if not only or stage.group in only}
+    if not only or "evaluation" in only:
+        costs["evaluation"] = cost.evaluation(spec, planned_shape(spec, "p_star"), planned_shape(spec, "student"))
 
     def finished(name: str) -> bool:
         return name in folders and stages.finished(folders[name])
 
     if target is None:
         cost.show(spec.compute.dtype, costs, finished)
-        checks.show_room(spec, folder, chain)
+        checks.show_room(spec, folder, chain, only)
     else:
         planning.show(spec, costs, finished, target)
 

@@ -264,10 +264,10 @@ def check_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequenc
             )
 
 
-def show_room(spec: LmSpec, folder: Path, chain: Sequence[Stage]) -> None:
+def show_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequence[str] = ()) -> None:
     """Prints what `check_room` would raise here. A plan may be for another machine, so it is no error."""
     try:
-        check_room(spec, folder, chain)
+        check_room(spec, folder, chain, only)
     except RunError as error:
         print(f"not on this machine: {error}")
 

@@ -324,6 +324,11 @@ def test_dry_run_writes_nothing(tmp_path, capsys):
     chain.run(freeze(LmSpec, lm_paper.get_config()), tmp_path / "w", dry_run=True)
     shown = capsys.readouterr().out
     assert len(re.findall(r"^tau-[\d.]+/seed-\d", shown, re.M)) == 20 and "1,711,376,384" in shown
+    chain.run(freeze(LmSpec, lm_paper.get_config()), tmp_path / "w", dry_run=True, only=("teacher", "evaluation"))
+    assert re.findall(r"^(\S+) .* to do$", capsys.readouterr().out, re.M) == ["teacher", "evaluation"]
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match="--stages: 'techer' is not one of p_star, teacher, .*evaluation"):
+            chain.run(freeze(LmSpec, lm_laptop.get_config("smoke")), tmp_path / "w", dry_run=dry_run, only=("techer",))
     assert not (tmp_path / "w").exists()
 
 
