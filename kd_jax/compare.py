@@ -58,7 +58,7 @@ def write(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, names
         folders: finished runs of one experiment, at least two; differences are from the first.
         out: folder of the page.
         names: what the page calls each of them.
-    Returns: lines to print: the table of students and the page's path.
+    Returns: lines to print: which runs are not finished, the table of students, and the page's path.
     Raises: FileNotFoundError, ValueError or RunError, before anything is written.
     """
     from kd_jax import report
@@ -78,7 +78,7 @@ def write(folders: Sequence[str | os.PathLike], out: str | os.PathLike, *, names
     lines = tables.to_text(table)
     left = lines[LONGEST:]
     more = [f"... {len(left)} more lines in {path.parent / 'figures' / table.name}.csv"] if left else []
-    return [*lines[:LONGEST], *more, f"page: {path}"]
+    return [*run_comparison.unfinished(runs), *lines[:LONGEST], *more, f"page: {path}"]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from kd_jax.reporting import page
 from kd_jax.runs import command_line
 
 # Modules by the experiment's name, so that one experiment's report does not import the others. Each has
-# write(folder), which returns the page's path, and may have result(folder), a finished run's result in a few lines.
+# write(folder, note=TEXT), which returns the path of a page that begins with the note, and may have result(folder), a
+# finished run's result in a few lines.
 PAGES = {
     "gmm": "kd_jax.gmm.report.page",
     "gmm_frontier": "kd_jax.gmm.report.frontier",
@@ -25,12 +26,14 @@ PAGES = {
 
 
 def write(folder: str | Path) -> Path:
-    """Writes one run's page and figures, and returns the page's path; raises as `write_all` does."""
-    return write_all([folder])[0]
+    """Writes the page and figures of a run at its end, and returns the page's path; raises as `write_all` does."""
+    return write_all([folder], at_end=True)[0]
 
 
-def write_all(folders: Sequence[str | Path]) -> list[Path]:
+def write_all(folders: Sequence[str | Path], *, at_end: bool = False) -> list[Path]:
     """Writes the page and figures of each run, and returns the pages' paths in the same order.
+
+    Pages of runs that are not finished say so, unless they are `at_end`: a run is finished when it has its page.
 
     Raises FileNotFoundError, ValueError or RunError, naming the file; no page is written unless every folder is a run.
     """
@@ -40,7 +43,15 @@ def write_all(folders: Sequence[str | Path]) -> list[Path]:
     modules = {name: importlib.import_module(PAGES[name]) for name in names}
     mixtures = [modules["gmm"].beside(folder) for folder, name in runs if name == "gmm"] if "lm" in names else []
     extra = {"lm": {"beside": mixtures}}
-    return [modules[name].write(folder, **extra.get(name, {})) for folder, name in runs]
+    notes = ["" if at_end else _unfinished(folder) for folder, _ in runs]
+    return [
+        modules[name].write(folder, note=note, **extra.get(name, {}))
+        for (folder, name), note in zip(runs, notes, strict=True)
+    ]
+
+
+def _unfinished(folder: Path) -> str:
+    return page.unfinished(str(folder), page.read_json(folder / "manifest.json"))
 
 
 def result(folder: str | Path) -> list[str]:
@@ -71,8 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(args: argparse.Namespace) -> None:
-    for path in write_all(args.folders):
+    for folder, path in zip(args.folders, write_all(args.folders), strict=True):
         print(path)
+        if note := _unfinished(folder):
+            print(note, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -152,6 +152,24 @@ def test_what_cannot_be_compared_is_said_before_anything_is_written(tmp_path, ca
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+def test_runs_that_are_not_finished_are_named(tmp_path, capsys):
+    _, a, b = mixture_pair(tmp_path)
+    finished, running = ({"status": status, "command": "x"} for status in ("finished", "running"))
+    for there, said in (
+        ((finished, finished), []),
+        ((finished, running), ["b is not finished: its numbers may change (manifest.json, status: running)."]),
+        ((None, finished), ["a has no manifest.json: nothing says that the run is finished."]),
+    ):
+        for folder, manifest in zip((a, b), there, strict=True):
+            (folder / "manifest.json").unlink(missing_ok=True)
+            if manifest is not None:
+                (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert compare.main(["compare", str(a), str(b), f"--out={tmp_path / 'out'}"]) == 0
+        page, shown = (tmp_path / "out/compare.html").read_text(), capsys.readouterr().out
+        for text in (page, shown):
+            assert re.findall(r"\w (?:is not finished:|has no manifest.json:).*?\.(?=\n|</p>)", text) == said
+
+
 def test_another_prompt_is_another_p_star(tmp_path):
     a, b = lm_pair(tmp_path)
     for value, said in (("The", False), ("Once upon", True)):

@@ -25,6 +25,24 @@ def test_each_folder_gets_the_page_of_its_experiment(tmp_path, capsys):
     assert "<h1>Distilling a language model" in texts[0] and "<h1>Distilling a Gaussian mixture" in texts[1]
 
 
+def test_a_run_that_is_not_finished_is_named(tmp_path, capsys):
+    folder = mixture_run(tmp_path / "gmm", mixture_rows(), with_panels=False)
+    for manifest, said in (
+        ('{"status": "running"}', "gmm is not finished: its numbers may change (manifest.json, status: running).\n"),
+        (None, "gmm has no manifest.json: nothing says that the run is finished.\n"),
+        ('{"status": "finished"}', ""),
+    ):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        if manifest:
+            (folder / "manifest.json").write_text(manifest)
+        assert report.main(["report", str(folder)]) == 0
+        assert capsys.readouterr().err == (f"{tmp_path}/{said}" if said else "")
+        assert (said.strip() or "<h1>") in (folder / "report.html").read_text(encoding="utf-8")
+    # a run writes its page before it is finished
+    (folder / "manifest.json").write_text('{"status": "running"}')
+    assert "is not finished" not in report.write(folder).read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_mixture_stands_beside_the_language_model_when_both_are_given(tmp_path):
     gmm = mixture_run(tmp_path / "gmm", mixture_rows(), with_panels=False)

@@ -63,7 +63,8 @@ Files: figures/{{ name }}.pdf, .svg, .png</figcaption></figure>{% if name in cha
 {% endfor %}{% if table.rows %}{{ grid(table.head, table.rows) }}
 <p class="note">{{ table.note }} Files: figures/{{ table.name }}.csv, .tex</p>{% endif %}{% endmacro %}
 <h1>{{ title }}</h1>
-"""
+{% if note %}<p><strong>{{ note }}</strong></p>
+{% endif %}"""
 _TAIL = """<footer><h2>Reproduction</h2><dl>{% for key, value in footer %}<dt>{{ key }}</dt><dd>{{ value }}</dd>
 {% endfor %}</dl></footer>
 {{ scripts }}</body></html>
@@ -102,7 +103,8 @@ def render(
         command: what makes the page again; by default that of the folder's report.
         charts: as `kd_jax.reporting.charts.chart` makes them, by the name of the figure whose place they take.
         interactive: whether the template has more that interactive.js shows, such as a browser of samples.
-        values: what the template names; at least `title` and `images` (name -> SVG in base64).
+        values: what the template names; at least `title` and `images` (name -> SVG in base64); a `note`
+            comes before all else.
     Returns: the page's HTML.
     """
     source = _HEAD + style + _BODY + template + _TAIL
@@ -169,6 +171,20 @@ def read_rows(folder: Path) -> list[dict]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's object, {} where there is no file; ValueError names a file that is broken."""
     return files.read_json(path, ValueError) if path.is_file() else {}
+
+
+def unfinished(name: str, manifest: dict[str, Any]) -> str:
+    """A sentence that a run is not finished, or may not be, by its manifest; empty for one that is.
+
+    Args:
+        name: of the run.
+        manifest: {} where there is none.
+    """
+    if not manifest:
+        return f"{name} has no manifest.json: nothing says that the run is finished."
+    if manifest.get("status") == "finished":
+        return ""
+    return f"{name} is not finished: its numbers may change (manifest.json, status: {manifest.get('status')})."
 
 
 def _footer(folder: Path, command: str) -> list[tuple[str, str]]:

@@ -177,7 +177,8 @@ def write(runs: Sequence[Run], out: Path, command: str) -> tuple[Path, Table]:
     students, settings = student_table(runs), settings_table(runs)
     tables.save([students, settings], out)
     smoke = [run.name for run in runs if run.smoke]
-    caveats = [f"Smoke runs, too small for conclusions: {', '.join(smoke)}."] if smoke else []
+    caveats = unfinished(runs)
+    caveats += [f"Smoke runs, too small for conclusions: {', '.join(smoke)}."] if smoke else []
     apart = [row[0] for row in settings.rows if row[0].startswith(_P_STAR)]
     if apart:
         caveats.insert(0, f"p* differs between these runs ({', '.join(apart)}): their numbers cannot be compared.")
@@ -190,6 +191,11 @@ def write(runs: Sequence[Run], out: Path, command: str) -> tuple[Path, Table]:
     path = out / "compare.html"
     files.write_text(path, html)
     return path, students
+
+
+def unfinished(runs: Sequence[Run]) -> list[str]:
+    """A sentence for each run that is not known to be finished."""
+    return list(filter(None, (page.unfinished(run.name, run.manifest) for run in runs)))
 
 
 def student_table(runs: Sequence[Run]) -> Table:

@@ -79,8 +79,8 @@ TEMPLATE = """<p class="lead"><strong>{{ finding }}</strong></p>
 """
 
 
-def write(folder: str | Path) -> Path:
-    """Draws a run's figure into figures/ and writes its report.html; returns the page's path."""
+def write(folder: str | Path, note: str = "") -> Path:
+    """Draws a run's figure into figures/ and writes its report.html, which begins with `note`; returns its path."""
     folder = Path(folder)
     students = _read(folder)
     plain, direct = students[PLAIN], students.get(DIRECT)
@@ -112,6 +112,7 @@ def write(folder: str | Path) -> Path:
         TEMPLATE,
         folder=folder,
         title=TITLE,
+        note=note,
         finding=_finding(against, spec, seeds),
         lead=_lead(seeds),
         tables=shown,

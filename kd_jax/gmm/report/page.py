@@ -75,8 +75,8 @@ TEMPLATE = """<p class="lead"><strong>{{ finding }}</strong></p>
 """
 
 
-def write(folder: str | Path) -> Path:
-    """Draws a run's figures into figures/ and writes its report.html; returns the page's path."""
+def write(folder: str | Path, note: str = "") -> Path:
+    """Draws a run's figures into figures/ and writes its report.html, which begins with `note`; returns its path."""
     folder = Path(folder)
     spec, runs = findings.spec_of(folder), findings.load(folder)
     base_setting, students = next(iter(runs.items()))
@@ -108,6 +108,7 @@ def write(folder: str | Path) -> Path:
         TEMPLATE,
         folder=folder,
         title=TITLE,
+        note=note,
         finding=finding,
         contrast=findings.contrast(compared, spec),
         setup=_setup(spec, seeds),

@@ -158,7 +158,7 @@ def _read(folder: Path) -> _Run:
     )  # fmt: skip
 
 
-def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
+def write(folder: str | Path, beside: Sequence[Beside] = (), note: str = "") -> Path:
     """Writes a run's figures and tables into figures/, and its report.html.
 
     What the run does not have yet is named on the page, and the rest is shown.
@@ -166,6 +166,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
     Args:
         folder: of the run.
         beside: other runs' frontiers to show next to this one's.
+        note: what to know before all else.
     Returns: the page's path.
     Raises: FileNotFoundError, ValueError or RunError, naming the file, for one that cannot be read.
     """
@@ -186,6 +187,7 @@ def write(folder: str | Path, beside: Sequence[Beside] = ()) -> Path:
         folder=folder,
         style=STYLE + instruct_page.STYLE,
         title=TITLE if frontier_config is None else KNOBS_TITLE,
+        note=note,
         preregistered=run.preregistered,
         finding=finding(run.groups, run.curves, run.standings),
         caveats=_data(run.config) + _caveats(run, section),
