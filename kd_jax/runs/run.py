@@ -69,9 +69,13 @@ def open_run(
             if foreign:
                 raise RunError(f"{folder} holds no run (no config.json, but {foreign[0]}); choose another --workdir")
         if exists and not overwrite:
-            changes = _changes(files.read_json(folder / "config.json", hint=_AGAIN), wanted)
-            if changes and not (staged and not any(change.startswith("  experiment:") for change in changes)):
-                advice = "choose another --workdir, or start this one again with --overwrite"
+            old = files.read_json(folder / "config.json", hint=_AGAIN)
+            advice = "choose another --workdir, or start this one again with --overwrite"
+            was, now = (side.get("experiment") for side in (old, wanted))
+            if was != now:  # other settings altogether
+                raise RunError(f"{folder} holds a run of {was}, not of {now}; {advice}")
+            changes = _changes(old, wanted)
+            if changes and not staged:
                 raise RunError("\n".join([f"{folder} holds a run with another config:", *changes, advice]))
             if changes:
                 print(f"{folder}: the config has changed; stages that depend on it run again\n" + "\n".join(changes))

@@ -61,6 +61,14 @@ def test_other_config_is_refused_naming_the_fields(tmp_path):
     assert (run.folder / "config.json").read_text() == before
 
 
+def test_a_run_of_another_experiment_is_refused_without_its_settings(tmp_path):
+    run = open_run(tmp_path / "run", make(experiment="gmm"))
+    for staged in (False, True):
+        with pytest.raises(errors.RunError, match="holds a run of gmm, not of lm; .*--workdir.*--overwrite") as error:
+            run_lib.open_run(run.folder, {"experiment": "lm", "seed": 4}, argv=ARGV, staged=staged)
+        assert "seed" not in str(error.value)
+
+
 def test_folder_that_is_no_run_is_refused_even_to_overwrite(tmp_path):
     (tmp_path / "figures").mkdir()
     for overwrite in (False, True):
