@@ -1,5 +1,6 @@
 """All commands as one: kd-jax COMMAND ..., or python -m kd_jax COMMAND ..."""
 
+import difflib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -26,10 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in COMMANDS:
         asked = words in (["--help"], ["-h"])
+        if words and not asked:
+            near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            print(f"error: {words[0]!r} is not a command{meant}", file=sys.stderr)
         print(_USAGE, file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    # the command's own file is what it takes for the program's name
-    return importlib.import_module(f"kd_jax.{words[0]}").main([f"kd_jax/{words[0]}.py", *words[1:]])
+    try:
+        # the command's own file is what it takes for the program's name
+        return importlib.import_module(f"kd_jax.{words[0]}").main([f"kd_jax/{words[0]}.py", *words[1:]])
+    except KeyboardInterrupt:  # while it is imported
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def _parser() -> command_line.Parser:
     command_line.add_prompt(parser)
     add("--prompts", type=path, metavar="FILE", help="prompts that differ: a column of texts, or of conversations, "
         "which the model's chat template renders; a file or folder of Parquet, JSON, CSV or text")  # fmt: skip
-    add("--prompts_column", metavar="NAME", help="column of the prompts (messages, else prompt, else text)")
+    add("--prompts_column", metavar="NAME", help="column of the prompts (messages, else prompt, instruction or text)")
     add("--samples_per_prompt", type=count, metavar="K", help="samples of each of --prompts, in a row (1)")
     add("--bos", action="store_true", help="begin the prompt with the model's BOS id, whatever its tokenizer does")
     length = parser.add_mutually_exclusive_group().add_argument

@@ -18,6 +18,17 @@ def test_no_command_and_an_unknown_one_list_the_commands(capsys):
     assert __main__.main(["--help"]) == 0 and "evaluate" in capsys.readouterr().out
 
 
+def test_a_word_that_is_no_command_and_an_early_interrupt(capsys, monkeypatch):
+    assert __main__.main(["trian"]) == 2
+    assert "error: 'trian' is not a command; did you mean train?" in capsys.readouterr().err
+
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__.importlib, "import_module", interrupted)
+    assert __main__.main(["train"]) == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 @pytest.mark.parametrize("name", __main__.COMMANDS)
 def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as stop:

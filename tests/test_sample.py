@@ -377,7 +377,10 @@ def test_read_errors(sampler, source, tmp_path, capsys):
     assert "--first 10" in error_of(capsys, run("--read", tmp_path / "c", "--first", 10))
     assert "--num_samples: 0" in error_of(capsys, run("--read", tmp_path / "c", "--num_samples", 0))
     assert "--seed" in error_of(capsys, run("--read", tmp_path / "c", "--seed", 1))
-    assert "no/t.jsonl" in error_of(capsys, run("--read", tmp_path / "c", "--text_out", tmp_path / "no" / "t.jsonl"))
+    (tmp_path / "file").touch()
+    assert "file" in error_of(capsys, run("--read", tmp_path / "c", "--text_out", tmp_path / "file" / "t.jsonl"))
+    assert run("--read", tmp_path / "c", "--text_out", tmp_path / "new" / "t.jsonl") == 0
+    assert (tmp_path / "new" / "t.jsonl").exists()
     assert not (tmp_path / "no").exists()
 
     other = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")))

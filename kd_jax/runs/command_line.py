@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         elif any(key.startswith(f"{name}.") for key in known):
             said = f"--{name} is a group of settings; set one of them, for example --{name}.KEY=VALUE"
         else:
-            said = f"unknown flag --{name}{settings.did_you_mean(name, known, '--')}"
+            said = f"unknown flag {word.partition('=')[0]}{settings.did_you_mean(name, known, '--')}"
         return ValueError(said)
 
 
@@ -106,6 +106,8 @@ def read_flagfiles(words: Sequence[str]) -> list[str]:
 
 def path(text: str) -> str:
     """A path, with ~ as the user's home: in --out=~/a the shell leaves it as it is."""
+    if not text.strip():  # an unset variable of the shell; Path("") is the folder that the command runs in
+        raise argparse.ArgumentTypeError("the path is empty")
     return str(Path(text).expanduser())
 
 
@@ -232,6 +234,15 @@ def main(parse: Callable[[Sequence[str]], argparse.Namespace], work: Callable[[a
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    try:
+        return _main(parse, work, argv)
+    except KeyboardInterrupt:  # before the work: there is nothing to resume
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(parse: Callable[[Sequence[str]], argparse.Namespace], work: Callable[[argparse.Namespace], None],
+          argv: Sequence[str]) -> int:  # fmt: skip
     try:
         args = parse(argv[1:])
     except (ValueError, OSError) as error:

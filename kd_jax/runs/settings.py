@@ -100,8 +100,8 @@ def spec(kind: type[T]) -> type[T]:
     def __post_init__(self):
         # Ranges first, so that a spec's own checks can rely on them.
         for field in _fields(type(self)):
-            for member in _out_of_range(field, getattr(self, field.name)):
-                raise ValueError(f"{field.name}={member!r} must be {_range(field)}")
+            for member, allowed in _out_of_range(field, getattr(self, field.name)):
+                raise ValueError(f"{field.name}={member!r} must be {allowed}")
         if more is not None:
             more(self)
 
@@ -289,17 +289,17 @@ def _fields(kind: type) -> Iterator[dataclasses.Field]:
     return (field for field in dataclasses.fields(kind) if "bounds" in field.metadata)
 
 
-def _out_of_range(field: dataclasses.Field, value: Any) -> Iterator[Any]:
-    """The value, or the members of a tuple, that the declaration does not allow."""
+def _out_of_range(field: dataclasses.Field, value: Any) -> Iterator[tuple[Any, str]]:
+    """The value, or the members of a tuple, that the declaration does not allow, and what it allows."""
     one_of, bounds = field.metadata["one_of"], field.metadata["bounds"]
     for member in value if isinstance(value, tuple) else (value,):
         if member is None:
             continue
         within = all(_RANGES[name][1](member, bound) for name, bound in bounds.items())
-        # NaN is within no range, and infinity is within none that has no upper bound
-        finite = not bounds or not isinstance(member, float) or math.isfinite(member)
-        if not within or not finite or (one_of is not None and member not in one_of):
-            yield member
+        if bounds and isinstance(member, float) and not math.isfinite(member):
+            yield member, "finite"
+        elif not within or (one_of is not None and member not in one_of):
+            yield member, _range(field)
 
 
 def _range(field: dataclasses.Field) -> str:
@@ -324,7 +324,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
     if typing.get_origin(hint) is tuple:
         # JSON has no tuples: a config that is read back has lists in their place.
         if not isinstance(value, tuple | list):
-            raise ValueError(f"{key}={value!r} must be a tuple")
+            raise ValueError(f"{key}={value!r} must be a {type_name(hint)}")
         return tuple(_typed(member, typing.get_args(hint)[0], key) for member in value)
     if typing.get_origin(hint) is dict:
         if not isinstance(value, Mapping | ConfigDict):

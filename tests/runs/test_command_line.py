@@ -38,6 +38,11 @@ def test_an_error_that_can_be_mended_is_one_line_and_code_2(error, capsys):
 def test_other_ends(capsys):
     assert end(Absent("a")) == 75 and capsys.readouterr().err == "error: a\n"
     assert end(KeyboardInterrupt()) == 130 and "the same command resumes" in capsys.readouterr().err
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    assert command_line.main(interrupted, None, ["x"]) == 130 and capsys.readouterr().err == "interrupted\n"
     with pytest.raises(KeyError):  # a fault of the program keeps its traceback
         end(KeyError("a"))
     assert command_line.main(lambda words: words, lambda args: None, ["x", "y"]) == 0
@@ -86,6 +91,9 @@ def test_kinds_of_arguments():
     assert ids("1,504") == [1, 504] and ids("") == []
     assert mesh_sizes("data=2, tensor=4") == {"data": 2, "tensor": 4}
     assert path("~/a") == str(Path.home() / "a")
+    for text in ("", " "):
+        with pytest.raises(argparse.ArgumentTypeError, match="the path is empty"):
+            path(text)
     assert number(float, at_least=0, below=1)("0.5") == 0.5
     for text in ("-0.1", "1", "nan"):
         with pytest.raises(argparse.ArgumentTypeError):

@@ -38,6 +38,7 @@ def samples(folder: str, *, model: str | None, first: int, num_samples: int, tex
     columns = zip(rows.index, rows.length, rows.finished, log_probs, texts, rows.tokens, strict=True)
     lines = [dict(zip(names, row, strict=True)) for row in columns]
     if text_out is not None:
+        Path(text_out).parent.mkdir(parents=True, exist_ok=True)
         write_rows(Path(text_out), lines)
     else:
         for line in lines:
