@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -99,23 +100,28 @@ def load(name: str) -> ConfigDict:
         path = names[path]
     # A config may begin with another one (`from configs import lm`), wherever it lies itself. First on the path, as the
     # folder that the command runs in may have a package `configs` of its own.
-    sys.path.insert(0, str(shipped.parent))
+    # After it the config's own folder, as for a script: a config may import a file beside it.
+    added = [str(shipped.parent), str(Path(path).absolute().parent)]
+    sys.path[:0] = added
     try:
         # Not `import`: a config is any file, and need not be on the path or be named like a module.
         found = importlib.util.spec_from_file_location("kd_jax_config", path)
         module = importlib.util.module_from_spec(found)
         found.loader.exec_module(module)
+        if colon and not inspect.signature(module.get_config).parameters:
+            raise ValueError(f"get_config() in {path} takes no argument; leave out :{arg}")
         config = module.get_config(arg) if colon else module.get_config()
-    except Exception as error:  # the file is Python, and may raise anything
+    except (Exception, SystemExit) as error:  # the file is Python, and may raise anything
         raise ValueError(f"--config {name}: {_one_line(error)}") from error
     finally:
-        sys.path.remove(str(shipped.parent))
+        for folder in added:
+            sys.path.remove(folder)
     if not isinstance(config, ConfigDict):
         raise ValueError(f"--config {name}: get_config() must return an ml_collections.ConfigDict")
     return config
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     """An error's message; with its type and place unless the file has raised it to explain something itself."""
     message = " ".join(str(error).split())
     last = traceback.extract_tb(error.__traceback__)[-1]

@@ -122,6 +122,8 @@ def test_override_sets_field_and_its_type(parse, word, key, value):
         ("--num_processes=two", ["--num_processes", "two"]),
         ("--config.sizes=(1,", ["--config.sizes"]),
         ("--config.sizes=none", ["--config.sizes", "tuple"]),
+        ("--config.betas='1,x'", ["--config.betas=", "must be a tuple of float"]),
+        ("-config.seeds=3", ["unknown flag -config.seeds; did you mean --config.seeds?"]),
     ],
 )
 def test_a_bad_flag_is_one_line_that_names_it(parse, word, parts, tmp_path):
@@ -241,6 +243,7 @@ def test_flagfiles_have_comments_and_name_others(tmp_path):
         ("def get_config():\n    return {}['a']\n", ["KeyError", "config.py, line 2"]),
         ("def get_config(arg=''):\n    raise ValueError(f'{arg} is not known')\n", ["not known"]),
         ("x = (\n", ["SyntaxError"]),
+        ("import sys\nsys.exit('no data')\n", ["config.py", "SystemExit: no data", "config.py, line 2"]),
     ],
 )
 def test_a_config_file_that_does_not_work_is_one_line(tmp_path, text, words):
@@ -250,6 +253,16 @@ def test_a_config_file_that_does_not_work_is_one_line(tmp_path, text, words):
         parse_words(f"--config={tmp_path / 'config.py'}")
     assert "--config" in str(caught.value) and "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_config_may_import_a_file_beside_it_and_has_to_take_the_argument(tmp_path):
+    (tmp_path / "beside_a_config.py").write_text("SEEDS = 7\n")
+    text = CONFIG.replace("config.seeds = 10", "config.seeds = SEEDS")
+    (tmp_path / "config.py").write_text("from beside_a_config import SEEDS\n" + text)
+    before = list(sys.path)
+    assert config_lib.load(str(tmp_path / "config.py")).seeds == 7 and sys.path == before
+    with pytest.raises(ValueError, match=r"config.py:smoke: get_config\(\) in .*config.py takes no argument"):
+        config_lib.load(f"{tmp_path / 'config.py'}:smoke")
 
 
 def test_config_is_missing():
