@@ -71,7 +71,7 @@ def encode(
             raise ValueError(f"messages[{i}].tool_calls: calls of tools cannot be learnt")
         if not isinstance(message.get("role"), str):
             keys = ", ".join(message) or "none"
-            raise ValueError(f"messages[{i}] has no role; a message has the keys role and content, and here: {keys}")
+            raise ValueError(f"messages[{i}] has no role; a message has the keys role and content, and this one {keys}")
         if not isinstance(message.get("content"), str | None):
             kind = type(message["content"]).__name__
             raise ValueError(f"messages[{i}].content of role {message['role']!r} is not text, but {kind}")

@@ -109,7 +109,7 @@ def test_prompt_and_response_are_not_merged(smollm2):
             [*TWO_TURNS[:1], {"role": "assistant", "content": [{"type": "text"}]}],
             r"conversation 1: messages\[1\].content of role 'assistant' is not text, but list",
         ),
-        ([{"from": "human", "value": "Hi"}], r"conversation 1: messages\[0\] has no role.*here: from, value"),
+        ([{"from": "human", "value": "Hi"}], r"conversation 1: messages\[0\] has no role.*this one from, value"),
         (5, r"row 1 of .*d.jsonl: '5' is not a list of messages"),
         (["Hi"], r"row 1 of .*d.jsonl: .* is not a list of messages"),
         (TWO_TURNS[0], r"row 1 of .*d.jsonl: .* is not a list of messages"),
