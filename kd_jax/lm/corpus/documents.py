@@ -172,7 +172,8 @@ def _check_formats(source: str, folder: Path, used: list[str]) -> None:
     # what lies above the data, such as a manifest, is about them
     top, endings = Path(os.path.commonpath(list(map(os.path.dirname, used)))), set(map(readers.suffix, used))
     for path in sorted(top.rglob("[!.]*")):
-        no_data = path.name in datasets.data_files.FILES_TO_IGNORE or "/." in str(path.relative_to(folder))
+        about = path.name in datasets.data_files.FILES_TO_IGNORE or path.stem.lower() in ("license", "notice", "readme")
+        no_data = about or "/." in str(path.relative_to(folder))
         ending = readers.suffix(path.name)
         if path.is_file() and readers.is_known(path.name) and ending not in endings and not no_data:
             first = min(endings)

@@ -584,6 +584,7 @@ def test_folders_in_which_something_would_be_left_out_are_refused(words, tmp_pat
     for name in ("a.jsonl", "b.jsonl"):
         write_jsonl(folder / name, "text", ["w3"])
     (folder / "c.jsonl").touch()  # a file without a row lacks no column
+    (folder / "LICENSE.txt").write_text("about the data, and not part of them")
     assert ingest.from_dataset(folder, tmp_path / "one", words, max_length=9).num_rows == 2
     write_csv(folder / "b.csv", ["w4"])
     with pytest.raises(ValueError, match=r"has \.jsonl files and \.csv files \(b\.csv\).*glob, such as .*d/\*\.jsonl"):
