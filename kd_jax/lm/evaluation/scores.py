@@ -192,8 +192,14 @@ def _read(wanted: Wanted, count: int) -> Scores:
         hint = "; remove it, and the same command makes it again"
         arrays = read_arrays(wanted.path, hint=hint)
         if str(arrays.get("key")) == wanted.text:
-            # views of what was read cannot be written to
-            return Scores(*(arrays[name].copy() for name in Scores._fields))
+            try:
+                # views of what was read cannot be written to
+                scores = Scores(*(arrays[name].copy() for name in Scores._fields))
+            except KeyError as error:
+                raise RunError(f"{wanted.path} is damaged: it has no {error}{hint}") from error
+            if scores.log_prob.shape != (count,):
+                raise RunError(f"{wanted.path} is damaged: it has {scores.log_prob.shape} rows, not {count}{hint}")
+            return scores
     return Scores(np.full(count, np.nan), np.zeros((CALIBRATION_BINS, 3)), np.zeros(count))
 
 
