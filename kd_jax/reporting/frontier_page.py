@@ -295,7 +295,7 @@ def _at_gain(gain: float, here: Sequence[Price], knobs: Sequence[Knob]) -> str:
     text = f"Gain {gain:g}: {here[0].knob} costs {show(here[0].price, here[0].price_error)} nats of recall per nat"
     close = [f"{price.knob} ({show(price.extra, price.extra_error)} more)" for price in _close(here)]
     if close:
-        text += f"; not told from it: {_listed(close)}"
+        text += f"; no clear difference from it: {_listed(close)}"
     elif len(here) > 1:
         text += f"; all others cost more, {here[1].knob} next by {show(here[1].extra, here[1].extra_error)}"
     missing = [knob for knob in knobs if knob.name not in {price.knob for price in here}]

@@ -96,7 +96,7 @@ def test_other_values_of_the_knobs_are_not_traced_again(found, monkeypatch):
         return ground(*arguments)
 
     monkeypatch.setattr(students, "ground", counted)
-    knobs = {"beta": (2.0, 3.0, 4.0, 5.0), "top_k": (3, 3, 2, 1), "jensen_shannon": (0.0, 0.3, 1.0)}
+    knobs = {"beta": (2.0, 3.0, 4.0, 5.0), "top_k": (1, 2, 3, 4), "jensen_shannon": (0.0, 0.3, 1.0)}
     config = small(learning_rate=0.01, separation=2.0, tol=1e-2, knobs=knobs)
     changed = scores(config, np.arange(3))
     assert not traced

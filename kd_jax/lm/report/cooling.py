@@ -227,7 +227,7 @@ def headline(students: dict[str, Curve], by_arm: dict[str, Standing]) -> str | N
     at_one = {arm: standing.sides[1.0] for arm, standing in by_arm.items() if 1.0 in standing.sides}
     if not at_one:
         return None
-    words = {ABOVE: "more recall", BELOW: "less recall", ALIKE: "recall that cannot be told from its"}
+    words = {ABOVE: "more recall", BELOW: "less recall", ALIKE: "no clear difference in recall"}
     parts = []
     for side, word in words.items():
         labels = [students[arm].label for arm, own in at_one.items() if own == side]
