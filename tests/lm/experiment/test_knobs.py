@@ -55,7 +55,7 @@ def test_without_knobs_there_is_no_frontier():
     ({"references": ("tau-1",)}, "config.frontier.references=('tau-1',): none is a setting of divergence"),
     ({"gains": ()}, "config.frontier.gains is empty"),
     ({"gains": (0.5, -1.0)}, "config.frontier.gains=-1.0 must be above 0"),
-    ({"gains": (float("inf"),)}, "config.frontier.gains=inf must be above 0"),
+    ({"gains": (float("inf"),)}, "config.frontier.gains=inf must be finite"),
     ({"knobs": (("tau", (("1", "tau-1"), ("2", "tau-2"))),)}, "config.frontier.knobs: tau: 'tau-2'"),
     ({"knobs": (("tau", ()),)}, "('tau', ()) is not (name"),
     ({"knobs": (*KNOBS, KNOBS[0])}, "has a name twice: tau, top-k, divergence, tau"),
