@@ -94,13 +94,8 @@ def fit(
     """
     x = jnp.asarray(x)
     _check(x, num_components, covariance_type, init, num_starts, max_iter, sample_weights)
-    if start is not None and (num_starts > 1 or start.means.shape != (num_components, x.shape[1])):
-        raise ValueError(
-            f"start has means {start.means.shape}: it goes with num_starts=1 and num_components={num_components} in "
-            f"{x.shape[1]} dimensions"
-        )
-    if start is not None and start.covariances.ndim != (3 if covariance_type == "full" else 2):
-        raise ValueError(f"start has covariances {start.covariances.shape}, not of covariance_type={covariance_type!r}")
+    if start is not None:
+        _check_start(start, num_components, x.shape[1], covariance_type, num_starts)
     weights = jnp.ones(x.shape[0], x.dtype) if sample_weights is None else _checked_weights(sample_weights, x.dtype)
     # Whole blocks: further points of weight zero.
     extra = padding(len(x))
@@ -146,6 +141,15 @@ def _check(x, num_components, covariance_type, init, num_starts, max_iter, sampl
         raise ValueError(f"num_starts={num_starts} and max_iter={max_iter} must be at least 1")
     if sample_weights is not None and jnp.shape(sample_weights) != (x.shape[0],):
         raise ValueError(f"sample_weights {jnp.shape(sample_weights)} must be [{x.shape[0]}]")
+
+
+def _check_start(start: Mixture, num_components: int, dim: int, covariance_type: str, num_starts: int):
+    if num_starts > 1:
+        raise ValueError(f"num_starts={num_starts} has no effect with start, which is the only one")
+    if start.means.shape != (num_components, dim):
+        raise ValueError(f"the means of start have shape {start.means.shape}, not {(num_components, dim)}")
+    if start.covariances.ndim != (3 if covariance_type == "full" else 2):
+        raise ValueError(f"the covariances of start, {start.covariances.shape}, are not {covariance_type!r}")
 
 
 def _checked_weights(weights, dtype) -> jax.Array:

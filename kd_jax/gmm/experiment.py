@@ -77,7 +77,7 @@ class Cell(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Seeds of one program, which are computed, and saved, at once."""
+    """Seeds that one program computes, and that are saved together."""
 
     setting: Setting
     first: int  # first seed

@@ -173,7 +173,7 @@ def slope(students: Students, metric: str, low: float, high: float) -> Interval:
 
 
 def decades(students: Students) -> list[tuple[float, float]]:
-    """Pairs of betas a decade apart, from the smallest on; where there is none, the whole range (nothing of one)."""
+    """Pairs of betas a decade apart, from the smallest on; where there is none, the whole range; empty for one beta."""
     values = betas(students)
     nearest = lambda target: min(values, key=lambda beta: abs(np.log(beta / target)))  # noqa: E731
     # betas are log-spaced, so that a decade's ends are among them or close

@@ -114,9 +114,9 @@ def sharpen(mixture: Mixture, beta: float | jax.Array) -> Mixture:
     absent = jnp.isneginf(log_weights)
     # Subtracting the largest before the power keeps beta = 1e6 from over- or underflowing to NaN.
     shifted = jnp.where(absent, 0.0, log_weights - log_weights.max())
-    # 0 stays 0 for beta = inf, too.
-    powered = jnp.where(shifted == 0, 0.0, jnp.asarray(beta, log_weights.dtype) * shifted)
-    powered = jnp.where(absent, -jnp.inf, powered)
+    # finite, as inf * 0 would be NaN for the heaviest
+    beta = jnp.minimum(jnp.asarray(beta, log_weights.dtype), jnp.finfo(log_weights.dtype).max)
+    powered = jnp.where(absent, -jnp.inf, beta * shifted)
     return mixture._replace(log_weights=jax.nn.log_softmax(powered))
 
 

@@ -31,6 +31,5 @@ def centred(real: jax.Array, *others: jax.Array) -> list[jax.Array]:
     """
     # A median and not a mean: differences from it are exact for integers, so that equal distances stay equal.
     origin = np.median(np.asarray(real, np.float64), axis=0)
-    kinds = [np.promote_types(points.dtype, np.float32) for points in map(jnp.asarray, (real, *others))]
-    sets = [np.asarray(points, np.float64) - origin for points in (real, *others)]
-    return [jnp.asarray(points.astype(kind)) for points, kind in zip(sets, kinds, strict=True)]
+    sets = map(np.asarray, (real, *others))
+    return [jnp.asarray((p.astype(np.float64) - origin).astype(np.promote_types(p.dtype, np.float32))) for p in sets]

@@ -108,9 +108,9 @@ def of_clusters(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:
         clusters: int [N], from 0 to C - 1, each in use.
     """
     mean = values.mean(-1, keepdims=True)
-    member = np.equal.outer(clusters, np.arange(clusters.max() + 1))
     # Sums of differences from the mean: a cluster of more values counts for more.
-    return mean + (values - mean) @ member * (member.shape[1] / len(clusters))
+    sums = np.apply_along_axis(lambda row: np.bincount(clusters, row), -1, values - mean)
+    return mean + sums * (sums.shape[-1] / len(clusters))
 
 
 def holm(p_values: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ The config file's fields, the checks of the command line, its help and the docum
     describe(TrainSpec)                     a row for each setting
     changes(TrainSpec)                      a spec of the same settings, all of them none; `merge` puts them over others
 
-Types: bool, int, float, str, a tuple of one of these or one or None, a spec, dict[str, Any] (the user names its keys).
+Types: bool, int, float or str; a tuple of one of these; one of these or None; a spec; dict[str, Any] with free keys.
 """
 
 from __future__ import annotations

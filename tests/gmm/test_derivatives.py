@@ -14,7 +14,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 from kd_jax.gmm import em, experiment, frontier, gradient_fit
-from kd_jax.gmm.mixture import Mixture, log_prob
+from kd_jax.gmm.mixture import Mixture, log_prob, sharpen
 from kd_jax.gmm.specs import GmmFrontierSpec, GmmSpec
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +150,11 @@ def test_a_gradient_fit_differentiates_its_estimate():
         gradient_fit.jensen_shannon(0.3), teacher, student, points, log_p, noise
     )
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.grad(estimate)(teacher)))
+
+
+def test_derivative_of_sharpening_equal_weights():
+    with jax.enable_x64(True):
+        equal = Mixture(jnp.log(jnp.full(2, 0.5)), jnp.zeros((2, 1)), jnp.ones((2, 1)))
+        weights = lambda log_weights: sharpen(equal._replace(log_weights=log_weights), 3.0).log_weights  # noqa: E731
+        # d log w'_i / d log w_k = beta (1[i = k] - w'_k)
+        np.testing.assert_allclose(jax.jacrev(weights)(equal.log_weights), 3 * (np.eye(2) - 0.5), atol=1e-12)

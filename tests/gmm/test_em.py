@@ -231,8 +231,12 @@ def test_fewer_active_components_are_a_smaller_fit():
             np.testing.assert_allclose(got.mixture.means[order[0]], alone.mixture.means[order[1]], atol=2e-2)
 
 
-@pytest.mark.parametrize("changes", [{"num_components": 3}, {"covariance_type": "full"}, {"num_starts": 2}])
-def test_a_start_that_does_not_go_with_the_settings(changes):
+@pytest.mark.parametrize(
+    "changes, text",
+    [({"num_components": 3}, "the means of start have"), ({"covariance_type": "full"}, "the covariances of start"),
+     ({"num_starts": 2}, "num_starts=2 has no effect")],
+)  # fmt: skip
+def test_a_start_that_does_not_go_with_the_settings(changes, text):
     start = Mixture(jnp.log(jnp.array([0.5, 0.5])), jnp.array([[-1.0], [1.0]]), jnp.ones((2, 1)))
-    with pytest.raises(ValueError, match="start has"):
+    with pytest.raises(ValueError, match=text):
         em.fit(KEY, jnp.zeros((9, 1)), **({"num_components": 2} | changes), start=start)

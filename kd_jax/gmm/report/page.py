@@ -159,9 +159,11 @@ def _finding(compared: list[Match], students: Students) -> str:
     # Sharpening alone: the run has other ways, which do not belong in its one sentence.
     own = [match for match in compared if match.way == SHARPENED]
     found = standing(own)
-    if " recall at " in found:
-        return f"{trade}; beside the direct student that is merely sampled at a lower temperature, it has {found}."
-    return f"{trade}, {verdict[found]}." if found in verdict else f"{trade}."
+    if found in verdict:
+        return f"{trade}, {verdict[found]}."
+    if all(match.difference is None for match in own):
+        return f"{trade}."
+    return f"{trade}; beside the direct student that is merely sampled at a lower temperature, it has {found}."
 
 
 def _setup(spec: GmmSpec, seeds: int) -> str:

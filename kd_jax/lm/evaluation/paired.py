@@ -46,9 +46,10 @@ def _file(folder: str | os.PathLike, name: str, quantity: str, sampler: SamplerS
 def keep(path: Path, folder: Path, rows: Sequence[dict[str, Any]], data: Rows) -> None:
     """Writes what each validation row adds to the metrics that are measured on it, for each student.
 
-    Errors are computed from it (kd_jax.reporting.units). Arrays: tokens and prompt int [sequence]; name and
-    sample_temperature [model]; float32 log_prob, log model in nats, and agreement, tokens, [model, sequence]; where the
-    rows were drawn from p*, log p* in nats as p_star [sequence].
+    Errors are computed from it (kd_jax.reporting.units). Arrays: tokens int [sequence]; name and sample_temperature
+    [model]; log_prob float32 [model, sequence], log model in nats. Some runs have more: agreement float32 [model,
+    sequence], in tokens; p_star float32 [sequence], log p* in nats, where p* drew the rows; prompt int [sequence], the
+    number of its prompt, where prompts repeat.
 
     Args:
         path: the file.
@@ -59,18 +60,20 @@ def keep(path: Path, folder: Path, rows: Sequence[dict[str, Any]], data: Rows) -
     rows = [row for row in rows if row["seed"] is not None]
     samplers = [SamplerSpec(sample_temperature=row["sample_temperature"]) for row in rows]
     arrays = [read_arrays(_file(folder, row["name"], "recall", s)) for row, s in zip(rows, samplers, strict=True)]
-    prompts = estimates.clusters(data)
-    more = {"p_star": data.log_prob} if any(row["kl_data_model"] is not None for row in rows) else {}
+    more = {}
+    if any(row["kl_data_model"] is not None for row in rows):
+        more["p_star"] = np.asarray(data.log_prob, np.float32)
     if any(row["agreement"] is not None for row in rows):
-        more["agreement"] = [kept["agreement"] for kept in arrays]
+        more["agreement"] = np.array([kept["agreement"] for kept in arrays], np.float32)
+    if (prompts := estimates.clusters(data)) is not None:
+        more["prompt"] = prompts
     with replacing(path) as file:
         np.savez(
             # Of a conversation only the assistant's tokens are scored.
-            file, tokens=data.num_learnt, prompt=np.arange(len(data.num_learnt)) if prompts is None else prompts,
-            name=np.array([row["name"] for row in rows]),
+            file, tokens=data.num_learnt, name=np.array([row["name"] for row in rows]),
             sample_temperature=np.array([row["sample_temperature"] for row in rows]),
             log_prob=np.array([kept["log_prob"] for kept in arrays], np.float32),
-            **{name: np.array(values, np.float32) for name, values in more.items()},
+            **more,
         )  # fmt: skip
 
 

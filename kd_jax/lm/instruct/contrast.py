@@ -54,6 +54,7 @@ def at_equal_variety(
 
 def _at(curve: Sequence[dict[str, Any]], variety: float, metric: str) -> float | None:
     """The metric at a distinct-2, between two neighbouring temperatures, the highest that enclose it; or None."""
+    # A curve of one temperature has a value there alone.
     for one, other in zip(curve, curve[1:] or curve, strict=False):
         start, end = one["distinct_2"], other["distinct_2"]
         if min(start, end) <= variety <= max(start, end):

@@ -68,7 +68,7 @@ def prepare(
         validation.append(complete(batch))
     if not any(batch.mask.any() for batch in validation):
         raise ValueError(
-            f"the {len(held_out)} held-out sequences of {member.name} have no token to learn: raise the number of them"
+            f"the {len(held_out)} held-out sequences of {member.name} have no token to learn; hold out more of them"
         )
     updates = Updates(train, layout, member.seed, spec.epochs, complete, count=spec.updates)
     if not on_policy:

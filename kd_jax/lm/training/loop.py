@@ -200,17 +200,14 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
         raise ValueError(f"models trained together need the same number of updates, not {totals}")
     compute = dataclasses.replace(one.compute, mesh=one.mesh)
     if distillation is None:
-        loss, guide = distill.cross_entropy(architecture, compute, num_tokens=one.model.num_tokens), None
-        of_rollouts = None
+        loss, guides = distill.cross_entropy(architecture, compute, num_tokens=one.model.num_tokens), (None, None)
     else:
         loss = distill.loss(distillation, one.model, compute, packed=spec.row_length > 0)
         guide = distill.guide(distillation)
-        # The student's own samples are no labels.
-        of_rollouts = guide._replace(hard_weight=jnp.float32(0))
+        # The second is for the student's own samples, which are no labels.
+        guides = guide, guide._replace(hard_weight=jnp.float32(0))
     if not one.part.is_all:
-        loss, guide, of_rollouts = (
-            update_lib.of_part(loss, architecture, one.part), (one.kept, guide), (one.kept, of_rollouts)
-        )  # fmt: skip
+        loss, guides = update_lib.of_part(loss, architecture, one.part), [(one.kept, guide) for guide in guides]
     update, evaluate = _programs(loss, architecture, spec, total, one.mesh, count, one.part)
     with one.clock("checkpoints"):
         first = max(set.intersection(*(set(session.checkpoints.steps()) for session in sessions)), default=0)
@@ -232,7 +229,7 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
             batch = each[0] if count == 1 else state_lib.stack(each)
         with one.clock("updates"):
             # jit returns before the device has finished: this queues the update, and the next batch is made meanwhile.
-            state, metrics = update(state, state_lib.place(batch, one.mesh), of_rollouts if on_policy else guide)
+            state, metrics = update(state, state_lib.place(batch, one.mesh), guides[bool(on_policy)])
         pending.append((done, tokens, each, metrics))
         # All processes vote in every update: the vote is a collective, and a signal may reach one of them only.
         validate, halt = done in validate_at, agreed(stop.asked) and done < total
@@ -241,7 +238,7 @@ def _loop(sessions: list[Session], stop: Stop, distillation: Distillation | None
         while pending and (save or len(pending) > _BEHIND):
             _fetch(sessions, logs, *pending.popleft())
         if save:
-            _save(sessions, logs, state, done, functools.partial(evaluate, guide=guide) if validate else None)
+            _save(sessions, logs, state, done, functools.partial(evaluate, guide=guides[0]) if validate else None)
         if halt:
             # The checkpoint has been saved: the same command goes on from this update.
             raise KeyboardInterrupt

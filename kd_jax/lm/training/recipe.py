@@ -24,10 +24,10 @@ class TrainSpec:
     parts: int = setting(1, "an update's batch is computed in so many parts (gradient accumulation)", at_least=1)
     learning_rate: float = setting(5e-4, "AdamW's, after the warm-up", above=0.0)
     warmup: float = setting(
-        0.01, "share of the updates, the first ones, in which the learning rate rises", at_least=0.0, at_most=1.0
+        0.01, "share of the updates, at the start, in which the learning rate rises", at_least=0.0, at_most=1.0
     )
     decay: float = setting(
-        0.2, "share of the updates, the last ones, in which it falls to 0", at_least=0.0, at_most=1.0
+        0.2, "share of the updates, at the end, in which the learning rate falls to 0", at_least=0.0, at_most=1.0
     )
     b1: float = setting(0.9, "AdamW's decay of the first moment", at_least=0.0, below=1.0)
     # 0.95 is usual for language models: the second moment follows the gradients faster than with Adam's 0.999.
