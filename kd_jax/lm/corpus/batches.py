@@ -22,6 +22,8 @@ from kd_jax.lm.corpus.store import Corpus, fingerprint
 from kd_jax.runs import progress
 from kd_jax.storage.errors import number
 
+# Raised when `Sequences.mixed` takes other rows: finished stages are then not reused.
+MIXED = 2
 # The number of rows of a packed batch is rounded up to one of 8 sizes: each size compiles one more program.
 _SHAPES = 8
 
@@ -158,7 +160,7 @@ class Sequences:
         return Sequences(self._table.select(range(start, stop)))
 
     def mixed(self, other: Sequences, share: float) -> Sequences:
-        """As many rows, the first ones of both: `share` of them from `other`, the rest from this.
+        """As many rows: the first ones of this, and `share` of them from the places after these in `other`.
 
         Args:
             other: another corpus.
@@ -168,8 +170,9 @@ class Sequences:
         num_other = round(share * len(self))
         if num_other > len(other):
             raise ValueError(f"{num_other} rows of the second corpus are wanted; it has {len(other)}")
-        # The first rows of each are as good as any: samples are independent, and data are in random order.
-        tables = self.part(0, len(self) - num_other)._table, other.part(0, num_other)._table
+        # Rows of one place may answer one prompt: from other places of each corpus, each prompt comes once.
+        stop = min(len(self), len(other))
+        tables = self.part(0, len(self) - num_other)._table, other.part(stop - num_other, stop)._table
         return Sequences(datasets.concatenate_datasets(tables))
 
     def __len__(self) -> int:

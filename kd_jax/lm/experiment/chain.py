@@ -14,6 +14,7 @@ from typing import Any
 
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import training, weights
+from kd_jax.lm.corpus import batches
 from kd_jax.lm.distill import loss as distill
 from kd_jax.lm.experiment import arms as arms_lib
 from kd_jax.lm.experiment import checks, corpora, cost, planning, results, roles
@@ -197,6 +198,8 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
         settings["together"] = len(students)
     if arm.distill is not None:
         settings["distill"] = arm.knobs
+        if arm.distill.share_of_samples:
+            settings["mixed"] = batches.MIXED
         # A teacher that is a stage enters as an input, by its key.
         settings |= roles.teacher_identity(spec) if arm.teacher_runs else {}
 

@@ -78,16 +78,30 @@ def test_conversations_mixed_with_samples(first):
         "tokens": [[1, 5, 6, 7], [1, 5, 8]], "length": [4, 3], "prompt_length": [2, 2],
         "loss_mask": [[False, False, False, True], [False, False, True]],
     }  # fmt: skip
-    samples = {"tokens": [[1, 9, 9, 9], [1, 4]], "length": [4, 2], "prompt_length": [1, 1]}
+    samples = {"tokens": [[1, 4], [1, 9, 9, 9]], "length": [2, 4], "prompt_length": [1, 1]}
     pair = [Sequences(datasets.Dataset.from_dict(columns)) for columns in (talks, samples)]
     mixed = pair[first].mixed(pair[1 - first], 0.5)
-    expected = {(1, 5, 6, 7): [0, 0, 1], (1, 9, 9, 9): [1, 1, 1]}
+    expected = ({(1, 5, 6, 7): [0, 0, 1], (1, 9, 9, 9): [1, 1, 1]}, {(1, 4): [1, 0, 0], (1, 5, 8): [0, 1, 0]})[first]
     for numbers in (np.arange(2), np.array([1, 0]), np.array([0]), np.array([1])):
         tokens = mixed.tokens(numbers)
         layout = Layout(len(numbers), max_length=4)
         batch = batches.arrange(tokens, mixed.prompt_lengths[numbers], layout, None, mixed.masks(numbers))
         for ids, mask in zip(tokens, batch.mask[0], strict=True):
             assert mask[:3].tolist() == expected[tuple(ids.tolist())] and not mask[3]
+
+
+@pytest.mark.parametrize(("size", "share"), [(40, 0.25), (40, 0.5), (40, 1.0), (33, 0.7)])
+def test_a_mix_has_each_prompt_once(size, share):
+    """Row i of both corpora answers prompt i, as those of p* and of the teacher do."""
+
+    def answers(of):
+        tokens = [[1, prompt, of] for prompt in range(size)]
+        columns = {"tokens": tokens, "length": [3] * size, "prompt_length": [2] * size}
+        return Sequences(datasets.Dataset.from_dict(columns))
+
+    rows = answers(100).mixed(answers(200), share).tokens(np.arange(size))
+    assert [ids[1] for ids in rows] == list(range(size))
+    assert sum(ids[2] == 200 for ids in rows) == round(share * size)
 
 
 def test_padding():

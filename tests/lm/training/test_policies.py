@@ -113,7 +113,7 @@ def test_a_mix_takes_its_share_of_both(corpora, tmp_path):
     mixed = one.mixed(two, 0.25)
     assert len(mixed) == 40
     rows = mixed.tokens(np.arange(40))
-    wanted = [*one.tokens(np.arange(30)), *two.tokens(np.arange(10))]
+    wanted = [*one.tokens(np.arange(30)), *two.tokens(np.arange(30, 40))]
     assert all(np.array_equal(a, b) for a, b in zip(rows, wanted, strict=True))
     losses = [
         train(tmp_path / f"{mix}", corpora, "online", data="mix", mix=mix, changes={"validations": 1})[
