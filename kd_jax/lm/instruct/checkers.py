@@ -42,6 +42,7 @@ def names_three(answer: str, members: Sequence[str]) -> bool:
         for member in members
         if any(f" {member.casefold()}{ending} " in text for ending in ("", "s", "es"))
         or (member.endswith("y") and f" {member.casefold()[:-1]}ies " in text)
+        or (member.endswith("f") and f" {member.casefold()[:-1]}ves " in text)
     }
     return len(named) == 3 and len(said) <= MAX_WORDS
 
@@ -97,8 +98,9 @@ def is_number(answer: str, number: int) -> bool:
     Numbers count in digits, and in words from zero to twenty; "one" always counts, also as a pronoun.
     """
     said = words(answer)
+    # isdecimal: "²" is a digit too, but no number that int reads
     numbers = [
-        _NUMBERS.index(word) if word in _NUMBERS else word for word in said if word in _NUMBERS or word.isdigit()
+        _NUMBERS.index(word) if word in _NUMBERS else word for word in said if word in _NUMBERS or word.isdecimal()
     ]
     return len(said) <= MAX_WORDS and [int(one) for one in numbers] == [number]
 

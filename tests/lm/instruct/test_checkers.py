@@ -154,3 +154,15 @@ def test_answers_written_by_hand(kind):
 def test_a_repeater_is_wrong_everywhere():
     for kind, (arguments, right, _) in ANSWERS.items():
         assert not checkers.check(kind, arguments, " ".join([right[0]] * 30)), kind
+
+
+def test_digits_that_are_no_numbers():
+    # superscripts and numbers in circles are digits to str.isdigit, and int refuses them
+    assert not checkers.is_number("²", 2) and not checkers.is_number("④", 4)
+    assert checkers.is_number("It is 4, not 2².", 4) and not checkers.is_number("2² = 4, and not 5.", 4)
+
+
+def test_plurals_in_ves():
+    furniture = ["shelf", "sofa", "table", "desk"]
+    assert checkers.names_three("Sofas, tables and shelves.", furniture)
+    assert not checkers.names_three("Sofas and shelves, or a shelf.", furniture)
