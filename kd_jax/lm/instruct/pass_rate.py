@@ -4,7 +4,8 @@
     FOLDER/p_star/instruct/...             p*'s own, for comparison
 
 A corpus that is finished is not sampled again; rows and verdicts are computed anew from the corpora each time. The
-answers of all students of one seed have the same random numbers, which makes differences between arms less noisy.
+answers of all students of one teacher and seed have the same random numbers, which makes differences between arms less
+noisy; those of other teachers have others, since errors are over teachers.
 """
 
 from __future__ import annotations
@@ -121,11 +122,11 @@ def _corpora(
         asked = instructions(split, count, instruct.kinds)
         prompts = [prompt_files.encode(one.prompt, tokenizer) for one in asked]
         each = instruct.samples_per_prompt if split == "test" else 1
+        seed = settings.seed + number + (entry.seed or 0) + evaluation.TEACHERS_APART * (entry.teacher or 0)
         for tau in instruct.sample_temperatures:
             sampler, label = SamplerSpec(sample_temperature=tau), f"{name}: {split} instructions at {tau:g}"
             drawn = evaluation.sampling_settings(
-                model, name, [], max_length, each * count, settings.seed + number + (entry.seed or 0), sampler,
-                settings, prompts,
+                model, name, [], max_length, each * count, seed, sampler, settings, prompts
             ) | prompt_files.settings(prompts, each)  # fmt: skip
             corpus = to_corpus.sample(
                 model.load, folder / name / "instruct" / split / sampler.label, drawn, command=f"evaluation of {name}",

@@ -1,9 +1,13 @@
+import dataclasses
 import math
 
+import jax
 import numpy as np
 import pytest
 from scipy import stats
 
+from kd_jax.lm import model as model_lib
+from kd_jax.lm.evaluation import Entry, EvaluationSpec, LazyModel
 from kd_jax.lm.instruct import contrast, pass_rate
 from kd_jax.lm.instruct.pass_rate import Answers, InstructSpec
 
@@ -97,3 +101,20 @@ def test_settings_that_cannot_work():
         InstructSpec(num_test=3, num_validation=85)
     with pytest.raises(ValueError, match="copies.*one of name_three"):
         InstructSpec(kinds=("copies",))
+
+
+@pytest.mark.slow
+def test_students_of_other_teachers_have_other_random_numbers(tmp_path):
+    # one model under three names: with the same random numbers all of its answers would be equal
+    architecture = dataclasses.replace(model_lib.PRESETS["tiny"], vocab_size=256)
+    model = model_lib.Model(architecture, model_lib.init(jax.random.key(0), architecture), (0,))
+    students = {
+        "one": Entry(model, "direct", seed=0, teacher=0), "same": Entry(model, "logits", seed=0, teacher=0),
+        "other": Entry(model, "direct", seed=0, teacher=1),
+    }  # fmt: skip
+    p_star = LazyModel(model, "float32", None, tmp_path)
+    spec = InstructSpec(num_validation=1, num_test=2, kinds=("copy",))
+    _, answers = pass_rate.evaluate(spec, p_star, students, EvaluationSpec(), tmp_path, max_length=90)
+    said = {name: [row["answer"] for row in answers if row["name"] == name] for name in students}
+    assert said["one"] == said["same"]
+    assert all(a != b for a, b in zip(said["one"], said["other"], strict=True))
