@@ -23,10 +23,14 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from kd_jax.lm import decode, score
+from kd_jax.lm.decode import SamplerSpec
 from kd_jax.lm.model import Model
 
 # New tokens of an answer where a task does not say it, as in the harness.
 MAX_NEW = 256
+# What tasks call the most new tokens, as in the harness: of several the first counts.
+_MAX_NEW_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_KNOBS = ("top_k", "top_p", "min_p")
 
 
 class HarnessModel(TemplateLM):
@@ -104,35 +108,49 @@ class HarnessModel(TemplateLM):
         """An answer to each prompt, up to the first of its stop strings; greedy unless the task asks for sampling."""
         groups: dict[tuple, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
-            settings = request.args[1]
-            sampled = bool(settings.get("do_sample", settings.get("temperature", 0) > 0))
-            knobs = {"sample_temperature": settings.get("temperature", 1.0), "top_p": settings.get("top_p")}
-            # the most probable token alone
-            knobs = knobs if sampled else {"top_k": 1}
-            groups[int(settings.get("max_gen_toks", MAX_NEW)), tuple(knobs.items())].append(i)
+            groups[_generation(request.args[1])].append(i)
         texts = [""] * len(requests)
-        for (new, knobs), members in groups.items():
-            for i, text in zip(members, self._answers([requests[i].args[0] for i in members], new, knobs), strict=True):
+        for (new, sampler), members in groups.items():
+            answers = self._answers([requests[i].args[0] for i in members], new, sampler)
+            for i, text in zip(members, answers, strict=True):
                 until = requests[i].args[1].get("until") or []
                 for stop in [until] if isinstance(until, str) else until:
                     text = text.split(stop)[0] if stop else text
                 texts[i] = text
         return texts
 
-    def _answers(self, prompts: list[str], new: int, knobs: tuple[tuple[str, Any], ...]) -> list[str]:
+    def _answers(self, prompts: list[str], new: int, sampler: SamplerSpec) -> list[str]:
         limit = self.model.architecture.max_position_embeddings
         if new >= limit:
             raise ValueError(f"an answer of {new} tokens leaves no room for a prompt: the model has {limit} positions")
         ids = [self.tok_encode(prompt)[new - limit :] or [self.prefix_token_id] for prompt in prompts]
         longest = max(len(prompt) for prompt in ids) + new
         tokens, lengths, _ = decode.generate(
-            self.model, ids, len(ids), max_length=longest, seed=self.seed, batch_size=self.batch_size, **dict(knobs)
+            self.model, ids, len(ids), max_length=longest, seed=self.seed, batch_size=self.batch_size, sampler=sampler
         )
         answers = []
         for prompt, row, length in zip(ids, tokens, lengths, strict=True):
             answer = row[len(prompt) : min(length, len(prompt) + new)]
             answers.append(self.model.tokenizer.decode(answer.tolist(), skip_special=True))
         return answers
+
+
+def _generation(settings: dict[str, Any]) -> tuple[int, SamplerSpec]:
+    """The most new tokens, and how they are drawn, of a task's generation settings.
+
+    Raises: ValueError for a setting that would change the answers and that is not known here.
+    """
+    known = {"until", "do_sample", "temperature", *_KNOBS, *_MAX_NEW_NAMES}
+    for name, value in settings.items():
+        # numbers of 0 and 1 and booleans leave the others off: num_beams, repetition_penalty, use_cache
+        if name not in known and value not in (None, 0, 1):
+            raise ValueError(f"generation setting {name}={value!r} is not one of {', '.join(sorted(known))}")
+    new = next((settings[name] for name in _MAX_NEW_NAMES if settings.get(name) is not None), MAX_NEW)
+    temperature, sampled = settings.get("temperature"), settings.get("do_sample")
+    if not ((temperature or 0) > 0 if sampled is None else sampled):
+        return int(new), SamplerSpec(top_k=1)  # the most probable token alone
+    knobs = {"sample_temperature": temperature, **{name: settings.get(name) for name in _KNOBS}}
+    return int(new), SamplerSpec.of(knobs)
 
 
 def _log_prob_and_greedy(logits: jax.Array, ids: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -62,6 +62,20 @@ def test_greedy_answers_and_stop_strings(models):
     assert ours == theirs and any(ours)
 
 
+def test_generation_settings_are_those_of_the_harness(models):
+    settings = [
+        {"until": [], "max_new_tokens": 3, "do_sample": False}, {"until": [], "max_tokens": 4},
+        # of one candidate, whatever the temperature
+        {"until": [], "max_gen_toks": 5, "do_sample": True, "temperature": 9.0, "top_k": 1},
+        {"until": [], "max_gen_toks": 5, "temperature": 9.0, "min_p": 1.0},
+    ]  # fmt: skip
+    prompts = [("the cat", one) for one in settings]
+    ours, theirs = (model.generate_until(requests("generate_until", *prompts), disable_tqdm=True) for model in models)
+    assert ours == theirs and all(ours)
+    with pytest.raises(ValueError, match="generation setting repetition_penalty=1.3 is not one of do_sample, "):
+        models[0].generate_until(requests("generate_until", ("x", {"until": [], "repetition_penalty": 1.3})))
+
+
 def test_greedy_continuations_are_known_as_such(models):
     model, _ = models
     ids = model.tok_encode("the cat")
