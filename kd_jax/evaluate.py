@@ -112,8 +112,9 @@ def _run(args: argparse.Namespace, argv: list[str]) -> None:
 def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     # Imported here: --help and typing errors do not wait for JAX.
     from kd_jax.lm import corpus, evaluation
+    from kd_jax.lm.evaluation import paired
     from kd_jax.parallel import distributed
-    from kd_jax.reporting import models_page
+    from kd_jax.reporting import models_page, units
     from kd_jax.runs import cache
     from kd_jax.runs.run import timestamp
     from kd_jax.storage.files import write_json, write_rows
@@ -146,6 +147,10 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
         return
     # The rows before the manifest: where it says "finished", they are there.
     write_rows(out / "metrics.jsonl", rows)
+    if any(row["seed"] is not None for row in rows):
+        # All models are scored on the same validation rows, so each row's values count in the errors over seeds.
+        paired.keep(out / "recall.npz", out / "models", rows, plan.data.rows)
+        units.attach(rows, out)
     seconds = round(time.perf_counter() - start, 3)
     write_json(out / "manifest.json", {**manifest, "status": "finished", "finished": timestamp(), "seconds": seconds})
     _print_table(rows)
@@ -258,17 +263,19 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     # The error over seeds says more than that over sequences, but needs two seeds.
     groups = {arm: group for arm, group in seeds.items() if len(group) > 1}
     if groups:
-        print("\nmean over seeds, with its standard error")
+        print("\nmean over seeds, with its standard error (of recall and KL(p*||model) over the validation rows, too)")
         _print_grid(
             [[f"{arm} ({len(group)})", *(_over_seeds(group, key) for key in _COLUMNS)] for arm, group in groups.items()]
         )
 
 
 def _over_seeds(group: list[dict[str, Any]], key: str) -> str:
-    from kd_jax.metrics.statistics import t_interval
+    from kd_jax.reporting import units
 
-    values = [row[key] for row in group]
-    return _value(None, None) if None in values else _value(*t_interval(values)[:2])
+    values, students = [row[key] for row in group], [units.student(row) for row in group]
+    if None in values:
+        return _value(None, None)
+    return _value(*units.interval(students, values, units.by_sequence(group, key))[:2])
 
 
 def _value(mean: float | None, standard_error: float | None) -> str:

@@ -247,12 +247,23 @@ def test_seeds_have_a_mean_and_a_standard_error(sources, tmp_path, capsys):
     assert [(row["name"], row["arm"], row["seed"]) for row in rows] == [
         ("direct/seed-0", "direct", 0), ("direct/seed-1", "direct", 1)
     ]  # fmt: skip
-    a, b = (row["recall"] for row in rows)
     text = capsys.readouterr().out
     assert "mean over seeds, with its standard error" in text
     (line,) = (line for line in text.splitlines() if line.startswith("direct (2)"))
-    # of two values: their half difference
+    a, b = (row["precision"] for row in rows)
+    # samples are each model's own. Of two values: their half difference
     assert f"{(a + b) / 2:.4f} ± {abs(a - b) / 2:.4f}" in line
+    # Recall is of the same rows for both: the two-way analysis of variance, seeds and rows both random.
+    data = corpus.open(tmp_path / "out/p_star").rows(0, 15)
+    tokens = data.length - data.prompt_length
+    kept = [files.read_arrays(tmp_path / f"out/models/direct/seed-{seed}/recall.npz") for seed in (0, 1)]
+    values = np.array([one["log_prob"] for one in kept])
+    recalls = values.sum(axis=1) / tokens.sum()
+    table = recalls[:, None] + (values - recalls[:, None] * tokens) / tokens.mean()
+    seeds, rests = 15 * table.mean(axis=1).var(ddof=1), 2 * table.mean(axis=0).var(ddof=1)
+    apart = table - table.mean(axis=1)[:, None] - table.mean(axis=0) + table.mean()
+    error = np.sqrt((seeds + max(0, rests - (apart**2).sum() / 14)) / 30)
+    assert f"{recalls.mean():.4f} ± {error:.4f}" in line and error > 1.2 * abs(recalls[0] - recalls[1]) / 2
 
 
 @pytest.mark.slow
