@@ -82,12 +82,12 @@ def frontier(students: Students, ways: dict[str, list[Who]]) -> Figure:
                                   ha=align, zorder=7)  # fmt: skip
         _line(axes, students, cooled, color=RED, fmt="o-", markersize=4, linewidth=1.6, zorder=5,
               label="direct student, cooled")  # fmt: skip
-        _line(axes, students, cooled[:1], color=RED, fmt="*", markersize=14, zorder=6, linestyle="",
+        _line(axes, students, [Who(DIRECT)], color=RED, fmt="*", markersize=14, zorder=6, linestyle="",
               markeredgecolor="white", label="direct student")  # fmt: skip
         axes.set_xlabel(r"recall  $E_{p^*}[\log p'']$  (nats)  better $\rightarrow$")
         tidy(axes)
     whole.set_ylabel(r"precision  $E_{p''}[\log p^*]$  (nats)  better $\rightarrow$")
-    (x,), (y,) = (_points(students, cooled[:1], name)[0] for name in ("recall", "precision"))
+    (x,), (y,) = (_points(students, [Who(DIRECT)], name)[0] for name in ("recall", "precision"))
     (left, right), (bottom, top) = _near(x, y)
     near.set(xlim=(left, right), ylim=(bottom, top))
     for who in cooled:
@@ -128,7 +128,7 @@ def chart(students: Students, ways: dict[str, list[Who]]) -> dict[str, Any]:
         shown.append(series(f"student of the teacher's {arm} component", whos, "#9a6d00", symbol, ""))
     # last, so that it lies on top
     shown.append(series("direct student, cooled", cooled, RED))
-    plain = point(cooled[0])
+    plain = point(Who(DIRECT))
     near = View("near the direct student", *_near(plain.x, plain.y))
     return charts.chart(
         shown, x_title="recall, E[log p″] on p* (nats); better →", y_title="precision, E[log p*] (nats); better →",

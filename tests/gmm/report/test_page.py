@@ -195,3 +195,17 @@ def test_modes_that_a_density_has_dropped_are_marked(tmp_path):
     dots = [[c for c in one.collections if hasattr(c, "get_sizes")] for one in (axes[1], axes[4])]
     crosses = [next(c for c in own if c.get_sizes() == [90]) for own in dots]
     assert [len(each.get_offsets()) for each in crosses] == [0, 7]
+
+
+def test_the_direct_student_is_the_one_at_1_where_others_are_hotter(tmp_path):
+    rows = make_rows(cooled=True)
+    cooled = [row for row in rows if row["arm"] == "direct" and row["sample_temperature"] == 0.5]
+    rows += [row | {"sample_temperature": 2.0, "precision": -13.0, "recall": -9.0} for row in cooled]
+    students = students_of(tmp_path, rows)
+    own = [[r["recall"], r["precision"]] for r in rows if r["arm"] == "direct" and r["sample_temperature"] == 1]
+    drawn, made = (draw(students, findings.ways(students)) for draw in (figures.frontier, figures.chart))
+    for axes in drawn.axes[:2]:
+        (star,) = [one.lines[0] for one in axes.containers if one.lines[0].get_marker() == "*"]
+        np.testing.assert_allclose(star.get_xydata(), [np.mean(own, 0)])
+    (near,) = made["views"]
+    assert near["x"][0] < np.mean(own, 0)[0] < near["x"][1] and near["y"][0] < np.mean(own, 0)[1] < near["y"][1]
