@@ -223,7 +223,9 @@ def match_table(listed: Sequence[Match], note: str) -> Table:
     rows = []
     for way in dict.fromkeys(match.way for match in listed):
         own = {match.gain: match for match in listed if match.way == way}
-        cells = [_match_cell(own[gain]) if gain in own else "not reached" for gain in gains]
+        # A curve that is matched only further on begins beyond this gain.
+        outside = lambda gain: "exceeded" if gain < min(own) else "not reached"  # noqa: B023, E731
+        cells = [_match_cell(own[gain]) if gain in own else outside(gain) for gain in gains]
         rows.append([way, standing([*own.values()]), *cells])
     return Table("against_cooled_direct", "Against the cooled direct student", head, rows, note)
 

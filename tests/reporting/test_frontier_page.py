@@ -120,3 +120,11 @@ def test_contrast_has_the_sign_of_its_words(low, high, said):
     text = frontier_page.contrast([match], "way", "they", 1.0)
     ends = (-high, -low) if "less" in said else (low, high)
     assert said in text and "95 % interval {:.2f} to {:.2f},".format(*ends) in text
+
+
+def test_a_way_that_begins_beyond_a_gain_has_exceeded_it():
+    near, far = (Interval(mean, 0.1, mean - 0.2, mean + 0.2, 5) for mean in (-0.1, -0.5))
+    listed = [Match("whole", gain, near, 0.4) for gain in (1.0, 2.0, 3.0)] + [Match("far", 2.0, far, 0.01)]
+    table = frontier_page.match_table(listed, "")
+    assert [row[0] for row in table.rows] == ["whole", "far"]
+    assert [str(cell) for cell in table.rows[1][2:]] == ["exceeded", "-0.50 ± 0.10 *", "not reached"]
