@@ -106,8 +106,11 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
     )(numbers.temperatures)
     selective = len(numbers.teachers.get("beta", ()))
     pair = [lib.Simple(em_scores["precision"][i], em_scores["recall"][i]) for i in (0, selective)]
+    # What the direct student was fitted to are draws of p*.
+    of_data = {"teacher_entropy": -lib.log_prob(shared.p_star, shared.data).mean()}
+    of_data["weight_entropy"] = lib.weight_entropy(shared.p_star)
     return {
-        DIRECT: score(shared.direct, shared.teacher, corpus),
+        DIRECT: score(shared.direct, shared.teacher, corpus) | of_data,
         COOLED[DIRECT]: cooled(shared.direct),
         COOLED[PLAIN]: cooled(pick(0)),
         CHOICE: lib.random_choice(shared, numbers.shares, pick(0), pick(selective), pair)._asdict(),

@@ -1,5 +1,7 @@
 """The sweep over the knobs: what has to agree with the experiment and with itself, and a run from config to page."""
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -60,7 +62,7 @@ def test_students_of_the_experiment_are_the_same(found):
     made = experiment.sweep(experiment.base_of(spec), np.arange(3), experiment.numbers_of(spec))
     others = [("direct", None), ("plain", None), *(("beta", beta) for beta in (1.0, 10.0, 100.0))]
     for i, other in enumerate(others):
-        for name in ("precision", "recall", "kl_student_data"):
+        for name in ("precision", "recall", "kl_student_data", "teacher_entropy", "weight_entropy"):
             theirs = getattr(made.scores, name)[:, i]
             np.testing.assert_allclose(found[other][name], theirs, rtol=1e-3, atol=1e-3, err_msg=str(other))
 
@@ -186,3 +188,29 @@ def test_page_says_what_is_cheapest_and_by_how_much(tmp_path):
 def test_rows_of_something_else_are_named(tmp_path, change, said):
     with pytest.raises(ValueError, match=said):
         frontier_report.write(make_run(tmp_path / "run", change=change))
+
+
+@pytest.mark.slow
+def test_curves_are_read_between_neighbours_in_whatever_order_the_values_are_listed(tmp_path):
+    # At a gain of g sampling at temperature 1 - g / 5 loses g * g / 4 of recall, and sharpening 2 g.
+    def tables(name, temperatures, shares):
+        folder = make_run(tmp_path / name)
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for row in [row for row in rows if row["knob"] in ("direct", "plain")]:
+            at = [(f"cooled_{row['knob']}", t, 5 * (1 - t)) for t in temperatures]
+            at += [("random_choice", s, 4 * s) for s in shares if row["knob"] == "plain"]
+            for knob, value, gain in at:
+                scores = {"precision": row["precision"] + gain, "recall": row["recall"] - gain**2 / 4}
+                rows.append({"knob": knob, "value": value, "seed": row["seed"]} | scores)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "config.json").write_text('{"experiment": "gmm_frontier", "gains": [0.5]}')
+        frontier_report.write(folder)
+        return [(folder / "figures" / f"{table}.csv").read_text() for table in ("against_cooled_direct", "prices")]
+
+    against, prices = tables("down", (1.2, 0.8, 0.6, 0.4), (0.25, 0.5, 0.75))
+    assert [against, prices] == tables("mixed", (0.4, 0.6, 0.8, 1.2), (0.75, 0.25, 0.5))
+    found = {row["way"]: row for row in csv.DictReader(io.StringIO(against))}
+    # the direct student between 1 and 0.8 has lost half of 0.25
+    assert float(found[frontier_report.NAMES["beta"]]["gain 0.5"]) == pytest.approx(0.125 - 1)
+    assert float(found[frontier_report.NAMES["random_choice"]]["gain 0.5"]) == pytest.approx(0)
+    assert float(found[frontier_report.NAMES["cooled_plain"]]["gain 1"]) == pytest.approx(0)

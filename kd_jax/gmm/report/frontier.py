@@ -58,7 +58,8 @@ PRICES = (
 STUDENTS = (
     "Mean ± standard error over seeds, in nats. Precision is the mean of log p* over the student's samples, recall "
     "that of the student's log density over fresh draws of p*. Jensen-Shannon beta 0 and skew forward alpha 0 are "
-    "forward KL, Jensen-Shannon beta 1 and skew reverse alpha 0 reverse KL."
+    "forward KL, Jensen-Shannon beta 1 and skew reverse alpha 0 reverse KL. Teacher entropy is that of what the "
+    "student was fitted to, on those draws."
 )
 FITS = (
     "Divergence on fresh draws, and on those of the fit: a gap is what the fit took from its own draws. Gradient norm: "
@@ -89,9 +90,10 @@ def write(folder: str | Path, note: str = "") -> Path:
     spec = freeze(GmmFrontierSpec, page.read_json(config), str(config))
     gains = spec.gains
     reference = {name: plain.metrics[name][0] for name in ("precision", "recall")}
-    # Ways that need no knob of the teacher or the loss: what the knobs have to beat. Both begin at the plain student.
+    # Ways that need no knob of the teacher or the loss: what the knobs have to beat. Both hold the plain student.
     free = [students[name] for name in (COOLED[PLAIN], CHOICE) if name in students]
-    from_plain = [_joined(plain, knob) for knob in free]
+    # It is temperature 1 of the one, and a share of 0 of the other.
+    from_plain = [_joined(plain, knob, 0.0 if knob.name == NAMES[CHOICE] else 1.0) for knob in free]
     prices = frontier_page.prices_of([*knobs, *from_plain], reference, gains)
     # A smoke run shows its numbers and draws no conclusions from them.
     against = [] if spec.smoke else _against(students, [*knobs, *from_plain], spec)
@@ -157,23 +159,27 @@ def _fits(knob: Knob) -> list[list[str | Number]]:
     return lines
 
 
-def _joined(first: Knob, rest: Knob) -> Knob:
-    """The settings of `rest` after those of `first`."""
-    metrics = {name: np.concatenate([first.metrics[name], rest.metrics[name]]) for name in METRICS}
-    return Knob(rest.name, (*first.values, *rest.values), metrics)
+def _joined(first: Knob, rest: Knob, at: float) -> Knob:
+    """The settings of `rest` and, as its setting `at`, the one of `first`, in order of their values."""
+    order = np.argsort([at, *map(float, rest.values)])
+    metrics = {name: np.concatenate([first.metrics[name], rest.metrics[name]])[order] for name in METRICS}
+    values = (*first.values, *rest.values)
+    return Knob(rest.name, tuple(values[i] for i in order), metrics)
 
 
 def _against(students: dict[str, Knob], knobs: list[Knob], spec: GmmFrontierSpec) -> list[Match]:
     """Every way against the cooled direct student; nothing where it was not sampled at other temperatures."""
     if DIRECT not in students or COOLED[DIRECT] not in students:
         return []
-    # The direct student itself is the beginning of its cooled curve.
-    control = _joined(students[DIRECT], students[COOLED[DIRECT]])
-    *curves, control = (Curve(knob.metrics["precision"], knob.metrics["recall"]) for knob in (*knobs, control))
+    # The direct student itself is temperature 1 of its cooled curve.
+    control = _joined(students[DIRECT], students[COOLED[DIRECT]], 1.0)
+    *curves, control, direct = (
+        Curve(knob.metrics["precision"], knob.metrics["recall"]) for knob in (*knobs, control, students[DIRECT])
+    )
     curves = dict(zip((knob.name for knob in knobs), curves, strict=True))
     gains = sorted({spec.contrast_gain, *spec.gains})
     preregistered = (NAMES["beta"], spec.contrast_gain)
-    return matches(curves, control, Curve(control.precision[0], control.recall[0]), gains, preregistered)
+    return matches(curves, control, Curve(direct.precision[0], direct.recall[0]), gains, preregistered)
 
 
 def _finding(against: list[Match], spec: GmmFrontierSpec, seeds: int) -> str:
@@ -232,11 +238,20 @@ def _knob(path: Path, name: str, settings: dict, seeds: list[int]) -> Knob:
     for value, rows in settings.items():
         if sorted(rows) != seeds:
             raise ValueError(f"{path}: {name} {value} does not have the seeds that {PLAIN} has")
+    settings = _in_order(settings)
     metrics = {
         column: np.array([[number(rows[seed].get(column)) for seed in seeds] for rows in settings.values()])
         for column in METRICS
     }
     return Knob(NAMES[name], tuple("" if value is None else f"{value:g}" for value in settings), metrics)
+
+
+def _in_order(settings: dict) -> dict:
+    """Settings by value, up or down as the first and the last are listed: curves are read between neighbours."""
+    values = [*settings]
+    if None in values:
+        return settings
+    return {value: settings[value] for value in sorted(values, reverse=values[0] > values[-1])}
 
 
 def comparable(folder: Path) -> run_comparison.Run:
