@@ -175,6 +175,11 @@ def _check_formats(source: str, folder: Path, used: list[str]) -> None:
         about = path.name in datasets.data_files.FILES_TO_IGNORE or path.stem.lower() in ("license", "notice", "readme")
         no_data = about or "/." in str(path.relative_to(folder))
         ending = readers.suffix(path.name)
+        if path.is_symlink() and not no_data and any(readers.is_known(str(file)) for file in path.rglob("*")):
+            raise ValueError(
+                f"{path} is a link to a folder, whose files would be left out; name the files with a glob, such as "
+                f"{Path(source, '**', '*' + min(endings))}"
+            )
         if path.is_file() and readers.is_known(path.name) and ending not in endings and not no_data:
             first = min(endings)
             raise ValueError(

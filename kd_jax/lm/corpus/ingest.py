@@ -102,8 +102,7 @@ def from_dataset(
         paths = documents.files(source, split=split, subset=subset, revision=identity if on_hub else None)
         readers.check_columns(source, paths, columns.names)
         if prompt_column and response_column != "input":
-            request = readers.request_columns(prompt_column, readers.names(paths[0]))
-            columns = columns._replace(names=(*request, response_column))
+            columns = columns._replace(names=(*readers.request_columns(prompt_column), response_column))
         if settings["streaming"]:
             # A stream is never read as a whole: its fingerprint is the commit, and documents come in their own order.
             data, chosen = None, {"data_fingerprint": identity}

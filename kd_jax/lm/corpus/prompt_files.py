@@ -38,10 +38,10 @@ def read(source: str | os.PathLike, tokenizer: Tokenizer, column: str | None = N
         cannot be read.
     """
     paths = documents.files(packages.locate(str(source)), split="train", subset=None)
-    names = readers.names(paths[0])
+    names = readers.names(paths)
     column = column or next((name for name in COLUMNS if name in names), COLUMNS[1])
     readers.check_columns(str(source), paths, (column,))
-    columns = readers.request_columns(column, names)
+    columns = readers.request_columns(column)
     prompts = []
     for path in paths:
         for number, values in enumerate(readers.rows(path, columns)):

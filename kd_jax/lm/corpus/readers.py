@@ -38,8 +38,12 @@ def is_known(file: str) -> bool:
     return suffix(file) in _READERS
 
 
-def names(file: str) -> list[str]:
-    """The columns of a file, by its first row."""
+def names(paths: Sequence[str]) -> list[str]:
+    """The columns of some files, by the first row of the first one that has any."""
+    return next(filter(None, map(_names, paths)), [])
+
+
+def _names(file: str) -> list[str]:
     return next((list(row) for row in _rows(file, None, False)), [])
 
 
@@ -51,18 +55,26 @@ def check_columns(source: str, paths: list[str], columns: Sequence[str]) -> None
         paths: its files.
         columns: the names of those that are wanted.
     """
-    for i, path in enumerate(paths):
-        if i and "://" in path:
+    first = True
+    for path in paths:
+        if not first and "://" in path:
             return  # each would be a request
-        present = names(path)
-        missing = [name for name in columns if name not in present]
-        # a later file without a row lacks nothing
-        if missing and (present or not i):
-            raise ValueError(
-                f"{path if i else source} has no column {missing[0]!r}; there are "
-                f"{', '.join(map(repr, present)) or 'none'}: name one with text_column, ids_column (lists of ids), "
-                "messages_column, or prompt_column and response_column"
-            )
+        present = _names(path)
+        # a file without a row, as Spark writes them, lacks nothing
+        if present:
+            _check_columns(source if first else path, present, columns)
+            first = False
+    if first:
+        _check_columns(source, [], columns)
+
+
+def _check_columns(source: str, present: list[str], columns: Sequence[str]) -> None:
+    missing = [name for name in columns if name not in present]
+    if missing:
+        raise ValueError(
+            f"{source} has no column {missing[0]!r}; there are {', '.join(map(repr, present)) or 'none'}: name one "
+            "with text_column, ids_column (lists of ids), messages_column, or prompt_column and response_column"
+        )
 
 
 def rows(file: str, columns: Sequence[str], whole_files: bool = False) -> Iterator[list[Any]]:
@@ -80,14 +92,14 @@ def rows(file: str, columns: Sequence[str], whole_files: bool = False) -> Iterat
     return ([row.get(name) for name in columns] for row in _rows(file, columns, whole_files))
 
 
-def request_columns(column: str, present: Sequence[str]) -> tuple[str, ...]:
+def request_columns(column: str) -> tuple[str, ...]:
     """The columns of a request: of an `instruction` also `input`, what it is about (Alpaca's form), where it is there.
 
     Args:
         column: that is asked for.
-        present: the columns of the file.
     """
-    return (column, "input") if column == "instruction" and "input" in present else (column,)
+    # asked for in any case: rows of JSON may leave out what is empty, the first one too
+    return (column, "input") if column == "instruction" else (column,)
 
 
 def request(value: Any, about: str | None = None) -> Any:

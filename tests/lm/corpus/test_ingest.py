@@ -597,6 +597,31 @@ def test_folders_in_which_something_would_be_left_out_are_refused(words, tmp_pat
     assert not (tmp_path / "c").exists()
 
 
+def test_a_first_file_without_a_row_lacks_no_column(words, tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "part-0.jsonl").touch()
+    with pytest.raises(ValueError, match="d has no column .text.; there are none"):
+        ingest.from_dataset(folder, tmp_path / "c", words, max_length=9)
+    write_jsonl(folder / "part-1.jsonl", "text", ["w3"])
+    made = ingest.from_dataset(folder, tmp_path / "c", words, max_length=9)
+    assert [ids.tolist() for ids in made.rows().tokens] == [[3, EOS]]
+    (folder / "part-1.jsonl").write_text('{"content": "w3"}\n')
+    with pytest.raises(ValueError, match="d has no column .text.; there are .content.:"):
+        ingest.from_dataset(folder, tmp_path / "e", words, max_length=9)
+
+
+def test_a_link_to_a_folder_of_data_is_not_passed_over(words, tmp_path):
+    for name, text in (("d", "w3"), ("more", "w4")):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "a.jsonl", "text", [text])
+    (tmp_path / "d" / "linked").symlink_to(tmp_path / "more")
+    with pytest.raises(ValueError, match=r"linked is a link to a folder, .*glob, such as .*d/\*\*/\*\.jsonl"):
+        ingest.from_dataset(tmp_path / "d", tmp_path / "c", words, max_length=9)
+    made = ingest.from_dataset(tmp_path / "d" / "**" / "*.jsonl", tmp_path / "c", words, max_length=9)
+    assert sorted(ids.tolist() for ids in made.rows().tokens) == [[3, EOS], [4, EOS]]
+
+
 def test_tokenizers_that_do_not_do(source, words, tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="none has no tokenizer"):

@@ -84,6 +84,21 @@ def test_an_instruction_has_its_input_in_prompts_and_in_conversations(tmp_path, 
     assert sorted(prompt_files.of_rows(made.rows())) == sorted(asked)
 
 
+def test_an_input_that_the_first_row_leaves_out_is_not_lost(tmp_path, monkeypatch):
+    """pandas and Spark leave out what is null, so that the first row of a file need not have every column."""
+    monkeypatch.setenv("KD_JAX_CACHE", str(tmp_path / "cache"))
+    rows = [{"instruction": "w6", "output": "w9"}, {"instruction": "w4", "input": "w5", "output": "w9"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer().save(tmp_path / "words")
+    asked = [[2, 6, 3], [2, 4, 5, 3]]
+    assert prompt_files.read(tmp_path / "a.jsonl", tokenizer()) == asked
+    made = ingest.from_dataset(
+        tmp_path / "a.jsonl", tmp_path / "c", tmp_path / "words", max_length=9, prompt_column="instruction",
+        response_column="output",
+    )  # fmt: skip
+    assert sorted(prompt_files.of_rows(made.rows())) == sorted(asked)
+
+
 def test_what_is_no_prompt_is_named(tmp_path):
     wrong = [(value, "a prompt is a text") for value in (None, 5, ["w4"], {}, [], [{"content": "w4"}])]
     for value, why in [*wrong, ("", "the prompt is empty"), (" ", "the prompt is empty"), (TALK[1:2], "is empty")]:
