@@ -7,7 +7,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -131,12 +131,15 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.write(text)
 
 
-def read_rows(path: Path, needs: dict[str, Any] | None = None, *, cut: bool = False) -> list[dict[str, Any]]:
+def read_rows(
+    path: Path, needs: dict[str, Any] | None = None, *, cut: bool = False, texts: Collection[str] = ()
+) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of a JSON lines file; none where there is no file.
 
     Args:
         needs: keys that every row must have, with the types of their values.
         cut: leave out a last line without an end: it is what a kill or a full disk leaves of an `append_rows`.
+        texts: keys whose values are texts that somebody else wrote: "NaN" is a word there, and no number.
     Raises: RunError, naming the line that is broken.
     """
     path = Path(path)
@@ -148,7 +151,8 @@ def read_rows(path: Path, needs: dict[str, Any] | None = None, *, cut: bool = Fa
         for number, line in enumerate(file, start=1):
             if line.strip() and not (cut and not line.endswith(b"\n")):
                 try:
-                    rows.append(_decode(_object(line, needs or {})))
+                    row = _object(line, needs or {})
+                    rows.append({key: value if key in texts else _decode(value) for key, value in row.items()})
                 except ValueError as reason:
                     raise RunError(f"{path}, line {number}: {reason}") from reason
     return rows

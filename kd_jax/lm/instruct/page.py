@@ -65,7 +65,8 @@ def read(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Raises: ValueError, naming file and row, for one that is not an answer's.
     """
-    answers = files.read_rows(folder / "answers.jsonl") if (folder / "answers.jsonl").exists() else []
+    # none where there is no file
+    answers = files.read_rows(folder / "answers.jsonl", texts=("prompt", "answer"))
     for number, row in enumerate(answers, start=1):
         row_kinds.check(row, f"{folder / 'answers.jsonl'}, row {number}", _ANSWER)
     return {"rates": table(rows), **side_by_side(answers)}

@@ -30,7 +30,7 @@ def read(path: Path) -> list[dict]:
 
     Raises: ValueError, naming file and row, for one that is not a sample's.
     """
-    rows = files.read_rows(path)
+    rows = files.read_rows(path, texts=("text", "pieces"))
     for index, row in enumerate(rows, start=1):
         missing = [key for key in ("name", "arm", "index", "text") if row.get(key) is None]
         if missing:
@@ -83,7 +83,7 @@ def side_by_side(rows: list[dict], count: int = 8) -> dict[str, Any]:
 
 def read_map(path: Path) -> list[dict]:
     """The rows of an embedding_map.jsonl; none where there is no file. Raises ValueError, naming file and row."""
-    rows = files.read_rows(path)
+    rows = files.read_rows(path, texts=("text",))
     for index, row in enumerate(rows, start=1):
         row_kinds.check(row, f"{path}, row {index}", FIELDS | dict.fromkeys(("x", "y"), row_kinds.FINITE))
         if not {"name", "arm", "text", "x", "y"} <= row.keys():

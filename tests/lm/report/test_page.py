@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import re
 from html.parser import HTMLParser
 
@@ -12,6 +13,7 @@ from kd_jax.lm.report import about_run, figures, interactive, loss_curves, sampl
 from kd_jax.lm.report import page as report
 from kd_jax.metrics import statistics
 from kd_jax.reporting import page
+from kd_jax.storage.files import read_rows, write_rows
 
 TAUS = (0.8, 0.875, 0.95, 1.0)
 # Precision and recall by tau, None being the direct student: all that is expected holds.
@@ -465,3 +467,18 @@ def test_the_preregistered_comparison_comes_first(tmp_path, undrawn):
     source = report.write(folder).read_text(encoding="utf-8")
     leads = re.findall(r'<p class="lead"><strong>(.*?)</strong>', source)
     assert len(leads) == 2 and html.unescape(leads[0]) == first
+
+
+def test_words_that_stand_for_numbers_elsewhere_are_texts_in_samples(tmp_path):
+    """A model may write NaN or Infinity, whole tokens of many vocabularies; in a score they are numbers."""
+    shown = {"name": "p*", "arm": "p_star", "index": 0, "text": "Infinity", "pieces": ["is", "NaN"], "prompt_length": 1}
+    write_rows(tmp_path / "samples.jsonl", [shown | {"log_p_star": [None, -math.inf], "finished": True}])
+    (row,) = samples.read(tmp_path / "samples.jsonl")
+    assert (row["text"], row["pieces"], row["log_p_star"]) == ("Infinity", ["is", "NaN"], [None, -math.inf])
+    assert samples.browsed([row])[0]["pieces"] == ["is", "NaN"]
+    assert "Infinity" in str(samples.side_by_side([row])["rows"])
+    write_rows(tmp_path / "embedding_map.jsonl", [shown | {"x": 0.0, "y": 1.0}])
+    assert samples.read_map(tmp_path / "embedding_map.jsonl")[0]["text"] == "Infinity"
+    write_rows(tmp_path / "answers.jsonl", [{"name": "a", "prompt": "NaN", "answer": "Infinity", "rate": math.inf}])
+    (row,) = read_rows(tmp_path / "answers.jsonl", texts=("prompt", "answer"))
+    assert (row["prompt"], row["answer"], row["rate"]) == ("NaN", "Infinity", math.inf)
