@@ -79,10 +79,11 @@ def open_run(
                 raise RunError("\n".join([f"{folder} holds a run with another config:", *changes, advice]))
             if changes:
                 print(f"{folder}: the config has changed; stages that depend on it run again\n" + "\n".join(changes))
-                files.write_json(folder / "config.json", wanted)
-                # With other settings the run is not finished any more.
+                # With other settings the run is not finished any more. The config comes last: a kill in between must
+                # not leave it beside a manifest that says "finished".
                 for name in ("manifest.json", *EXTRAS):
                     files.remove(folder / name)
+                files.write_json(folder / "config.json", wanted)
             return _reopen(folder, config, argv)
         folder.mkdir(parents=True, exist_ok=True)
         if exists:

@@ -10,14 +10,17 @@ With several processes all run each stage, and process 0 writes stage.json.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kd_jax.parallel import distributed
+from kd_jax.runs import command_line
 from kd_jax.runs.run import timestamp
 from kd_jax.storage.errors import RunError, again
 from kd_jax.storage.files import read_json, write_json
@@ -105,7 +108,12 @@ def run(workdir: Path, stages: Sequence[Stage], only: Sequence[str] = ()) -> Non
     for number, stage in enumerate(chosen, start=1):
         if distributed.leads():
             print(f"stage {number} of {len(chosen)}: {stage.name}", flush=True)
-        _run(stage, where)
+        folder, alone = where[stage.name], contextlib.nullcontext()
+        # The runs of a sweep share their stages, and each holds its own folder only.
+        if (Path(workdir) / "stages").is_symlink():
+            alone = command_line.writing(folder, sys.argv)
+        with alone:
+            _run(stage, where)
         # No process begins a stage while another still writes its inputs.
         distributed.wait(f"the end of {stage.name}")
 

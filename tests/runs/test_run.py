@@ -61,6 +61,21 @@ def test_other_config_is_refused_naming_the_fields(tmp_path):
     assert (run.folder / "config.json").read_text() == before
 
 
+def test_killed_while_the_config_changes_a_run_is_not_finished(tmp_path, monkeypatch):
+    run = run_lib.open_run(tmp_path / "run", make(), argv=ARGV, staged=True)
+    run_lib.finish(run)
+
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "remove", kill)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.open_run(run.folder, make(seed=4), argv=ARGV, staged=True)
+    monkeypatch.undo()
+    assert not run_lib.open_run(run.folder, make(seed=4), argv=ARGV, staged=True).finished
+    assert json.loads((run.folder / "config.json").read_text())["seed"] == 4
+
+
 def test_a_run_of_another_experiment_is_refused_without_its_settings(tmp_path):
     run = open_run(tmp_path / "run", make(experiment="gmm"))
     for staged in (False, True):

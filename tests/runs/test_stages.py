@@ -6,6 +6,7 @@ import pytest
 
 from kd_jax.runs import stages
 from kd_jax.runs.stages import Stage
+from kd_jax.storage import lock
 from kd_jax.storage.errors import RunError
 
 
@@ -78,3 +79,18 @@ def test_a_stage_that_fails_is_begun_again(tmp_path):
     stages.run(tmp_path, chain(calls))
     assert calls == ["a", "b", "b", "c", "d/1", "d/2"]
     assert stages.record(where["b"])["starts"] == 2
+
+
+def test_a_stage_that_runs_share_has_one_writer(tmp_path):
+    """The runs of a sweep have their stages in one folder, and each holds the folder of its own alone."""
+    calls = []
+    for name in ("a", "shared"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "stages").symlink_to("../shared", target_is_directory=True)
+    where = stages.folders(tmp_path / "a", chain([]))
+    with lock.held(where["b"], "another run"), pytest.raises(RunError, match=r"b-\w+ is in use.*another run"):
+        stages.run(tmp_path / "a", chain(calls))
+    assert calls == ["a"]
+    stages.run(tmp_path / "a", chain(calls))
+    assert calls == ["a", "b", "c", "d/1", "d/2"]
+    assert not list((tmp_path / "shared").rglob(f"{lock.NAME}*"))
