@@ -121,8 +121,9 @@ def split_values(text: str, hint: Any) -> list[str]:
     values = [match[1] for match in re.finditer(pattern, text) if match.start() < len(text)]
     members = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
     if not members:
-        quoted = hint is str and len(values) == 1 and values[0][:1] in ('"', "'")
-        return [value.strip("\"'") for value in values] if len(values) > 1 or quoted else [text]
+        # quotes around a value, not those inside it or at one of its ends
+        bare = [value[1:-1] if re.fullmatch(r"\"[^\"]*\"|'[^']*'", value) else value for value in values]
+        return bare if len(values) > 1 or (hint is str and bare != values) else [text]
     if len(values) < 2 or not all(value[:1] in ("[", "(") for value in values):
         return [text]
     # Texts in a tuple are written as a,b without quotes; other tuples as in Python.

@@ -98,9 +98,12 @@ def read_flagfiles(words: Sequence[str]) -> list[str]:
             read.append(word)
             continue
         path = path if equals or not words else words.pop(0)
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
         inside = [line for line in lines if not line.strip().startswith(("#", "//"))]
-        words = [*shlex.split("\n".join(inside)), *words]
+        try:
+            words = [*shlex.split("\n".join(inside)), *words]
+        except ValueError as error:
+            raise ValueError(f"--flagfile {path}: {error}; its words are quoted as in a shell") from error
     return read
 
 

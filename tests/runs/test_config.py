@@ -225,6 +225,16 @@ def test_flagfile_counts_wherever_it_stands(tmp_path):
     assert args.config.seeds == 3 and args.overwrite and args.workdir == "w"
 
 
+def test_a_flagfile_with_an_open_quote_is_named_and_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "config.py").write_text(CONFIG)
+    (tmp_path / "a.txt").write_text("--config.name=don't\n")
+    with pytest.raises(ValueError, match=r"--flagfile .*a.txt: No closing quotation; .* quoted as in a shell"):
+        parse_words(f"--flagfile={tmp_path / 'a.txt'}", f"--config={tmp_path / 'config.py'}")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf--config.name=x\r\n")
+    config = parse_words(f"--flagfile={tmp_path / 'a.txt'}", f"--config={tmp_path / 'config.py'}").config
+    assert config.name == "x"
+
+
 def test_flagfiles_have_comments_and_name_others(tmp_path):
     (tmp_path / "config.py").write_text(CONFIG)
     (tmp_path / "a.txt").write_text(f"# seeds\n--flagfile {tmp_path / 'b.txt'}\n\n// more\n--config.name='a b'\n")
