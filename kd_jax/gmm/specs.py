@@ -46,22 +46,22 @@ class SweepSpec:
     max_iter: int = setting(100, "largest number of EM updates", at_least=1)
     num_starts: int = setting(1, "starts of each EM fit; the likeliest result is kept", at_least=1)
     tol: float = setting(1e-3, "change of log-likelihood per point that ends EM, nats", at_least=0)
-    memory_gib: float = setting(1.0, "memory of the sweep, GiB; one that needs more runs in chunks of seeds", above=0)
+    memory_gib: float = setting(1.0, "memory for a sweep, GiB; if it needs more, seeds run in chunks", above=0)
 
     sample_temperatures: tuple[float, ...] = setting(
         (1.0, 0.9, 0.8, 0.6, 0.4),
-        "temperatures at which every student is sampled as well; 1 is the student itself",
+        "temperatures at which every student is sampled; 1, the student itself, must be among them",
         above=0,
     )
     shares: tuple[float, ...] = setting(
         (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95),
-        "chances of the most selective student in the random choice between it and the plain student",
+        "probabilities of the most selective student in the random choice between it and the plain one",
         above=0,
         below=1,
     )
 
     contrast_gain: float = setting(
-        1.0, "the preregistered contrast is at this gain in precision over the direct student, nats", above=0
+        1.0, "gain in precision over the direct student at which the preregistered contrast is made, nats", above=0
     )
 
     @property
@@ -111,7 +111,7 @@ class GmmSpec(SweepSpec):
     seeds: int = setting(1000, "number of seeds, each with data and a teacher of its own", at_least=1)
     beta_min: float = setting(1.0, "smallest beta: teacher weights are raised to the power beta", above=0)
     beta_max: float = setting(100.0, "largest beta", above=0)
-    num_betas: int = setting(9, "number of betas, log-spaced; an odd number has 10 in the middle", at_least=1)
+    num_betas: int = setting(9, "number of betas, log-spaced; from 1 to 100 an odd number includes 10", at_least=1)
     gains: tuple[float, ...] = setting(
         (0.25, 0.5, 0.75, 1.0, 1.25),
         "gains in precision at which students are compared with the cooled direct one",
@@ -182,7 +182,7 @@ class GmmFrontierSpec(SweepSpec):
     experiment: str = setting("gmm_frontier", "which experiment this is", one_of=("gmm_frontier",))
     knobs: KnobsSpec = setting(KnobsSpec(), "values of the knobs of selectivity")
     gains: tuple[float, ...] = setting(
-        (0.5, 1.0, 2.0, 3.0, 4.0), "nats of precision above the plain student, at which knobs are compared", above=0
+        (0.5, 1.0, 2.0, 3.0, 4.0), "gains in precision over the plain student where knobs are compared, nats", above=0
     )
     num_draws: int = setting(512, "draws of each student component in a fit by gradient", at_least=1)
     num_updates: int = setting(200, "updates of a fit by gradient", at_least=1)

@@ -54,8 +54,8 @@ class DistillSpec:
     policy: str = setting("sequence", "how students learn from the teacher", one_of=POLICIES)
     divergence: str = setting("forward_kl", "between teacher and student at a position", one_of=losses.DIVERGENCES)
     vocabulary: str = setting(
-        "same", "the teacher's: the student's; or another, compared over spans of text that both have, or by sorted "
-        "probabilities (uld)", one_of=VOCABULARIES,
+        "same", "the teacher's: the student's (same), or another, compared over spans of text that both have (aligned) "
+        "or by sorted probabilities (uld)", one_of=VOCABULARIES,
     )  # fmt: skip
     parameter: float | None = setting(None, "beta or alpha of the divergence; none for its default")
     hard_weight: float = setting(0.0, "share of the text's cross-entropy in the loss", at_least=0.0, at_most=1.0)
@@ -70,7 +70,7 @@ class DistillSpec:
     text_choice: str = setting("all", "sequence: which of the teacher's samples are learnt", one_of=chosen_text.CHOICES)
     text_share: float = setting(
         1.0,
-        "share of the samples that are learnt; of those of text_choice repeated, the share that differs",
+        "share of the samples that is learnt; with text_choice=repeated, the share of different rows",
         above=0.0,
         at_most=1.0,
     )
@@ -78,9 +78,9 @@ class DistillSpec:
         0.5, "lambda: probability that an update learns from the student's own samples", at_least=0.0, at_most=1.0
     )
     prompt_length: int = setting(0, "ids of p*'s rows that the student continues; 0 for the prompt", at_least=0)
-    student_sample_temperature: float = setting(1.0, "at which the student samples for on_policy", above=0.0)
-    rollout_batch_size: int = setting(0, "samples of the student at a time; 0 for all of an update", at_least=0)
-    record_top_k: int = setting(64, "tokens recorded at a position for offline", at_least=1)
+    student_sample_temperature: float = setting(1.0, "on_policy: temperature of the student's samples", above=0.0)
+    rollout_batch_size: int = setting(0, "on_policy: samples drawn at a time; 0 for all of an update", at_least=0)
+    record_top_k: int = setting(64, "offline: tokens recorded at a position", at_least=1)
     log_prob_format: str = setting("uint16", "of recorded log-probabilities", one_of=recorded_top_k.FORMS)
     tail: str = setting("bucket", "offline: what becomes of the tokens that are not recorded", one_of=TAILS)
     teacher_dtype: str = setting(

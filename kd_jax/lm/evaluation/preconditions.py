@@ -26,17 +26,17 @@ class MeasureSpec:
     sample_temperatures: tuple[float, ...] = setting(
         (1.0,), "each model is evaluated at each of these; 1 is its own distribution", above=0
     )
-    agreement: bool = setting(False, "score p* on the validation rows, too: how often its likeliest id is a model's")
+    agreement: bool = setting(False, "also score p* on the recall rows: how often its likeliest id is the model's, too")
     embedding_model: str = setting(
-        "", "its mean hidden states make texts points, for metrics of samples; best not p*; empty for none"
+        "", "model whose mean hidden states embed texts, for metrics of samples; best not p*; empty for none"
     )
     samples_per_prompt: int = setting(
-        1, "samples of each prompt, where the validation rows have prompts of their own", at_least=1
+        1, "samples of each prompt, where the recall rows have prompts of their own", at_least=1
     )
     num_points: int = setting(2000, "texts of each model that are embedded, at most", at_least=20)
     batch_tokens: int | None = setting(
-        None, "tokens scored at a time; none: 4096 on a CPU, else as many as memory allows, for each part of the mesh "
-        "that rows are split over (kd_jax.lm.score.tokens_at_once)", at_least=1,
+        None, "tokens scored at a time by all devices together; none: 4096 on a CPU, else as many as memory allows, "
+        "times the parts of the mesh that rows are split over (kd_jax.lm.score.tokens_at_once)", at_least=1,
     )  # fmt: skip
 
 
@@ -45,7 +45,7 @@ class EvaluationSpec(MeasureSpec):
     """How models are evaluated."""
 
     num_samples: int = setting(1000, "samples of each model at each temperature", at_least=1)
-    num_recall: int | None = setting(None, "validation rows; none takes all of the corpus", at_least=1)
+    num_recall: int | None = setting(None, "rows that recall is measured on; none takes all of the corpus", at_least=1)
     seed: int = setting(0, "of the samples; a model's own seed is added")
     dtype: str = setting("float32", "of weights and matrix products", one_of=("float32", "bfloat16", "float16"))
     batch_size: int = setting(64, "samples drawn at a time", at_least=1)

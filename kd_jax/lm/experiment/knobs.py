@@ -26,7 +26,7 @@ class FrontierSpec:
     knobs: tuple[Any, ...] = setting((), "((name, ((value, arm), ...)), ...), values as text, in order")
     references: tuple[str, ...] = setting(("tau-1",), "arms in which knobs change nothing")
     gains: tuple[float, ...] = setting(
-        (0.5, 1.0, 2.0), "nats per token of precision above them, at which knobs are compared", above=0.0
+        (0.5, 1.0, 2.0), "gains in precision at which knobs are compared, nats per token", above=0.0
     )
 
 
@@ -37,14 +37,14 @@ class ContrastSpec:
     It is not chosen after looking, so it alone is not corrected for how many comparisons there are.
     """
 
-    arm: str = setting("", "students that are compared; empty for no such comparison")
-    other: str = setting("direct", "students that they are compared with")
+    arm: str = setting("", "arm that is compared; empty for no declared comparison")
+    other: str = setting("direct", "arm that it is compared with")
     metric: str = setting(
-        "recall", "metric that is compared: the arm's minus the control's",
+        "recall", "metric that is compared: the arm's minus the other's",
         one_of=("precision", "recall", "entropy", "kl_model_data", "kl_data_model", "calibration_error", "agreement"),
     )  # fmt: skip
     at_equal_precision: bool = setting(
-        True, "the others are sampled at the temperature at which they are as precise; else both are sampled at 1"
+        True, "the other arm is sampled at the temperature at which it is as precise; else both are sampled at 1"
     )
 
 

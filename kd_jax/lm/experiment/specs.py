@@ -32,8 +32,8 @@ class PStarSpec:
 
     source: str = setting("", "a model: anything that kd_jax.lm.weights.load takes")
     architecture: str = setting(
-        "", "a preset: what --dry_run plans with where the source cannot be read; without one, random weights are p*",
-        one_of=("", *PRESETS),
+        "", "a preset: without a source, the shape of a p* with random weights; with one, what --dry_run plans with "
+        "where the source cannot be read", one_of=("", *PRESETS),
     )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ class SamplingSpec:
     prompt: str = setting("The", "text that every sample begins with; after BOS, where the model's tokenizer adds it")
     prompt_ids: tuple[int, ...] = setting((), "token ids of the prompt, in place of its text", at_least=0)
     prompts: tuple[str, ...] = setting(
-        (), "prompts that differ, in place of one for all: files, packages, or templates (kd_jax.lm.instruct.prompts)"
+        (), "several prompts in place of one for all: files, packages, or templates (kd_jax.lm.instruct.prompts)"
     )
     prompts_column: str = setting("", "column of the prompts in files; empty for messages, prompt, instruction or text")
     max_length: int = setting(48, "tokens of a sample at most, prompt included", at_least=2)
@@ -102,7 +102,7 @@ class ModelSpec:
     mlp: int = setting(384, "width of the MLP", at_least=1)
     layers_kept: str = setting(
         "",
-        "layers of the model that training starts from: numbers as 0,3,6, every_N or first_and_last_N; empty for all",
+        "which layers of the start model are kept: numbers such as 0,3,6, every_N or first_and_last_N; empty for all",
     )
     lora: LoraSpec = setting(LoraSpec(), "adapters")
     train: TrainChanges = setting(TrainChanges(), "settings of config.train that are different for it")
@@ -155,8 +155,8 @@ class MeshSpec:
     fsdp: int = setting(1, "devices that share weights and optimiser state, and gather weights for each layer")
     tensor: int = setting(1, "devices that split heads, MLP and vocabulary")
     slices: int = setting(
-        0, "TPU slices or GPU nodes, between which the network is slow: only data spans them; 0 as the devices say, 1 "
-        "lets fsdp and tensor span them, too", at_least=0,
+        0, "number of TPU slices or GPU nodes; as the network between them is slow, only data spans them. 0: as the "
+        "devices say; 1: fsdp and tensor may span all devices", at_least=0,
     )  # fmt: skip
 
 
@@ -174,16 +174,15 @@ class LmSpec:
     num_samples: int = setting(512, "samples of each model that precision is measured on", at_least=1)
     evaluation: MeasureSpec = setting(MeasureSpec(), "what is measured of each model")
     cooled_arms: tuple[str, ...] = setting(
-        (), "arms whose students are evaluated at all of evaluation.sample_temperatures, the others at 1 alone; empty "
-        "for all arms",
+        (), "arms evaluated at all of evaluation.sample_temperatures, the others at 1 alone; empty for all arms",
     )  # fmt: skip
     contrast: ContrastSpec = setting(ContrastSpec(), "the comparison that is named before the run")
     taus: tuple[float, ...] = setting(
         (0.8, 0.875, 0.95, 1.0), "sample temperatures of the teacher whose text students learn", above=0.0
     )
     teachers: int = setting(
-        1, "draws of p*'s corpus, each with a teacher and students of its own: what errors are over where there are "
-        "several", at_least=1, below=400,
+        1, "draws of p*'s corpus, each with its own teacher and students; if there are several, errors are over them",
+        at_least=1, below=400,
     )  # fmt: skip
     seeds: int = setting(3, "students of each arm and teacher", at_least=1)
     sampling: SamplingSpec = setting(SamplingSpec(), "corpora of samples")

@@ -41,10 +41,10 @@ class InstructSpec:
     num_test: int = setting(0, "instructions of held-out templates and nouns", at_least=0)
     samples_per_prompt: int = setting(1, "answers of a model to each instruction, for best of n", at_least=1)
     sample_temperatures: tuple[float, ...] = setting((1.0,), "of the answers", above=0)
-    kinds: tuple[str, ...] = setting((), "kinds of instructions, for training too; none takes all", one_of=WORDINGS)
-    arm: str = setting("", "arm of the declared contrast: its pass rate minus the control's, as varied")
+    kinds: tuple[str, ...] = setting((), "kinds of instructions, for training too; empty for all", one_of=WORDINGS)
+    arm: str = setting("", "arm of the declared contrast: its pass rate minus the control's, at equal variety")
     control: str = setting(
-        "direct", "arm that it is compared with, at its best temperature where the arm can be as varied"
+        "direct", "arm that it is compared with, at the best temperature at which the arm can be as varied"
     )
 
     def __post_init__(self):

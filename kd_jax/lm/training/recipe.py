@@ -21,7 +21,7 @@ class TrainSpec:
     updates: int = setting(0, "updates in all, in place of epochs; 0 for as many as the epochs make", at_least=0)
     batch_size: int = setting(256, "sequences of an update", at_least=1)
     row_length: int = setting(0, "tokens of a packed row; 0 gives each sequence a row", at_least=0)
-    parts: int = setting(1, "an update's batch is computed in so many parts (gradient accumulation)", at_least=1)
+    parts: int = setting(1, "parts that an update's batch is computed in (gradient accumulation)", at_least=1)
     learning_rate: float = setting(5e-4, "AdamW's, after the warm-up", above=0.0)
     warmup: float = setting(
         0.01, "share of the updates, at the start, in which the learning rate rises", at_least=0.0, at_most=1.0
@@ -39,14 +39,15 @@ class TrainSpec:
         (), "weights that stay as they start: embedding, norm, head, layers, layers.0-3, layers.q, layers.0-3.q"
     )
     # Each validation saves a checkpoint, as the one of least validation loss becomes the model.
-    validations: int = setting(10, "evenly spread, the last update included; each saves a checkpoint", at_least=1)
+    validations: int = setting(10, "how many, evenly spread, the last after the last update; each saves a checkpoint",
+                               at_least=1)  # fmt: skip
     save_every: int = setting(0, "updates between further checkpoints; 0 for none", at_least=0)
     log_every: int = setting(10, "updates between rows of metrics", at_least=1)
     keep: int = setting(1, "checkpoints that stay beside the best", at_least=1)
     # By default they go: the model is saved apart, and a checkpoint with both moments takes three times its space.
     keep_checkpoints: bool = setting(False, "keep the checkpoints after the training")
     trackers: tuple[str, ...] = setting((), "where metrics are logged beside metrics.jsonl", one_of=TRACKERS)
-    together: int = setting(1, "students of an arm trained by one program: faster on a GPU that one does not fill",
+    together: int = setting(1, "students of an arm trained at once: faster on a GPU that one does not fill",
                             at_least=1)  # fmt: skip
 
     def __post_init__(self):
