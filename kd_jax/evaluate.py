@@ -41,34 +41,34 @@ def _parser() -> command_line.Parser:
     add("--p_star", required=True, metavar="SOURCE", help="p*: anything that kd_jax.lm.weights.load takes")
     add(
         "--model", action="extend", nargs="+", required=True, metavar="[NAME=]SOURCE",
-        help="a model, under a name or that of its file; names of the form ARM/seed-N are seeds of one arm",
+        help="a model and its name, by default that of its file; names ARM/seed-N are seeds of one arm",
     )  # fmt: skip
-    add("--corpus", type=path, metavar="FOLDER", help="validation corpus (default: p* is sampled for one)")
+    add("--corpus", type=path, metavar="FOLDER", help="corpus that recall is measured on (default: samples of p*)")
     add("--out", type=path, default="runs/evaluation", metavar="FOLDER", help="where all results go (%(default)s)")
     add("--num_samples", type=count, default=1000, metavar="N", help="samples of each model (%(default)s)")
     add(
         "--samples_per_prompt", type=count, default=1, metavar="K",
         help="samples of each prompt, where the rows of --corpus have prompts of their own (%(default)s)",
     )  # fmt: skip
-    add("--num_recall", type=count, metavar="N", help="validation rows (all of --corpus, else as --num_samples)")
+    add("--num_recall", type=count, metavar="N", help="how many of its rows (all of --corpus, else as --num_samples)")
     # Below every seed of p*'s validation samples, so that no model is sampled with the same random numbers.
     add("--seed", type=number(int, at_least=0, below=_DATA_SEED), default=0, help="of the samples (%(default)s)")
     add(
         "--sample_temperature", type=number(float, at_least=0), nargs="+", default=[1.0], metavar="TAU",
-        help="of the models: a row for each model at each of these (1)",
+        help="every model is evaluated at each of these (1)",
     )  # fmt: skip
     add(
-        "--agreement", action="store_true", help="score p* on the validation rows, for agreement with its likeliest ids"
+        "--agreement", action="store_true", help="score p* on the recall rows, for agreement with its likeliest ids"
     )
     add(
         "--embedding_model", default="", metavar="SOURCE",
-        help="metrics of samples as points: mean hidden states of this model, best not p*",
+        help="adds metrics of samples as points, the mean hidden states of this model; best not p*",
     )  # fmt: skip
     command_line.add_prompt(parser)
-    add("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, the prompt included (512)")
-    add("--batch_size", type=count, default=64, metavar="B", help="samples made at a time (%(default)s)")
+    add("--max_length", type=number(int, at_least=2), metavar="L", help="most tokens of a sample, with prompt (512)")
+    add("--batch_size", type=count, default=64, metavar="B", help="samples drawn at a time (%(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and products (%(default)s)")
-    add("--mesh", type=mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    add("--mesh", type=mesh_sizes, metavar="data=2,tensor=4", help="sizes of the axes of the device mesh")
     command_line.add_processes(parser)
     return parser
 

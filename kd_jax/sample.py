@@ -56,29 +56,29 @@ def _parser() -> command_line.Parser:
     count = number(int, at_least=1)
     add = parser.add_argument
     add("--model", metavar="SOURCE", help="what to sample from: anything that kd_jax.lm.weights.load takes")
-    add("--num_samples", type=count, metavar="N", help="size of the corpus; with --read how many to show (5)")
+    add("--num_samples", type=count, metavar="N", help="how many samples; with --read how many to show (5)")
     add("--out", type=path, metavar="FOLDER", help="folder of the corpus")
     for knob in _KNOBS:
         add(f"--{knob.name}", type=type(knob.default), help=f"{knob.metadata['meaning']} ({knob.default})")
     add("--seed", type=number(int, at_least=0, below=2**32), help="sample i is a function of the seed and i (0)")
     command_line.add_prompt(parser)
-    add("--prompts", type=path, metavar="FILE", help="prompts that differ: a column of texts, or of conversations, "
+    add("--prompts", type=path, metavar="FILE", help="several prompts: a column of texts, or of conversations, "
         "which the model's chat template renders; a file or folder of Parquet, JSON, CSV or text")  # fmt: skip
     add("--prompts_column", metavar="NAME", help="column of the prompts (messages, else prompt, instruction or text)")
-    add("--samples_per_prompt", type=count, metavar="K", help="samples of each of --prompts, in a row (1)")
+    add("--samples_per_prompt", type=count, metavar="K", help="consecutive samples of each of --prompts (1)")
     add("--bos", action="store_true", help="begin the prompt with the model's BOS id, whatever its tokenizer does")
     length = parser.add_mutually_exclusive_group().add_argument
-    length("--max_length", type=number(int, at_least=2), metavar="L", help="longest sample, with its prompt (512)")
-    length("--max_new_tokens", type=count, metavar="L", help="longest sample, its prompt not included")
-    add("--batch_size", type=count, metavar="B", help="samples made at a time (64)")
+    length("--max_length", type=number(int, at_least=2), metavar="L", help="most tokens of a sample, with prompt (512)")
+    length("--max_new_tokens", type=count, metavar="L", help="most tokens of a sample after its prompt")
+    add("--batch_size", type=count, metavar="B", help="samples drawn at a time (64)")
     add("--shard_size", type=count, metavar="ROWS", help="samples in one file (1024)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the weights and of the products with them (float32)")
-    add("--record_top_k", type=count, metavar="K", help="record the model's K likeliest ids at each position, too")
-    add("--log_prob_format", choices=("uint16", "float32"), help="of what is recorded: rounded, or exact (uint16)")
-    add("--mesh", type=mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and products (float32)")
+    add("--record_top_k", type=count, metavar="K", help="also record the model's K likeliest ids at each position")
+    add("--log_prob_format", choices=("uint16", "float32"), help="of recorded values: rounded, or exact (uint16)")
+    add("--mesh", type=mesh_sizes, metavar="data=2,tensor=4", help="sizes of the axes of the device mesh")
     add("--read", type=path, metavar="FOLDER", help="show samples of this corpus, decoded")
     add("--first", type=number(int, at_least=0), metavar="I", help="first sample to show (0)")
-    add("--text_out", type=path, metavar="FILE.jsonl", help="write them there, a JSON object a line")
+    add("--text_out", type=path, metavar="FILE.jsonl", help="write the shown samples there, one JSON object a line")
     command_line.add_processes(parser)
     return parser
 

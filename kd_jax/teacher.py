@@ -41,9 +41,9 @@ def _parser() -> command_line.Parser:
         required=True,
         help="folder of the scored corpus",
     )
-    add("--log_prob_format", choices=("uint16", "float32"), default="uint16", help="rounded, or exact (uint16)")
+    add("--log_prob_format", choices=("uint16", "float32"), default="uint16", help="values rounded, or exact (uint16)")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the teacher (float32)")
-    add("--mesh", type=command_line.mesh_sizes, metavar="data=2,tensor=4", help="axes to lay the devices out along")
+    add("--mesh", type=command_line.mesh_sizes, metavar="data=2,tensor=4", help="sizes of the axes of the device mesh")
     command_line.add_processes(parser)
     return parser
 

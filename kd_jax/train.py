@@ -50,13 +50,13 @@ def _parser() -> command_line.Parser:
     add = parser.add_argument
     add("--workdir", type=command_line.path, metavar="FOLDER", help="the run folder")
     parser.flag("overwrite", "start the run in this folder again")
-    add("--stages", type=_names, default=(), metavar="A,B", help="of an experiment in stages, run these alone")
+    add("--stages", type=_names, default=(), metavar="A,B", help="run only these stages, for experiments in stages")
     plan = parser.add_argument_group("planning")
     parser.flag("dry_run", "show the stages and what they cost; nothing is written", group=plan)
     add = plan.add_argument
     add("--device", default="", metavar="8xH100", help="plan for these devices (with --dry_run)")
-    add("--mfu", type=float, metavar="SHARE", help="share of their peak that training reaches (known for some)")
-    add("--price_per_hour", type=float, metavar="PRICE", help="of one of them, in any currency")
+    add("--mfu", type=float, metavar="SHARE", help="share of peak FLOP/s that training reaches (from published runs)")
+    add("--price_per_hour", type=float, metavar="PRICE", help="price of one device for an hour, in any currency")
     command_line.add_processes(parser)
     return parser
 
