@@ -205,7 +205,7 @@ def checked_tail(tail: str, k: int, num_tokens: int) -> str:
     if tail not in ("bucket", "renormalise"):
         raise ValueError(f"tail={tail!r} is neither 'bucket' nor 'renormalise'")
     if not 1 <= k <= num_tokens:
-        raise ValueError(f"the teacher's {k} most probable of {num_tokens} tokens")
+        raise ValueError(f"K={k} recorded tokens of the teacher must be from 1 to the vocabulary's {num_tokens}")
     if tail == "renormalise" and k == 1 < num_tokens:
         raise ValueError("tail='renormalise' makes one token's probability 1, and the loss 0; take more tokens")
     return "renormalise" if k == num_tokens else tail

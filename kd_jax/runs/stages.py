@@ -74,7 +74,7 @@ def record(folder: Path) -> dict[str, Any] | None:
         return None
     there = read_json(path, needs={"status": str, "starts": int, "seconds": int | float}, hint=again(folder))
     if there["status"] == "finished" and "result" not in there:
-        raise RunError(f"{path} says that the stage is finished, and has no result{again(folder)}")
+        raise RunError(f"{path} says that the stage is finished, but has no result{again(folder)}")
     return there
 
 

@@ -248,7 +248,7 @@ def _as_ids(value: Any) -> np.ndarray | None:
     if ids.size and not (ids.ndim == 1 and ids.dtype.kind in "iu"):
         raise ValueError(f"{str(value)[:40]} is not a list of ids; a column of text is named with text_column")
     if ids.size and not -(2**31) <= ids.min() <= ids.max() < 2**31:
-        raise ValueError(f"it has the id {ids.max() if ids.max() >= 2**31 else ids.min()}")
+        raise ValueError(f"id {ids.max() if ids.max() >= 2**31 else ids.min()} does not fit 32 bits")
     return ids.astype(np.int32)
 
 

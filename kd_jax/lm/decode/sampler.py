@@ -114,7 +114,11 @@ def stream(
     """
     prompts = _check(model, prompt, num_samples, max_length, max_new_tokens, first, batch_size, seed)
     if samples_per_prompt is not None and not 0 < num_samples <= samples_per_prompt * len(prompts):
-        raise ValueError(f"{len(prompts)} prompts with {samples_per_prompt} samples each are not {num_samples} samples")
+        most = samples_per_prompt * len(prompts)
+        raise ValueError(
+            f"num_samples={num_samples} must be from 1 to {most}, samples_per_prompt={samples_per_prompt} times the "
+            "number of prompts"
+        )
     if samples_per_prompt is None and len(prompts) == 1:
         prompt, others = prompts[0], {}
     else:

@@ -114,7 +114,7 @@ def test_one_prompt_of_several():
 
 def test_more_samples_than_the_prompts_have():
     for count in (0, 5):
-        with pytest.raises(ValueError, match=f"1 prompts with 4 samples each are not {count} samples"):
+        with pytest.raises(ValueError, match=f"num_samples={count} must be from 1 to 4"):
             next(decode.stream(small(), [3], count, samples_per_prompt=4, max_length=9))
 
 
