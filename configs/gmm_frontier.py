@@ -4,8 +4,8 @@
     python -m kd_jax.train --config configs/gmm_frontier.py:smoke --workdir runs/frontier_smoke    (seconds)
 
 Cost: about 100 seconds of processor time, compiling included. Result, 64 seeds: every knob is dominated by sampling the
-direct student at a lower temperature, as far as that goes (1.3 nats of precision); a random choice between two students
-costs next to nothing up to 3 nats, where the cheapest knob, sharpening, costs 7 nats of recall per nat.
+direct student at a lower temperature, as far as that goes (1.3 nats of precision). A random choice between two students
+costs almost nothing up to a gain of 3 nats, where the cheapest knob, sharpening, costs 7 nats of recall per nat.
 """
 
 from ml_collections import ConfigDict

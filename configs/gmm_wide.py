@@ -1,9 +1,9 @@
-"""The mixture experiment along more axes: dimension and separation of the modes too, with more seeds for each setting.
+"""The mixture experiment along more axes: also dimension and separation of the modes, with more seeds per setting.
 
     python -m kd_jax.train --config configs/gmm_wide.py --workdir runs/gmm_wide
 
-Each axis is varied alone about the setting of configs/gmm.py. Result: the trade needs a student poorer than its
-teacher.
+Each axis is varied alone, from the setting of configs/gmm.py. Result: there is a trade only where the student has fewer
+components than the teacher.
 """
 
 from ml_collections import ConfigDict

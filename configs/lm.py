@@ -1,7 +1,7 @@
-"""The settings that all language-model runs share: the paper's training recipe. Files lm_*.py change what is theirs.
+"""The defaults of all language-model runs, with the paper's training recipe. Files lm_*.py set what differs.
 
 The chain: p* -> corpus -> teacher -> a corpus of the teacher for each tau -> students, and students on p*'s own corpus.
-Each setting is declared once, with its meaning, in a spec: LmSpec in kd_jax/lm/experiment/specs.py has them all.
+Each setting is declared once, with its meaning, in a spec; LmSpec in kd_jax/lm/experiment/specs.py has them all.
 """
 
 from ml_collections import ConfigDict

@@ -4,10 +4,10 @@
     python -m kd_jax.train --config configs/lm_capacity.py:large-small --workdir runs/large-small    (one of them)
 
 p* is the real SmolLM2-135M-Instruct, as in lm_laptop.py; students learn its text, or the teacher's text at tau = 0.8,
-and the direct ones are also sampled at lower temperatures. A cell's comparison, named before the run, is that of the
-two at equal precision. In one run folder all cells share p*'s corpora; a size that is both teacher and student is on
-the grid's diagonal. Cost: about 140 minutes on two AVX2 cores. Result: at equal precision the student of the teacher's
-text has less recall, the more the larger the student and the smaller the teacher (docs/language_models.md).
+and the direct students are also sampled at lower temperatures. A cell's comparison, named before the run, is of the two
+at equal precision. The benchmark runs all cells in one folder, so they share p*'s corpora. Cost: about 140 minutes on
+two AVX2 cores. Result: no cell has a clear gain in recall at equal precision; the loss is larger, the larger the
+student and the smaller the teacher (docs/language_models.md).
 """
 
 from ml_collections import ConfigDict

@@ -17,22 +17,23 @@ of ten layers in all passed 0, 1 and 1 of 39 instructions at temperatures 1, 0.6
 students have twenty layers and learn at a smaller rate. The direct student of seed 0 was the pilot: it passed 4, 15 and
 20 of 39, before any other arm was trained.
 
-Declared before any other arm, per seed: the pass rate of `sharpened` minus that of `direct` at its best temperature,
-which the validation split chooses, where both are as varied (distinct-2, read off between sharpened's temperatures).
+Declared before any other arm was trained, per seed: the pass rate of `sharpened` minus that of `direct`, at equal
+variety of answers (distinct-2, interpolated between sharpened's temperatures). `direct` is at its best temperature,
+which the validation split chooses.
   Confirmed: the 95 % interval over seeds is above 0. The paper's claim then holds beyond cooling the direct student.
-  Refuted: it is below 0, or includes 0 and no more than 0.05 above it. Undecided: it includes 0 and is wider.
-Second: best of 4 minus one sample. Diversity should pay there: the order of `sharpened` and `logits` at equal
-temperature is expected to be the other way round for best of 4 than for one answer; the same order refutes that.
+  Refuted: it is below 0, or includes 0 and ends at most 0.05 above it. Undecided: it includes 0 and is wider.
+Second: best of 4 minus one sample. It rewards diversity, so `sharpened` and `logits` at equal temperature are expected
+in the opposite order for best of 4 than for one answer; the same order refutes that.
 Seed 0 may be run first (--config.seeds=1); the other two follow whatever it shows.
 
-Changed after seed 0 at temperatures 1, 0.6 and 0.3: the first comparison could not be read. `direct` was best at 0.3,
+Changed after seed 0 at temperatures 1, 0.6 and 0.3: the first comparison could not be made. `direct` was best at 0.3,
 where its answers are less varied than sharpened's at any of the three. So `direct` is now taken at its best temperature
 among those at which sharpened can be as varied, temperatures 0.8 and 0.45 were added, and recall and samples for
-precision went from 48 rows to 96. Seed 0 by this rule: +0.103. Seeds 1 and 2 came after it, on another machine, with
-seed 0 once more: +0.101, -0.013 and +0.243, mean +0.110 (-0.208 to +0.429). Undecided. Best of 4 did not turn the order
-round (docs/language_models.md).
+precision went from 48 rows to 96. Seed 0 by this rule: +0.103. Then all three seeds were run on another machine:
++0.101, -0.013 and +0.243, mean +0.110 (-0.208 to +0.429). Undecided. Best of 4 did not reverse the order
+(docs/language_models.md).
 
-Cost: 147 minutes on two AVX-512 cores, with other work beside it at times.
+Cost: 147 minutes on two AVX-512 cores, shared with other work at times.
 """
 
 from ml_collections import ConfigDict

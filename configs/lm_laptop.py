@@ -1,16 +1,16 @@
 """The paper's language-model experiment at the size of a laptop: p* is the real SmolLM2-135M-Instruct.
 
-python -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
-python -m kd_jax.train --config configs/lm_laptop.py:smoke --workdir runs/smoke    (tiny random p*, minutes)
+    python -m kd_jax.train --config configs/lm_laptop.py --workdir runs/laptop
+    python -m kd_jax.train --config configs/lm_laptop.py:smoke --workdir runs/smoke    (tiny random p*, minutes)
 
 Is it distillation, or merely temperature? Three draws of p*'s corpus, each with a teacher and a student of each arm: on
-p*'s text (direct), on the teacher's text at two temperatures, and on its distributions, sharpened. The direct students
-are also sampled at lower temperatures, which buys precision without a teacher. Whether sharpened text has more recall
-than that at equal precision is the comparison that was named before the run (config.contrast).
+p*'s text (direct), on the teacher's text at two temperatures, and on its sharpened distributions. The direct students
+are also sampled at lower temperatures, which buys precision without a teacher. The comparison named before the run
+(config.contrast): at equal precision, do students of sharpened text have more recall than these cooled students?
 
-Cost: 78 minutes on two cores with other work on them, and 19 more for p*'s first corpus; reckoned as an hour on quiet
-ones. Result: at equal precision the student of sharpened text has 0.39 +- 0.05 nats less recall than the cooled
-direct student, that of sharpened distributions 0.17 +- 0.02 more (docs/language_models.md).
+Cost: 78 minutes on two cores shared with other work, after 19 minutes for p*'s first corpus; an estimated hour on quiet
+cores. Result: at equal precision the student of sharpened text has 0.39 +- 0.05 nats less recall than the cooled direct
+student, that of sharpened distributions 0.17 +- 0.02 more (docs/language_models.md).
 """
 
 from ml_collections import ConfigDict

@@ -6,8 +6,8 @@
     python -m kd_jax.train --config configs/lm_logits_laptop.py --workdir runs/logits          (all three)
     python -m kd_jax.train --config configs/lm_logits_laptop.py:online,smoke --workdir runs/smoke    (tiny, a minute)
 
-Beside them stands the direct student, which learns p*'s text alone. All three, with two seeds, used 30 minutes of CPU
-time up to the last student and the scores, most of it for the teacher (docs/language_models.md has the results).
+The direct student, which learns p*'s text alone, is in each of them. All three policies with two seeds used 30 minutes
+of CPU time, most of it for the teacher (docs/language_models.md has the results).
 """
 
 from ml_collections import ConfigDict

