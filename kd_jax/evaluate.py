@@ -57,9 +57,7 @@ def _parser() -> command_line.Parser:
         "--sample_temperature", type=number(float, at_least=0), nargs="+", default=[1.0], metavar="TAU",
         help="every model is evaluated at each of these (1)",
     )  # fmt: skip
-    add(
-        "--agreement", action="store_true", help="score p* on the recall rows, for agreement with its likeliest ids"
-    )
+    add("--agreement", action="store_true", help="score p* on the recall rows, for agreement with its likeliest ids")
     add(
         "--embedding_model", default="", metavar="SOURCE",
         help="adds metrics of samples as points, the mean hidden states of this model; best not p*",

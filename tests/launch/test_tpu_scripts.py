@@ -139,7 +139,9 @@ def test_create_waits(cloud):
     with subprocess.Popen([SCRIPTS / "create.sh", *TPU, "--type=v6e-8", "--wait"], stdout=subprocess.PIPE) as waiting:
         time.sleep(1)
         assert waiting.poll() is None
-        (cloud / "state").write_text("ACTIVE")
+        # at once: the script must not read a file that is still empty
+        (cloud / "next").write_text("ACTIVE")
+        (cloud / "next").replace(cloud / "state")
         assert waiting.wait(timeout=30) == 0
     (cloud / "state").write_text("SUSPENDING")
     assert "SUSPENDING" in call("create", *TPU, "--type=v6e-8", "--wait", code=2)
