@@ -49,7 +49,7 @@ class SweepSpec:
     memory_gib: float = setting(1.0, "memory for a sweep, GiB; if it needs more, seeds run in chunks", above=0)
 
     sample_temperatures: tuple[float, ...] = setting(
-        (1.0, 0.9, 0.8, 0.6, 0.4),
+        (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5, 0.4),
         "temperatures at which every student is sampled; 1, the student itself, must be among them",
         above=0,
     )
