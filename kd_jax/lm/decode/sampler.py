@@ -7,6 +7,7 @@ it, the number of devices and restarts change a sample only where the rounding o
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import time
@@ -143,6 +144,7 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
     pages, num_steps = state.cache.num_pages // state.cache.num_slots, 8
     steps = slot_steps = active_steps = 0
     while left:
+        size = state.cache.num_pages
         if queue is not None:
             state = prefill.start(state, params, queue, common, pages, model.architecture, compute)
         began, slots = time.perf_counter(), state.active.shape[0]
@@ -154,6 +156,8 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         left -= len(rows.index)
         if left:
             state = slots_lib.fit(state, settings, pages)
+        if state.cache.num_pages != size:
+            _give_back()
         taken = time.perf_counter() - began
         # Yielded after the clock is read: the time that a caller spends on samples is not the device's.
         if len(rows.index):
@@ -161,6 +165,16 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
         # At most doubled, since one quick call proves little (and the first one compiles). Clocks differ between
         # processes, and all of them have to run the same number of steps.
         num_steps = distributed.same(int(np.clip(num_steps * min(2.0, _SECONDS_PER_CALL / taken), 1, 4096)))
+    del state
+    _give_back()
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system, where the C library is glibc."""
+    # glibc keeps freed arrays of less than 32 MB. A cache has two for each layer, and each of its sizes has others.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _sampler(sampler: SamplerSpec, knobs: dict[str, float | None]) -> SamplerSpec:
