@@ -81,7 +81,7 @@ def open_run(
                 print(f"{folder}: the config has changed; stages that depend on it run again\n" + "\n".join(changes))
                 # With other settings the run is not finished any more. The config comes last: a kill in between must
                 # not leave it beside a manifest that says "finished".
-                for name in ("manifest.json", *EXTRAS):
+                for name in ("manifest.json", "metrics.jsonl", *EXTRAS):
                     files.remove(folder / name)
                 files.write_json(folder / "config.json", wanted)
             return _reopen(folder, config, argv)

@@ -76,6 +76,17 @@ def test_killed_while_the_config_changes_a_run_is_not_finished(tmp_path, monkeyp
     assert json.loads((run.folder / "config.json").read_text())["seed"] == 4
 
 
+def test_results_of_another_config_are_gone(tmp_path):
+    # An export would put the new settings on the card of a model of the old ones.
+    run = run_lib.open_run(tmp_path / "run", make(), argv=ARGV, staged=True)
+    for name in ("metrics.jsonl", "answers.jsonl"):
+        (run.folder / name).write_text("{}\n")
+    run_lib.open_run(run.folder, make(), argv=ARGV, staged=True)
+    assert (run.folder / "metrics.jsonl").exists()
+    run_lib.open_run(run.folder, make(seed=4), argv=ARGV, staged=True)
+    assert not (run.folder / "metrics.jsonl").exists() and not (run.folder / "answers.jsonl").exists()
+
+
 def test_a_run_of_another_experiment_is_refused_without_its_settings(tmp_path):
     run = open_run(tmp_path / "run", make(experiment="gmm"))
     for staged in (False, True):
