@@ -17,7 +17,7 @@ import numpy as np
 from kd_jax.lm.weights.tokenizer import Tokenizer
 
 # Raised when `encode` makes other rows of the same conversations: finished stages are then not reused.
-VERSION = 2
+VERSION = 3
 # After each reply, to find its end. A text that has it is taken for one that the template changes.
 _MARK = "<<end of reply>>"
 
