@@ -10,8 +10,8 @@ are also sampled at lower temperatures, which buys precision without a teacher. 
 
 Cost: 78 minutes on two cores shared with other work, after 19 minutes for p*'s first corpus; an estimated hour on quiet
 cores. Result: at equal precision the student of sharpened text has 0.39 +- 0.05 nats less recall than the cooled direct
-student, that of sharpened distributions 0.17 +- 0.02 more. With 672 sequences for each teacher, three seeds give -0.240,
--0.219 and -0.248, and +0.171, +0.158 and +0.183 (docs/language_models.md).
+student, that of sharpened distributions 0.17 +- 0.02 more. With 672 sequences for each teacher, three seeds give
+-0.240, -0.219 and -0.248, and +0.171, +0.158 and +0.183 (docs/language_models.md).
 """
 
 from ml_collections import ConfigDict

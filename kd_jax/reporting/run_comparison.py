@@ -254,8 +254,8 @@ def figure(runs: Sequence[Run]) -> Figure:
     axes = drawn.add_subplot()
     for run, colour in zip(runs, palette(len(runs)), strict=True):
         axes.plot([], [], marker="o", color=colour, label=plain(run.name))
-        for kind in dict.fromkeys(one.kind for one in run.students):
-            _draw(axes, [one for one in run.students if one.kind == kind], kind, colour)
+        for kind, students in _kinds(run).items():
+            _draw(axes, students, kind, colour)
     _write_labels(axes, [one for one in runs[0].students if one.kind != "cooled"])
     axes.set_xlabel(rf"recall  $E_{{p^*}}[\log p'']$  ({runs[0].unit})  better $\rightarrow$")
     axes.set_ylabel(rf"precision  $E_{{p''}}[\log p^*]$  ({runs[0].unit})  better $\rightarrow$")
@@ -275,8 +275,8 @@ def chart(runs: Sequence[Run], settings: Table) -> dict[str, Any]:
     for place, (run, colour) in enumerate(zip(runs, palette(len(runs)), strict=True), start=1):
         differs = [f"{row[0]}: {row[place]}" for row in settings.rows if not row[0].startswith("(")]
         differs = differs[:_FACTS] + ["…"] * (len(differs) > _FACTS)
-        for kind in dict.fromkeys(one.kind for one in run.students):
-            points = [_point(run, one, differs) for one in run.students if one.kind == kind]
+        for kind, students in _kinds(run).items():
+            points = [_point(run, one, differs) for one in students]
             symbol, size = (STAR, 16) if kind == "direct" else ("circle", 5 if kind == "cooled" else 9)
             line = "dashed" if kind == "cooled" else "solid" if len(points) > 1 else ""
             series.append(Series(run.name, points, colour, symbol, size, line))
@@ -284,6 +284,16 @@ def chart(runs: Sequence[Run], settings: Table) -> dict[str, Any]:
         series, x_title=f"recall, E[log p″] on p* ({runs[0].unit}); better →",
         y_title=f"precision, E[log p*] ({runs[0].unit}); better →",
     )  # fmt: skip
+
+
+def _kinds(run: Run) -> dict[str, list[Student]]:
+    """The students by kind. The line of the cooled ones begins at the direct student, below its star."""
+    kinds = {}
+    for student in run.students:
+        kinds.setdefault(student.kind, []).append(student)
+    if "cooled" in kinds:
+        kinds = {"cooled": kinds.get("direct", []) + kinds.pop("cooled")} | kinds
+    return kinds
 
 
 def _point(run: Run, student: Student, differs: list[str]) -> Point:
@@ -318,5 +328,6 @@ def _write_labels(axes: Any, students: Sequence[Student]) -> None:
         precision, recall = (estimate(student, metric).mean for metric in METRICS)
         if np.isfinite([precision, recall]).all():
             axes.annotate(
-                plain(student.label), (recall, precision), (6, 5), textcoords="offset points", fontsize=7.5, color=INK
-            )
+                plain(student.label), (recall, precision), (-5, -11), textcoords="offset points", fontsize=8, color=INK,
+                ha="right",
+            )  # fmt: skip
