@@ -62,7 +62,9 @@ def test_runs_of_mixtures_are_paired_by_seed_as_scipy_has_it(tmp_path, capsys):
     assert beta["points"][1]["facts"][:2] == ["b", "beta = 10, 6 students"]
     assert beta["points"][1]["facts"][-1] == "num_distill: 500"
     (cooled,) = [one for one in chart["panels"][0]["series"] if one["label"] == "b" and one["line"] == "dashed"]
-    (direct,) = [one for one in lines_of(out / "figures/compare.csv") if (one["students"], one["run"]) == ("direct", "b")]
+    (direct,) = [
+        one for one in lines_of(out / "figures/compare.csv") if (one["students"], one["run"]) == ("direct", "b")
+    ]
     assert cooled["points"][0]["at"] == pytest.approx([float(direct["recall"]), float(direct["precision"])])
 
 
