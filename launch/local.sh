@@ -10,7 +10,8 @@ usage: launch/local.sh N [--cpu] [--devices K] -- --config CONFIG --workdir FOLD
   --cpu        on the CPU, whatever else there is
   --devices K  CPU devices of each process (1)
 
-Process 0 prints here, process I into $LOGS/process-I.log (LOGS: a folder, by default a new one under /tmp).
+Relative paths count from the repository. Process 0 prints here, process I into $LOGS/process-I.log (LOGS: a folder, by
+default a new one under /tmp).
 PYTHON is the interpreter (.venv/bin/python), GRACE the seconds that processes have to save when all are to end (60).
 TEXT
 }

@@ -77,6 +77,7 @@ def test_the_experiment_gets_its_settings_frozen(door, tmp_path, capsys):
         ("--config.size=0", "config.size=0 must be at least 1"),
         ("--config.rate=nan", "config.rate=nan must be finite"),
         ("--workdir=", "--workdir: the path is empty"),
+        ("--workdir=~nobody_of_this_name/a", "--workdir: ~nobody_of_this_name/a: there is no such user"),
         ("--config.size=13", "config.size=13 is unlucky"),
         ("--config.szie=3", "did you mean --config.size?"),
         ("--config.size=2.0", "--config.size: '2.0' must be int"),

@@ -111,7 +111,10 @@ def path(text: str) -> str:
     """A path, with ~ as the user's home: in --out=~/a the shell leaves it as it is."""
     if not text.strip():  # an unset variable of the shell; Path("") is the folder that the command runs in
         raise argparse.ArgumentTypeError("the path is empty")
-    return str(Path(text).expanduser())
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such user") from error
 
 
 def boolean(text: str) -> bool:

@@ -11,7 +11,7 @@ usage: launch/slurm/submit.sh [--dry_run] [sbatch options] [STAGES ...] -- --con
                    for all. `python -m kd_jax.train ... --dry_run` lists the stages.
   --dry_run        print the commands
 
-Prints the jobs' numbers. FOLDER is on a file system that all nodes share.
+Prints the jobs' numbers. FOLDER is on a file system that all nodes share; a relative path counts from the repository.
 TEXT
 }
 
