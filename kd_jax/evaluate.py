@@ -50,7 +50,7 @@ def _parser() -> command_line.Parser:
         "--samples_per_prompt", type=count, default=1, metavar="K",
         help="samples of each prompt, where the rows of --corpus have prompts of their own (%(default)s)",
     )  # fmt: skip
-    add("--num_recall", type=count, metavar="N", help="how many of its rows (all of --corpus, else as --num_samples)")
+    add("--num_recall", type=count, metavar="N", help="rows for recall (all of --corpus, else as --num_samples)")
     # Below every seed of p*'s validation samples, so that no model is sampled with the same random numbers.
     add("--seed", type=number(int, at_least=0, below=_DATA_SEED), default=0, help="of the samples (%(default)s)")
     add(
@@ -146,7 +146,7 @@ def _evaluate(args: argparse.Namespace, argv: list[str]) -> None:
     # The rows before the manifest: where it says "finished", they are there.
     write_rows(out / "metrics.jsonl", rows)
     if any(row["seed"] is not None for row in rows):
-        # All models are scored on the same validation rows, so each row's values count in the errors over seeds.
+        # All models are scored on the same rows, so errors over seeds need the value of each row.
         paired.keep(out / "recall.npz", out / "models", rows, plan.data.rows)
         units.attach(rows, out)
     seconds = round(time.perf_counter() - start, 3)
@@ -261,7 +261,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     # The error over seeds says more than that over sequences, but needs two seeds.
     groups = {arm: group for arm, group in seeds.items() if len(group) > 1}
     if groups:
-        print("\nmean over seeds, with its standard error (of recall and KL(p*||model) over the validation rows, too)")
+        print("\nmean over seeds, with its standard error (of recall and KL(p*||model) over the recall rows, too)")
         _print_grid(
             [[f"{arm} ({len(group)})", *(_over_seeds(group, key) for key in _COLUMNS)] for arm, group in groups.items()]
         )

@@ -106,7 +106,7 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
     )(numbers.temperatures)
     selective = len(numbers.teachers.get("beta", ()))
     pair = [lib.Simple(em_scores["precision"][i], em_scores["recall"][i]) for i in (0, selective)]
-    # What the direct student was fitted to are draws of p*.
+    # The direct student was fitted to draws of p*, not of the teacher.
     of_data = {"teacher_entropy": -lib.log_prob(shared.p_star, shared.data).mean()}
     of_data["weight_entropy"] = lib.weight_entropy(shared.p_star)
     return {

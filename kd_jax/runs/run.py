@@ -79,8 +79,8 @@ def open_run(
                 raise RunError("\n".join([f"{folder} holds a run with another config:", *changes, advice]))
             if changes:
                 print(f"{folder}: the config has changed; stages that depend on it run again\n" + "\n".join(changes))
-                # With other settings the run is not finished any more. The config comes last: a kill in between must
-                # not leave it beside a manifest that says "finished".
+                # With other settings the run is not finished, and has no results. The config comes last: a kill in
+                # between must not leave it beside a manifest that says "finished".
                 for name in ("manifest.json", "metrics.jsonl", *EXTRAS):
                     files.remove(folder / name)
                 files.write_json(folder / "config.json", wanted)

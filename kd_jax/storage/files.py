@@ -139,7 +139,7 @@ def read_rows(
     Args:
         needs: keys that every row must have, with the types of their values.
         cut: leave out a last line without an end: it is what a kill or a full disk leaves of an `append_rows`.
-        texts: keys whose values are texts that somebody else wrote: "NaN" is a word there, and no number.
+        texts: keys whose values are texts of models or users, where "NaN" is a word and not a number.
     Raises: RunError, naming the line that is broken.
     """
     path = Path(path)

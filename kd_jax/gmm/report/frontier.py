@@ -90,9 +90,9 @@ def write(folder: str | Path, note: str = "") -> Path:
     spec = freeze(GmmFrontierSpec, page.read_json(config), str(config))
     gains = spec.gains
     reference = {name: plain.metrics[name][0] for name in ("precision", "recall")}
-    # Ways that need no knob of the teacher or the loss: what the knobs have to beat. Both hold the plain student.
+    # Ways that need no knob of the teacher or the loss: what the knobs have to beat.
     free = [students[name] for name in (COOLED[PLAIN], CHOICE) if name in students]
-    # It is temperature 1 of the one, and a share of 0 of the other.
+    # The plain student is one of their settings: temperature 1 of the first, a share of 0 of the second.
     from_plain = [_joined(plain, knob, 0.0 if knob.name == NAMES[CHOICE] else 1.0) for knob in free]
     prices = frontier_page.prices_of([*knobs, *from_plain], reference, gains)
     # A smoke run shows its numbers and draws no conclusions from them.
@@ -160,7 +160,7 @@ def _fits(knob: Knob) -> list[list[str | Number]]:
 
 
 def _joined(first: Knob, rest: Knob, at: float) -> Knob:
-    """The settings of `rest` and, as its setting `at`, the one of `first`, in order of their values."""
+    """The settings of `rest` in order of their values, with the one of `first` at the value `at`."""
     order = np.argsort([at, *map(float, rest.values)])
     metrics = {name: np.concatenate([first.metrics[name], rest.metrics[name]])[order] for name in METRICS}
     values = (*first.values, *rest.values)

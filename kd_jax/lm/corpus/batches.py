@@ -160,7 +160,7 @@ class Sequences:
         return Sequences(self._table.select(range(start, stop)))
 
     def mixed(self, other: Sequences, share: float) -> Sequences:
-        """As many rows: the first ones of this, and `share` of them from the places after these in `other`.
+        """As many rows as here: the first ones of this corpus, and a `share` from `other`, from the places that follow.
 
         Args:
             other: another corpus.
@@ -170,7 +170,7 @@ class Sequences:
         num_other = round(share * len(self))
         if num_other > len(other):
             raise ValueError(f"{num_other} rows of the second corpus are wanted; it has {len(other)}")
-        # Rows of one place may answer one prompt: from other places of each corpus, each prompt comes once.
+        # Rows in the same place of both corpora may answer the same prompt; from other places, each prompt comes once.
         stop = min(len(self), len(other))
         tables = self.part(0, len(self) - num_other)._table, other.part(stop - num_other, stop)._table
         return Sequences(datasets.concatenate_datasets(tables))

@@ -171,7 +171,7 @@ def _stream(model, prompts, settings, first, num_samples, max_length, batch_size
 
 def _give_back() -> None:
     """Returns freed memory to the system, where the C library is glibc."""
-    # glibc keeps freed arrays of less than 32 MB. A cache has two for each layer, and each of its sizes has others.
+    # glibc keeps freed arrays of less than 32 MB: here two for each layer, of every size that the cache has had.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -4,8 +4,8 @@
     FOLDER/p_star/instruct/...             p*'s own, for comparison
 
 A corpus that is finished is not sampled again; rows and verdicts are computed anew from the corpora each time. The
-answers of all students of one teacher and seed have the same random numbers, which makes differences between arms less
-noisy; those of other teachers have others, since errors are over teachers.
+answers of all students of one teacher and seed use the same random numbers, which makes differences between arms less
+noisy. Other teachers' students use others, since errors are over teachers.
 """
 
 from __future__ import annotations
