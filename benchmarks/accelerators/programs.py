@@ -82,7 +82,7 @@ class Setting(NamedTuple):
 
     @property
     def compute(self) -> Compute:
-        return Compute(dtype="bfloat16", attention=self.attention, mesh=self.mesh)
+        return Compute(dtype="bfloat16", attention=self.attention, mesh=self.mesh, columns=False)
 
     @property
     def devices(self) -> int:

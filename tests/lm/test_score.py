@@ -190,7 +190,7 @@ def test_tokens_at_once_are_those_that_memory_is_for():
     assert score.tokens_at_once(model, eight, memory=60 * 2**30) == 4 * 32768
     # weights take their part
     half = Model(model.architecture, model_lib.abstract(model.architecture, jnp.bfloat16))
-    assert score.tokens_at_once(half, memory=3 * 2**30) > score.tokens_at_once(model, memory=3 * 2**30)
+    assert score.tokens_at_once(half, memory=1.5 * 2**30) > score.tokens_at_once(model, memory=1.5 * 2**30)
 
 
 @pytest.mark.slow

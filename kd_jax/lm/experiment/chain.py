@@ -22,7 +22,6 @@ from kd_jax.lm.experiment.arms import TRAIN, Arm, of_teacher
 from kd_jax.lm.experiment.corpora import APART, STUDENT_SEED, TEACHER_SEED
 from kd_jax.lm.experiment.results import Student
 from kd_jax.lm.experiment.specs import (
-    ComputeSpec,
     LmSpec,
     StudentSpec,
     TeacherSpec,
@@ -182,9 +181,9 @@ def _training(spec: LmSpec, name: str, shape: StudentSpec | TeacherSpec, student
     for key in ("frozen", "updates"):
         if not train[key]:  # what is off is not said
             del train[key]
-    # Nor does the key depend on what changes the log, the files or the memory alone; it has their defaults.
+    # Nor does the key depend on what changes the log, the files, the memory or the speed alone; it has fixed values.
     train |= {key: getattr(TrainSpec(), key) for key in ("log_every", "save_every", "keep", "keep_checkpoints")}
-    compute = to_dict(spec.compute) | {key: getattr(ComputeSpec(), key) for key in ("remat", "query_block")}
+    compute = to_dict(spec.compute) | {"remat": False, "query_block": 128}
     unsaid = ("source", "init", "train") if part.lora else ("source", "init", "train", "lora")
     settings = {
         "model": {key: value for key, value in to_dict(shape).items() if key not in unsaid},

@@ -272,7 +272,7 @@ def _compute(target: Target, mesh, *, dtype: str, **more) -> Compute:
         return Compute(dtype=dtype, mesh=mesh, **more)
     # XLA's CPU compiler widens bfloat16 to float32 in places, but not float16, which is as large
     dtype = "float16" if dtype == "bfloat16" else dtype
-    return Compute(dtype=dtype, mesh=mesh, chunk_tokens=head.TOKENS, **more)
+    return Compute(dtype=dtype, mesh=mesh, chunk_tokens=head.TOKENS, columns=False, **more)
 
 
 def layout(spec: LmSpec, train: TrainSpec, mesh: Mesh | None) -> Layout:

@@ -141,6 +141,32 @@ class Architecture:
         return sum(leaf.size for leaf in jax.tree.leaves(abstract(self)))
 
 
+class Model(NamedTuple):
+    """A model that can be scored, sampled and exported.
+
+    Attributes:
+        architecture: its shape.
+        params: its weights; the tree is that of `abstract(architecture)`.
+        eos_ids: ids that end a sequence; none for a model that never stops.
+        bos_id: id that starts one, or None.
+        pad_id: id that fills up a row, or None; never used to find out what is padding.
+        tokenizer: a kd_jax.lm.weights.tokenizer.Tokenizer, or None.
+    """
+
+    architecture: Architecture
+    params: dict[str, Any]
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+    tokenizer: Any = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many ids are real: a vocabulary may be padded, and a tokenizer have added tokens without weights."""
+        count = self.architecture.vocab_size
+        return count if self.tokenizer is None else min(count, self.tokenizer.vocab_size)
+
+
 def _smollm2(layers: int, width: int, heads: int, kv_heads: int, mlp: int) -> Architecture:
     return Architecture(
         vocab_size=49152, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,

@@ -3,13 +3,16 @@
 Every family of models goes through these functions; what differs are settings of the Architecture and which weights
 exist. Linear weights are stored [out, in], as in the checkpoints: the products contract the last axis of both sides,
 which is also the faster layout for small batches on CPUs. Layers are stacked, [layer, out, in], and scanned.
+
+Between the products, activations are [row, position, width], or [width, row, position] on a CPU ("columns"): its
+products are faster with the weights on the left, by a third for a few rows and by a tenth for thousands.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,32 +31,6 @@ _ACTIVATIONS = {
 }
 
 
-class Model(NamedTuple):
-    """A model that can be scored, sampled and exported.
-
-    Attributes:
-        architecture: its shape.
-        params: its weights; the tree is that of `abstract(architecture)`.
-        eos_ids: ids that end a sequence; none for a model that never stops.
-        bos_id: id that starts one, or None.
-        pad_id: id that fills up a row, or None; never used to find out what is padding.
-        tokenizer: a kd_jax.lm.weights.tokenizer.Tokenizer, or None.
-    """
-
-    architecture: Architecture
-    params: dict[str, Any]
-    eos_ids: tuple[int, ...] = ()
-    bos_id: int | None = None
-    pad_id: int | None = None
-    tokenizer: Any = None
-
-    @property
-    def num_tokens(self) -> int:
-        """How many ids are real: a vocabulary may be padded, and a tokenizer have added tokens without weights."""
-        count = self.architecture.vocab_size
-        return count if self.tokenizer is None else min(count, self.tokenizer.vocab_size)
-
-
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How a model is run, apart from its weights; hashable, so that it can be static under jit.
@@ -66,14 +43,16 @@ class Compute:
             gathered for them (see kd_jax.parallel.mesh). The programs that take a mesh set it here.
         chunk_tokens: how many tokens' logits a device holds at a time; None for the default of its kind
             (kd_jax.fused.chunk_tokens).
+        columns: whether activations are [width, row, position]; None for yes on a single CPU device, and else no.
     """
 
     dtype: str = "float32"
     attention: str = "auto"
-    query_block: int = 128
+    query_block: int = 64
     remat: bool = False
     mesh: Mesh | None = None
     chunk_tokens: int | None = None
+    columns: bool | None = None
 
     def __post_init__(self):
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -81,6 +60,12 @@ class Compute:
         if self.query_block < 1:
             raise ValueError(f"query_block={self.query_block} must be at least 1")
         attention.check(self.attention, self.dtype)
+
+    @property
+    def in_columns(self) -> bool:
+        """`columns`, decided."""
+        alone_on_cpu = self.mesh is None and jax.default_backend() == "cpu"
+        return alone_on_cpu if self.columns is None else self.columns
 
     @property
     def chunk(self) -> int:
@@ -226,17 +211,23 @@ def _embed(embedding, tokens, architecture, compute):
     x = embedding[tokens].astype(compute.dtype)
     # a Python number has no dtype of its own: in bfloat16 it is rounded to it, as the published models do
     x = x if architecture.embedding_multiplier == 1 else x * architecture.embedding_multiplier
-    return _rows(x, compute)
+    return _rows(_turn(x, compute), compute)
+
+
+def _turn(x, compute):
+    """[row, position, width] as the layers have it."""
+    return x.transpose(2, 0, 1) if compute.in_columns else x
 
 
 def _last_norm(params, x, architecture, compute):
+    x = x.transpose(1, 2, 0) if compute.in_columns else x
     x = _norm(x, params["norm"], ("embed",), architecture, compute)
     return x if architecture.logits_divisor == 1 else x / architecture.logits_divisor
 
 
 def _rows(x, compute):
-    """Activations [row, position, width] stay where their rows are."""
-    return mesh_lib.constrain(x, ("batch", None, None), compute.mesh)
+    """Activations [row, position, width] stay where their rows are; columns are on one device."""
+    return x if compute.in_columns else mesh_lib.constrain(x, ("batch", None, None), compute.mesh)
 
 
 def _layer(w, x, phases, attend, architecture, compute):
@@ -244,46 +235,52 @@ def _layer(w, x, phases, attend, architecture, compute):
 
     Args:
         w: the layer's weights.
-        x: [row, position, hidden_size].
+        x: [row, position, hidden_size], or in columns.
         attend: from queries, keys and values to ([row, position, head * head_dim], ...).
     """
     q, k, v = _project(w, x, phases, architecture, compute)
     if architecture.query_key_norm != "none":
         q, k = _norm_and_rotate(w, q, k, phases, architecture, compute)
     out, *more = attend(q, k, v)
-    x = _add(w, x, _out(w, out, compute), "post_attention_norm", architecture, compute)
+    x = _add(w, x, _out(w, _turn(out, compute), compute), "post_attention_norm", architecture, compute)
     gate, up = _gate_up(w, x, architecture, compute)
     x = _add(w, x, _down(w, gate, up, architecture, compute), "post_mlp_norm", architecture, compute)
     return _rows(x, compute), *more
 
 
 def _linear(x, w, name, compute):
-    """x [..., in] times a layer's weight [out, in] -> [..., out], with its bias and its adapter where they exist."""
+    """x [..., in] times a layer's weight [out, in] -> [..., out], with its bias and its adapter; or in columns."""
+    columns = compute.in_columns
+
+    def product(x, weight):
+        a, b, axes = (weight, x, (1, 0)) if columns else (x, weight, (1, 1))
+        return fused.dot(a, b, axes, out_dtype=compute.dtype)
+
     weight = mesh_lib.gather(w[name].astype(compute.dtype), AXES[name], compute.mesh)
-    # One leading axis: the weight's gradient would contract several, for which XLA's CPU code transposes both sides.
-    rows = x.reshape(-1, x.shape[-1])
-    out = fused.dot(rows, weight, (1, 1), out_dtype=compute.dtype)
+    # One axis of tokens: the weight's gradient would contract several, for which XLA's CPU code transposes both sides.
+    flat = x.reshape(len(x), -1) if columns else x.reshape(-1, x.shape[-1])
+    out = product(flat, weight)
     if f"{name}_bias" in w:
-        out = out + w[f"{name}_bias"].astype(compute.dtype)
+        bias = w[f"{name}_bias"].astype(compute.dtype)
+        out = out + (bias[:, None] if columns else bias)
     if f"{name}_lora_a" in w:  # see kd_jax.lm.model.lora
         for half, axes in (("a", (None, AXES[name][1])), ("b", (AXES[name][0], None))):
-            weight_half = mesh_lib.gather(w[f"{name}_lora_{half}"].astype(compute.dtype), axes, compute.mesh)
-            rows = fused.dot(rows, weight_half, (1, 1), out_dtype=compute.dtype)
-        out = out + rows
-    return out.reshape(*x.shape[:-1], weight.shape[0])
+            flat = product(flat, mesh_lib.gather(w[f"{name}_lora_{half}"].astype(compute.dtype), axes, compute.mesh))
+        out = out + flat
+    return out.reshape(-1, *x.shape[1:]) if columns else out.reshape(*x.shape[:-1], -1)
 
 
-def _norm(x, gain, axes, architecture, compute):
-    """RMS norm of the last axis (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
+def _norm(x, gain, axes, architecture, compute, columns=False):
+    """RMS norm of the width (Zhang & Sennrich 2019, arXiv 1910.07467), computed in float32."""
     x = x.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + architecture.rms_norm_eps)
+    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=0 if columns else -1, keepdims=True) + architecture.rms_norm_eps)
     gain = mesh_lib.gather(gain.astype(jnp.float32), axes, compute.mesh)
     gain = 1 + gain if architecture.unit_offset_gain else gain
-    return (x * gain).astype(compute.dtype)
+    return (x * (gain[:, None, None] if columns else gain)).astype(compute.dtype)
 
 
 def _norm_if(w, x, name, architecture, compute):
-    return _norm(x, w[name], AXES[name], architecture, compute) if name in w else x
+    return _norm(x, w[name], AXES[name], architecture, compute, compute.in_columns) if name in w else x
 
 
 # Checkpointed: what lies between the products (norms, rotation, the gated activation) is cheaper to recompute in the
@@ -296,10 +293,17 @@ def _project(w, x, phases, architecture, compute):
     """Queries [row, position, head, head_dim], keys, values (with fewer heads); rotated unless normed first."""
     a = architecture
     h = _norm_if(w, x, "attention_norm", a, compute)
-    q = _linear(h, w, "q", compute).reshape(*x.shape[:2], a.num_attention_heads, a.head_dim)
-    k = _linear(h, w, "k", compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
-    v = _linear(h, w, "v", compute).reshape(*x.shape[:2], a.num_key_value_heads, a.head_dim)
+    q = _heads(_linear(h, w, "q", compute), a.num_attention_heads, compute)
+    k = _heads(_linear(h, w, "k", compute), a.num_key_value_heads, compute)
+    v = _heads(_linear(h, w, "v", compute), a.num_key_value_heads, compute)
     return (*(_rotate(q, k, phases) if a.query_key_norm == "none" else (q, k)), v)
+
+
+def _heads(x, count, compute):
+    """[row, position, head, head_dim] of a product's result."""
+    if compute.in_columns:
+        return x.reshape(count, -1, *x.shape[1:]).transpose(2, 3, 0, 1)
+    return x.reshape(*x.shape[:2], count, -1)
 
 
 @functools.partial(jax.checkpoint, static_argnums=(4, 5))

@@ -8,7 +8,7 @@ import re
 import jax
 import numpy as np
 
-from kd_jax.lm.model.decoder import Model
+from kd_jax.lm.model.architecture import Model
 
 
 def layers_kept(rule: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:

@@ -41,6 +41,14 @@ def test_log_probs(name, load, golden):
     np.testing.assert_allclose(np.concatenate(found), golden[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["gemma 3", "olmo 2, grouped, biases"])
+def test_log_probs_in_rows(name, load, golden):
+    """Activations as they are on several devices; the tests around this one have them as a single CPU does."""
+    tokens, lengths = table(families.sequences(name))
+    rows = score.log_prob(load(name), tokens, lengths, batch_tokens=1000, compute=Compute(columns=False))
+    np.testing.assert_allclose(np.concatenate(scored_part(*rows, lengths)), golden[name], rtol=0, atol=1e-5)
+
+
 @functools.partial(jax.jit, static_argnums=1, static_argnames="compute")
 def _forward(params, architecture, tokens, **options):
     return model.forward(params, architecture, tokens, **options)
