@@ -32,6 +32,9 @@ from kd_jax.parallel import mesh as mesh_lib
 
 # A call of the device program takes about this long, so that progress is shown and Ctrl-C is answered.
 _SECONDS_PER_CALL = 1.0
+# A pool below this share of the weights' bytes has all its pages at once: each size is a program to compile, and
+# attention, which reads the whole pool, is then a small part of a step.
+_SMALL_POOL = 1 / 8
 
 
 class Samples(NamedTuple):
@@ -233,6 +236,10 @@ def _start(
         )  # fmt: skip
         settings = settings._replace(refill=jnp.int32(queue.at_once))
         pages = -(-max(map(len, prompts)) // PAGE)
+    a = model.architecture
+    position = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim * jnp.dtype(compute.dtype).itemsize
+    if slots // devices * width * position < _SMALL_POOL * mesh_lib.device_bytes(params):
+        pages = width // PAGE
     prompt = np.asarray(settings.prompt)
     cache = start_lib.resident(params, prompt, model.architecture, devices, slots // devices, width, pages, compute)
     state = start_lib.idle(cache, slots, width, first, len(prompt))

@@ -161,12 +161,7 @@ def free(pages: Pages) -> jax.Array:
 
 
 def missing(pages: Pages, positions: jax.Array) -> jax.Array:
-    """bool [group, slot]: whether the slot has no page yet for its position, of `positions` [group * slot].
-
-    Args:
-        pages: the pool.
-        positions: int [group * slot].
-    """
+    """bool [group, slot]: whether the slot has no page yet for its position, of int `positions` [group * slot]."""
     nth = positions.reshape(pages.table.shape[:2]) // PAGE
     page = jnp.take_along_axis(pages.table, jnp.minimum(nth, pages.table.shape[2] - 1)[..., None], axis=2)[..., 0]
     return (page == pages.num_pages) & (nth < pages.table.shape[2])
@@ -289,8 +284,13 @@ def _attend(rule, keys, values, owner, order, table, q, k, v, position):
     nth = position // PAGE
     page = table[jnp.arange(len(table)), jnp.minimum(nth, table.shape[1] - 1)]
     page = jnp.where(nth < table.shape[1], page, len(owner))  # out of bounds: dropped by the writes below
-    keys = keys.at[page, :, :, position % PAGE].set(k.astype(keys.dtype), mode="drop")
-    values = values.at[page, :, position % PAGE].set(v.astype(values.dtype), mode="drop")
+    place = position % PAGE
+    if len(table) == 1:
+        # A second write, which is dropped: XLA's CPU code repeats a single one, and copies the pool each time.
+        page, place = jnp.append(page, len(owner)), jnp.append(place, 0)
+        k, v = jnp.repeat(k, 2, axis=0), jnp.repeat(v, 2, axis=0)
+    keys = keys.at[page, :, :, place].set(k.astype(keys.dtype), mode="drop")
+    values = values.at[page, :, place].set(v.astype(values.dtype), mode="drop")
     # No position of a free page is visible: its last one is -1.
     last = jnp.where(owner < len(table), position[jnp.minimum(owner, len(table) - 1)], -1)
     visible = rule.visible(last[:, None], order[:, None] * PAGE + jnp.arange(PAGE))

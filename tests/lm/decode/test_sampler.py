@@ -369,6 +369,28 @@ def test_pages_come_and_go(monkeypatch):
     np.testing.assert_allclose(samples.log_probs[rows, at], expected, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_pool_that_is_small_beside_the_weights_has_all_pages_at_once(monkeypatch):
+    options = {"num_samples": 3, "max_length": 140, "batch_size": 2}
+    expected, sizes = run(small(), **options), []
+    monkeypatch.setattr(kv_cache, "resize", lambda pages, n: sizes.append(n))  # not called
+    monkeypatch.setattr(sampler_lib, "_SECONDS_PER_CALL", 0)
+    monkeypatch.setattr(sampler_lib, "_SMALL_POOL", 1000)
+    assert_same(run(small(), **options), expected)
+    assert not sizes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_step_copies_no_keys_or_values(batch_size):
+    shapes = Model(SMALL, model.abstract(SMALL))
+    program = decode.lower(shapes, 1, max_length=64, batch_size=batch_size).compile().as_text()
+    pool = f"f32[1,{batch_size},{SMALL.num_key_value_heads},"
+    copies = [line for line in program.splitlines() if f"= {pool}" in line and " copy(" in line]
+    # once into the loop, and not in it
+    assert len(copies) <= 2 * SMALL.num_hidden_layers
+
+
 def counted(start, stop):
     return [i % 24 for i in range(start, stop + 1)]
 
