@@ -10,8 +10,8 @@
 
 Ratios are above 1 where kd_jax is quicker. Extra memory is the peak of the process above what it held with the weights
 loaded. The share is of the rate of a product of 4096 x 576 and 576 x 1536, measured in the same process. One run, whose
-time is shown, comes before those that count and compiles. The programs of sample_long, some 15 of 5 s each, come from
-the compilation cache on disk instead: its first run on a machine puts them there.
+time is shown, comes before those that count and compiles. The programs of sample_long, some 15 of 5 s each, and a few
+of sample come from the compilation cache on disk instead: the first run on a machine puts them there.
 """
 
 import argparse

@@ -32,8 +32,8 @@ from kd_jax.parallel import mesh as mesh_lib
 
 # A call of the device program takes about this long, so that progress is shown and Ctrl-C is answered.
 _SECONDS_PER_CALL = 1.0
-# A pool below this share of the weights' bytes has all its pages at once: each size is a program to compile, and
-# attention, which reads the whole pool, is then a small part of a step.
+# A pool that takes less than this share of the weights' bytes has all its pages from the start, as each size of a pool
+# is a program to compile. Attention reads the whole pool, but so little takes a small part of a step.
 _SMALL_POOL = 1 / 8
 
 

@@ -1,11 +1,10 @@
 """The decoder: pure functions that run an architecture on its weights, which kd_jax.lm.model.architecture declares.
 
 Every family of models goes through these functions; what differs are settings of the Architecture and which weights
-exist. Linear weights are stored [out, in], as in the checkpoints: the products contract the last axis of both sides,
-which is also the faster layout for small batches on CPUs. Layers are stacked, [layer, out, in], and scanned.
+exist. Linear weights are stored [out, in], as in the checkpoints. Layers are stacked, [layer, out, in], and scanned.
 
-Between the products, activations are [row, position, width], or [width, row, position] on a CPU ("columns"): its
-products are faster with the weights on the left, by a third for a few rows and by a tenth for thousands.
+Inside a layer, activations are [row, position, width], or "columns", [width, row, position], on a CPU without a mesh:
+its products are faster with the weights as the left factor, by a third for a few tokens and a tenth for thousands.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Compute:
             gathered for them (see kd_jax.parallel.mesh). The programs that take a mesh set it here.
         chunk_tokens: how many tokens' logits a device holds at a time; None for the default of its kind
             (kd_jax.fused.chunk_tokens).
-        columns: whether activations are [width, row, position]; None for yes on a single CPU device, and else no.
+        columns: whether activations inside a layer are [width, row, position]; by default on a CPU. Never with a mesh.
     """
 
     dtype: str = "float32"
@@ -63,9 +62,9 @@ class Compute:
 
     @property
     def in_columns(self) -> bool:
-        """`columns`, decided."""
-        alone_on_cpu = self.mesh is None and jax.default_backend() == "cpu"
-        return alone_on_cpu if self.columns is None else self.columns
+        """Whether activations are columns, with the default decided."""
+        wanted = jax.default_backend() == "cpu" if self.columns is None else self.columns
+        return wanted and self.mesh is None
 
     @property
     def chunk(self) -> int:
@@ -215,7 +214,7 @@ def _embed(embedding, tokens, architecture, compute):
 
 
 def _turn(x, compute):
-    """[row, position, width] as the layers have it."""
+    """Activations [row, position, width] in the order that they have inside a layer."""
     return x.transpose(2, 0, 1) if compute.in_columns else x
 
 
@@ -226,8 +225,8 @@ def _last_norm(params, x, architecture, compute):
 
 
 def _rows(x, compute):
-    """Activations [row, position, width] stay where their rows are; columns are on one device."""
-    return x if compute.in_columns else mesh_lib.constrain(x, ("batch", None, None), compute.mesh)
+    """Activations stay on the devices of their rows. Columns are on one device."""
+    return mesh_lib.constrain(x, ("batch", None, None), compute.mesh)
 
 
 def _layer(w, x, phases, attend, architecture, compute):
@@ -235,7 +234,7 @@ def _layer(w, x, phases, attend, architecture, compute):
 
     Args:
         w: the layer's weights.
-        x: [row, position, hidden_size], or in columns.
+        x: [row, position, hidden_size], or columns.
         attend: from queries, keys and values to ([row, position, head * head_dim], ...).
     """
     q, k, v = _project(w, x, phases, architecture, compute)
@@ -249,7 +248,12 @@ def _layer(w, x, phases, attend, architecture, compute):
 
 
 def _linear(x, w, name, compute):
-    """x [..., in] times a layer's weight [out, in] -> [..., out], with its bias and its adapter; or in columns."""
+    """x times a layer's weight [out, in], with its bias and its adapter where they exist.
+
+    Args:
+        x: [..., in], or columns [in, ...].
+    Returns: [..., out], or columns [out, ...].
+    """
     columns = compute.in_columns
 
     def product(x, weight):

@@ -286,7 +286,8 @@ def _attend(rule, keys, values, owner, order, table, q, k, v, position):
     page = jnp.where(nth < table.shape[1], page, len(owner))  # out of bounds: dropped by the writes below
     place = position % PAGE
     if len(table) == 1:
-        # A second write, which is dropped: XLA's CPU code repeats a single one, and copies the pool each time.
+        # With a second write, which is dropped: XLA's CPU code does a single write several times, each in a new copy of
+        # the pool.
         page, place = jnp.append(page, len(owner)), jnp.append(place, 0)
         k, v = jnp.repeat(k, 2, axis=0), jnp.repeat(v, 2, axis=0)
     keys = keys.at[page, :, :, place].set(k.astype(keys.dtype), mode="drop")
