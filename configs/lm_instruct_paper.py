@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.num_train, config.num_validation, config.num_recall, config.num_samples = 400_000, 4000, 4000, 4000
     config.seeds = 5
     config.arms["x4"] = ConfigDict(
-        {"policy": "sequence", "text_rows": 4 * config.num_train, "sampler": {"sample_temperature": 0.8}}
+        {"policy": "sequence", "text_rows": config.get_ref("num_train") * 4, "sampler": {"sample_temperature": 0.8}}
     )
     config.instruct.update(kinds=(), num_validation=48, num_test=256, sample_temperatures=(1.0, 0.8, 0.6))
     config.train.update(epochs=2, updates=0, batch_size=128, learning_rate=3e-4, row_length=2048, validations=10)

@@ -29,9 +29,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.taus = (0.8, 1.0)
     if not arg:
         config.num_train, config.cooled_arms = 672, ("direct",)
+    rows = config.get_ref("num_train")  # so that another num_train changes the amounts with it
     for amount in AMOUNTS:
         config.arms[f"x{amount}"] = ConfigDict(
-            {"policy": "sequence", "text_rows": amount * config.num_train, "sampler": {"sample_temperature": 0.8}}
+            {"policy": "sequence", "text_rows": rows * amount, "sampler": {"sample_temperature": 0.8}}
         )
     for choice in ("likeliest", "least_likely", "repeated"):
         config.arms[choice] = ConfigDict({"policy": "sequence", "text_choice": choice, "text_share": 0.1})

@@ -67,7 +67,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.update(epochs=2, batch_size=24, learning_rate=2e-3, validations=4)
     if "smoke" in arg:
         config.num_train, config.num_validation, config.num_recall, config.num_samples = 48, 16, 16, 16
-        config.seeds, config.contrast.arm, config.evaluation.sample_temperatures = 1, "", (1.0,)
+        config.seeds, config.contrast.arm, config.cooled_arms = 1, "", ()
+        config.evaluation.sample_temperatures = (1.0,)
         config.sampling.update(prompt="be", max_length=16, batch_size=16, shard_size=32)
         config.student.update(layers=1, width=16, heads=2, kv_heads=1, mlp=32)
         config.train.update(epochs=1, batch_size=16, row_length=64, validations=2, log_every=1)

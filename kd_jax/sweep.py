@@ -18,6 +18,7 @@ import itertools
 import json
 import re
 import sys
+import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,9 @@ def split_values(text: str, hint: Any) -> list[str]:
     # A value: a quoted text, a bracket with one level of brackets in it, or any characters but commas.
     pattern = r"\s*(\"[^\"]*\"|'[^']*'|[\[(](?:[^\[\]()]|[\[(][^\[\]()]*[\])])*[\])]|[^,]*)\s*(?:,|$)"
     values = [match[1] for match in re.finditer(pattern, text) if match.start() < len(text)]
-    members = typing.get_args(hint) if typing.get_origin(hint) is tuple else ()
+    # A setting of config.teacher.train or config.student.train may also be None.
+    kinds = [hint, *typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
+    members = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
     if not members:
         # quotes around a value, not those inside it or at one of its ends
         bare = [value[1:-1] if re.fullmatch(r"\"[^\"]*\"|'[^']*'", value) else value for value in values]

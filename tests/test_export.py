@@ -11,6 +11,7 @@ import yaml
 from kd_jax import export
 from kd_jax.lm import model as model_lib
 from kd_jax.lm import weights
+from kd_jax.lm.report import about_run
 from tests.lm.report.test_page import make_rows, make_run
 
 
@@ -60,6 +61,19 @@ def test_a_student_of_a_run_with_its_card(run, tmp_path, model, capsys):
     (out / "notes.txt").write_text("mine")
     assert exported(run, out, "--student", "tau-0.8/seed-1", "--overwrite") == 2
     assert "has other files too (notes.txt)" in capsys.readouterr().err
+
+
+def test_each_teacher_has_a_card_of_its_own_numbers(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row.get("arm") != "teacher"]
+    own = {**next(row for row in rows if row["arm"] == "direct"), "arm": "teacher", "tau": 0.8}
+    for number, name in ((0, "teacher/tau-0.8"), (1, "teacher/teacher-1/tau-0.8")):
+        rows.append({**own, "name": name, "teacher": number, "source": f"/there/teacher-{number}"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, name in ((0, "teacher"), (1, "teacher/teacher-1")):
+        found = about_run.exported(run, name)
+        assert found.source == f"/there/teacher-{number}"
+        assert f"teacher-{1 - number}/" not in str(found.card) and str(found.card).count("/tau-0.8") == 1
 
 
 @pytest.mark.slow

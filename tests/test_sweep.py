@@ -56,6 +56,8 @@ class Spec:
         ("(0.8,1.0),(1.0,)", tuple[float, ...], ["[0.8,1.0]", "[1.0,]"]),
         ("[0.8],[]", tuple[float, ...], ["[0.8]", "[]"]),
         ("[direct,tau-1],[direct]", tuple[str, ...], ["direct,tau-1", "direct"]),
+        ("embedding,layers.0", tuple[str, ...] | None, ["embedding,layers.0"]),
+        ("[embedding,norm],[norm]", tuple[str, ...] | None, ["embedding,norm", "norm"]),
         ("((a,1),(b,2)),((a,3),)", tuple[Any, ...], ["[(a,1),(b,2)]", "[(a,3),]"]),
     ],
 )

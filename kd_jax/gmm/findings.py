@@ -173,14 +173,13 @@ def slope(students: Students, metric: str, low: float, high: float) -> Interval:
 
 
 def decades(students: Students) -> list[tuple[float, float]]:
-    """Pairs of betas a decade apart, from the smallest on; where there is none, the whole range; empty for one beta."""
+    """Pairs of betas a decade apart, from the smallest on; the last pair ends at the largest. Empty for one beta."""
     values = betas(students)
     nearest = lambda target: min(values, key=lambda beta: abs(np.log(beta / target)))  # noqa: E731
     # betas are log-spaced, so that a decade's ends are among them or close
     steps = int(round(np.log10(values[-1] / values[0])))
-    marks = list(dict.fromkeys(nearest(values[0] * 10**step) for step in range(steps + 1)))
-    whole = [(values[0], values[-1])] if len(values) > 1 else []
-    return list(zip(marks, marks[1:], strict=False)) or whole
+    marks = list(dict.fromkeys([*(nearest(values[0] * 10**step) for step in range(steps + 1)), values[-1]]))
+    return list(zip(marks, marks[1:], strict=False))
 
 
 def summary(folder: Path) -> list[str]:

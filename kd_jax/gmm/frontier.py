@@ -104,8 +104,10 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
     cooled = lambda student: jax.vmap(  # noqa: E731
         lambda t: lib.simple_score(shared, lib.cooled(student, t, by_weights=False))._asdict()
     )(numbers.temperatures)
-    selective = len(numbers.teachers.get("beta", ()))
-    pair = [lib.Simple(em_scores["precision"][i], em_scores["recall"][i]) for i in (0, selective)]
+    choice, selective = {}, len(numbers.teachers.get("beta", ()))
+    if selective:
+        pair = [lib.Simple(em_scores["precision"][i], em_scores["recall"][i]) for i in (0, selective)]
+        choice[CHOICE] = lib.random_choice(shared, numbers.shares, pick(0), pick(selective), pair)._asdict()
     # The direct student was fitted to draws of p*, not of the teacher.
     of_data = {"teacher_entropy": -lib.log_prob(shared.p_star, shared.data).mean()}
     of_data["weight_entropy"] = lib.weight_entropy(shared.p_star)
@@ -113,7 +115,7 @@ def chain(program: Program, seed: jax.Array, numbers: Numbers) -> dict[str, dict
         DIRECT: score(shared.direct, shared.teacher, corpus) | of_data,
         COOLED[DIRECT]: cooled(shared.direct),
         COOLED[PLAIN]: cooled(pick(0)),
-        CHOICE: lib.random_choice(shared, numbers.shares, pick(0), pick(selective), pair)._asdict(),
+        **choice,
         "em": em_scores,
         # One after the other, each for all seeds and starts: all at once no longer fit the processor's cache.
         "gradient": jax.lax.map(by_gradient, numbers.divergences),
@@ -168,7 +170,9 @@ def students(spec: Spec) -> list[Student]:
             listed.append(Student(knob, value, "gradient", (spec.divergences.index(make(value)),)))
     for knob in COOLED.values():
         listed += [Student(knob, value, knob, (i,)) for i, value in enumerate(spec.temperatures)]
-    return listed + [Student(CHOICE, value, CHOICE, (i,)) for i, value in enumerate(spec.shares)]
+    # between the plain student and the most selective one
+    shares = spec.shares if spec.knobs.beta else ()
+    return listed + [Student(CHOICE, value, CHOICE, (i,)) for i, value in enumerate(shares)]
 
 
 def validate(spec: Spec) -> None:

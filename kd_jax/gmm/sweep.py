@@ -34,19 +34,38 @@ def run(
     with Checkpoints(folder / "checkpoints" / "chunks") as saved:
         done = saved.steps()
         # Rewritten from the checkpoints: a kill may have left half a row, or rows of a chunk that was not saved.
-        saved_rows = _chain(rows(c, saved.load(c, like(c))) for c in done)
+        saved_rows = {c: rows(c, _filled(saved.load(c, _kept(like(c))), like(c))) for c in done}
         if distributed.leads():
-            write_rows(rows_path, saved_rows)
+            write_rows(rows_path, _chain(saved_rows.values()))
         if done and distributed.leads():
             print(f"resuming: {len(done)} of {count} chunks are done")
         with progress.bar("sweep", len(done), count, "chunk") as bar:
             for c in sorted(set(range(count)) - set(done)):
                 arrays = compute(c)
                 # before its rows: rows can be made again from a checkpoint
-                saved.save(c, arrays)
-                if distributed.leads():
-                    append_rows(rows_path, rows(c, arrays))
+                saved.save(c, _kept(arrays))
+                made = rows(c, arrays)
+                if distributed.leads() and (not done or c > done[-1]):
+                    append_rows(rows_path, made)
+                elif distributed.leads():
+                    # A chunk whose checkpoint was lost: its rows have their place before those of later ones.
+                    saved_rows[c] = made
+                    write_rows(rows_path, _chain(saved_rows[c] for c in sorted(saved_rows)))
                 bar.update(1)
+
+
+def _kept(arrays: dict) -> dict:
+    """Without arrays of size 0, of students that the config leaves out: a checkpoint cannot hold them."""
+    kept = {name: _kept(leaf) if isinstance(leaf, dict) else leaf for name, leaf in arrays.items()}
+    return {name: leaf for name, leaf in kept.items() if (leaf if isinstance(leaf, dict) else leaf.size)}
+
+
+def _filled(kept: dict, like: dict) -> dict:
+    """The arrays that `_kept` took these from; `like` has their names and shapes."""
+    return {
+        name: _filled(kept.get(name, {}), leaf) if isinstance(leaf, dict) else kept.get(name, leaf)
+        for name, leaf in like.items()
+    }
 
 
 def _chain(parts: Iterable[list[dict]]) -> list[dict]:

@@ -130,10 +130,14 @@ def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
 def _share(environ: Mapping[str, str], local: int, count: int) -> tuple[int, ...] | None:
     """The GPUs of one of `count` processes on a machine; None for all that it sees.
 
-    A process that sees fewer GPUs than there are processes has been given its own by the launcher.
+    A process that sees fewer GPUs than there are processes has been given its own by the launcher; and so has one that
+    sees as many as SLURM gives each task (--gpus-per-task).
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES", environ.get("ROCR_VISIBLE_DEVICES"))
     gpus = len([*Path("/dev").glob("nvidia[0-9]*")] if visible is None else visible.split(","))
+    # 4, or h100:4
+    if environ.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2] == str(gpus):
+        return None
     return tuple(range(local * gpus // count, (local + 1) * gpus // count)) if 1 < count <= gpus else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -245,10 +246,11 @@ def contrast(listed: Sequence[Match], way: str, who: str, gain: float) -> str:
     above = f"{gain:g} nat{'s' * (gain != 1)}"
     # The sentence says how much more, or how much less; its interval does too.
     low, high = (difference.low, difference.high) if more == "more" else (-difference.high, -difference.low)
+    test = f"95 % interval {low:.2f} to {high:.2f}, t test over {difference.dof + 1:g} seeds"
     return (
         f"The preregistered contrast: at equal precision, {above} above the direct student's, {who} have "
         f"{show(abs(difference.mean), difference.error)} nats {more} recall than the direct student sampled at a lower "
-        f"temperature (95 % interval {low:.2f} to {high:.2f}, t test over {difference.dof + 1:g} seeds)."
+        f"temperature ({'one seed, no error' if math.isnan(difference.error) else test})."
     )
 
 
@@ -266,9 +268,11 @@ def verdict(listed: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[floa
     Args:
         listed: as `prices_of` returns them.
         knobs: all that were compared.
-        gains: nats of precision.
+        gains: nats of precision; for none there are no sentences.
     """
     at = {gain: [price for price in listed if price.gain == gain] for gain in gains}
+    if not gains:
+        return []
     if not listed:
         return [f"No knob reaches a gain of {_listed([f'{gain:g}' for gain in gains], 'or')} nats."]
     winners: dict[str, list[str]] = {}

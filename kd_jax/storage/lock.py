@@ -143,10 +143,11 @@ def _beats(lock: Path, other: dict[str, Any] | None, beat: float, partial: Path)
 
 def _beat(lock: Path, mine: dict[str, Any], stop: threading.Event) -> None:
     while not stop.wait(BEAT):
+        other = None
         with contextlib.suppress(OSError):  # of a shared file system that is not there for a moment
             if not _create(lock, mine):  # also where somebody has removed the file by hand
                 os.utime(lock)
-        other = _read(lock)[0]
+            other = _read(lock)[0]
         if other is not None and other != mine:
             print(f"error: {_refusal(lock.parent, other)}; it took the folder over while this process was suspended",
                   file=sys.stderr, flush=True)  # fmt: skip

@@ -275,6 +275,20 @@ def test_a_run_resumes_exactly_and_a_finished_one_is_left_alone(tmp_path):
     assert other.returncode != 0 and "seeds" in other.stderr
 
 
+@pytest.mark.slow
+def test_students_that_are_left_out_and_a_chunk_that_is_lost(tmp_path):
+    """One run has no cooled students and no random choice; the rows of a first chunk that was lost keep their place."""
+    train(tmp_path / "none", "--config.sample_temperatures=1.0", "--config.shares=()")
+    assert not {"random_choice"} & {json.loads(row)["arm"] for row in (tmp_path / "none/metrics.jsonl").open()}
+    train(tmp_path / "lost", "--config.memory_gib=1e-9")
+    rows = (tmp_path / "lost" / "metrics.jsonl").read_text()
+    manifest = json.loads((tmp_path / "lost" / "manifest.json").read_text()) | {"status": "running"}
+    (tmp_path / "lost" / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(tmp_path / "lost" / "checkpoints" / "chunks" / "0")
+    train(tmp_path / "lost", "--config.memory_gib=1e-9")
+    assert (tmp_path / "lost" / "metrics.jsonl").read_text() == rows
+
+
 @pytest.mark.long
 def test_a_killed_process_loses_nothing(tmp_path):
     flags = ("--config.memory_gib=1e-9", "--config.seeds=30")

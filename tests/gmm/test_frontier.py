@@ -57,6 +57,14 @@ def test_knobs_at_their_neutral_values_are_the_plain_student(found):
 
 
 @pytest.mark.slow
+def test_without_beta_there_is_no_random_choice():
+    config = gmm_frontier.get_config("smoke")
+    config.knobs.beta, config.seeds = (), 1
+    without = scores(freeze(GmmFrontierSpec, config), np.arange(1))
+    assert ("plain", None) in without and frontier.CHOICE not in {knob for knob, _ in without}
+
+
+@pytest.mark.slow
 def test_students_of_the_experiment_are_the_same(found):
     spec = freeze(GmmSpec, gmm.get_config("smoke"))
     made = experiment.sweep(experiment.base_of(spec), np.arange(3), experiment.numbers_of(spec))

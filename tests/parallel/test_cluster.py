@@ -70,6 +70,15 @@ def test_gpus_of_a_node_are_shared_out(visible, tasks, devices):
     assert cluster.find({}, environ).local_devices == devices
 
 
+def test_gpus_that_slurm_gave_a_task_are_its_own():
+    node = {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x4)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
+    assert cluster.find({}, node).local_devices == (2, 3)
+    for each in ("4", "h100:4"):
+        assert cluster.find({}, {**node, "SLURM_GPUS_PER_TASK": each}).local_devices is None
+    # not bound: both tasks see all GPUs of the node
+    assert cluster.find({}, {**node, "SLURM_GPUS_PER_TASK": "2"}).local_devices == (2, 3)
+
+
 def test_gpus_that_no_variable_names_are_shared_out(monkeypatch):
     monkeypatch.setattr(cluster.Path, "glob", lambda self, _: [self / f"nvidia{i}" for i in range(8)])
     assert cluster.find({}, MPIRUN).local_devices == (6, 7)

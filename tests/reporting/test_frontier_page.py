@@ -62,6 +62,7 @@ def test_one_seed_tells_nothing_apart():
 
 
 def test_gains_that_no_knob_reaches():
+    assert say([knob("a", [0, 1], [0, 1])], ())[1] == []
     assert say([knob("a", [0, 1], [0, 1])], (2.0, 3.0))[1] == ["No knob reaches a gain of 2 or 3 nats."]
     *_, last = say([knob("a", [0, 2], [0, 1]), knob("b", [0, 1], [0, 1])], (1.0, 1.5))[1]
     assert last.endswith("; not reached by b.")
@@ -120,6 +121,12 @@ def test_contrast_has_the_sign_of_its_words(low, high, said):
     text = frontier_page.contrast([match], "way", "they", 1.0)
     ends = (-high, -low) if "less" in said else (low, high)
     assert said in text and "95 % interval {:.2f} to {:.2f},".format(*ends) in text
+
+
+def test_contrast_of_one_seed_has_no_interval():
+    match = Match("way", 1.0, Interval(0.5, *[np.nan] * 3, 0), np.nan)
+    text = frontier_page.contrast([match], "way", "they", 1.0)
+    assert text.endswith("(one seed, no error).") and "nan" not in text
 
 
 def test_a_way_that_begins_beyond_a_gain_has_exceeded_it():

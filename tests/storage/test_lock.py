@@ -115,6 +115,23 @@ def test_a_process_that_was_suspended_ends_when_it_sees_that_its_lock_was_taken(
     assert path.exists()
 
 
+def test_a_file_system_that_fails_for_a_moment_does_not_end_the_heartbeat(tmp_path, monkeypatch):
+    read, failed = lock._read, []
+
+    def reading(path):
+        if not failed:
+            failed.append(path)
+            raise OSError(116, "Stale file handle")
+        return read(path)
+
+    with lock.held(tmp_path, "x"):
+        monkeypatch.setattr(lock, "_read", reading)
+        time.sleep(0.3)
+        before = os.stat(tmp_path / lock.NAME).st_mtime
+        time.sleep(0.3)
+        assert failed and os.stat(tmp_path / lock.NAME).st_mtime > before
+
+
 def test_a_lock_that_was_removed_by_hand_comes_back(holder, tmp_path):
     path = tmp_path / "run" / lock.NAME
     path.unlink()

@@ -84,7 +84,9 @@ def _ids(rows: Rows, tokenizer: Any, model: Model) -> tuple[list[np.ndarray], np
     own = compatibility.tokenizer_fingerprint(model)
     pairs = [(ids[:start], ids[start:]) for ids, start in zip(rows.tokens, rows.prompt_length, strict=True)]
     if tokenizer is not None and own not in (None, tokenizer.fingerprint):
-        pairs = [[model.tokenizer.encode(tokenizer.decode(part)) for part in pair] for pair in pairs]
+        # Without special tokens: they would be spelled out, and tell whether a text ended, not what it says.
+        texts = [[tokenizer.decode(part, skip_special=True) for part in pair] for pair in pairs]
+        pairs = [(model.tokenizer.encode_prompt(start), model.tokenizer.encode(rest)) for start, rest in texts]
     # A text of no token, such as a lone EOS, still has to be a point: the token before it, or the first id.
     ids = [np.asarray([*prompt, *text] or [0])[:limit] for prompt, text in pairs]
     compatibility.check_ids("a text for the embedding model", ids, model)

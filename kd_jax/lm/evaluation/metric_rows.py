@@ -160,7 +160,7 @@ _ROWS = (
 _OF_POINTS = (
     Metric(
         name, ("points",), Reduction(("", "_bias"), lambda value, bias: (value, bias)), row.unit, row.larger,
-        row.summary, functools.partial(Points.value_and_bias, name=name),
+        row.summary, functools.partial(Points.value_and_bias, name=name), 2,
     )
     for name, row in metrics.SAMPLE_METRICS.items()
 )  # fmt: skip

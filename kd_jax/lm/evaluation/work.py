@@ -138,7 +138,7 @@ def _samples_per_prompt(plan: Plan) -> int:
 def _embeddings(plan: Plan, path: Path, data: Data, size: int, label: str) -> np.ndarray:
     """Those of the first `size` rows."""
     rows = data.rows._replace(**{n: column[:size] for n, column in data.rows._asdict().items() if column is not None})
-    key = _scores_key(plan, plan.embedder, data) | {"num_rows": size, "of": "generated tokens"}
+    key = _scores_key(plan, plan.embedder, data) | {"num_rows": size, "of": "generated tokens, special ones left out"}
     return embeddings.mean_hidden_states(
         path, key, plan.embedder.load, rows, plan.p_star.metadata.tokenizer, label=label,
         batch_tokens=plan.spec.batch_tokens, **plan.run,

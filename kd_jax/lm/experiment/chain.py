@@ -69,7 +69,7 @@ def run(
     distributed.once(lambda: checks.check_sources(spec), "checking models and data")
     chain = plan(spec, roles.p_star_identity(spec), roles.other_vocabulary(spec) is not None)
     _check_names(chain, only)
-    distributed.once(lambda: checks.check_room(spec, folder, chain, only), "checking disk and memory")
+    distributed.once(lambda: cost.check_room(spec, folder, chain, only), "checking disk and memory")
     cache.enable_compilation_cache()
     before = [name for name in only if name != "evaluation"]
     if before or not only:
@@ -109,7 +109,7 @@ def _show(spec: LmSpec, folder: Path, only: tuple[str, ...], target: Target | No
 
     if target is None:
         cost.show(spec.compute.dtype, costs, finished)
-        checks.show_room(spec, folder, chain, only)
+        cost.show_room(spec, folder, chain, only)
     else:
         planning.show(spec, costs, finished, target)
 

@@ -1,35 +1,30 @@
 """Everything that is checked before the first stage of a run, in --dry_run too.
 
 What one setting may be is declared with it (kd_jax.runs.settings). Here is what depends on several settings (`check`),
-on the models and data that the config names (`check_sources`), and on the disk and memory there are (`check_room`).
+and on the models and data that the config names (`check_sources`). Whether there is room for a run is checked in
+kd_jax.lm.experiment.cost.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from kd_jax.lm import evaluation
 from kd_jax.lm import model as model_lib
-from kd_jax.lm.corpus import compatibility, ingest
+from kd_jax.lm.corpus import compatibility, ingest, prompt_files
 from kd_jax.lm.distill import alignment
 from kd_jax.lm.experiment import knobs, roles
 from kd_jax.lm.experiment.arms import Arm, arms
 from kd_jax.lm.experiment.specs import LmSpec, architecture, described, make_mesh
-from kd_jax.lm.instruct import prompts
+from kd_jax.lm.instruct import prompts, templates
 from kd_jax.lm.model import PRESETS, Architecture, Model, frozen
-from kd_jax.parallel import devices
+from kd_jax.metrics import Samples
 from kd_jax.parallel import mesh as mesh_lib
-from kd_jax.parallel.devices import GIB
-from kd_jax.runs import packages, stages, trackers
-from kd_jax.runs.stages import Stage
-from kd_jax.storage.errors import RunError
+from kd_jax.runs import packages, trackers
 
 
 def check(spec: LmSpec) -> None:
@@ -63,12 +58,45 @@ def check(spec: LmSpec) -> None:
             f"config.num_samples={spec.num_samples} is above num_recall={spec.num_recall} prompts with "
             f"config.evaluation.samples_per_prompt={spec.evaluation.samples_per_prompt} samples each"
         )
+    _check_evaluation(spec, groups)
     names = [arm.name for arm in groups]
     _check_names(spec, names)
+    if spec.cooled_arms and len(spec.evaluation.sample_temperatures) == 1:
+        raise ValueError(
+            f"config.cooled_arms={spec.cooled_arms} has no effect: config.evaluation.sample_temperatures has one value"
+        )
     knobs.check(spec.frontier, names)
     for role in ("teacher", "student"):
         trackers.check(spec.train_of(role).trackers)
     _check_meshes(spec, None if spec.p_star.source else PRESETS[spec.p_star.architecture])
+
+
+def _check_evaluation(spec: LmSpec, groups: Sequence[Arm]) -> None:
+    """That the settings of the evaluation, which comes last, fit the corpora that are made before it."""
+    temperatures = spec.evaluation.sample_temperatures
+    if 1.0 not in temperatures:
+        raise ValueError(
+            f"config.evaluation.sample_temperatures={temperatures} must have 1.0 among them: all models are compared "
+            "there"
+        )
+    # A teacher is measured with the text that students learn, except where rows have prompts of their own.
+    learnt: dict[Any, int] = {}
+    for arm in groups if not spec.own_prompts else ():
+        if arm.sampler is not None:
+            rows = arm.text.num_samples(spec.num_train, spec.num_validation)
+            learnt[arm.sampler] = max(rows, learnt.get(arm.sampler, 0))
+    for sampler, rows in learnt.items():
+        if rows < spec.num_samples:
+            raise ValueError(
+                f"config.num_samples={spec.num_samples} is above the {rows} samples that the teacher draws at "
+                f"{sampler.label} (num_train and num_validation): the teacher is measured with them"
+            )
+    points = min(spec.evaluation.num_points, spec.num_samples, spec.num_recall // 2)
+    if spec.evaluation.embedding_model and points <= Samples.k:
+        raise ValueError(
+            f"config.evaluation.embedding_model needs more than {Samples.k} points, and there are {points}: the "
+            "smallest of evaluation.num_points, num_samples and half of num_recall"
+        )
 
 
 def _check_effect(spec: LmSpec, groups: Sequence[Arm]) -> None:
@@ -92,7 +120,10 @@ def _check_effect(spec: LmSpec, groups: Sequence[Arm]) -> None:
         unused.append(("evaluation", ("samples_per_prompt",), "all samples have one prompt"))
     if not spec.evaluation.embedding_model:
         unused.append(("evaluation", ("num_points",), "config.evaluation.embedding_model is empty"))
-    if spec.sampling.prompt and spec.sampling.prompt_ids:
+    if spec.sampling.prompts:
+        one = ("prompt_ids", "prompt") if spec.sampling.prompt else ("prompt_ids",)
+        unused.append(("sampling", one, "config.sampling.prompts are the prompts"))
+    elif spec.sampling.prompt and spec.sampling.prompt_ids:
         unused.append(("sampling", ("prompt",), "config.sampling.prompt_ids is the prompt"))
     # Its shape in numbers is that of the config file; whoever names a teacher, or a preset, need not take it back.
     if spec.teacher.source:
@@ -153,7 +184,8 @@ def check_sources(spec: LmSpec) -> None:
         the model that embeds samples: a source that cannot be opened, or that cannot read p*'s ids;
         the data: a source that cannot be opened, or lacks the split or a column; an EOS that is not one of p*'s;
         every model: a shape that cannot be split over its mesh;
-        an arm: more recorded tokens than p* has ids.
+        an arm: more recorded tokens than p* has ids;
+        checked instructions: one that leaves less than a quarter of sampling.max_length for its answer.
     """
     length = spec.sampling.max_length
     # Without a source p* has random weights, and id 0 ends its sequences (see roles).
@@ -175,6 +207,8 @@ def check_sources(spec: LmSpec) -> None:
             key = "config.teacher.init" if role == "teacher" else "config.student.source"
             compatibility.check_model(key, described(shape.start), p_star, length)
             _check_frozen(spec.train_of(role).frozen, architecture(shape, p_star.architecture, role), role)
+    if spec.instruct.num_test:
+        _check_instructions(spec, p_star)
     # Without models: the temperatures, and the model that embeds.
     evaluation.check(p_star, {}, evaluation.EvaluationSpec(**vars(spec.evaluation)), length)
     if spec.data.source:
@@ -186,6 +220,19 @@ def check_sources(spec: LmSpec) -> None:
             alignment.check_bytes(f"config.p_star, for {arm.name},", p_star.tokenizer)
         if arm.recording is not None and arm.recording.top_k > p_star.num_tokens:
             raise ValueError(f"{arm.name}: record_top_k={arm.recording.top_k}, and p* has {p_star.num_tokens} ids")
+
+
+def _check_instructions(spec: LmSpec, p_star: Model) -> None:
+    instruct, room = spec.instruct, prompts.room(spec.sampling.max_length)
+    for split, count in (("validation", instruct.num_validation), ("test", instruct.num_test)):
+        for one in templates.instructions(split, count, instruct.kinds):
+            size = len(prompt_files.encode(one.prompt, p_star.tokenizer or prompts.Bytes()))
+            if size > room:
+                raise ValueError(
+                    f"config.sampling.max_length={spec.sampling.max_length} leaves less than a quarter for the answer "
+                    f"to a {split} instruction of {size} ids ({one.kind}): raise it to {-(-4 * size // 3)} or more, or "
+                    "choose other config.instruct.kinds"
+                )
 
 
 def _check_frozen(patterns: tuple[str, ...], shape: Architecture, role: str) -> None:
@@ -220,56 +267,6 @@ def _check_other_vocabulary(spec: LmSpec, problem: str, p_star: Model, teacher: 
         group, name = key.split(".")
         if getattr(getattr(spec, group), name):
             raise ValueError(f"config.{key} needs a teacher that can read p*'s ids: {problem}")
-
-
-def check_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequence[str] = ()) -> None:
-    """Raises RunError where the stages that are left certainly do not fit, on the disk or in a device's memory.
-
-    Only what is certain counts: weights, moments and gradients, not corpora and activations. Of a stage whose shape is
-    unknown nothing is certain.
-
-    Args:
-        spec: of the run.
-        folder: of the run; it need not exist.
-        chain: the stages, inputs first, whose `cost` is a Cost.
-        only: groups of stages that are run; by default all.
-    """
-    folders, chosen = stages.folders(folder, chain), [stage for stage in chain if not only or stage.group in only]
-    left = [stage for stage in chosen if stage.cost.shape is not None and not stages.finished(folders[stage.name])]
-    trainings = [stage.cost for stage in left if stage.cost.kind == "training"]
-    # While a training runs, there is a checkpoint more than it keeps.
-    saved = [cost.checkpoint * (cost.train.keep + 1) for cost in trainings]
-    needed = sum(cost.disk for cost in trainings) + max(saved, default=0)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise RunError(
-            f"models and checkpoints need {needed / 1e6:,.1f} MB, and {there} has {free / 1e6:,.1f} MB free: make room "
-            "there, and the same command resumes"
-        )
-    memory, mesh = devices.memory(), make_mesh(spec.mesh)
-    split = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
-    for name, cost in ((stage.name, stage.cost) for stage in left):
-        if cost.kind == "training":
-            # The gradient is as large as the weights in the checkpoint, which are those that are trained.
-            what, size = "weights, gradient and moments", 4 * cost.count * cost.shape.num_parameters + cost.checkpoint
-        elif cost.kind == "sampling":
-            what, size = "weights", jnp.dtype(spec.sampling.dtype).itemsize * cost.shape.num_parameters
-        else:
-            continue
-        if size / split > memory:
-            raise RunError(
-                f"{name} needs {size / split / GIB:.1f} GiB a device for {what} alone, and there are "
-                f"{memory / GIB:.1f}: raise config.mesh.fsdp or tensor"
-            )
-
-
-def show_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequence[str] = ()) -> None:
-    """Prints what `check_room` would raise here. A plan may be for another machine, so it is no error."""
-    try:
-        check_room(spec, folder, chain, only)
-    except RunError as error:
-        print(f"not on this machine: {error}")
 
 
 def _check_data(spec: LmSpec, p_star: Model) -> None:

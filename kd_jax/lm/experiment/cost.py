@@ -1,22 +1,30 @@
-"""What the stages of a run cost in floating-point operations, time and disk space, as upper bounds."""
+"""What the stages of a run cost in floating-point operations, time and disk space, as upper bounds; is there room?"""
 
 from __future__ import annotations
 
 import functools
 import math
+import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from kd_jax.lm.experiment.arms import Arm, arms
-from kd_jax.lm.experiment.specs import LmSpec
+from kd_jax.lm.experiment.specs import LmSpec, make_mesh
 from kd_jax.lm.model import Architecture, flops, frozen
 from kd_jax.lm.model.frozen import ALL, Part
 from kd_jax.lm.training.recipe import TrainSpec
+from kd_jax.parallel import devices
+from kd_jax.parallel.devices import GIB
+from kd_jax.runs import stages
 from kd_jax.runs.checkpoint import Checkpoints
+from kd_jax.runs.stages import Stage
+from kd_jax.storage.errors import RunError
 
 # Shares of the measured peak rate that the parts of a run reach, for the times of --dry_run.
 SHARES = {"training": 0.4, "sampling": 0.2, "scoring": 0.4}
@@ -204,3 +212,53 @@ def show(dtype: str, costs: dict[str, Cost], finished: Callable[[str], bool]) ->
         f"products; sampling is taken to reach {SHARES['sampling']:.0%} of that, training {SHARES['training']:.0%}, "
         f"scoring {SHARES['scoring']:.0%}"
     )
+
+
+def check_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequence[str] = ()) -> None:
+    """Raises RunError where the stages that are left certainly do not fit, on the disk or in a device's memory.
+
+    Only what is certain counts: weights, moments and gradients, not corpora and activations. Of a stage whose shape is
+    unknown nothing is certain.
+
+    Args:
+        spec: of the run.
+        folder: of the run; it need not exist.
+        chain: the stages, inputs first, whose `cost` is a Cost.
+        only: groups of stages that are run; by default all.
+    """
+    folders, chosen = stages.folders(folder, chain), [stage for stage in chain if not only or stage.group in only]
+    left = [stage for stage in chosen if stage.cost.shape is not None and not stages.finished(folders[stage.name])]
+    trainings = [stage.cost for stage in left if stage.cost.kind == "training"]
+    # While a training runs, there is a checkpoint more than it keeps.
+    saved = [cost.checkpoint * (cost.train.keep + 1) for cost in trainings]
+    needed = sum(cost.disk for cost in trainings) + max(saved, default=0)
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise RunError(
+            f"models and checkpoints need {needed / 1e6:,.1f} MB, and {there} has {free / 1e6:,.1f} MB free: make room "
+            "there, and the same command resumes"
+        )
+    memory, mesh = devices.memory(), make_mesh(spec.mesh)
+    split = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
+    for name, cost in ((stage.name, stage.cost) for stage in left):
+        if cost.kind == "training":
+            # The gradient is as large as the weights in the checkpoint, which are those that are trained.
+            what, size = "weights, gradient and moments", 4 * cost.count * cost.shape.num_parameters + cost.checkpoint
+        elif cost.kind == "sampling":
+            what, size = "weights", jnp.dtype(spec.sampling.dtype).itemsize * cost.shape.num_parameters
+        else:
+            continue
+        if size / split > memory:
+            raise RunError(
+                f"{name} needs {size / split / GIB:.1f} GiB a device for {what} alone, and there are "
+                f"{memory / GIB:.1f}: raise config.mesh.fsdp or tensor"
+            )
+
+
+def show_room(spec: LmSpec, folder: Path, chain: Sequence[Stage], only: Sequence[str] = ()) -> None:
+    """Prints what `check_room` would raise here. A plan may be for another machine, so it is no error."""
+    try:
+        check_room(spec, folder, chain, only)
+    except RunError as error:
+        print(f"not on this machine: {error}")

@@ -148,7 +148,9 @@ def _teachers(spec: LmSpec, folders: dict[str, Path], validation: Corpus) -> dic
         if not samplers and (teacher == 0 or not spec.teacher.source):
             # A teacher that is p* has samples already: those that recall is measured on.
             is_p_star = source == spec.p_star.source and spec.num_samples <= spec.num_recall
-            samples = validation if is_p_star and not spec.data.source else None
+            # Embedding metrics would compare these samples with themselves.
+            given = is_p_star and not spec.data.source and not spec.evaluation.embedding_model
+            samples = validation if given else None
             name = of_teacher("teacher/tau-1", teacher)
             models[name] = Evaluated(Entry(source, "teacher", 1.0, None, samples, teacher=teacher))
     return models

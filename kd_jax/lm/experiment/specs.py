@@ -245,9 +245,11 @@ def _check_shape(shape: StudentSpec | TeacherSpec, role: str) -> None:
         # Only to see whether the numbers go together: any vocabulary will do.
         architecture(shape, PRESETS["tiny"], role)
         return
-    for field in dataclasses.fields(ModelSpec):
-        if field.name not in ("train", "layers_kept", "lora") and getattr(shape, field.name) != field.default:
-            raise ValueError(f"{role}.{field.name} has no effect: {shape.start!r} gives the shape")
+    numbers = [field for field in dataclasses.fields(ModelSpec) if field.name not in ("train", "layers_kept", "lora")]
+    given = {field.name: field.default for field in numbers if getattr(shape, field.name) != field.default}
+    if given:
+        flags = " ".join(f"--config.{role}.{name}={default}" for name, default in given.items())
+        raise ValueError(f"{role}.{next(iter(given))} has no effect: {shape.start!r} gives the shape (undo by {flags})")
 
 
 def _check_part(part: Part, shape: StudentSpec | TeacherSpec, role: str) -> None:

@@ -33,6 +33,11 @@ class Bytes:
         return bytes(int(i) if i < 256 else 63 for i in ids).decode(errors="replace")
 
 
+def room(max_length: int) -> int:
+    """The most ids of a prompt: a quarter of `max_length` is left for its answer."""
+    return 3 * max_length // 4
+
+
 def load(sampling: Any, tokenizer: Any, *, seed: int, needed: int, kinds: Sequence[str] = ()) -> list[list[int]]:
     """The different prompts of config.sampling as ids: sources in turn, each in an order by the seed.
 
@@ -59,7 +64,7 @@ def load(sampling: Any, tokenizer: Any, *, seed: int, needed: int, kinds: Sequen
         sources.append([tuple(prompts[i]) for i in order])
     in_turn = [ids for row in itertools.zip_longest(*sources) for ids in row if ids is not None]
     # no prompt is trained on and measured with, so each one counts once
-    different = [list(ids) for ids in dict.fromkeys(in_turn) if len(ids) <= 3 * sampling.max_length // 4]
+    different = [list(ids) for ids in dict.fromkeys(in_turn) if len(ids) <= room(sampling.max_length)]
     if len(different) < needed:
         raise ValueError(
             f"config.sampling.prompts has {len(different)} different prompts that leave room for an answer, and "

@@ -229,7 +229,8 @@ def exported(run: Path, name: str) -> Exported:
 
     Args:
         run: the run folder.
-        name: of a student, as the run's rows and figures have it ("tau-0.8/seed-0"), or "teacher".
+        name: of a student, as the run's rows and figures have it ("tau-0.8/seed-0"), or of a teacher: "teacher", and
+            "teacher/teacher-1" and so on where there are several.
     Raises: ValueError for a name that is not one of them (naming those that are), and for a run without evaluation;
         FileNotFoundError or RunError, naming the file, for one that cannot be read.
     """
@@ -239,7 +240,9 @@ def exported(run: Path, name: str) -> Exported:
     for row in summary.of_kind(rows, "evaluation"):
         if summary.is_student_row(row) or row["arm"] == "teacher":
             # A teacher has a row for each tau of its samples; they are one model.
-            models.setdefault(row["name"] if summary.is_student_row(row) else "teacher", []).append(row)
+            number = row.get("teacher") or 0
+            teacher = f"teacher/teacher-{number}" if number else "teacher"
+            models.setdefault(row["name"] if summary.is_student_row(row) else teacher, []).append(row)
     if name not in models:
         known = f"; its models are {', '.join(models)}" if models else "; none of its models is evaluated yet"
         raise ValueError(f"{run} has no model {name!r}{known}")

@@ -19,7 +19,7 @@ from kd_jax.reporting.page import number
 from kd_jax.reporting.tables import Number, Table
 from kd_jax.reporting.units import Student
 
-ABOVE, BELOW, ALIKE = 1, -1, 0
+ABOVE, BELOW, ALIKE, UNTESTED = 1, -1, 0, None
 
 
 class Curve(NamedTuple):
@@ -90,12 +90,13 @@ class Standing(NamedTuple):
 
     Attributes:
         matches: by the arm's sample temperatures; None where the direct student does not reach its precision.
-        sides: by the same temperatures, whether recall is clearly ABOVE or BELOW, or ALIKE; of those matched.
+        sides: by the same temperatures, whether recall is clearly ABOVE or BELOW, or ALIKE; UNTESTED where there is no
+            error, as of one student or an infinite recall. Of those matched.
         verdict: in words.
     """
 
     matches: dict[float, Match | None]
-    sides: dict[float, int]
+    sides: dict[float, int | None]
     verdict: str
 
 
@@ -194,18 +195,22 @@ def standings(students: dict[str, Curve], preregistered: str | None = None) -> d
     others = [place for place in places if place != (preregistered, 1.0)]
     p_values = {(arm, t): matches[arm][t].interval.p_value for arm, t in places}
     p_values |= dict(zip(others, expectations.adjusted([p_values[place] for place in others]), strict=True))
-    sides: dict[str, dict[float, int]] = {arm: {} for arm in matches}
+    sides: dict[str, dict[float, int | None]] = {arm: {} for arm in matches}
     for arm, t in places:
         interval, p_value = matches[arm][t].interval, p_values[arm, t]
-        # `not <`, so that NaN (no test was possible) counts as alike.
-        sides[arm][t] = ALIKE if not p_value < expectations.LEVEL else ABOVE if interval.mean > 0 else BELOW
+        if p_value < expectations.LEVEL:
+            sides[arm][t] = ABOVE if interval.mean > 0 else BELOW
+        else:
+            sides[arm][t] = UNTESTED if math.isnan(interval.error) else ALIKE
     return {arm: Standing(matches[arm], sides[arm], _verdict(list(sides[arm].values()))) for arm in matches}
 
 
-def _verdict(sides: list[int]) -> str:
+def _verdict(sides: list[int | None]) -> str:
     above, below, count = sides.count(ABOVE), sides.count(BELOW), len(sides)
     if not count:
         return "no equal precision measured"
+    if sides.count(UNTESTED) == count:
+        return "not tested"
     if above and below:
         return "crosses"
     # A verdict needs all points: one without a clear difference is enough against it.
@@ -227,7 +232,10 @@ def headline(students: dict[str, Curve], by_arm: dict[str, Standing]) -> str | N
     at_one = {arm: standing.sides[1.0] for arm, standing in by_arm.items() if 1.0 in standing.sides}
     if not at_one:
         return None
-    words = {ABOVE: "more recall", BELOW: "less recall", ALIKE: "no clear difference in recall"}
+    words = {
+        ABOVE: "more recall", BELOW: "less recall", ALIKE: "no clear difference in recall",
+        UNTESTED: "no tested difference (one student, or infinite recall)",
+    }  # fmt: skip
     parts = []
     for side, word in words.items():
         labels = [students[arm].label for arm, own in at_one.items() if own == side]

@@ -98,6 +98,11 @@ def test_curves_in_two_steps_of_beta_have_one_slope(tmp_path):
     assert findings.decades(students) == [(1.0, 3.0)]
 
 
+def test_the_last_step_ends_at_the_largest_beta(tmp_path):
+    students = students_of(tmp_path, make_rows(betas=(1.0, 10.0, 30.0)))
+    assert findings.decades(students) == [(1.0, 10.0), (10.0, 30.0)]
+
+
 def test_report_holds_values_and_figures(tmp_path):
     rows = make_rows(cooled=True) + make_rows(num_data=400) + make_rows(teacher_components=1)
     path = page.write(make_run(tmp_path / "run", rows, vary={"grid": [1, 4]}))

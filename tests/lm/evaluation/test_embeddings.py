@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -44,6 +46,23 @@ def test_a_model_with_another_tokenizer_reads_the_text(tmp_path):
     points = embeddings.mean_hidden_states(tmp_path / "e.npz", {}, lambda: model, data, letters("abcde"), label="test")
     texts = [["ebcda".index("abcde"[i]) for i in ids] for ids in data.tokens]
     np.testing.assert_allclose(points, hidden_means(model, texts, data.prompt_length), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_special_tokens_are_left_out_and_bos_put_in_front(tmp_path):
+    """Ids a b a <end>, the first the prompt, for a model that has neither <end> nor the same ids, but a BOS."""
+    own = letters(["a", "b", "c", "d", "<end>"])
+    own.backend.add_special_tokens(["<end>"])
+    other = dataclasses.replace(letters(["<s>", "c", "d", "b", "a"]), bos_id=0)
+    template = {"single": "<s> $A", "special_tokens": [("<s>", 0)]}
+    other.backend.post_processor = tokenizers.processors.TemplateProcessing(**template)
+    model = random_model(5)._replace(tokenizer=other)
+    data = drawn(random_model(0), tmp_path / "data", 2).rows()
+    ids = [np.array([0, 1, 0, 4]), np.array([0, 2, 3, 3])]
+    data = data._replace(tokens=ids, length=np.array([4, 4]), prompt_length=np.array([1, 1]))
+    points = embeddings.mean_hidden_states(tmp_path / "e.npz", {}, lambda: model, data, own, label="test")
+    expected = hidden_means(model, [[0, 4, 3, 4], [0, 4, 1, 2, 2]], [2, 2])
+    np.testing.assert_allclose(points, expected, atol=1e-5)
 
 
 @pytest.mark.long

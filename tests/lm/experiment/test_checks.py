@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs import lm_laptop
+from configs import lm_laptop, lm_logits_laptop, lm_text
 from kd_jax.lm import weights
-from kd_jax.lm.experiment import chain, checks, cost, roles
+from kd_jax.lm.experiment import chain, checks, cost, results, roles
+from kd_jax.lm.experiment.arms import arms
 from kd_jax.lm.experiment.specs import LmSpec, ModelSpec, architecture
+from kd_jax.lm.instruct import templates
 from kd_jax.lm.model import PRESETS
 from kd_jax.lm.weights import hf_files, load_save
 from kd_jax.parallel import devices
@@ -109,6 +111,53 @@ def test_what_cannot_be_is_said_before_the_first_stage(folders, tmp_path, monkey
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({"num_samples": 113}, "config.num_samples=113 is above the 112 samples that the teacher draws at tau-0.5"),
+    ({"evaluation.sample_temperatures": (0.9, 0.8)}, "sample_temperatures=.* must have 1.0 among them"),
+    ({"evaluation.sample_temperatures": (1.0,)}, "cooled_arms=.* has no effect: .* has one value"),
+    ({"evaluation.embedding_model": "larger", "num_recall": 11}, "needs more than 5 points, and there are 5"),
+    ({"sampling.prompts": ("templates",)}, "sampling.prompt_ids=.* has no effect"),
+    ({"sampling.prompts": ("templates",), "sampling.prompt_ids": (), "sampling.prompt": "Once"}, "'Once' has no"),
+])  # fmt: skip
+def test_what_the_evaluation_cannot_do_is_said_before_the_first_stage(folders, changes, message):
+    checks.check(spec_of(folders, num_samples=112))
+    with pytest.raises(ValueError, match=message):
+        checks.check(spec_of(folders, **changes))
+
+
+@pytest.mark.parametrize("embedder", ["", "larger"])
+def test_embeddings_of_a_teacher_that_is_p_star_are_of_new_samples(folders, embedder):
+    """Beside the rows of p* themselves, it would seem to have their distribution to the last digit."""
+    config, p_star = lm_logits_laptop.get_config("online,smoke"), str(folders / "p_star")
+    config.p_star.update(source=p_star, architecture="tiny")
+    config.teacher.source, config.evaluation.embedding_model = p_star, embedder and str(folders / embedder)
+    (teacher,) = results._teachers(freeze(LmSpec, config), {}, "rows of p*").values()
+    assert teacher.entry.samples == (None if embedder else "rows of p*")
+
+
+def test_instructions_have_room_for_an_answer():
+    asked = [one.prompt for split in ("validation", "test") for one in templates.instructions(split, 2)]
+    longest = max(len(prompt.encode()) for prompt in asked)  # a random p* takes bytes as ids
+    enough = -(-4 * longest // 3)  # a quarter is left
+
+    def spec_of(max_length):
+        config = lm_laptop.get_config("smoke")
+        config.instruct.update(num_validation=2, num_test=2)
+        config.sampling.max_length = max_length
+        return freeze(LmSpec, config)
+
+    checks.check_sources(spec_of(enough))
+    with pytest.raises(ValueError, match=f"instruction of {longest} ids .*: raise it to {enough} or more"):
+        checks.check_sources(spec_of(enough - 2))
+
+
+def test_amounts_of_text_follow_the_number_of_rows():
+    config = lm_text.get_config("smoke")
+    config.update_from_flattened_dict({"num_train": 200, "arms.x4.text_rows": 7})
+    rows = {arm.name: arm.text.rows for arm in arms(freeze(LmSpec, config))}
+    assert (rows["x2"], rows["x4"], rows["x16"]) == (400, 7, 3200)
+
+
 def test_data_end_with_any_of_several_ends(folders):
     for eos_id in (None, 0, 2):  # none is the tokenizer's, 2
         checks.check_sources(spec_of(folders, **DATA, **{"data.eos_id": eos_id}))
@@ -156,10 +205,10 @@ def test_what_has_no_room_is_said_before_the_first_stage(tmp_path, monkeypatch, 
     monkeypatch.setattr(stages, "run", lambda *_: pytest.fail("a stage has begun"))
     spec = freeze(LmSpec, lm_laptop.get_config("smoke"))
     with monkeypatch.context() as changed:
-        changed.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e5))
+        changed.setattr(cost.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e5))
         with pytest.raises(RunError, match=f"need 1.0 MB, and {tmp_path} has 0.1 MB free: make room there"):
             chain.run(spec, tmp_path / "run")
-        checks.check_room(spec, tmp_path / "run", chain.plan(spec, "p*"), ["p_star"])  # trains nothing
+        cost.check_room(spec, tmp_path / "run", chain.plan(spec, "p*"), ["p_star"])  # trains nothing
         chain.run(spec, tmp_path / "run", dry_run=True)
         assert "not on this machine: models and checkpoints need" in capsys.readouterr().out
     monkeypatch.setattr(devices, "memory", lambda: 1e5)
@@ -168,9 +217,9 @@ def test_what_has_no_room_is_said_before_the_first_stage(tmp_path, monkeypatch, 
     left = [Stage("teacher", {}, (), None, cost.training(spec, TINY))]  # float32 weights, gradient and two moments
     monkeypatch.setattr(devices, "memory", lambda: 16 * TINY.num_parameters - 1)
     with pytest.raises(RunError, match="teacher needs .* GiB a device for weights, gradient and moments alone"):
-        checks.check_room(spec, tmp_path, left)
+        cost.check_room(spec, tmp_path, left)
     monkeypatch.setattr(devices, "memory", lambda: 16 * TINY.num_parameters)
-    checks.check_room(spec, tmp_path, left)
+    cost.check_room(spec, tmp_path, left)
     assert not (tmp_path / "run").exists()
 
 
@@ -217,7 +266,9 @@ def test_a_source_on_the_hub_is_planned_by_its_config_or_it_is_said(folders, tmp
 
 
 def test_a_shape_beside_a_start_has_no_effect(folders):
-    with pytest.raises(ValueError, match="config.student.layers has no effect: .* gives the shape"):
+    with pytest.raises(
+        ValueError, match="student.layers has no effect: .* gives the shape .undo by --config.student.layers=2"
+    ):
         spec_of(folders, **{"student.source": "p_star", "student.layers": 3})
 
 

@@ -79,7 +79,7 @@ def test_beyond_the_measured_temperatures_nothing_is_known(precision):
 def test_infinite_recall_has_no_difference():
     curves = cooling.curves(rows_of(direct() | {"student": [(1.0, -6.5, -np.inf)]}))
     assert np.isnan(cooling.match(curves["student"], 1.0, curves["direct"], "recall").interval.error)
-    assert cooling.standings(curves)["student"].verdict == "no clear difference"
+    assert cooling.standings(curves)["student"].verdict == "not tested"
 
 
 def test_of_several_crossings_the_least_cooled_counts():
@@ -141,3 +141,13 @@ def test_rows_without_a_sample_temperature_are_at_one():
     rows = [{key: value for key, value in row.items() if key != "sample_temperature"}
             for row in rows_of({"direct": [(1.0, -7.9, -7.2)]})]  # fmt: skip
     assert cooling.curves(rows)["direct"].temperatures == [1.0]
+
+
+def test_one_student_is_not_tested():
+    """Whatever lies between it and the direct student: without an error there is no difference to call unclear."""
+    curves = cooling.curves(rows_of(direct() | {"one": [(1.0, -6.5, -12.0)]}, seeds=1))
+    standings = cooling.standings(curves)
+    assert standings["one"].sides == {1.0: cooling.UNTESTED}
+    assert standings["one"].verdict == "not tested"
+    line = cooling.headline(curves, standings)
+    assert "no tested difference (one student" in line and "no clear difference" not in line
