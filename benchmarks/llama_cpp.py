@@ -1,22 +1,24 @@
 """Sampling beside llama.cpp: the real SmolLM2-135M-Instruct, the same dequantised weights, 2 threads on each side.
 
     python -m venv /tmp/llama
-    CMAKE_ARGS="-DGGML_NATIVE=ON" /tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" \
+      /tmp/llama/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
     .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python             # from "The" to 128 tokens
     .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --length 512
     .venv/bin/python -m benchmarks.llama_cpp --python /tmp/llama/bin/python --batches 1 --kd_jax_batches 1 --samples 8
 
-Building llama.cpp takes a compiler, CMake and many minutes, so it has an environment of its own. To use a libllama that
+Building llama.cpp takes a compiler, CMake and some minutes, so it has an environment of its own. To use a libllama that
 is already built, install the Python part with CMAKE_ARGS="-DLLAMA_BUILD=OFF" and set LLAMA_CPP_LIB_PATH to the folder
 of the library when you run this. llama.cpp is driven through its low-level interface: a call takes one token of every
 sequence; where a sequence ends, the next sample starts at once, and when no sample is left to start the batch shrinks.
 Each of --batches and --draws is tried, and its best counts. First, greedy continuations of a few prompts are compared.
 Both sides draw from the whole softmax at temperature 1; ours also keeps log-probabilities, which llama.cpp is not asked
-for.
+for. With one sample at a time each token reads all weights: how many bytes a second that is stands beside the rate.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -279,11 +281,12 @@ def side(name: str, python: str = sys.executable, **arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show(name: str, out: dict) -> dict:
+def show(name: str, out: dict, size: int) -> dict:
+    read = f", weights at {out['tokens_per_s'] * size / 1e9:.0f} GB/s" if out["batch"] == 1 else ""
     drawing = f", {out['drawing']:.0%} of the time drawing ({out['draw']})" if "drawing" in out else ""
     print(
         f"  {name:17} {out['tokens_per_s']:7.1f} tokens/s, batch {out['batch']}, {out['mean']:.1f} tokens a sample, "
-        f"{out['seconds']:.0f} s, extra memory {out['extra_mib']:.0f} MiB{drawing}",
+        f"{out['seconds']:.0f} s, extra memory {out['extra_mib']:.0f} MiB{read}{drawing}",
         flush=True,
     )
     return out
@@ -321,14 +324,17 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         paths = {kind: convert(folder, kind) for kind in {weights for weights, _ in types}}
         print(f'{args.samples} samples from "The" to {args.length} tokens', flush=True)
-        mine = best(show("kd_jax", side("kd_jax", batch=int(batch), **run)) for batch in args.kd_jax_batches.split(","))
+        sizes = {kind: os.path.getsize(path) for kind, path in paths.items()}
+        float32 = sizes.get("F32", 2 * sizes.get("F16", 0))  # ours, whatever llama.cpp's are
+        batches = map(int, args.kd_jax_batches.split(","))
+        mine = best(show("kd_jax", side("kd_jax", batch=batch, **run), float32) for batch in batches)
         prompts, continuations = side("greedy")
         for kind, cache in types:
             name, about = f"llama.cpp {kind}/{cache}", {"path": paths[kind], "cache": cache}
             others = side("continued", args.python, prompts=prompts, **about)
             print(f"  {name}: {agreement(prompts, continuations, others)}", flush=True)
             peer = best(
-                show(name, side("llama.cpp", args.python, batch=int(batch), draw=draw, **about, **run))
+                show(name, side("llama.cpp", args.python, batch=int(batch), draw=draw, **about, **run), sizes[kind])
                 for draw in args.draws.split(",")
                 for batch in args.batches.split(",")
             )

@@ -150,6 +150,8 @@ def paged(
     """Attention of one new query for each slot to the pages it has.
 
     Each page answers its owner's query alone; then the answers of a slot's pages are combined by their softmax sums.
+    JAX's own kernels for this do not fit: the one for TPUs does not lower for heads of 64 dimensions, as all sizes of
+    SmolLM2 have them; those for GPUs are deprecated; and neither has a window.
 
     Args:
         q: [slot, head, head_dim].
