@@ -30,7 +30,7 @@ def run(tmp_path, model):
     folder = make_run(tmp_path / "run", rows, git_commit="abc|def")
     config = {
         "experiment": "lm", "num_train": 96, "p_star": {"source": "org/p-star"}, "sampling": {"max_length": 16},
-        "student": {"width": 32, "source": "org/start"}, "train": {"learning_rate": 0.002, "frozen": None},
+        "student": {"width": 32, "source": "org/start@v1.0"}, "train": {"learning_rate": 0.002, "frozen": None},
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     weights.save(model, folder / place / "model")
@@ -74,6 +74,10 @@ def test_each_teacher_has_a_card_of_its_own_numbers(run):
         found = about_run.exported(run, name)
         assert found.source == f"/there/teacher-{number}"
         assert f"teacher-{1 - number}/" not in str(found.card) and str(found.card).count("/tau-0.8") == 1
+        assert "as a teacher. It learnt p*'s text" in found.card.summary
+    config = json.loads((run / "config.json").read_text()) | {"teacher": {"source": "org/big"}}
+    (run / "config.json").write_text(json.dumps(config))
+    assert about_run.exported(run, "teacher").card.summary.startswith("The model `org/big` as it is")
 
 
 @pytest.mark.slow

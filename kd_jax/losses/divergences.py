@@ -67,6 +67,8 @@ def _named(row: table.Divergence) -> Callable[..., jax.Array]:
         teacher_temperature: Scalar | None = None, num_tokens: int | None = None, **own: Scalar,
     ) -> jax.Array:  # fmt: skip
         if row.parameter is not None:
+            if "parameter" in own:
+                raise TypeError(f"{row.name} has no argument 'parameter': here it is called {row.parameter.name}")
             own["parameter"] = own.pop(row.parameter.name, None)
         return divergence(
             row.name, teacher_logits=teacher_logits, student_logits=student_logits, temperature=temperature,

@@ -115,6 +115,12 @@ def test_public_functions_are_these_by_name():
 # --- published cases --------------------------------------------------------------------------------------------------
 
 
+def test_a_named_divergence_has_its_own_name_for_its_parameter():
+    logits = {"teacher_logits": np.zeros(3), "student_logits": np.arange(3.0)}
+    with pytest.raises(TypeError, match="jensen_shannon has no argument 'parameter': here it is called beta"):
+        losses.jensen_shannon(**logits, parameter=0.9)
+
+
 def test_which_way_round_and_the_ends_of_jensen_shannon():
     got = {beta: float(value_and_gradient("jensen_shannon", P, Q, beta)[0]) for beta in (0, 1, 0.5, 0.1, 0.9, 1e-6)}
     expected = {0: 1.1018681, 1: 1.0021042, 0.5: 0.2306455, 0.1: 0.0926739, 0.9: 0.0864965, 1e-6: 1.1e-6}

@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from kd_jax.lm import corpus as corpus_lib
 from kd_jax.lm import decode
-from kd_jax.lm.corpus import Corpus
+from kd_jax.lm.corpus import Corpus, manifest
 from kd_jax.lm.model import DEFAULT, Compute, Model
 from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.parallel import distributed
 from kd_jax.runs import progress
-from kd_jax.storage.files import remove
+from kd_jax.storage.files import remove, write_json
 
 
 def sample(
@@ -33,7 +33,7 @@ def sample(
     """The corpus of these settings, with the samples that were missing.
 
     A corpus of other settings in that folder is removed first; one with fewer samples is completed, and one with more
-    is left as it is. Another `source` is another name of the same weights.
+    keeps them. Another `source` is another name of the same weights.
 
     Args:
         model: or a function that loads it, called only if samples are missing.
@@ -83,8 +83,12 @@ def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any
         same = all(before.get(name) == settings[name] for name in set(settings) - {"source", "num_samples"})
         if same and there.finished and before["num_samples"] > settings["num_samples"]:
             return there.manifest
-        if same and before["num_samples"] <= settings["num_samples"]:
+        if same:
             settings = {**settings, "source": before["source"]}
+            if before["num_samples"] > settings["num_samples"]:
+                # Killed on the way to more samples: the rows that it has stay.
+                settings["num_samples"] = max(there.num_rows, settings["num_samples"])
+                write_json(folder / "manifest.json", manifest.restart(there.manifest, settings, command))
         else:
             # renamed first: half removed, it would be neither a corpus nor an empty folder
             os.replace(folder, old)

@@ -58,7 +58,7 @@ def check(spec: LmSpec) -> None:
             f"config.num_samples={spec.num_samples} is above num_recall={spec.num_recall} prompts with "
             f"config.evaluation.samples_per_prompt={spec.evaluation.samples_per_prompt} samples each"
         )
-    _check_evaluation(spec, groups)
+    _check_evaluation(spec)
     names = [arm.name for arm in groups]
     _check_names(spec, names)
     if spec.cooled_arms and len(spec.evaluation.sample_temperatures) == 1:
@@ -71,31 +71,20 @@ def check(spec: LmSpec) -> None:
     _check_meshes(spec, None if spec.p_star.source else PRESETS[spec.p_star.architecture])
 
 
-def _check_evaluation(spec: LmSpec, groups: Sequence[Arm]) -> None:
-    """That the settings of the evaluation, which comes last, fit the corpora that are made before it."""
+def _check_evaluation(spec: LmSpec) -> None:
+    """That the settings of the evaluation, which comes last, go together."""
     temperatures = spec.evaluation.sample_temperatures
     if 1.0 not in temperatures:
         raise ValueError(
             f"config.evaluation.sample_temperatures={temperatures} must have 1.0 among them: all models are compared "
             "there"
         )
-    # A teacher is measured with the text that students learn, except where rows have prompts of their own.
-    learnt: dict[Any, int] = {}
-    for arm in groups if not spec.own_prompts else ():
-        if arm.sampler is not None:
-            rows = arm.text.num_samples(spec.num_train, spec.num_validation)
-            learnt[arm.sampler] = max(rows, learnt.get(arm.sampler, 0))
-    for sampler, rows in learnt.items():
-        if rows < spec.num_samples:
-            raise ValueError(
-                f"config.num_samples={spec.num_samples} is above the {rows} samples that the teacher draws at "
-                f"{sampler.label} (num_train and num_validation): the teacher is measured with them"
-            )
-    points = min(spec.evaluation.num_points, spec.num_samples, spec.num_recall // 2)
+    each = spec.evaluation.samples_per_prompt if spec.own_prompts else 1
+    points = min(spec.evaluation.num_points, spec.num_samples // each, spec.num_recall // 2)
     if spec.evaluation.embedding_model and points <= Samples.k:
         raise ValueError(
             f"config.evaluation.embedding_model needs more than {Samples.k} points, and there are {points}: the "
-            "smallest of evaluation.num_points, num_samples and half of num_recall"
+            "smallest of evaluation.num_points, num_samples (one of each prompt) and half of num_recall"
         )
 
 
@@ -180,6 +169,7 @@ def check_sources(spec: LmSpec) -> None:
             the maximal length), a prompt without ids, with ids beyond the vocabulary, or without room after it;
         the teacher: a source that cannot be opened, or that cannot be compared with p* (another EOS, too few
             positions; another vocabulary in a run that cannot go through text, see `_check_other_vocabulary`);
+        the teacher's text: fewer rows than are measured;
         a model that training starts from: the same, or frozen patterns that match none of its weights, or all;
         the model that embeds samples: a source that cannot be opened, or that cannot read p*'s ids;
         the data: a source that cannot be opened, or lacks the split or a column; an EOS that is not one of p*'s;
@@ -207,6 +197,8 @@ def check_sources(spec: LmSpec) -> None:
             key = "config.teacher.init" if role == "teacher" else "config.student.source"
             compatibility.check_model(key, described(shape.start), p_star, length)
             _check_frozen(spec.train_of(role).frozen, architecture(shape, p_star.architecture, role), role)
+    if roles.other_vocabulary(spec) is None and not spec.own_prompts:
+        _check_teacher_rows(spec)
     if spec.instruct.num_test:
         _check_instructions(spec, p_star)
     # Without models: the temperatures, and the model that embeds.
@@ -220,6 +212,21 @@ def check_sources(spec: LmSpec) -> None:
             alignment.check_bytes(f"config.p_star, for {arm.name},", p_star.tokenizer)
         if arm.recording is not None and arm.recording.top_k > p_star.num_tokens:
             raise ValueError(f"{arm.name}: record_top_k={arm.recording.top_k}, and p* has {p_star.num_tokens} ids")
+
+
+def _check_teacher_rows(spec: LmSpec) -> None:
+    """That a teacher, which is measured with the text that students learn, has as much of it as is measured."""
+    learnt: dict[Any, int] = {}
+    for arm in arms(spec):
+        if arm.sampler is not None:
+            rows = arm.text.num_samples(spec.num_train, spec.num_validation)
+            learnt[arm.sampler] = max(rows, learnt.get(arm.sampler, 0))
+    for sampler, rows in learnt.items():
+        if rows < spec.num_samples:
+            raise ValueError(
+                f"config.num_samples={spec.num_samples} is above the {rows} samples that the teacher draws at "
+                f"{sampler.label} (num_train and num_validation): the teacher is measured with them"
+            )
 
 
 def _check_instructions(spec: LmSpec, p_star: Model) -> None:

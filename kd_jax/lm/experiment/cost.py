@@ -1,4 +1,4 @@
-"""What the stages of a run cost in floating-point operations, time and disk space, as upper bounds; is there room?"""
+"""What the stages of a run cost in operations, time and disk space, as upper bounds, and whether there is room."""
 
 from __future__ import annotations
 

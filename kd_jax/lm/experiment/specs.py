@@ -143,7 +143,7 @@ class ComputeSpec:
 
     dtype: str = setting("float32", "of activations and products", one_of=("float32", "bfloat16"))
     attention: str = setting("auto", "kind of attention: see kd_jax.lm.model.attention")
-    query_block: int = setting(64, "queries at a time in blocked attention", at_least=1)
+    query_block: int = setting(64, "queries at a time in blocked attention; more compile faster", at_least=1)
     remat: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
 
 

@@ -261,6 +261,9 @@ def _card(run: Path, name: str, own: list[dict], rows: list[dict], config: dict[
     manifest, row = page.read_json(run / "manifest.json"), own[0]
     learnt = "p*'s text" if role == "teacher" or row["arm"] == "direct" else comparison.learns(row)
     teacher, data, p_star = (config.get(part) or {} for part in ("teacher", "data", "p_star"))
+    made = f"A language model made with kd_jax, as a {role}. It learnt {learnt}."
+    if role == "teacher" and teacher.get("source"):
+        made = f"The model `{teacher['source']}` as it is: the teacher of a run of kd_jax."
     start = config.get(role, {}).get("source" if role == "student" else "init") or ""
     count, length = config.get("num_train", "some"), config.get("sampling", {}).get("max_length", "unknown")
     facts = {
@@ -271,17 +274,16 @@ def _card(run: Path, name: str, own: list[dict], rows: list[dict], config: dict[
         source = teacher.get("source")
         facts["Teacher"] = f"The model `{source}`." if source else "A model that was trained on text of p*."
     smoke = summary.smoke_samples(summary.summarise(rows)) is not None
-    summary_text = f"A language model made with kd_jax, as a {role}. It learnt {learnt}."
     flat = {key: value for key, value in flatten(config).items() if key.startswith((f"{role}.", "train.", "seed"))}
     flat |= {f"distill.{key}": value for key, value in (row.get("distill") or {}).items()}
     settings = {key: value for key, value in flat.items() if value not in (None, "", [], ())}  # those that are set
     return Card(
         title=f"{name} of {run.absolute().name}",
-        summary=summary_text + " It comes from a smoke run and is good for nothing but tests." * smoke,
+        summary=made + " It comes from a smoke run and is good for nothing but tests." * smoke,
         facts=facts, settings=settings, results=[_results(own, rows)],
         reproduction={key: manifest[key] for key in ("command", "versions", "git_commit") if manifest.get(key)},
-        # Paths of this machine mean nothing to others.
-        base_model=start if start.count("/") == 1 and not Path(start).exists() else "",
+        # Paths of this machine mean nothing to others; a revision is no part of an id.
+        base_model=start.partition("@")[0] if start.count("/") == 1 and not Path(start).exists() else "",
     )  # fmt: skip
 
 

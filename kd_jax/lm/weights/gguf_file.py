@@ -128,6 +128,10 @@ def _architecture(file: GGUF) -> Architecture:
             raise ValueError(f"{family}.{name} is {value}; it has to be one number")
         if value is not None:
             config[key] = _decimal(value) if isinstance(value, float) else value
+    if config.get("sliding_window") == 0:  # how llama.cpp's converter writes that a Phi has none
+        del config["sliding_window"]
+    if family == "olmo2" and "sliding_window" in config:
+        raise ValueError("olmo2.attention.sliding_window: this is OLMo 3, which is not among the families that load")
     head_dim = config.setdefault("head_dim", config["hidden_size"] // max(1, config["num_attention_heads"]))
     rotated = get(f"{family}.rope.dimension_count", head_dim)
     if rotated != head_dim:

@@ -117,6 +117,22 @@ def assert_near(got, expected, name):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted, rows", [(24, 32), (40, 40)])
+def test_fewer_samples_than_a_killed_run_wanted_keep_those_it_drew(tmp_path, wanted, rows):
+    """Two shards of 16 are there, of 64 samples that were wanted."""
+    before = drawn(random_model(0), tmp_path, 32, shard_size=16).rows().tokens
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["num_samples"] = 64
+    path.write_text(json.dumps(manifest | {"status": "running", "finished": None}))
+    shards = {file: file.stat().st_ino for file in (tmp_path / "data").iterdir()}
+    now = drawn(random_model(0), tmp_path, wanted, shard_size=16)
+    assert now.finished and now.num_rows == rows
+    assert shards == {file: file.stat().st_ino for file in shards}
+    assert [row.tolist() for row in now.rows(0, 32).tokens] == [row.tolist() for row in before]
+
+
 def test_estimates_are_the_sums_over_all_sequences(tmp_path):
     p_star, other, count = random_model(0), random_model(1), 1500
     validation = drawn(p_star, tmp_path / "data", count, max_length=3)

@@ -484,7 +484,7 @@ def test_keys_depend_on_what_changes_a_result_and_on_nothing_else():
 
     usual = keys({})
     unseen = {"train.log_every": 7, "train.save_every": 3, "train.keep": 2, "train.keep_checkpoints": True}
-    assert keys(unseen | {"compute.remat": True, "compute.query_block": 64}) == usual
+    assert keys(unseen | {"compute.remat": True, "compute.query_block": 96}) == usual
     assert keys({"train.clip": 2.0}) != usual
     # a recording by a teacher of another dtype is another one
     recorded = keys({}, exact={"policy": "offline"}, rounded={"policy": "offline", "teacher_dtype": "bfloat16"})

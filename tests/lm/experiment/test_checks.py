@@ -98,6 +98,7 @@ RECORDED = {"distill.policy": "offline", "distill.record_top_k": TINY.vocab_size
     # the evaluation
     ({"evaluation.sample_temperatures": (1.0, 1.0)}, "must be different numbers"),
     ({"evaluation.embedding_model": "missing"}, "missing"),
+    ({"num_samples": 113}, "config.num_samples=113 is above the 112 samples that the teacher draws at tau-0.5"),
     # arms
     (RECORDED, f"record_top_k={TINY.vocab_size + 1}, and p\\* has {TINY.vocab_size} ids"),
 ])  # fmt: skip
@@ -112,15 +113,13 @@ def test_what_cannot_be_is_said_before_the_first_stage(folders, tmp_path, monkey
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"num_samples": 113}, "config.num_samples=113 is above the 112 samples that the teacher draws at tau-0.5"),
     ({"evaluation.sample_temperatures": (0.9, 0.8)}, "sample_temperatures=.* must have 1.0 among them"),
     ({"evaluation.sample_temperatures": (1.0,)}, "cooled_arms=.* has no effect: .* has one value"),
     ({"evaluation.embedding_model": "larger", "num_recall": 11}, "needs more than 5 points, and there are 5"),
     ({"sampling.prompts": ("templates",)}, "sampling.prompt_ids=.* has no effect"),
     ({"sampling.prompts": ("templates",), "sampling.prompt_ids": (), "sampling.prompt": "Once"}, "'Once' has no"),
 ])  # fmt: skip
-def test_what_the_evaluation_cannot_do_is_said_before_the_first_stage(folders, changes, message):
-    checks.check(spec_of(folders, num_samples=112))
+def test_settings_that_do_not_go_together(folders, changes, message):
     with pytest.raises(ValueError, match=message):
         checks.check(spec_of(folders, **changes))
 

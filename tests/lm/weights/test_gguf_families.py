@@ -36,8 +36,8 @@ def side_by_side(rows, head_dim):
     return rows.reshape(-1, 2, head_dim // 2, rows.shape[-1]).swapaxes(1, 2).reshape(rows.shape)
 
 
-def write(name, path):
-    """The model of tests.golden.families of that name as a GGUF file."""
+def write(name, path, **more):
+    """The model of tests.golden.families of that name as a GGUF file, with `more` keys of its family."""
     family, config = NAMES[name], families.described()[name]["config"]
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head_dim = config.get("head_dim") or width // heads
@@ -53,6 +53,7 @@ def write(name, path):
         keys[f"{family}.rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
         theta = rope["full_attention"]["rope_theta"]
     keys |= {f"{family}.rope.freq_base": float(theta), "general.architecture": family}
+    keys |= {f"{family}.{key}": value for key, value in more.items()}
     llama = (*KEYS.values(), "vocab_size", "attention.key_length", "rope.dimension_count", "rope.freq_base")
     kind = next(kind for kind, text in gguf.MODEL_ARCH_NAMES.items() if text == family)
     names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
@@ -84,6 +85,19 @@ def test_gguf_is_the_model_and_exports_to_it(name, tmp_path):
     again = weights.load(tmp_path / "out")
     assert again.architecture == loaded.architecture
     jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+
+
+def test_a_window_of_0_is_none(tmp_path):
+    """llama.cpp's converter writes it for each Phi without a window, such as Phi-4."""
+    path = write("phi 3", tmp_path / "m.gguf", **{"attention.sliding_window": 0})
+    assert {kind.window for kind in weights.load(path).architecture.layer_kinds} == {None}
+
+
+def test_olmo_3_is_refused(tmp_path):
+    """llama.cpp calls it olmo2, with windows."""
+    path = write("olmo 2", tmp_path / "m.gguf", **{"attention.sliding_window": 64})
+    with pytest.raises(ValueError, match="olmo2.attention.sliding_window: this is OLMo 3"):
+        weights.load(path)
 
 
 @pytest.mark.parity
