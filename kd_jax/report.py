@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_jax.reporting import page
 from kd_jax.runs import command_line
+from kd_jax.storage import files
 
 # Modules by the experiment's name, so that one experiment's report does not import the others. Each has
 # write(folder, note=TEXT), which returns the path of a page that begins with the note, and may have result(folder), a
@@ -51,6 +51,8 @@ def write_all(folders: Sequence[str | Path], *, at_end: bool = False) -> list[Pa
 
 
 def _unfinished(folder: Path) -> str:
+    from kd_jax.reporting import page  # here, as it takes a second, and --help needs none of it
+
     return page.unfinished(str(folder), page.read_json(folder / "manifest.json"))
 
 
@@ -67,7 +69,7 @@ def experiment(folder: Path) -> str:
         raise FileNotFoundError(f"no such run folder: {folder}")
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {folder}: it is not a run folder")
-    name = page.read_json(path).get("experiment")
+    name = files.read_json(path, ValueError).get("experiment")
     if not isinstance(name, str) or name not in PAGES:
         raise ValueError(f'{path}: "experiment" is {name!r}; it has to be one of: {", ".join(sorted(PAGES))}')
     return name

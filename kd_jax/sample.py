@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kd_jax.lm.decode import SamplerSpec
+from kd_jax.lm.sampler_spec import SamplerSpec
 from kd_jax.runs import command_line
 from kd_jax.runs.command_line import mesh_sizes, number, path
 from kd_jax.storage import files
