@@ -18,7 +18,6 @@ import itertools
 import json
 import re
 import sys
-import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from kd_jax import compare, train
-from kd_jax.runs import command_line
+from kd_jax.runs import command_line, settings
 from kd_jax.runs import config as config_lib
 from kd_jax.storage import errors, files
 
@@ -120,9 +119,8 @@ def split_values(text: str, hint: Any) -> list[str]:
     # A value: a quoted text, a bracket with one level of brackets in it, or any characters but commas.
     pattern = r"\s*(\"[^\"]*\"|'[^']*'|[\[(](?:[^\[\]()]|[\[(][^\[\]()]*[\])])*[\])]|[^,]*)\s*(?:,|$)"
     values = [match[1] for match in re.finditer(pattern, text) if match.start() < len(text)]
-    # A setting of config.teacher.train or config.student.train may also be None.
-    kinds = [hint, *typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
-    members = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
+    kind, _ = settings.without_none(hint)  # a setting of config.student.train may also be None
+    members = typing.get_args(kind) if typing.get_origin(kind) is tuple else ()
     if not members:
         # quotes around a value, not those inside it or at one of its ends
         bare = [value[1:-1] if re.fullmatch(r"\"[^\"]*\"|'[^']*'", value) else value for value in values]

@@ -34,7 +34,10 @@ def run(
     with Checkpoints(folder / "checkpoints" / "chunks") as saved:
         done = saved.steps()
         # Rewritten from the checkpoints: a kill may have left half a row, or rows of a chunk that was not saved.
-        saved_rows = {c: rows(c, _filled(saved.load(c, _kept(like(c))), like(c))) for c in done}
+        saved_rows = {}
+        for c in done:
+            shapes = like(c)
+            saved_rows[c] = rows(c, _filled(saved.load(c, _kept(shapes)), shapes))
         if distributed.leads():
             write_rows(rows_path, _chain(saved_rows.values()))
         if done and distributed.leads():
@@ -44,12 +47,11 @@ def run(
                 arrays = compute(c)
                 # before its rows: rows can be made again from a checkpoint
                 saved.save(c, _kept(arrays))
-                made = rows(c, arrays)
-                if distributed.leads() and (not done or c > done[-1]):
-                    append_rows(rows_path, made)
+                if distributed.leads() and c > max(done, default=-1):
+                    append_rows(rows_path, rows(c, arrays))
                 elif distributed.leads():
                     # A chunk whose checkpoint was lost: its rows have their place before those of later ones.
-                    saved_rows[c] = made
+                    saved_rows[c] = rows(c, arrays)
                     write_rows(rows_path, _chain(saved_rows[c] for c in sorted(saved_rows)))
                 bar.update(1)
 

@@ -270,9 +270,9 @@ def verdict(listed: Sequence[Price], knobs: Sequence[Knob], gains: Sequence[floa
         knobs: all that were compared.
         gains: nats of precision; for none there are no sentences.
     """
-    at = {gain: [price for price in listed if price.gain == gain] for gain in gains}
     if not gains:
         return []
+    at = {gain: [price for price in listed if price.gain == gain] for gain in gains}
     if not listed:
         return [f"No knob reaches a gain of {_listed([f'{gain:g}' for gain in gains], 'or')} nats."]
     winners: dict[str, list[str]] = {}

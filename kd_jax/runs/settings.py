@@ -147,7 +147,7 @@ def defaults(kind: type) -> ConfigDict:
             config[field.name].update(to_dict(value))
         elif value is None:
             # A placeholder: None, which knows the type that a value has to have.
-            member = _optional(hint)[0]
+            member = without_none(hint)[0]
             config[field.name] = config_dict.placeholder(typing.get_origin(member) or member)
         else:
             config[field.name] = value if not isinstance(value, dict) else ConfigDict(value)
@@ -232,7 +232,7 @@ def from_text(text: str, hint: Any, key: str) -> Any:
         key: what the error calls the setting.
     Raises: ValueError, naming the key, for a text that is not a value of this type.
     """
-    kind, optional = _optional(hint)
+    kind, optional = without_none(hint)
     if optional and text.lower() == "none":
         return None
     value = text  # what cannot be read stays a text, and is refused by its type
@@ -308,7 +308,7 @@ def _range(field: dataclasses.Field) -> str:
     return " and ".join(words) if one_of is None else "one of " + ", ".join(map(str, one_of))
 
 
-def _optional(hint: Any) -> tuple[Any, bool]:
+def without_none(hint: Any) -> tuple[Any, bool]:
     """The type, and whether None stands beside it."""
     if isinstance(hint, types.UnionType):
         members = [member for member in typing.get_args(hint) if member is not type(None)]
@@ -318,7 +318,7 @@ def _optional(hint: Any) -> tuple[Any, bool]:
 
 def _typed(value: Any, hint: Any, key: str) -> Any:
     """The value in its declared type; ValueError where it has another."""
-    hint, optional = _optional(hint)
+    hint, optional = without_none(hint)
     if value is None and optional:
         return None
     if typing.get_origin(hint) is tuple:
@@ -342,7 +342,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
 
 def type_name(hint: Any) -> str:
     """A declared type as help and errors call it."""
-    hint, optional = _optional(hint)
+    hint, optional = without_none(hint)
     if typing.get_origin(hint) is tuple:
         name = f"tuple of {type_name(typing.get_args(hint)[0])}"
     else:

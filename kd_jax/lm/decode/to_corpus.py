@@ -88,7 +88,8 @@ def _open(folder: Path, settings: dict[str, Any], command: str) -> dict[str, Any
             if before["num_samples"] > settings["num_samples"]:
                 # Killed on the way to more samples: the rows that it has stay.
                 settings["num_samples"] = max(there.num_rows, settings["num_samples"])
-                write_json(folder / "manifest.json", manifest.restart(there.manifest, settings, command))
+                fewer = there.manifest | {"settings": before | {"num_samples": settings["num_samples"]}}
+                write_json(folder / "manifest.json", manifest.with_shards(fewer, fewer["shards"]))
         else:
             # renamed first: half removed, it would be neither a corpus nor an empty folder
             os.replace(folder, old)

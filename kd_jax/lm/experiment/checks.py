@@ -20,7 +20,7 @@ from kd_jax.lm.distill import alignment
 from kd_jax.lm.experiment import knobs, roles
 from kd_jax.lm.experiment.arms import Arm, arms
 from kd_jax.lm.experiment.specs import LmSpec, architecture, described, make_mesh
-from kd_jax.lm.instruct import prompts, templates
+from kd_jax.lm.instruct import pass_rate, prompts, templates
 from kd_jax.lm.model import PRESETS, Architecture, Model, frozen
 from kd_jax.metrics import Samples
 from kd_jax.parallel import mesh as mesh_lib
@@ -185,9 +185,9 @@ def check_sources(spec: LmSpec) -> None:
     if not p_star.eos_ids:
         raise ValueError("config.p_star has no EOS id: every sample would have the maximal length")
     _check_prompt(spec, p_star)
+    problem = roles.other_vocabulary(spec)
     # A teacher that is p* has been checked as p*.
     if spec.teacher.source and spec.teacher.source != spec.p_star.source:
-        problem = roles.other_vocabulary(spec)
         if problem is None:
             compatibility.check_model("config.teacher.source", described(spec.teacher.source), p_star, length)
         else:
@@ -197,7 +197,7 @@ def check_sources(spec: LmSpec) -> None:
             key = "config.teacher.init" if role == "teacher" else "config.student.source"
             compatibility.check_model(key, described(shape.start), p_star, length)
             _check_frozen(spec.train_of(role).frozen, architecture(shape, p_star.architecture, role), role)
-    if roles.other_vocabulary(spec) is None and not spec.own_prompts:
+    if problem is None and not spec.own_prompts:
         _check_teacher_rows(spec)
     if spec.instruct.num_test:
         _check_instructions(spec, p_star)
@@ -231,7 +231,7 @@ def _check_teacher_rows(spec: LmSpec) -> None:
 
 def _check_instructions(spec: LmSpec, p_star: Model) -> None:
     instruct, room = spec.instruct, prompts.room(spec.sampling.max_length)
-    for split, count in (("validation", instruct.num_validation), ("test", instruct.num_test)):
+    for split, count in zip(pass_rate.SPLITS, (instruct.num_validation, instruct.num_test), strict=True):
         for one in templates.instructions(split, count, instruct.kinds):
             size = len(prompt_files.encode(one.prompt, p_star.tokenizer or prompts.Bytes()))
             if size > room:

@@ -143,7 +143,7 @@ class ComputeSpec:
 
     dtype: str = setting("float32", "of activations and products", one_of=("float32", "bfloat16"))
     attention: str = setting("auto", "kind of attention: see kd_jax.lm.model.attention")
-    query_block: int = setting(64, "queries at a time in blocked attention; more compile faster", at_least=1)
+    query_block: int = setting(64, "queries at a time in blocked attention; larger blocks compile faster", at_least=1)
     remat: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
 
 
@@ -249,7 +249,7 @@ def _check_shape(shape: StudentSpec | TeacherSpec, role: str) -> None:
     given = {field.name: field.default for field in numbers if getattr(shape, field.name) != field.default}
     if given:
         flags = " ".join(f"--config.{role}.{name}={default}" for name, default in given.items())
-        raise ValueError(f"{role}.{next(iter(given))} has no effect: {shape.start!r} gives the shape (undo by {flags})")
+        raise ValueError(f"{role}.{next(iter(given))} has no effect: {shape.start!r} gives the shape; undo: {flags}")
 
 
 def _check_part(part: Part, shape: StudentSpec | TeacherSpec, role: str) -> None:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kd_jax.lm.experiment.arms import of_teacher
 from kd_jax.lm.report import comparison, summary
 from kd_jax.lm.report.summary import Group
 from kd_jax.reporting import page, units
@@ -240,9 +241,10 @@ def exported(run: Path, name: str) -> Exported:
     for row in summary.of_kind(rows, "evaluation"):
         if summary.is_student_row(row) or row["arm"] == "teacher":
             # A teacher has a row for each tau of its samples; they are one model.
-            number = row.get("teacher") or 0
-            teacher = f"teacher/teacher-{number}" if number else "teacher"
-            models.setdefault(row["name"] if summary.is_student_row(row) else teacher, []).append(row)
+            student = summary.is_student_row(row)
+            models.setdefault(row["name"] if student else of_teacher("teacher", row.get("teacher") or 0), []).append(
+                row
+            )
     if name not in models:
         known = f"; its models are {', '.join(models)}" if models else "; none of its models is evaluated yet"
         raise ValueError(f"{run} has no model {name!r}{known}")

@@ -266,7 +266,7 @@ def test_a_source_on_the_hub_is_planned_by_its_config_or_it_is_said(folders, tmp
 
 def test_a_shape_beside_a_start_has_no_effect(folders):
     with pytest.raises(
-        ValueError, match="student.layers has no effect: .* gives the shape .undo by --config.student.layers=2"
+        ValueError, match="student.layers has no effect: .* gives the shape; undo: --config.student.layers=2"
     ):
         spec_of(folders, **{"student.source": "p_star", "student.layers": 3})
 
